@@ -1,0 +1,70 @@
+"""Covariance whitening for sparse autoencoders trained with SAELens (arXiv 2511.13981).
+
+Names are resolved on first use: statistics and transforms do not import sae_lens, which takes
+seconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sae_whiten._files import CorruptFileError
+    from sae_whiten.config import WhiteningConfig
+    from sae_whiten.saelens.folding import (
+        FoldCheck,
+        FoldError,
+        FoldReport,
+        fold_whitening_into_weights,
+        unfold_whitening_from_weights,
+    )
+    from sae_whiten.saelens.runner import WhiteningTrainingRunner
+    from sae_whiten.saelens.scaler import CovarianceWhiteningScaler
+    from sae_whiten.saelens.trainer import WhiteningTrainer
+    from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError
+    from sae_whiten.whitening import Whitening
+
+_MODULES = {
+    "ActivationStatistics": "sae_whiten.statistics",
+    "CorruptFileError": "sae_whiten._files",
+    "CovarianceWhiteningScaler": "sae_whiten.saelens.scaler",
+    "FoldCheck": "sae_whiten.saelens.folding",
+    "FoldError": "sae_whiten.saelens.folding",
+    "FoldReport": "sae_whiten.saelens.folding",
+    "NonFiniteActivationsError": "sae_whiten.statistics",
+    "Whitening": "sae_whiten.whitening",
+    "WhiteningConfig": "sae_whiten.config",
+    "WhiteningTrainer": "sae_whiten.saelens.trainer",
+    "WhiteningTrainingRunner": "sae_whiten.saelens.runner",
+    "fold_whitening_into_weights": "sae_whiten.saelens.folding",
+    "unfold_whitening_from_weights": "sae_whiten.saelens.folding",
+}
+
+__all__ = [
+    "ActivationStatistics",
+    "CorruptFileError",
+    "CovarianceWhiteningScaler",
+    "FoldCheck",
+    "FoldError",
+    "FoldReport",
+    "NonFiniteActivationsError",
+    "Whitening",
+    "WhiteningConfig",
+    "WhiteningTrainer",
+    "WhiteningTrainingRunner",
+    "fold_whitening_into_weights",
+    "unfold_whitening_from_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'sae_whiten' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

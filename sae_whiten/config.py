@@ -1,0 +1,118 @@
+"""The one place where a user says how to whiten."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+__all__ = ["WhiteningConfig"]
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class WhiteningConfig:
+    """How activations are whitened and in which space the reconstruction loss is taken.
+
+    The defaults follow Saraswatula & Klindt, arXiv 2511.13981: PCA whitening, squared error in the
+    space of the original activations. `loss_space="whitened", eps_mode="absolute"` is what
+    sae-lens >= 6.52 does under the name `covariance_whitening`.
+
+    Attributes:
+        kind: "pca" rotates into the eigenbasis of the covariance and rescales; "zca" rotates back,
+            so that whitened activations stay as close as possible to the original ones.
+        eps: Added to the eigenvalues of the covariance before they are inverted.
+        eps_mode: "relative" adds `eps` times the mean eigenvalue, so that the result does not
+            depend on the unit of the activations; directions without any variance (below the
+            numerical rank) get the gain of an average direction instead of the largest gain of all.
+            "absolute" adds `eps` itself and keeps the signs of the eigenvectors as the
+            eigensolver returns them, as the sae-lens built-in does.
+        shrinkage: Shrinkage of the covariance toward its mean eigenvalue: an intensity in [0, 1],
+            or "oas" (Chen et al. 2010, Shrinkage Algorithms for MMSE Covariance Estimation).
+            None: no shrinkage, except that "oas" is used, with a warning, when there are fewer
+            than 10 samples per dimension (and eps_mode is "relative").
+        strength: Exponent a of partial whitening, in [0, 1]: eigenvalues l of the covariance
+            become l^(1 - a). 1 whitens, 0 only centres (and rotates, for pca).
+        loss_space: "original" takes every reconstruction error in the space of the original
+            activations (the paper's objective), "whitened" in whitened space (the built-in's).
+            Both are scaled such that predicting the mean costs d_in.
+        n_samples: Number of activations (tokens) to estimate the statistics from. None: 100 per
+            dimension, for which the whitener inflates the variance of held-out Gaussian data by
+            1% (d / (n - d)).
+        on_nonfinite: What to do with activations that hold a NaN or an infinity: "raise" an error
+            that names the batch, or "skip" and count them.
+    """
+
+    kind: Literal["pca", "zca"] = _option("pca", "pca or zca")
+    eps: float = _option(1e-3, "added to the eigenvalues of the covariance, see eps_mode")
+    eps_mode: Literal["relative", "absolute"] = _option(
+        "relative", "unit of eps: the mean eigenvalue, or none (the sae-lens built-in)"
+    )
+    shrinkage: float | Literal["oas"] | None = _option(
+        None,
+        "intensity in [0, 1], or oas; none: oas below 10 samples per dimension, else none",
+    )
+    strength: float = _option(1.0, "1 whitens, 0 only centres, between: partial whitening")
+    loss_space: Literal["original", "whitened"] = _option(
+        "original", "where the reconstruction error is taken: original (the paper) or whitened"
+    )
+    n_samples: int | None = _option(
+        None, "activations to estimate the statistics from; none: 100 per dimension"
+    )
+    on_nonfinite: Literal["raise", "skip"] = _option(
+        "raise", "activations with NaN or infinity: raise an error, or skip and count them"
+    )
+
+    def __post_init__(self) -> None:
+        _choice("kind", self.kind, ("pca", "zca"))
+        _choice("eps_mode", self.eps_mode, ("relative", "absolute"))
+        _choice("loss_space", self.loss_space, ("original", "whitened"))
+        _choice("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
+        _number("eps", self.eps, 0.0, float("inf"))
+        _number("strength", self.strength, 0.0, 1.0)
+        if isinstance(self.shrinkage, str):
+            _choice("shrinkage", self.shrinkage, ("oas",))
+        elif self.shrinkage is not None:
+            _number("shrinkage", self.shrinkage, 0.0, 1.0)
+        if self.n_samples is not None and (
+            not isinstance(self.n_samples, int)
+            or isinstance(self.n_samples, bool)
+            or self.n_samples < 2
+        ):
+            raise ValueError(
+                f"WhiteningConfig.n_samples={self.n_samples!r}: an integer of at least 2, or None"
+            )
+
+    def samples_for(self, d_in: int) -> int:
+        """Number of activations to estimate from, for activations of width `d_in`."""
+        return 100 * d_in if self.n_samples is None else self.n_samples
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "WhiteningConfig":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: A key is not a field, or a value is not valid.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"WhiteningConfig has no field {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        options = " or ".join(repr(option) for option in allowed)
+        raise ValueError(f"WhiteningConfig.{name}={value!r}: must be {options}")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # `not (low <= value)` also refuses NaN
+    if not is_number or not (low <= value <= high) or value == float("inf"):
+        interval = f"in [{low:g}, {high:g}]" if high < float("inf") else f"finite and >= {low:g}"
+        raise ValueError(f"WhiteningConfig.{name}={value!r}: must be a number {interval}")

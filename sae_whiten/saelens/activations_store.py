@@ -1,0 +1,168 @@
+"""SAELens' activations store, able to continue exactly where a checkpoint left it."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_whiten._files import load_tensors, save_tensors
+
+__all__ = ["ResumableActivationsStore"]
+
+_KIND = "activations_store_state"
+
+
+class ResumableActivationsStore(ActivationsStore):
+    """An `ActivationsStore` whose stream of training batches can be resumed bit for bit.
+
+    SAELens saves how many rows of the dataset were read, but not the activations waiting in the
+    mixing buffer nor the state of its shuffling. Here the buffer is refilled from an *anchor*: what
+    was left in it, the generator's state and the position in the dataset, taken before a refill.
+    Resuming restores the last anchor at or before the batch wanted, fills the buffer again (one
+    pass of the model over its tokens) and drops the batches served already.
+
+    The order of batches is that of `sae_lens.training.mixing_buffer`, given the state that torch's
+    global generator had when the first batch was drawn.
+    """
+
+    n_sequences: int = 0
+    """Sequences drawn from the dataset in this epoch, by whomever."""
+    training_position: Callable[[], int] | None = None
+    """Tells how many batches training has had; None: all that were drawn."""
+
+    def _iterate_tokenized_sequences(self) -> Any:
+        self.n_sequences = 0
+        for sequence in super()._iterate_tokenized_sequences():
+            self.n_sequences += 1
+            yield sequence
+
+    def get_data_loader(self) -> Iterator[Tensor]:
+        """Endless stream of filtered and mixed activations, (train_batch_size_tokens, d_in)."""
+        self._prepare()
+        return self._mix()
+
+    def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
+        """Write, into a checkpoint directory, what resuming after `training_position` needs."""
+        self._prepare()
+        n_served = self._n_served()
+        if not self._anchors:
+            self._anchors.append(self._anchor())
+        anchor = [a for a in self._anchors if a["n_batches"] <= n_served][-1]
+        tensors = {"generator": anchor["generator"]}
+        if anchor["buffer"] is not None:
+            tensors["buffer"] = anchor["buffer"]
+        fields = {key: anchor[key] for key in ("n_batches", "position", "n_dataset_processed")}
+        # evaluators draw from the dataset too, which the anchor does not know of
+        fields["position_now"] = self._position() if n_served == self._n_batches else None
+        fields["n_served"] = n_served
+        path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
+        save_tensors(path, _KIND, tensors, fields)
+
+    def load_from_checkpoint(self, checkpoint_path: str | Path) -> None:
+        """Continue after the batch at which `save_to_checkpoint` wrote the directory.
+
+        Raises:
+            FileNotFoundError: The directory holds no such state.
+            CorruptFileError: The file is truncated, foreign or was changed.
+        """
+        path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
+        tensors, fields = load_tensors(path, _KIND)
+        self._prepare()
+        self._anchors.clear()
+        self._generator.set_state(tensors["generator"])
+        buffer = tensors.get("buffer")
+        self._buffer = None if buffer is None else buffer.to(self.device)
+        self._n_batches = int(fields["n_batches"])
+        self._seek(fields["position"])
+        self.n_dataset_processed = int(fields["n_dataset_processed"])
+        self._dataloader = self._mix()
+        skip = int(fields["n_served"]) - self._n_batches
+        for _ in tqdm(range(skip), desc="Refilling the activation buffer", leave=False):
+            next(self._dataloader)
+        if fields["position_now"] is not None:
+            self._seek(fields["position_now"])
+
+    def _prepare(self) -> None:
+        if hasattr(self, "_generator"):
+            return
+        # a generator of its own: whoever else draws random numbers cannot change the data order
+        self._generator = torch.Generator()
+        self._generator.set_state(torch.get_rng_state())
+        self._buffer: Tensor | None = None
+        self._n_batches = 0
+        self._anchors: deque[dict[str, Any]] = deque()
+
+    def _n_served(self) -> int:
+        return self._n_batches if self.training_position is None else self.training_position()
+
+    def _position(self) -> int:
+        return self.n_sequences if self.cached_activation_dataset is None else self.current_row_idx
+
+    def _seek(self, position: int) -> None:
+        """Move to a position in the epoch; the epochs are all the same."""
+        if self.cached_activation_dataset is not None:
+            self.current_row_idx = position
+            return
+        if position < self.n_sequences:
+            self.iterable_sequences = self._iterate_tokenized_sequences()
+            self.n_sequences = 0
+        skip = position - self.n_sequences
+        for _ in tqdm(range(skip), desc="Skipping to the place in the dataset", leave=False):
+            next(self.iterable_sequences)
+
+    def _anchor(self) -> dict[str, Any]:
+        return {
+            "n_batches": self._n_batches,
+            "buffer": self._buffer,
+            "generator": self._generator.get_state(),
+            "position": self._position(),
+            "n_dataset_processed": self.n_dataset_processed,
+        }
+
+    @torch.no_grad()
+    def _mix(self) -> Iterator[Tensor]:
+        """`sae_lens.training.mixing_buffer.mixing_buffer`, with anchors."""
+        buffer_size = self.n_batches_in_buffer * self.training_context_size
+        batch_size = self.train_batch_size_tokens
+        mix_fraction = self.activations_mixing_fraction
+        if buffer_size < batch_size:
+            raise ValueError(
+                f"n_batches_in_buffer * context_size = {buffer_size} must be at least "
+                f"train_batch_size_tokens = {batch_size}"
+            )
+        if not 0 <= mix_fraction <= 1:
+            raise ValueError(f"activations_mixing_fraction={mix_fraction}: must be in [0, 1]")
+        fresh = self._iterate_filtered_activations()
+        while True:
+            self._anchors.append(self._anchor())
+            self._prune_anchors()
+            while True:
+                new = next(fresh)
+                self._buffer = new if self._buffer is None else torch.cat([self._buffer, new])
+                if len(self._buffer) >= buffer_size:
+                    break
+            buffer = self._buffer
+            if mix_fraction > 0:
+                order = torch.randperm(len(buffer), generator=self._generator)
+                buffer = buffer[order.to(buffer.device)]
+            n_serve = len(buffer) - int(buffer_size * mix_fraction)
+            n_batches = max(1, n_serve // batch_size)
+            # cloned, for a view would keep all of the served activations alive
+            self._buffer = buffer[n_batches * batch_size :].clone()
+            for batch in buffer[: n_batches * batch_size].split(batch_size):
+                self._n_batches += 1
+                yield batch
+
+    def _prune_anchors(self) -> None:
+        """Drop what is older than training; of what is ahead of it, keep a few."""
+        n_served = self._n_served()
+        while len(self._anchors) > 1 and self._anchors[1]["n_batches"] <= n_served:
+            self._anchors.popleft()
+        while len(self._anchors) > 4:
+            del self._anchors[1]

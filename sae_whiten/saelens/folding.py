@@ -1,0 +1,433 @@
+"""Fold a whitening into a SAELens SAE, prove it, and take it out again.
+
+The algebra is in `sae_whiten.folding`; here is what each architecture adds to it.
+"""
+
+import copy
+import logging
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import (
+    SAE,
+    AbsTopKSAE,
+    GatedSAE,
+    GatedTrainingSAE,
+    JumpReLUSAE,
+    JumpReLUSkipTranscoder,
+    JumpReLUTrainingSAE,
+    MatchingPursuitSAE,
+    MatchingPursuitTrainingSAE,
+    SkipTranscoder,
+    StandardSAE,
+    StandardTrainingSAE,
+    TemporalSAE,
+    TopKSAE,
+    TopKTrainingSAE,
+    Transcoder,
+)
+from sae_lens.util import dtype_to_str
+from torch import Tensor
+
+from sae_whiten.folding import AffineWeights, fold, unfold
+from sae_whiten.whitening import Whitening
+
+__all__ = [
+    "FoldCheck",
+    "FoldError",
+    "FoldReport",
+    "fold_whitening_into_weights",
+    "folded_copy",
+    "unfold_whitening_from_weights",
+    "why_not_foldable",
+]
+
+logger = logging.getLogger(__name__)
+
+# subclasses follow: BatchTopK, Matryoshka and AbsTopK for training are TopKTrainingSAEs, the other
+# transcoders are Transcoders
+_FOLDABLE = (
+    StandardSAE,
+    StandardTrainingSAE,
+    JumpReLUSAE,
+    JumpReLUTrainingSAE,
+    TopKSAE,
+    TopKTrainingSAE,
+    AbsTopKSAE,
+    GatedSAE,
+    GatedTrainingSAE,
+    Transcoder,
+)
+
+
+class FoldError(ValueError):
+    """A whitening cannot be folded into this SAE, or the folded SAE is not the same function."""
+
+
+@dataclass(frozen=True)
+class FoldCheck:
+    """How far the folded SAE is from `unscale(sae(scale(x)))` on the same activations.
+
+    Attributes:
+        n_activations: Number of activations that were compared.
+        source: Where they came from, for example "held-out".
+        pre_activation_error: |difference| / |value| of the encoder's pre-activations (Frobenius).
+        decoder_error: |difference| / |x - mean| of what the two decoders make of the same latents.
+        active_set_change: Share of active latents that only one of the two has active.
+        reconstruction_error: |difference| / |x - mean| of the two reconstructions end to end; where
+            two latents are nearly tied, rounding may choose another one, which this includes.
+        tolerance: Largest `pre_activation_error` and `decoder_error` that rounding explains.
+        active_set_tolerance: Largest `active_set_change` that is put down to near ties.
+    """
+
+    n_activations: int
+    source: str
+    pre_activation_error: float
+    decoder_error: float
+    active_set_change: float
+    reconstruction_error: float
+    tolerance: float
+    active_set_tolerance: float
+
+    @property
+    def fold_error(self) -> float:
+        """The larger of the two errors of the affine maps."""
+        return max(self.pre_activation_error, self.decoder_error)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is within its tolerance (NaN is not)."""
+        return (
+            self.fold_error <= self.tolerance
+            and self.active_set_change <= self.active_set_tolerance
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and `fold_error`, as JSON can hold them."""
+        return {**asdict(self), "fold_error": self.fold_error}
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a fold did.
+
+    Attributes:
+        architecture: SAELens' name of it.
+        dtype: Of the weights before.
+        folded_dtype: Of the weights after.
+        apply_b_dec_to_input: Before; afterwards it is True, except for transcoders.
+        decoder_norms_folded: Whether `rescale_acts_by_decoder_norm` was folded in and switched off.
+        whitening: `Whitening.summary()` of what was folded.
+        check: The comparison on activations, if there were any.
+    """
+
+    architecture: str
+    dtype: str
+    folded_dtype: str
+    apply_b_dec_to_input: bool
+    decoder_norms_folded: bool
+    whitening: dict[str, Any]
+    check: FoldCheck | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it; this is what is saved in `cfg.metadata.whitening`."""
+        details = {
+            "dtype": self.dtype,
+            "folded_dtype": self.folded_dtype,
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "decoder_norms_folded": self.decoder_norms_folded,
+            "check": None if self.check is None else self.check.to_dict(),
+        }
+        return {**self.whitening, "fold": details}
+
+
+def why_not_foldable(sae: SAE[Any]) -> str | None:
+    """The reason why no whitening can be folded into an SAE of this class; None if one can."""
+    name = type(sae).__name__
+    declared = getattr(sae, "whitening_not_foldable_because", None)
+    if declared is not None:
+        return f"{name}: {declared}"
+    if isinstance(sae, (MatchingPursuitSAE, MatchingPursuitTrainingSAE)):
+        return f"{name}: its encoder is tied to the decoder, and folding takes W on one, W^-1 on the other"
+    if isinstance(sae, TemporalSAE):
+        return f"{name}: it attends over positions, which is not an affine map of one activation"
+    if not isinstance(sae, _FOLDABLE):
+        return f"{name}: not an architecture whose fold is known to be exact"
+    return None
+
+
+@torch.no_grad()
+def fold_whitening_into_weights(
+    sae: SAE[Any],
+    whitening: Whitening,
+    output_whitening: Whitening | None = None,
+    activations: Float[Tensor, "n d_in"] | None = None,
+    source: str = "given",
+) -> FoldReport:
+    """Make an SAE that was trained on whitened activations a plain one for raw activations.
+
+    Afterwards `sae(x)` is what `whitening.dewhiten(sae(whitening.whiten(x)))` was, with the same
+    latents; `sae.cfg.normalize_activations` is "none" and `sae.cfg.metadata.whitening` tells what
+    was done. Computed in float64, stored in float32 at least. In place, all or nothing: if anything
+    fails, the SAE is as it was. `sae.cfg` is replaced, never changed: another SAE may share it.
+
+    Args:
+        sae: An SAE with `normalize_activations="covariance_whitening"`.
+        whitening: The whitening that it was trained under.
+        output_whitening: The whitening of its output, for transcoders, if it is not `whitening`.
+        activations: Shape (n, d_in): raw activations to prove the fold on.
+        source: Where they come from, for the report.
+
+    Returns:
+        A report of what was done, with the proof if `activations` were given.
+
+    Raises:
+        FoldError: The architecture cannot be folded, the SAE is folded already or was not trained
+            under whitening, the widths differ, the weights are not finite, or the proof failed.
+    """
+    folded, report = folded_copy(sae, whitening, output_whitening)
+    if activations is not None:
+        check = _compare(sae, folded, whitening, output_whitening, activations, source)
+        report = replace(report, check=check)
+        folded.cfg.metadata.whitening = report.to_dict()
+        if not check.passed:
+            raise FoldError(
+                f"folding failed its proof on {check.n_activations} {source} activations: error of "
+                f"the pre-activations {check.pre_activation_error:.2e} and of the decoder "
+                f"{check.decoder_error:.2e} (tolerance {check.tolerance:.2e}), active latents that "
+                f"changed {check.active_set_change:.2%} (tolerance "
+                f"{check.active_set_tolerance:.0%}). The SAE was left as it was."
+            )
+    _take_over(sae, folded)
+    return report
+
+
+@torch.no_grad()
+def unfold_whitening_from_weights(
+    sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None = None
+) -> None:
+    """Inverse of `fold_whitening_into_weights`: a plain SAE in whitened coordinates, in place.
+
+    For fine-tuning a published SAE under whitening. Any invertible whitening will do: it need not
+    be one that the SAE was ever trained under.
+
+    Args:
+        sae: An SAE with `normalize_activations="none"`.
+        whitening: The whitening of its input.
+        output_whitening: The whitening of its output, for transcoders, if it is not `whitening`.
+
+    Raises:
+        FoldError: The architecture cannot be folded, the SAE normalises its activations, the widths
+            differ or the weights are not finite. The SAE is left as it was.
+    """
+    if sae.cfg.normalize_activations != "none":
+        raise FoldError(
+            f"cannot unfold an SAE with normalize_activations={sae.cfg.normalize_activations!r}: "
+            "it must be plain ('none')"
+        )
+    unfolded = _transformed(sae, whitening, output_whitening, unfold)
+    unfolded.cfg.normalize_activations = "covariance_whitening"
+    unfolded.cfg.metadata.__dict__.pop("whitening", None)
+    _take_over(sae, unfolded)
+
+
+@torch.no_grad()
+def folded_copy(
+    sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None = None
+) -> tuple[SAE[Any], FoldReport]:
+    """A folded SAE beside `sae`, which is not changed, and the report; errors as for folding."""
+    if sae.cfg.normalize_activations != "covariance_whitening":
+        done = sae.cfg.metadata.whitening is not None
+        raise FoldError(
+            "this SAE has its whitening folded in already (cfg.metadata.whitening)"
+            if done
+            else f"this SAE has normalize_activations={sae.cfg.normalize_activations!r}: it was "
+            "not trained under 'covariance_whitening', and folding would change what it computes"
+        )
+    folded = _transformed(sae, whitening, output_whitening, fold)
+    folded.cfg.normalize_activations = "none"
+    report = FoldReport(
+        architecture=sae.cfg.architecture(),
+        dtype=dtype_to_str(sae.W_enc.dtype),
+        folded_dtype=dtype_to_str(folded.W_enc.dtype),
+        apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
+        decoder_norms_folded=_ranks_by_decoder_norm(sae),
+        whitening=whitening.summary(),
+    )
+    folded.cfg.metadata.whitening = report.to_dict()
+    return folded, report
+
+
+def _transformed(
+    sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None, change: Any
+) -> SAE[Any]:
+    """A copy of `sae` with `change` (fold or unfold) applied to its weights."""
+    reason = why_not_foldable(sae)
+    if reason is not None:
+        raise FoldError(f"whitening cannot be folded into {reason}")
+    d_out = sae.W_dec.shape[1]
+    is_transcoder = isinstance(sae, Transcoder)
+    out = output_whitening or whitening
+    if whitening.d_in != sae.cfg.d_in or out.d_in != d_out:
+        raise FoldError(
+            f"the SAE maps {sae.cfg.d_in} to {d_out} dimensions, the whitenings given are of width "
+            f"{whitening.d_in} (input) and {out.d_in} (output)"
+        )
+    if is_transcoder and output_whitening is None:
+        raise FoldError(
+            "a transcoder writes to another hook than it reads: pass output_whitening, the "
+            "whitening of what it writes (the same object if both are really the same)"
+        )
+    weights = _weights(sae)
+    new = change(weights, whitening, output_whitening, subtract_b_dec=not is_transcoder)
+    parameters = {"W_enc": new.W_enc, "W_dec": new.W_dec, "b_dec": new.b_dec, **new.encoder_biases}
+    if new.W_skip is not None:
+        parameters["W_skip"] = new.W_skip
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in parameters.values()):
+        raise FoldError(
+            "the weights are not finite, or overflow when the whitening is applied to them"
+        )
+    return _with_parameters(sae, parameters)
+
+
+def _weights(sae: SAE[Any]) -> AffineWeights:
+    names = [n for n in ("b_enc", "b_gate", "b_mag") if getattr(sae, n, None) is not None]
+    r_mag = getattr(sae, "r_mag", None)
+    has_skip = isinstance(sae, (SkipTranscoder, JumpReLUSkipTranscoder))
+    return AffineWeights(
+        W_enc=sae.W_enc.data,
+        W_dec=sae.W_dec.data,
+        b_dec=sae.b_dec.data,
+        encoder_biases={name: getattr(sae, name).data for name in names},
+        gains={} if r_mag is None else {"b_mag": r_mag.data.double().exp()},
+        subtracts_b_dec=sae.cfg.apply_b_dec_to_input and not isinstance(sae, Transcoder),
+        decoder_norms=torch.linalg.vector_norm(sae.W_dec.data, dim=1, dtype=torch.float64).clamp(
+            min=1e-8  # as SAE.get_W_dec_norm
+        )
+        if _ranks_by_decoder_norm(sae)
+        else None,
+        W_skip=sae.W_skip.data if has_skip else None,
+    )
+
+
+def _ranks_by_decoder_norm(sae: SAE[Any]) -> bool:
+    return bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
+
+
+def _with_parameters(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
+    """A copy of `sae` with other values for some parameters and its own cfg; modules are shared."""
+    cls = getattr(type(sae), "stock_class", type(sae))
+    copied = cls.__new__(cls)
+    state = dict(sae.__dict__)
+    state["_buffers"] = dict(sae._buffers)
+    dtype = parameters["W_enc"].dtype
+    # the rest (thresholds, r_mag) is not changed by whitening, only kept in the same precision
+    state["_parameters"] = {
+        name: None
+        if value is None
+        else torch.nn.Parameter(
+            parameters[name]
+            if name in parameters
+            else value.data.to(torch.promote_types(value.dtype, dtype)),
+            requires_grad=value.requires_grad,
+        )
+        for name, value in sae._parameters.items()
+    }
+    cfg = copy.deepcopy(sae.cfg)
+    cfg.dtype = dtype_to_str(dtype)
+    if not isinstance(sae, Transcoder):
+        cfg.apply_b_dec_to_input = True
+    if _ranks_by_decoder_norm(sae):
+        cfg.rescale_acts_by_decoder_norm = False  # pyright: ignore[reportAttributeAccessIssue]
+    state.update(cfg=cfg, dtype=dtype)
+    # a compiled forward pass is bound to the SAE that it was compiled for
+    state.pop("training_forward_pass", None)
+    object.__setattr__(copied, "__dict__", state)
+    return copied
+
+
+def _take_over(sae: SAE[Any], new: SAE[Any]) -> None:
+    """Give `sae` the values and cfg of `new`; nothing in here can fail half-way."""
+    for name, parameter in new._parameters.items():
+        own = sae._parameters[name]
+        if own is not None and parameter is not None:
+            own.data, own.grad = parameter.data, None
+    sae.cfg, sae.dtype = new.cfg, new.dtype
+
+
+@torch.no_grad()
+def _compare(
+    sae: SAE[Any],
+    folded: SAE[Any],
+    whitening: Whitening,
+    output_whitening: Whitening | None,
+    activations: Tensor,
+    source: str,
+) -> FoldCheck:
+    """Compare `folded` on raw activations with `sae` between whitening and dewhitening."""
+    if activations.ndim != 2 or activations.shape[1] != whitening.d_in or len(activations) == 0:
+        raise FoldError(
+            f"activations to prove the fold on: expected shape (n, {whitening.d_in}) with n > 0, "
+            f"got {tuple(activations.shape)}"
+        )
+    out = output_whitening or whitening
+    # both in the precision of the folded weights: bfloat16 noise of the forward pass is not the
+    # fold's, and the values of bfloat16 weights are float32 values too
+    dtype = folded.W_enc.dtype
+    x = activations.to(folded.W_enc.device, dtype)
+    reference = _with_parameters(
+        sae, {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None}
+    )
+    # the copy keeps the flags of a folded cfg; here the unfolded ones count
+    reference.cfg = copy.deepcopy(sae.cfg)
+    reference.cfg.dtype = dtype_to_str(dtype)
+
+    pre, latents = _encode(reference, whitening.whiten(x))
+    if _ranks_by_decoder_norm(sae):
+        pre = pre * reference.get_W_dec_norm()
+    new_pre, new_latents = _encode(folded, x)
+    output = out.dewhiten(reference.decode(latents))
+    centre = out.mean.to(output)
+    scale = (output - centre).norm().clamp(min=torch.finfo(dtype).tiny)
+    active, new_active = latents != 0, new_latents != 0
+
+    eps = torch.finfo(dtype).eps
+    offset = float(out.mean.norm()) / float(out.covariance_eigenvalues.sum().sqrt())
+    # each map is a product with W or its inverse, in which rounding grows by the condition number;
+    # the mean is carried in the decoder bias, so its rounding enters in units of the spread
+    tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
+    return FoldCheck(
+        n_activations=len(x),
+        source=source,
+        pre_activation_error=_ratio((new_pre - pre).norm(), pre.norm()),
+        decoder_error=_ratio((folded.decode(latents) - output).norm(), scale),
+        active_set_change=_ratio((active ^ new_active).sum(), (active | new_active).sum()),
+        reconstruction_error=_ratio((folded.decode(new_latents) - output).norm(), scale),
+        tolerance=tolerance,
+        active_set_tolerance=0.01,
+    )
+
+
+def _encode(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations and latents, dense."""
+    captured: list[Tensor] = []
+
+    def capture(module: torch.nn.Module, args: Any, output: Any) -> None:
+        captured.append(output)
+
+    handle = sae.hook_sae_acts_pre.register_forward_hook(capture)
+    try:
+        latents = sae.encode(x)
+    finally:
+        handle.remove()
+    return captured[-1], latents.to_dense() if latents.is_sparse else latents
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> float:
+    value, reference = float(numerator), float(denominator)
+    if reference == 0:
+        return 0.0 if value == 0 else math.inf
+    return value / reference

@@ -1,0 +1,215 @@
+"""Reconstruction losses of SAELens' training SAEs in the space of the original activations.
+
+The SAE works in whitened coordinates. With e = z_hat - z the error there, the squared error in the
+original space is |e @ W_inv|^2; for pca that is sum_i l~_i^a e_i^2, an elementwise weight. Every
+reconstruction term takes it: the main loss, the inner losses of Matryoshka SAEs, and the auxiliary
+ones. A residual is mapped without the mean. Saraswatula & Klindt, arXiv 2511.13981.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import (
+    GatedTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAE,
+    TopKTrainingSAE,
+)
+from sae_lens.saes.abstopk_sae import calculate_abstopk_aux_acts
+from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
+from torch import Tensor
+
+from sae_whiten.whitening import Whitening
+
+__all__ = ["ReconstructionMetric", "losses_for"]
+
+
+class ReconstructionMetric:
+    """Squared error between whitened activations, measured in the configured space.
+
+    Scaled such that predicting the mean costs d_in on average: by d / sum(l~) in the original
+    space, by d / sum(l~^(1-a)) in whitened space, which is 1 for full whitening. Learning rates,
+    sparsity coefficients and gradient clipping then carry over between the two.
+
+    Args:
+        whitening: The transform; its `config.loss_space` chooses the space.
+        device: Where the SAE is.
+    """
+
+    def __init__(self, whitening: Whitening, device: torch.device | str) -> None:
+        values, a = whitening.eigenvalues, whitening.strength
+        if whitening.config.loss_space == "whitened":
+            scale = values.numel() / values.pow(1 - a).sum()
+            # strength 1 needs no weights at all, so that the loss is SAELens' own to the bit
+            self.weights = None if a == 1 else torch.full_like(values, float(scale))
+            self.residual_map = None
+        else:
+            scale = values.numel() / values.sum()
+            if whitening.kind == "pca":
+                self.weights, self.residual_map = values.pow(a) * scale, None
+            else:
+                self.weights, self.residual_map = None, whitening.W_inv * scale.sqrt()
+        self.weights = None if self.weights is None else self.weights.float().to(device)
+        if self.residual_map is not None:
+            self.residual_map = self.residual_map.float().to(device)
+
+    def __call__(
+        self, preds: Float[Tensor, "*batch d_in"], target: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_in"]:
+        """Contributions to the squared error, to be summed over the last dimension.
+
+        Args:
+            preds: Shape (..., d_in), whitened.
+            target: Shape (..., d_in), whitened.
+
+        Returns:
+            Shape (..., d_in), float32 at least where the metric is not the identity.
+        """
+        weights, residual_map = self.weights, self.residual_map
+        if weights is None and residual_map is None:
+            return torch.nn.functional.mse_loss(preds, target, reduction="none")
+        with torch.autocast(preds.device.type, enabled=False):
+            dtype = torch.promote_types(preds.dtype, torch.float32)
+            error = preds.to(dtype) - target.to(dtype)
+            if residual_map is not None:
+                error = error @ residual_map.to(dtype)
+            return error.square() if weights is None else error.square() * weights
+
+
+if TYPE_CHECKING:
+    _TopKBase, _MatryoshkaBase, _GatedBase = (
+        TopKTrainingSAE,
+        MatryoshkaBatchTopKTrainingSAE,
+        GatedTrainingSAE,
+    )
+else:
+    # mixed into the class of the SAE at hand, in front of it
+    _TopKBase = _MatryoshkaBase = _GatedBase = object
+
+
+def losses_for(sae_class: type[Any]) -> tuple[type[Any], ...]:
+    """The mixins that give the auxiliary losses of `sae_class` the metric `mse_loss_fn`."""
+    if issubclass(sae_class, MatryoshkaBatchTopKTrainingSAE):
+        return (_MatryoshkaLosses, _TopKLosses)
+    if issubclass(sae_class, TopKTrainingSAE):
+        return (_TopKLosses,)
+    if issubclass(sae_class, GatedTrainingSAE):
+        return (_GatedLosses,)
+    return ()  # standard and jumprelu have no reconstruction term besides the main one
+
+
+class _TopKLosses(_TopKBase):
+    """topk, abstopk, batchtopk: dead latents reconstruct the residual of the living."""
+
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        return _dead_latents_loss(
+            self, sae_in, sae_out, hidden_pre, dead_neuron_mask, calculate_topk_aux_acts
+        )
+
+    def calculate_abstopk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        return _dead_latents_loss(
+            self, sae_in, sae_out, hidden_pre, dead_neuron_mask, calculate_abstopk_aux_acts
+        )
+
+
+class _MatryoshkaLosses(_MatryoshkaBase):
+    def calculate_matryoshka_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """The dead latents of each level reconstruct the residual of the levels up to it."""
+        total = sae_out.new_tensor(0.0)
+        if dead_neuron_mask is None or not dead_neuron_mask.any():
+            return total
+        norms = self.W_dec.norm(dim=-1, keepdim=True)
+        W_dec = self.W_dec / norms if self.cfg.rescale_acts_by_decoder_norm else self.W_dec
+        start = 0
+        for width, level_out in self._iterable_decode(feature_acts, include_outer_loss=True):
+            level = slice(start, width)
+            start = width
+            total = total + _residual_loss(
+                self.mse_loss_fn,
+                (sae_in - level_out).detach(),
+                hidden_pre[:, level],
+                dead_neuron_mask[level],
+                calculate_topk_aux_acts,
+                lambda acts, level=level: acts @ W_dec[level],
+            )
+        return self.cfg.aux_loss_coefficient * total
+
+
+class _GatedLosses(_GatedBase):
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """The L1 penalty and the reconstruction through the gate alone."""
+        sae_in = step_input.sae_in
+        gate = (sae_in - self.b_dec * self.cfg.apply_b_dec_to_input) @ self.W_enc + self.b_gate
+        gate = torch.relu(gate)
+        l1 = (gate * self.W_dec.norm(dim=1)).sum(dim=-1).mean()
+        reconstruction = self.mse_loss_fn(gate @ self.W_dec + self.b_dec, sae_in)
+        return {
+            "l1_loss": step_input.coefficients["l1"] * l1,
+            "auxiliary_reconstruction_loss": reconstruction.sum(dim=-1).mean(),
+        }
+
+
+def _dead_latents_loss(
+    sae: TopKTrainingSAE,
+    sae_in: Tensor,
+    sae_out: Tensor,
+    hidden_pre: Tensor,
+    dead_neuron_mask: Tensor | None,
+    select: Any,
+) -> Tensor:
+    if dead_neuron_mask is None:
+        return sae_out.new_tensor(0.0)
+    loss = _residual_loss(
+        sae.mse_loss_fn,
+        (sae_in - sae_out).detach(),
+        hidden_pre,
+        dead_neuron_mask,
+        select,
+        lambda acts: act_times_W_dec(acts, sae.W_dec, sae.cfg.rescale_acts_by_decoder_norm),
+    )
+    return sae.cfg.aux_loss_coefficient * loss
+
+
+def _residual_loss(
+    metric: Any,
+    residual: Tensor,
+    hidden_pre: Tensor,
+    dead: Tensor,
+    select: Any,
+    decode: Any,
+) -> Tensor:
+    """Error of the dead latents' reconstruction of `residual`; Gao et al. 2024, appendix A.2."""
+    n_dead = int(dead.sum())
+    if n_dead == 0:
+        return residual.new_tensor(0.0)
+    k_aux = residual.shape[-1] // 2
+    acts = select(k_aux=min(k_aux, n_dead), hidden_pre=hidden_pre, dead_neuron_mask=dead)
+    # fewer dead latents than k_aux: a loss in proportion
+    share = min(n_dead / k_aux, 1.0)
+    return share * metric(decode(acts), residual).sum(dim=-1).mean()

@@ -1,0 +1,140 @@
+"""The activations on their way to the training loop."""
+
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sae_whiten.saelens.scaler import flatten_heads
+from sae_whiten.statistics import NonFiniteActivationsError
+
+__all__ = ["ActivationStream", "DataExhaustedError", "StopRequested"]
+
+_SPOOL_BYTES = 1 << 30
+
+
+class DataExhaustedError(ValueError):
+    """The data provider ended before training did."""
+
+
+class StopRequested(Exception):
+    """Training was asked to stop; raised between two steps, when everything can be saved."""
+
+
+class ActivationStream(Iterator[Tensor]):
+    """Serves a data provider's batches in their order, however many were looked at beforehand.
+
+    `lookahead` lets statistics be estimated from the first batches; training then gets the same
+    batches again. They are kept in memory up to 1 GiB, beyond that in a temporary file.
+
+    The n-th batch served is always the n-th of the provider, so a resumed run needs a provider that
+    starts at batch `n_served`.
+
+    Args:
+        source: Yields activations, shape (n, d_in) or (n, n_heads, d_head).
+        d_in: Width of the activations.
+        on_nonfinite: "raise" or "skip" activations that hold a NaN or an infinity.
+
+    Attributes:
+        n_served: Batches served.
+        n_skipped: Activations left out because they were not finite.
+        last: The batch served last.
+    """
+
+    def __init__(
+        self, source: Iterator[Tensor], d_in: int, on_nonfinite: Literal["raise", "skip"]
+    ) -> None:
+        self.source = source
+        self.d_in = d_in
+        self.on_nonfinite = on_nonfinite
+        self.n_served = 0
+        self.n_skipped = 0
+        self.last: Tensor | None = None
+        self._stop = False
+        self._spool: Any = None
+        self._spooled: deque[tuple[torch.Size, torch.dtype, torch.device, int]] = deque()
+        self._read_position = 0
+
+    def request_stop(self) -> None:
+        """Make the next call for a batch raise `StopRequested` instead; safe in signal handlers."""
+        self._stop = True
+
+    def lookahead(self) -> Iterator[Tensor]:
+        """The batches to come, which will be served all the same."""
+        while True:
+            if self._stop:
+                raise StopRequested
+            try:
+                batch = next(self.source)
+            except StopIteration:
+                return
+            self._keep(batch)
+            yield batch
+
+    def __next__(self) -> Tensor:
+        if self._stop:
+            raise StopRequested
+        try:
+            batch = self._next_raw()
+        except StopIteration:
+            raise DataExhaustedError(
+                f"the data provider ended after {self.n_served} batches, before training did: "
+                "provide more data or lower total_training_samples"
+            ) from None
+        batch = self._finite(flatten_heads(batch, self.d_in))
+        self.n_served += 1
+        self.last = batch
+        return batch
+
+    def held_out(self) -> Tensor | None:
+        """A batch that was not served, or None if the provider has no more."""
+        try:
+            batch = flatten_heads(self._next_raw(), self.d_in)
+        except StopIteration:
+            return None
+        rows = batch.reshape(-1, self.d_in)
+        rows = rows[torch.isfinite(rows).all(dim=1)]
+        return rows if len(rows) else None
+
+    def _next_raw(self) -> Tensor:
+        if not self._spooled:
+            return next(self.source)
+        shape, dtype, device, n_bytes = self._spooled.popleft()
+        self._spool.seek(self._read_position)
+        content = bytearray(self._spool.read(n_bytes))
+        self._read_position += n_bytes
+        if not self._spooled:
+            self._spool.close()
+            self._spool, self._read_position = None, 0
+        return torch.frombuffer(content, dtype=torch.uint8).view(dtype).reshape(shape).to(device)
+
+    def _keep(self, batch: Tensor) -> None:
+        if batch.numel() == 0:
+            return
+        if self._spool is None:
+            self._spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115
+        content = batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._spool.seek(0, 2)
+        self._spool.write(content.data)
+        self._spooled.append((batch.shape, batch.dtype, batch.device, content.nbytes))
+
+    def _finite(self, batch: Tensor) -> Tensor:
+        if torch.isfinite(batch.sum(dtype=torch.float32)):
+            return batch
+        finite = torch.isfinite(batch).all(dim=-1)
+        n_bad = int((~finite).sum())
+        if n_bad == 0:
+            return batch
+        if self.on_nonfinite == "raise":
+            first = (~finite).nonzero()[0].tolist()
+            raise NonFiniteActivationsError(
+                f"training batch {self.n_served} of shape {tuple(batch.shape)} holds {n_bad} "
+                f"activations with a NaN or an infinity, the first at {first}; the SAE was not "
+                "trained on it. Find out where they come from, or set "
+                "WhiteningConfig(on_nonfinite='skip')."
+            )
+        self.n_skipped += n_bad
+        return batch[finite]

@@ -1,0 +1,328 @@
+"""SAELens' trainer, training under whitening and returning a folded SAE."""
+
+import copy
+import logging
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import SPARSITY_FILENAME
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
+from sae_lens.training.types import DataProvider
+from sae_lens.util import path_or_tmp_dir
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_whiten._files import atomic_directory, load_tensors, save_tensors
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.saelens.folding import (
+    FoldError,
+    fold_whitening_into_weights,
+    unfold_whitening_from_weights,
+)
+from sae_whiten.saelens.scaler import CovarianceWhiteningScaler
+from sae_whiten.saelens.stream import ActivationStream
+from sae_whiten.saelens.training_sae import (
+    TRAINING_STATE_DIR,
+    enter_whitened_space,
+    leave_whitened_space,
+    load_training_weights,
+    save_state,
+    set_whitening,
+)
+from sae_whiten.whitening import Whitening
+
+__all__ = ["WhiteningTrainer"]
+
+logger = logging.getLogger(__name__)
+
+_PROGRESS_FILENAME = "progress.safetensors"
+_PROGRESS_KIND = "training_progress"
+_N_CHECK = 1024  # activations to prove the fold on; enough to see one changed latent in 10^4
+
+
+class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
+    """An `SAETrainer` that whitens activations, trains, and returns a plain, folded SAE.
+
+    The whitening is estimated from the first batches of the data provider, which are then trained
+    on like all others. While training lasts the SAE object belongs to a subclass of its class that
+    saves folded copies and takes reconstruction losses in the configured space; afterwards it is of
+    its own class again, folded, and the fold was proved on activations that were not trained on.
+
+    Args:
+        cfg: SAELens' trainer config.
+        sae: Any stock training SAE with `normalize_activations="covariance_whitening"` in its
+            config, which is copied, never changed.
+        data_provider: Yields activations, shape (n, d_in) or (n, n_heads, d_head).
+        whitening: How to whiten; the default configuration if None.
+        evaluator: As for `SAETrainer`.
+        save_checkpoint_fn: As for `SAETrainer`; called while the directory is being written.
+        start_from_folded: Take an SAE with `normalize_activations="none"` and go on training it
+            under whitening: it is brought into whitened coordinates before the first step.
+
+    Attributes:
+        whitening: The whitening, once it is estimated or loaded. (`scaler.whitening` is None again
+            after `fit()`, as in SAELens: the SAE does the whitening then.)
+        scaler: What evaluators need; its `statistics`, if this trainer estimated them.
+        stream: The data provider, as training sees it.
+
+    Raises:
+        ValueError: The SAE's config does not ask for whitening.
+        FoldError: No whitening can be folded into this architecture.
+    """
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: TrainingSAE[Any],
+        data_provider: DataProvider,
+        whitening: WhiteningConfig | None = None,
+        evaluator: Evaluator[Any] | None = None,
+        save_checkpoint_fn: SaveCheckpointFn | None = None,
+        start_from_folded: bool = False,
+    ) -> None:
+        expected = "none" if start_from_folded else "covariance_whitening"
+        if sae.cfg.normalize_activations != expected:
+            raise ValueError(
+                f"the SAE's config has normalize_activations={sae.cfg.normalize_activations!r}; "
+                f"WhiteningTrainer needs {expected!r}. To train without whitening, use SAELens' "
+                "own trainer."
+            )
+        if cfg.lr_end is None:
+            # as SAELens' runner has it; its trainer asserts that somebody has set it
+            cfg = replace(cfg, lr_end=cfg.lr / 10)
+        enter_whitened_space(sae)
+        sae.cfg = copy.deepcopy(sae.cfg)
+        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        self.whitening: Whitening | None = None
+        self._given_config = whitening
+        self._start_from_folded = start_from_folded
+        self._weights_before_fold: dict[str, Tensor] | None = None
+        self._cfg_before_fold: dict[str, Any] = {}
+        self._finished = False
+        # the same objects under SAELens' names
+        self.activation_scaler = self.scaler = CovarianceWhiteningScaler(whitening)
+        self.data_provider = self.stream = ActivationStream(
+            data_provider, sae.cfg.d_in, self.scaler.config.on_nonfinite
+        )
+
+    def fit(self) -> TrainingSAE[Any]:
+        """Estimate the whitening if there is none, train, fold, prove the fold.
+
+        Returns:
+            The SAE given, folded: `normalize_activations="none"`, float32 at least, with
+            `cfg.metadata.whitening` telling how it was whitened and how exact the fold is.
+
+        Raises:
+            ValueError: `fit` ran to its end before, the data ended too early, or an activation is
+                not finite.
+            FoldError: The folded SAE differs from the one that was trained by more than rounding
+                explains. Both are then on disk, at the path that the message names.
+        """
+        if self._finished:
+            raise ValueError(
+                "this SAE is trained and folded already; unfold it with "
+                "unfold_whitening_from_weights and make a new trainer to go on"
+            )
+        self.sae.to(self.cfg.device)
+        self.estimate_whitening()
+        sae = super().fit()
+        self._finished = True
+        return sae
+
+    def estimate_whitening(self) -> None:
+        """Estimate the whitening from the batches to come, unless there is one already."""
+        if self.scaler.whitening is None:
+            self.scaler.estimate_whitening(
+                d_in=self.sae.cfg.d_in, data_provider=self.stream.lookahead()
+            )
+        self._use_whitening()
+
+    def _use_whitening(self) -> None:
+        self.whitening = whitening = self.scaler.whitening
+        assert whitening is not None
+        if whitening.d_in != self.sae.cfg.d_in:
+            raise ValueError(
+                f"the whitening is of width {whitening.d_in}, the SAE of width {self.sae.cfg.d_in}"
+            )
+        if self._start_from_folded and self.n_training_steps == 0:
+            unfold_whitening_from_weights(self.sae, whitening)
+        self._start_from_folded = False
+        set_whitening(self.sae, whitening, fold=self._fold)
+
+    def _fold(self) -> None:
+        """Fold and prove the fold; called by SAELens' `fit` once the training loop is done."""
+        whitening = self.whitening
+        assert whitening is not None
+        if self.cfg.save_final_checkpoint:
+            # the final checkpoint can be resumed too, and that needs the unfolded weights
+            self._weights_before_fold = {k: v.clone() for k, v in self.sae.state_dict().items()}
+            self._cfg_before_fold = self.sae.cfg.to_dict()
+        activations, source = self.stream.held_out(), "held-out"
+        if activations is None:
+            activations, source = self.stream.last, "training"
+        try:
+            report = fold_whitening_into_weights(
+                self.sae,
+                whitening,
+                activations=None if activations is None else activations[:_N_CHECK],
+                source=source,
+            )
+        except FoldError as error:
+            raise FoldError(f"{error} Both forms are in {self._keep_both_forms()}") from error
+        leave_whitened_space(self.sae)
+        if report.check is None:
+            logger.warning("the fold could not be checked: there are no activations")
+        else:
+            logger.info(
+                "whitening folded into the weights: error %.1e (tolerance %.1e), %.3f%% of active "
+                "latents changed, on %d %s activations",
+                report.check.fold_error,
+                report.check.tolerance,
+                100 * report.check.active_set_change,
+                report.check.n_activations,
+                source,
+            )
+
+    def _keep_both_forms(self) -> Path:
+        base = self.cfg.checkpoint_path or tempfile.mkdtemp(prefix="sae_whiten_")
+        name = f"failed_fold_{self.n_training_samples}"
+        try:
+            self.save_checkpoint(name, base_path=base)
+        except FoldError:  # weights that are not finite have no folded form
+            self.save_trainer_state(Path(base) / name)
+        return Path(base) / name
+
+    def build_train_step_log_dict(
+        self, output: TrainStepOutput, n_training_samples: int
+    ) -> dict[str, Any]:
+        """SAELens' figures, with explained variance taken in the space of the activations."""
+        return super().build_train_step_log_dict(
+            replace(
+                output,
+                sae_in=self.scaler.unscale(output.sae_in.float()),
+                sae_out=self.scaler.unscale(output.sae_out.float()),
+            ),
+            n_training_samples,
+        )
+
+    def maybe_reset_sparsity(self) -> dict[str, Any]:
+        """As in SAELens; a window that was reset before a checkpoint is not reported again."""
+        return super().maybe_reset_sparsity() if self.n_frac_active_samples > 0 else {}
+
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """Save a checkpoint, whole or not at all.
+
+        The directory is a plain SAE that stock SAELens opens; what resuming needs, in whitened
+        coordinates, lies in a folder inside it.
+        """
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None and not self.cfg.logger.log_to_wandb:
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=None)
+            return
+        with path_or_tmp_dir(base) as root:
+            path = root / checkpoint_name
+            with atomic_directory(path) as partial:
+                weights, cfg = self.sae.save_inference_model(partial)
+                sparsity = partial / SPARSITY_FILENAME
+                save_file({"sparsity": self.log_feature_sparsity}, sparsity)
+                self.save_trainer_state(partial)
+                if self.save_checkpoint_fn is not None:
+                    self.save_checkpoint_fn(checkpoint_path=partial if base is not None else None)
+            logger.info("checkpoint saved: %s", path)
+            if self.cfg.logger.log_to_wandb:
+                self.cfg.logger.log(
+                    self,
+                    path / weights.name,
+                    path / cfg.name,
+                    sparsity_path=path / sparsity.name,
+                    wandb_aliases=wandb_aliases,
+                )
+
+    def save_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Write what resuming needs into a folder of `checkpoint_path`: weights and whitening,
+        optimizer, schedules, counters and random generators."""
+        directory = Path(checkpoint_path) / TRAINING_STATE_DIR
+        scaler = self.scaler
+        in_use, scaler.whitening = scaler.whitening, self.whitening
+        try:
+            super().save_trainer_state(directory)
+        finally:
+            scaler.whitening = in_use
+        weights = self._weights_before_fold
+        save_state(
+            checkpoint_path,
+            dict(self.sae.state_dict()) if weights is None else weights,
+            self.sae.cfg.to_dict() if weights is None else self._cfg_before_fold,
+        )
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.stack(torch.cuda.get_rng_state_all())
+        save_tensors(
+            directory / _PROGRESS_FILENAME,
+            _PROGRESS_KIND,
+            generators,
+            {"n_served": self.stream.n_served, "n_skipped": self.stream.n_skipped},
+        )
+
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Continue from a checkpoint: trainer, SAE and whitening. The data provider has to start at
+        the batch with index `stream.n_served`.
+
+        Raises:
+            FileNotFoundError: The directory is not a checkpoint of this package, or a file of it,
+                such as the whitening, is missing.
+            CorruptFileError: A file is truncated, foreign or was changed.
+            ValueError: The checkpoint was trained under another whitening configuration, or is of
+                another SAE.
+        """
+        directory = Path(checkpoint_path) / TRAINING_STATE_DIR
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"{checkpoint_path} holds no {TRAINING_STATE_DIR}/: it is not a checkpoint of "
+                "WhiteningTrainer. (A folded SAE can be trained on: from_pretrained_path. "
+                "Checkpoints of SAELens' own trainer cannot be resumed here.)"
+            )
+        generators, fields = load_tensors(directory / _PROGRESS_FILENAME, _PROGRESS_KIND)
+        scaler = self.scaler
+        given = self._given_config
+        load_training_weights(self.sae, checkpoint_path)
+        super().load_trainer_state(directory)
+        if scaler.whitening is None:
+            raise FileNotFoundError(f"{directory} holds no whitening to continue under")
+        if given is not None and given != scaler.config:
+            saved, now = scaler.config.to_dict(), given.to_dict()
+            names = [f"{k}={saved[k]!r} (now {now[k]!r})" for k in now if saved[k] != now[k]]
+            raise ValueError(
+                f"{checkpoint_path} was trained with {', '.join(names)}: resume with the same "
+                "WhiteningConfig, or with none"
+            )
+        self.whitening = scaler.whitening
+        self._start_from_folded = False
+        self.stream.n_served = int(fields["n_served"])
+        self.stream.n_skipped = int(fields["n_skipped"])
+        self.stream.on_nonfinite = scaler.config.on_nonfinite
+        self.checkpoint_thresholds = [
+            t for t in self.checkpoint_thresholds if t >= self.n_training_samples
+        ]
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(list(generators["cuda"]))
+
+    def _checkpoint_if_needed(self) -> None:
+        # fit() counts a step only after this call, but the checkpoint is taken after the step
+        self.n_training_steps += 1
+        try:
+            super()._checkpoint_if_needed()
+        finally:
+            self.n_training_steps -= 1

@@ -1,0 +1,250 @@
+"""Streaming mean and covariance of activations, in float64.
+
+Chan, Golub & LeVeque, *Updating Formulae and a Pairwise Algorithm for Computing Sample Variances*
+(1979): with n samples of mean m and scatter S = sum (x - m)(x - m)^T, two sets combine to
+
+    m = m_a + (n_b / n) delta,   S = S_a + S_b + (n_a n_b / n) delta delta^T,   delta = m_b - m_a.
+
+Every batch is centred by its own mean before it is multiplied out, so nothing cancels however far
+the activations lie from the origin.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from scipy.linalg.blas import dsyrk  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor
+
+from sae_whiten._files import CorruptFileError, load_tensors, save_tensors
+
+__all__ = ["ActivationStatistics", "NonFiniteActivationsError"]
+
+_KIND = "activation_statistics"
+
+
+class NonFiniteActivationsError(ValueError):
+    """A batch of activations holds a NaN or an infinity."""
+
+
+class ActivationStatistics:
+    """Mean and covariance of activations, accumulated batch by batch.
+
+    Memory is O(d_in^2) whatever the number of batches. Batches may be float16, bfloat16, float32 or
+    float64, on any device; the sums are float64, on the CPU, or on the device of CUDA batches (MPS
+    has no float64).
+
+    Args:
+        d_in: Width of the activations.
+        on_nonfinite: "raise" refuses a batch that holds a NaN or an infinity and stays as it was;
+            "skip" leaves out the activations concerned and counts them in `n_skipped`.
+
+    Attributes:
+        d_in: Width of the activations.
+        n_samples: Activations seen so far.
+        n_skipped: Activations left out because they were not finite.
+        provenance: Where the activations came from (model, hook, dataset...), saved with the file;
+            values must be serialisable as JSON.
+
+    Examples:
+        >>> statistics = ActivationStatistics(2)
+        >>> statistics.update(torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+        >>> statistics.mean.tolist(), statistics.covariance.tolist()
+        ([2.0, 2.0], [[2.0, 4.0], [4.0, 8.0]])
+    """
+
+    def __init__(self, d_in: int, on_nonfinite: Literal["raise", "skip"] = "raise") -> None:
+        if d_in < 1:
+            raise ValueError(f"d_in={d_in}: must be at least 1")
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r}: must be 'raise' or 'skip'")
+        self.d_in = d_in
+        self.on_nonfinite: Literal["raise", "skip"] = on_nonfinite
+        self.n_samples = 0
+        self.n_skipped = 0
+        self.n_batches = 0
+        self.provenance: dict[str, Any] = {}
+        self._mean = torch.zeros(d_in, dtype=torch.float64)
+        # only the upper triangle is kept up to date: a rank-n update then costs half
+        self._scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
+
+    def __repr__(self) -> str:
+        return f"ActivationStatistics(d_in={self.d_in}, n_samples={self.n_samples})"
+
+    @torch.no_grad()
+    def update(self, batch: Float[Tensor, "*samples d"]) -> None:
+        """Add a batch of activations.
+
+        Args:
+            batch: Shape (n, d_in) or (batch, seq, d_in), any floating dtype, any device.
+
+        Raises:
+            ValueError: The last dimension is not `d_in`, or there are not two or three dimensions.
+            NonFiniteActivationsError: A value is NaN or infinite and `on_nonfinite` is "raise".
+        """
+        if batch.ndim not in (2, 3) or batch.shape[-1] != self.d_in:
+            raise ValueError(
+                f"activations of shape {tuple(batch.shape)} given to statistics of width "
+                f"d_in={self.d_in}: expected (n, {self.d_in}) or (batch, seq, {self.d_in})"
+            )
+        device = batch.device if batch.device.type == "cuda" else torch.device("cpu")
+        rows = batch.detach().reshape(-1, self.d_in).to(device)
+        rows = self._finite(rows, tuple(batch.shape)).to(torch.float64)
+        self.n_batches += 1
+        n = rows.shape[0]
+        if n == 0:
+            return
+        self._to(device)
+        mean = rows.mean(0)
+        # the term (n_a n_b / n) delta delta^T enters the product as one more row
+        delta = mean - self._mean
+        total = self.n_samples + n
+        weight = math.sqrt(self.n_samples * n / total)
+        centred = torch.empty(n + 1, self.d_in, dtype=torch.float64, device=device)
+        torch.sub(rows, mean, out=centred[:n])
+        torch.mul(delta, weight, out=centred[n])
+        _add_gram(self._scatter, centred)
+        self._mean += delta * (n / total)
+        self.n_samples = total
+
+    def merge(self, other: "ActivationStatistics") -> "ActivationStatistics":
+        """Statistics of the activations of both, exactly; neither is changed.
+
+        Entries of `provenance` on which the two agree are kept.
+
+        Raises:
+            ValueError: The widths differ.
+        """
+        if other.d_in != self.d_in:
+            raise ValueError(f"cannot merge statistics of widths {self.d_in} and {other.d_in}")
+        merged = ActivationStatistics(self.d_in, self.on_nonfinite)
+        merged.n_samples = self.n_samples + other.n_samples
+        merged.n_skipped = self.n_skipped + other.n_skipped
+        merged.n_batches = self.n_batches + other.n_batches
+        merged.provenance = {
+            key: value
+            for key, value in self.provenance.items()
+            if key in other.provenance and other.provenance[key] == value
+        }
+        if merged.n_samples == 0:
+            return merged
+        share = other.n_samples / merged.n_samples
+        delta = other._mean.to(self._mean.device) - self._mean
+        merged._mean = self._mean + delta * share
+        merged._scatter = (
+            self._scatter
+            + other._scatter.to(self._scatter.device)
+            + torch.outer(delta, delta) * (self.n_samples * share)
+        )
+        return merged
+
+    @property
+    def mean(self) -> Float[Tensor, "d_in"]:
+        """Mean, shape (d_in,), float64.
+
+        Raises:
+            ValueError: There is no sample.
+        """
+        if self.n_samples < 1:
+            raise ValueError(f"the mean of no activations{self._skipped()}")
+        return self._mean.clone()
+
+    @property
+    def covariance(self) -> Float[Tensor, "d_in d_in"]:
+        """Unbiased covariance (divisor n - 1), shape (d_in, d_in), float64, symmetric.
+
+        Raises:
+            ValueError: There are fewer than two samples.
+        """
+        if self.n_samples < 2:
+            raise ValueError(
+                f"a covariance needs at least 2 activations, got {self.n_samples}{self._skipped()}"
+            )
+        upper = self._scatter.triu() / (self.n_samples - 1)
+        return upper + upper.triu(1).T
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically, with `provenance` in its metadata."""
+        save_tensors(
+            path,
+            _KIND,
+            {"mean": self._mean, "scatter": self._scatter.triu()},
+            {
+                "d_in": self.d_in,
+                "n_samples": self.n_samples,
+                "n_skipped": self.n_skipped,
+                "n_batches": self.n_batches,
+                "provenance": json.loads(json.dumps(self.provenance)),
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ActivationStatistics":
+        """Read a file written by `save`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CorruptFileError: The file is truncated, foreign or was changed.
+        """
+        tensors, fields = load_tensors(path, _KIND)
+        statistics = cls(int(fields["d_in"]))
+        d_in = statistics.d_in
+        mean, scatter = tensors.get("mean"), tensors.get("scatter")
+        if (
+            mean is None
+            or scatter is None
+            or mean.shape != (d_in,)
+            or scatter.shape != (d_in, d_in)
+            or mean.dtype != torch.float64
+            or scatter.dtype != torch.float64
+        ):
+            raise CorruptFileError(f"{path}: mean or covariance missing, or not of width {d_in}")
+        statistics._mean, statistics._scatter = mean, scatter
+        statistics.n_samples = int(fields["n_samples"])
+        statistics.n_skipped = int(fields["n_skipped"])
+        statistics.n_batches = int(fields["n_batches"])
+        statistics.provenance = dict(fields["provenance"])
+        return statistics
+
+    def _to(self, device: torch.device) -> None:
+        if self._mean.device != device:
+            self._mean, self._scatter = self._mean.to(device), self._scatter.to(device)
+
+    def _skipped(self) -> str:
+        return f" ({self.n_skipped} were skipped as not finite)" if self.n_skipped else ""
+
+    def _finite(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        # the sum of a row is finite exactly when its entries are, but for overflow, which the
+        # full test then clears
+        if torch.isfinite(rows.sum(dtype=torch.float64)):
+            return rows
+        finite = torch.isfinite(rows).all(dim=1)
+        n_bad = int((~finite).sum())
+        if n_bad == 0:
+            return rows
+        if self.on_nonfinite == "raise":
+            first = int((~finite).nonzero()[0])
+            raise NonFiniteActivationsError(
+                f"batch {self.n_batches} of shape {shape} holds {n_bad} activations with a NaN or "
+                f"an infinity, the first in row {first}; the statistics still hold the "
+                f"{self.n_samples} activations before it. Find out where they come from, or pass "
+                "on_nonfinite='skip' to leave them out."
+            )
+        self.n_skipped += n_bad
+        return rows[finite]
+
+
+def _add_gram(upper: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to the upper triangle of `upper`, in place; both float64, on one device."""
+    if upper.device.type != "cpu":
+        upper.addmm_(rows.T, rows)
+        return
+    # transposed, a C-ordered matrix is a Fortran-ordered one without a copy, and its upper triangle
+    # the lower one; dsyrk does half the operations of a general product
+    result = dsyrk(1.0, rows.numpy().T, beta=1.0, c=upper.numpy().T, lower=1, overwrite_c=1)
+    if result.ctypes.data != upper.data_ptr():
+        # scipy made a copy: never rely on the update in place without having seen it
+        upper.copy_(torch.from_numpy(result.T))

@@ -1,0 +1,289 @@
+"""The whitening transform, derived from the mean and covariance of activations.
+
+With C = E diag(l) E^T the covariance, l~ its regularised eigenvalues and a the strength:
+
+    kind   W (whiten: z = (x - mean) @ W)     W_inv (dewhiten: x = z @ W_inv + mean)
+    pca    E diag(l~^(-a/2))                  diag(l~^(a/2)) E^T
+    zca    E diag(l~^(-a/2)) E^T              E diag(l~^(a/2)) E^T
+
+Row vectors throughout, as in SAELens. Source: Saraswatula & Klindt, arXiv 2511.13981; Kessy, Lewin
+& Strimmer, *Optimal Whitening and Decorrelation* (2018).
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_whiten._files import CorruptFileError, load_tensors, save_tensors
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.statistics import ActivationStatistics
+
+__all__ = ["Whitening", "oas_shrinkage"]
+
+logger = logging.getLogger(__name__)
+
+_KIND = "whitening"
+_FEW_SAMPLES_PER_DIMENSION = 10
+
+
+def oas_shrinkage(eigenvalues: Float[Tensor, "d"], n_samples: int) -> float:
+    """Oracle approximating shrinkage: the intensity in [0, 1] for a covariance of n samples.
+
+    Chen, Wiesel, Eldar & Hero, *Shrinkage Algorithms for MMSE Covariance Estimation* (2010),
+    equation 23 without the terms in 1/d that scikit-learn's `OAS` omits too. It needs only
+    d, n, tr(C) and tr(C^2).
+
+    Args:
+        eigenvalues: Shape (d,), eigenvalues of the covariance.
+        n_samples: Number of samples that the covariance was estimated from.
+    """
+    d = eigenvalues.numel()
+    mean_square = float(eigenvalues.square().sum()) / d**2
+    square_mean = float(eigenvalues.mean()) ** 2
+    denominator = (n_samples + 1) * (mean_square - square_mean / d)
+    return 1.0 if denominator <= 0 else min((mean_square + square_mean) / denominator, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """An invertible affine map between activations x and whitened activations z.
+
+    Attributes:
+        mean: Shape (d_in,), float64.
+        W: Shape (d_in, d_in), float64; z = (x - mean) @ W.
+        W_inv: Shape (d_in, d_in), float64; x = z @ W_inv + mean.
+        eigenvalues: Shape (d_in,), float64, ascending before regularisation: the regularised
+            eigenvalues of the covariance, one per whitened direction.
+        covariance_eigenvalues: Shape (d_in,), float64: the same before regularisation.
+        config: The configuration it was derived with.
+        shrinkage: The intensity that was applied.
+        n_samples: Number of activations behind the statistics.
+    """
+
+    mean: Tensor
+    W: Tensor
+    W_inv: Tensor
+    eigenvalues: Tensor
+    covariance_eigenvalues: Tensor
+    config: WhiteningConfig
+    shrinkage: float
+    n_samples: int
+    _casts: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_statistics(
+        cls, stats: ActivationStatistics, config: WhiteningConfig | None = None
+    ) -> "Whitening":
+        """Derive the transform.
+
+        Warns, through logging, when the samples are too few for the number of dimensions.
+
+        Args:
+            stats: Mean and covariance; at least two samples.
+            config: How to regularise; the default configuration if None.
+
+        Raises:
+            ValueError: There are fewer than two samples, all activations are the same, or a
+                direction without variance would be divided by zero (eps = 0, absolute).
+        """
+        config = config or WhiteningConfig()
+        n, d = stats.n_samples, stats.d_in
+        raw, basis = torch.linalg.eigh(stats.covariance.cpu())
+        raw = raw.clamp(min=0)
+        average = raw.mean()
+        if not average > 0:
+            raise ValueError(
+                f"all {n} activations are the same: there is no variance to whiten. "
+                "Check the hook name and that the model's weights are loaded."
+            )
+        shrinkage = _shrinkage(config, raw, n, d)
+        eigenvalues = (1 - shrinkage) * raw + shrinkage * average
+        if config.eps_mode == "absolute":
+            eigenvalues = eigenvalues + config.eps
+        else:
+            # the usual definition of numerical rank: below it, an eigenvalue is rounding error
+            null = raw <= d * torch.finfo(torch.float64).eps * raw[-1]
+            eigenvalues = eigenvalues + config.eps * average
+            if shrinkage == 0:
+                eigenvalues = torch.where(null, average, eigenvalues)
+            # eigenvectors are defined up to sign: choose it, so that two estimates agree
+            largest = basis.abs().argmax(dim=0, keepdim=True)
+            basis = basis * basis.gather(0, largest).sign()
+        if config.strength > 0 and not eigenvalues.min() > 0:
+            raise ValueError(
+                f"{int((eigenvalues <= 0).sum())} directions have no variance and eps=0: "
+                "whitening would divide by zero. Use eps > 0."
+            )
+        scale = eigenvalues ** (config.strength / 2)
+        W, W_inv = basis / scale, scale[:, None] * basis.T
+        if config.kind == "zca":
+            W, W_inv = W @ basis.T, basis @ W_inv
+        return cls(
+            mean=stats.mean.cpu(),
+            W=W.contiguous(),
+            W_inv=W_inv.contiguous(),
+            eigenvalues=eigenvalues,
+            covariance_eigenvalues=raw,
+            config=config,
+            shrinkage=shrinkage,
+            n_samples=n,
+        )
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.mean.numel()
+
+    @property
+    def kind(self) -> Literal["pca", "zca"]:
+        """The kind of whitening, "pca" or "zca"."""
+        return self.config.kind
+
+    @property
+    def strength(self) -> float:
+        """The exponent of partial whitening, in [0, 1]."""
+        return self.config.strength
+
+    @property
+    def matrix(self) -> Tensor:
+        """`W`, under the name that SAELens' `ActivationWhitening` has for it."""
+        return self.W
+
+    @property
+    def inverse_matrix(self) -> Tensor:
+        """`W_inv`, under the name that SAELens' `ActivationWhitening` has for it."""
+        return self.W_inv
+
+    @property
+    def condition_number(self) -> float:
+        """Condition number of W: the square root of that of the covariance, for strength 1."""
+        ratio = self.eigenvalues.max() / self.eigenvalues.min()
+        return float(ratio ** (self.strength / 2))
+
+    def whiten(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """z = (x - mean) @ W.
+
+        Computed in float32 at least, whatever the dtype of `x` and inside autocast too, for
+        bfloat16 keeps 8 bits of a difference of which the mean is the larger part.
+
+        Args:
+            x: Shape (..., d_in), any floating dtype and device.
+
+        Returns:
+            The shape and dtype of `x`.
+
+        Raises:
+            ValueError: The last dimension of `x` is not d_in.
+        """
+        self._check_width(x, "whiten")
+        W, _, mean, mean_rest = self._cast(x)
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.reshape(-1, self.d_in).to(W.dtype) - mean
+            # what the rounding of the mean left over is subtracted after the product
+            return torch.addmm(mean_rest, rows, W).reshape(x.shape).to(x.dtype)
+
+    def dewhiten(self, z: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """x = z @ W_inv + mean; dtypes, shapes and errors as for `whiten`."""
+        self._check_width(z, "dewhiten")
+        _, W_inv, mean, _ = self._cast(z)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = z.reshape(-1, self.d_in).to(W_inv.dtype)
+            return torch.addmm(mean, rows, W_inv).reshape(z.shape).to(z.dtype)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file, atomically."""
+        tensors, fields = self._content()
+        save_tensors(path, _KIND, tensors, fields)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Whitening":
+        """Read a file written by `save`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CorruptFileError: The file is truncated, foreign or was changed.
+        """
+        tensors, fields = load_tensors(path, _KIND)
+        try:
+            return cls(
+                mean=tensors["mean"],
+                W=tensors["matrix"],
+                W_inv=tensors["inverse_matrix"],
+                eigenvalues=tensors["eigenvalues"],
+                covariance_eigenvalues=tensors["covariance_eigenvalues"],
+                config=WhiteningConfig.from_dict(fields["config"]),
+                shrinkage=float(fields["shrinkage"]),
+                n_samples=int(fields["n_samples"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise CorruptFileError(f"{path}: incomplete or invalid content ({error})") from error
+
+    def summary(self) -> dict[str, Any]:
+        """What a reader of a trained SAE needs to know; values that JSON can hold."""
+        return {
+            "method": "covariance_whitening (arXiv 2511.13981)",
+            "config": self.config.to_dict(),
+            "n_samples": self.n_samples,
+            "shrinkage": self.shrinkage,
+            "condition_number": self.condition_number,
+        }
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        # mean, matrix and inverse_matrix are the names in SAELens' own file of this kind
+        tensors = {
+            "mean": self.mean,
+            "matrix": self.W,
+            "inverse_matrix": self.W_inv,
+            "eigenvalues": self.eigenvalues,
+            "covariance_eigenvalues": self.covariance_eigenvalues,
+        }
+        fields = {
+            "config": self.config.to_dict(),
+            "shrinkage": self.shrinkage,
+            "n_samples": self.n_samples,
+        }
+        return tensors, fields
+
+    def _check_width(self, x: Tensor, method: str) -> None:
+        if x.shape[-1:] != self.mean.shape:
+            raise ValueError(
+                f"Whitening.{method}: expected shape (..., {self.d_in}), got {tuple(x.shape)}"
+            )
+
+    def _cast(self, x: Tensor) -> tuple[Tensor, ...]:
+        """W, W_inv, the mean and -(mean - its rounding) @ W, in the dtype and place of `x`."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        key = (x.device, dtype)
+        if key not in self._casts:
+            rounded = self.mean.to(dtype)
+            rest = -(self.mean - rounded.double()) @ self.W
+            self._casts[key] = tuple(
+                t.to(dtype).to(x.device) for t in (self.W, self.W_inv, rounded, rest)
+            )
+        return self._casts[key]
+
+
+def _shrinkage(config: WhiteningConfig, eigenvalues: Tensor, n: int, d: int) -> float:
+    few = n < _FEW_SAMPLES_PER_DIMENSION * d
+    automatic = few and config.shrinkage is None and config.eps_mode == "relative"
+    if config.shrinkage == "oas" or automatic:
+        # the formula is stated for the covariance with divisor n
+        intensity = oas_shrinkage(eigenvalues * ((n - 1) / n), n)
+    else:
+        intensity = float(config.shrinkage or 0.0)
+    if few:
+        logger.warning(
+            "whitening estimated from %d activations of %d dimensions: too few, the small "
+            "eigenvalues of the covariance are unreliable%s. %d activations (100 per dimension) "
+            "would bring the error on held-out variance to about 1%%: set n_samples.",
+            n,
+            d,
+            f"; shrunk by {intensity:.3g} (OAS)" if automatic else "",
+            100 * d,
+        )
+    return intensity
