@@ -23,8 +23,8 @@ class WhiteningConfig:
             so that whitened activations stay as close as possible to the original ones.
         eps: Added to the eigenvalues of the covariance before they are inverted.
         eps_mode: "relative" adds `eps` times the mean eigenvalue, so that the result does not
-            depend on the unit of the activations; directions without any variance (below the
-            numerical rank) get the gain of an average direction instead of the largest gain of all.
+            depend on the unit of the activations; directions without any variance but that of
+            rounding get the gain of an average direction instead of the largest gain of all.
             "absolute" adds `eps` itself and keeps the signs of the eigenvectors as the
             eigensolver returns them, as the sae-lens built-in does.
         shrinkage: Shrinkage of the covariance toward its mean eigenvalue: an intensity in [0, 1],

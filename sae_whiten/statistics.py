@@ -46,6 +46,8 @@ class ActivationStatistics:
         d_in: Width of the activations.
         n_samples: Activations seen so far.
         n_skipped: Activations left out because they were not finite.
+        resolution: Machine epsilon of the coarsest dtype among the batches: variance below that of
+            rounding is not information.
         provenance: Where the activations came from (model, hook, dataset...), saved with the file;
             values must be serialisable as JSON.
 
@@ -66,6 +68,7 @@ class ActivationStatistics:
         self.n_samples = 0
         self.n_skipped = 0
         self.n_batches = 0
+        self.resolution = 0.0
         self.provenance: dict[str, Any] = {}
         self._mean = torch.zeros(d_in, dtype=torch.float64)
         # only the upper triangle is kept up to date: a rank-n update then costs half
@@ -85,6 +88,8 @@ class ActivationStatistics:
             ValueError: The last dimension is not `d_in`, or there are not two or three dimensions.
             NonFiniteActivationsError: A value is NaN or infinite and `on_nonfinite` is "raise".
         """
+        if not batch.is_floating_point():
+            raise ValueError(f"activations must be floating point, got {batch.dtype}")
         if batch.ndim not in (2, 3) or batch.shape[-1] != self.d_in:
             raise ValueError(
                 f"activations of shape {tuple(batch.shape)} given to statistics of width "
@@ -97,6 +102,7 @@ class ActivationStatistics:
         n = rows.shape[0]
         if n == 0:
             return
+        self.resolution = max(self.resolution, torch.finfo(batch.dtype).eps)
         self._to(device)
         mean = rows.mean(0)
         # the term (n_a n_b / n) delta delta^T enters the product as one more row
@@ -124,6 +130,7 @@ class ActivationStatistics:
         merged.n_samples = self.n_samples + other.n_samples
         merged.n_skipped = self.n_skipped + other.n_skipped
         merged.n_batches = self.n_batches + other.n_batches
+        merged.resolution = max(self.resolution, other.resolution)
         merged.provenance = {
             key: value
             for key, value in self.provenance.items()
@@ -177,6 +184,7 @@ class ActivationStatistics:
                 "n_samples": self.n_samples,
                 "n_skipped": self.n_skipped,
                 "n_batches": self.n_batches,
+                "resolution": self.resolution,
                 "provenance": json.loads(json.dumps(self.provenance)),
             },
         )
@@ -206,6 +214,7 @@ class ActivationStatistics:
         statistics.n_samples = int(fields["n_samples"])
         statistics.n_skipped = int(fields["n_skipped"])
         statistics.n_batches = int(fields["n_batches"])
+        statistics.resolution = float(fields["resolution"])
         statistics.provenance = dict(fields["provenance"])
         return statistics
 

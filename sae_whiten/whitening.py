@@ -106,8 +106,7 @@ class Whitening:
         if config.eps_mode == "absolute":
             eigenvalues = eigenvalues + config.eps
         else:
-            # the usual definition of numerical rank: below it, an eigenvalue is rounding error
-            null = raw <= d * torch.finfo(torch.float64).eps * raw[-1]
+            null = _without_information(stats, raw, basis)
             eigenvalues = eigenvalues + config.eps * average
             if shrinkage == 0:
                 eigenvalues = torch.where(null, average, eigenvalues)
@@ -266,6 +265,18 @@ class Whitening:
                 t.to(dtype).to(x.device) for t in (self.W, self.W_inv, rounded, rest)
             )
         return self._casts[key]
+
+
+def _without_information(stats: ActivationStatistics, eigenvalues: Tensor, basis: Tensor) -> Tensor:
+    """Directions with no more variance than rounding explains, as a mask of shape (d,).
+
+    Rounding of the activations themselves, x_i (1 + resolution), seen along each direction, and of
+    the eigenvalues (the usual definition of numerical rank).
+    """
+    mean_square = stats.covariance.cpu().diagonal() + stats.mean.cpu().square()
+    of_activations = stats.resolution**2 * (mean_square @ basis.square())
+    of_eigenvalues = stats.d_in * torch.finfo(torch.float64).eps * eigenvalues[-1]
+    return eigenvalues <= of_activations + of_eigenvalues
 
 
 def _shrinkage(config: WhiteningConfig, eigenvalues: Tensor, n: int, d: int) -> float:

@@ -151,7 +151,10 @@ def why_not_foldable(sae: SAE[Any]) -> str | None:
     if declared is not None:
         return f"{name}: {declared}"
     if isinstance(sae, (MatchingPursuitSAE, MatchingPursuitTrainingSAE)):
-        return f"{name}: its encoder is tied to the decoder, and folding takes W on one, W^-1 on the other"
+        return (
+            f"{name}: its encoder is tied to the decoder, and folding multiplies one by W and the "
+            "other by its inverse"
+        )
     if isinstance(sae, TemporalSAE):
         return f"{name}: it attends over positions, which is not an affine map of one activation"
     if not isinstance(sae, _FOLDABLE):
@@ -164,7 +167,7 @@ def fold_whitening_into_weights(
     sae: SAE[Any],
     whitening: Whitening,
     output_whitening: Whitening | None = None,
-    activations: Float[Tensor, "n d_in"] | None = None,
+    activations: Float[Tensor, "..."] | None = None,
     source: str = "given",
 ) -> FoldReport:
     """Make an SAE that was trained on whitened activations a plain one for raw activations.
@@ -271,15 +274,15 @@ def _transformed(
     d_out = sae.W_dec.shape[1]
     is_transcoder = isinstance(sae, Transcoder)
     out = output_whitening or whitening
-    if whitening.d_in != sae.cfg.d_in or out.d_in != d_out:
-        raise FoldError(
-            f"the SAE maps {sae.cfg.d_in} to {d_out} dimensions, the whitenings given are of width "
-            f"{whitening.d_in} (input) and {out.d_in} (output)"
-        )
     if is_transcoder and output_whitening is None:
         raise FoldError(
             "a transcoder writes to another hook than it reads: pass output_whitening, the "
             "whitening of what it writes (the same object if both are really the same)"
+        )
+    if whitening.d_in != sae.cfg.d_in or out.d_in != d_out:
+        raise FoldError(
+            f"the SAE maps {sae.cfg.d_in} to {d_out} dimensions, the whitenings given are of width "
+            f"{whitening.d_in} (input) and {out.d_in} (output)"
         )
     weights = _weights(sae)
     new = change(weights, whitening, output_whitening, subtract_b_dec=not is_transcoder)

@@ -1,0 +1,163 @@
+"""The command `sae-whiten`.
+
+Every command is a module of this package with `add_arguments(parser)` and `run(args) -> int`; its
+docstring is the description in its help, its EPILOG, if it has one, the end of the help. A module
+with PASSES_ARGUMENTS_ON = True finds the arguments that its parser does not know in
+`args.arguments`. Modules are imported when their command is called, and themselves import what is
+slow (torch, sae_lens) in `run`.
+"""
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import logging
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+
+from sae_whiten import __version__
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "watch whitening at work on a small pretrained model, without a network",
+    "train": "train an SAE under whitening: SAELens' command line plus --whitening.*",
+}
+
+_DESCRIPTION = """\
+Train SAELens sparse autoencoders (SAEs) on whitened activations. The mean and covariance of the
+activations are estimated first, the SAE is trained in coordinates in which the covariance is the
+identity, and at the end the whitening is folded into its weights: what is saved is an ordinary
+SAELens SAE that takes raw activations and needs no sae-whiten."""
+
+_EPILOG = """\
+examples:
+  sae-whiten demo
+  sae-whiten train --architecture topk --model_name gpt2 --d_in 768 --d_sae 24576 --k 32 ...
+  sae-whiten train --help      all flags of a command, with a complete example
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program's name; None takes those of the process.
+
+    Returns:
+        Exit status: 0 success, 2 wrong usage or input, 130 interrupted by Ctrl-C.
+
+    Raises:
+        SystemExit: From argparse (help, wrong usage) and from a run that was ended by a signal.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        print(f"sae-whiten {__version__}")
+        return 0
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+
+    command = importlib.import_module(f"sae_whiten.cli.{args.command}")
+    command_parser = argparse.ArgumentParser(
+        prog=f"sae-whiten {args.command}",
+        description=inspect.getdoc(command),
+        epilog=getattr(command, "EPILOG", None),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        # lets a command define --help itself
+        conflict_handler="resolve",
+    )
+    command.add_arguments(command_parser)
+    if getattr(command, "PASSES_ARGUMENTS_ON", False):
+        args, args.arguments = command_parser.parse_known_args(args.arguments, args)
+    else:
+        # whatever the command is, these work behind its name too
+        _add_logging_arguments(command_parser, default=argparse.SUPPRESS)
+        args = command_parser.parse_args(args.arguments, args)
+
+    with _logging_to_stderr(args.verbose, args.quiet):
+        try:
+            return command.run(args)
+        except KeyboardInterrupt:
+            print(f"{command_parser.prog}: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if args.verbose or not _is_user_error(error):
+                traceback.print_exc()
+            print(f"{command_parser.prog}: error: {error}", file=sys.stderr)
+            return 2 if _is_user_error(error) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}   {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="sae-whiten",
+        usage="%(prog)s [--version] [-v | -q] COMMAND ...",
+        description=f"{_DESCRIPTION}\n\ncommands:\n{commands}",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    _add_logging_arguments(parser, default=False)
+    parser.add_argument("command", nargs="?", choices=COMMANDS, help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_logging_arguments(parser: argparse.ArgumentParser, default: object) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        default=default,
+        help="log details, also SAELens' own; show the traceback of errors",
+    )
+    group.add_argument(
+        "-q", "--quiet", action="store_true", default=default, help="log only warnings and errors"
+    )
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether the message alone tells what to do, and a traceback would only hide it."""
+    return isinstance(error, (ValueError, FileNotFoundError, argparse.ArgumentError)) or type(
+        error
+    ).__module__.startswith("sae_whiten.")
+
+
+class _ProgressBarHandler(logging.Handler):
+    """Writes log lines above progress bars instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+@contextlib.contextmanager
+def _logging_to_stderr(verbose: bool, quiet: bool) -> Iterator[None]:
+    """Show the log of this package and of SAELens on standard error."""
+    ours = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    theirs = logging.INFO if verbose else logging.WARNING
+    handler = _ProgressBarHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    before = []
+    for name, level in (("sae_whiten", ours), ("sae_lens", theirs)):
+        logger = logging.getLogger(name)
+        before.append((logger, logger.level))
+        logger.setLevel(level)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, level in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level)

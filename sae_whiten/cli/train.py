@@ -1,0 +1,180 @@
+"""Train an SAE under whitening, fold the whitening into its weights and save it.
+
+Takes every flag of SAELens' own command line (python -m sae_lens.llm_sae_training_runner) and the
+--whitening.* flags below. The saved SAE is an ordinary SAELens SAE for raw activations.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from sae_whiten.config import WhiteningConfig
+
+if TYPE_CHECKING:
+    from sae_lens import LanguageModelSAERunnerConfig
+
+PASSES_ARGUMENTS_ON = True
+
+EXAMPLE = """\
+  sae-whiten train --architecture topk --d_in 768 --d_sae 24576 --k 32 \\
+    --model_name gpt2 --hook_name blocks.6.hook_resid_pre --context_size 256 \\
+    --dataset_path monology/pile-uncopyrighted --is_dataset_tokenized False \\
+    --training_tokens 100000000 --train_batch_size_tokens 4096 --lr 3e-4 \\
+    --device cuda --log_to_wandb False --output_path sae-gpt2-6 \\
+    --whitening.kind pca --whitening.shrinkage oas
+"""
+
+EPILOG = f"""\
+example (logging to Weights & Biases is on unless it is switched off, as in SAELens):
+{EXAMPLE}
+--architecture NAME --help shows the flags of that architecture. Nested flags may be written with
+their prefix (--sae.k, --logger.log_to_wandb) or as SAELens shows them. A flag shown as [str] is
+None when its value is left out: --checkpoint_path alone turns checkpoints off.
+--normalize_activations is covariance_whitening here. More output: sae-whiten --verbose train ...
+"""
+
+_PREFIX = "--whitening."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one flag for each field of `WhiteningConfig`."""
+    parser.usage = "%(prog)s [--whitening.* VALUE ...] [SAELens' flags]"
+    parser.set_defaults(print_help=parser.print_help)
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this and SAELens' flags, and exit"
+    )
+    group = parser.add_argument_group("whitening")
+    annotations = get_type_hints(WhiteningConfig)
+    for field in dataclasses.fields(WhiteningConfig):
+        parse, expected = _value_parser(annotations[field.name])
+        default = "none" if field.default is None else field.default
+        group.add_argument(
+            _PREFIX + field.name,
+            type=parse,
+            default=field.default,
+            metavar=expected,
+            help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, save, and say where the SAE is and how exact the fold was."""
+    if args.help:
+        args.print_help()
+        print("\nSAELens' flags:\n")
+        with contextlib.suppress(SystemExit):
+            _saelens_config([*args.arguments, "--help"])
+        return 0
+    if not args.arguments:
+        args.print_help(sys.stderr)
+        return 2
+
+    names = [field.name for field in dataclasses.fields(WhiteningConfig)]
+    whitening = WhiteningConfig(**{name: getattr(args, f"whitening.{name}") for name in names})
+    cfg = _saelens_config(args.arguments)
+
+    from sae_whiten import WhiteningTrainingRunner
+
+    sae = WhiteningTrainingRunner(cfg, whitening=whitening).run()
+    check = sae.cfg.metadata.whitening["fold"]["check"]
+    print(
+        f"fold error: {check['fold_error']:.2g} on held-out activations "
+        f"(tolerance {check['tolerance']:.2g})"
+    )
+    if cfg.output_path is None:
+        print("not saved: --output_path was given without a path")
+    else:
+        print(f"saved in:   {cfg.output_path}")
+        print("load it:    from sae_lens import SAE")
+        print(f"            sae = SAE.load_from_disk({str(cfg.output_path)!r})")
+    return 0
+
+
+def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[Any]":
+    """Parse SAELens' flags with SAELens' own parser, with whitening as the default.
+
+    Raises:
+        ValueError: SAELens refuses the arguments, or they ask for another normalisation.
+        SystemExit: With status 0, after --help.
+        RuntimeError: This version of SAELens has no such parser.
+    """
+    if unknown := [argument for argument in arguments if argument.startswith(_PREFIX)]:
+        known = " ".join(_PREFIX + field.name for field in dataclasses.fields(WhiteningConfig))
+        raise ValueError(f"unknown flag {unknown[0]}; there are {known}")
+
+    import sae_lens
+
+    try:
+        # private, and the only way to get SAELens' flags without keeping a copy of them
+        from sae_lens.llm_sae_training_runner import _parse_cfg_args
+    except ImportError as error:
+        raise RuntimeError(
+            f"sae-lens {sae_lens.__version__} has moved the parser of its command line "
+            "(llm_sae_training_runner._parse_cfg_args). Use WhiteningTrainingRunner from Python."
+        ) from error
+
+    runner_fields = dataclasses.fields(sae_lens.LanguageModelSAERunnerConfig)
+    runner_flags = {field.name for field in runner_fields}
+    # in front, so that a value the user gives wins and can be refused below
+    arguments = [
+        "--normalize_activations=covariance_whitening",
+        *(_as_saelens_spells(argument, runner_flags) for argument in arguments),
+    ]
+    # SAELens puts a usage of a hundred lines before its error
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            cfg = _parse_cfg_args(arguments)
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        usage, _, message = captured.getvalue().rpartition("error: ")
+        raise ValueError(message.strip() or usage) from None
+    sys.stderr.write(captured.getvalue())
+
+    if cfg.sae.normalize_activations != "covariance_whitening":
+        raise ValueError(
+            f"--normalize_activations {cfg.sae.normalize_activations} contradicts this command, "
+            "which trains under covariance_whitening. Leave the flag out, or train with SAELens."
+        )
+    return cfg
+
+
+def _as_saelens_spells(argument: str, runner_flags: set[str]) -> str:
+    """Drop the prefix of a nested flag, which SAELens keeps only where two flags would clash."""
+    for prefix in ("--sae.", "--logger."):
+        name = argument.removeprefix(prefix)
+        if name != argument and name.partition("=")[0] not in runner_flags:
+            return f"--{name}"
+    return argument
+
+
+def _value_parser(annotation: Any) -> tuple[Callable[[str], Any], str]:
+    """Function from a flag's text to a value of the annotated type, and the values it takes."""
+    is_union = get_origin(annotation) in (Union, types.UnionType)
+    members = get_args(annotation) if is_union else (annotation,)
+    literals: dict[str, Any] = {}
+    numbers: list[Callable[[str], Any]] = []
+    for member in members:
+        if member is type(None):
+            literals["none"] = None
+        elif get_origin(member) is Literal:
+            literals.update({str(value): value for value in get_args(member)})
+        else:
+            numbers.append(member)
+    expected = "|".join([*(number.__name__.upper() for number in numbers), *literals])
+
+    def parse(text: str) -> Any:
+        if text.lower() in literals:
+            return literals[text.lower()]
+        for number in numbers:
+            with contextlib.suppress(ValueError):
+                return number(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {expected}")
+
+    return parse, expected

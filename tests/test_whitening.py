@@ -1,0 +1,266 @@
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens.training.activation_scaler import ActivationScaler
+from sklearn.covariance import OAS
+from torch import Tensor
+
+from sae_whiten import CorruptFileError, Whitening, WhiteningConfig
+from sae_whiten.whitening import oas_shrinkage
+from tests.support import friendly, nasty, whitening_of
+
+EXACT = WhiteningConfig(eps=0.0)
+
+
+def covariance_error(z: Tensor) -> float:
+    """Largest eigenvalue of |cov(z) - I|."""
+    difference = torch.cov(z.double().T) - torch.eye(z.shape[1], dtype=torch.float64)
+    return float(torch.linalg.matrix_norm(difference, 2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kind=st.sampled_from(["pca", "zca"]),
+    d=st.integers(2, 40),
+    condition=st.sampled_from(["friendly", "nasty"]),
+    seed=st.integers(0, 1000),
+)
+def test_whitened_covariance_is_the_identity(kind, d, condition, seed):
+    x = (nasty if condition == "nasty" else friendly)(20 * d, d, seed).double()
+    whitening = whitening_of(x, WhiteningConfig(kind=kind, eps=0.0))
+    # rounding of the eigendecomposition: d * eps, times the condition number of the covariance
+    spread = whitening.covariance_eigenvalues
+    bound = 10 * d * torch.finfo(torch.float64).eps * float(spread[-1] / spread[0])
+    assert covariance_error(whitening.whiten(x)) < bound
+    identity = torch.eye(d, dtype=torch.float64)
+    assert torch.allclose(whitening.W @ whitening.W_inv, identity, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["pca", "zca"])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_partial_whitening_takes_powers_of_the_eigenvalues(kind, strength):
+    x = nasty(2000, 16, dtype=torch.float64)
+    whitening = whitening_of(x, WhiteningConfig(kind=kind, strength=strength, eps=0.0))
+    expected = whitening.covariance_eigenvalues ** (1 - strength)
+    found = torch.linalg.eigvalsh(torch.cov(whitening.whiten(x).T))
+    assert torch.allclose(found, expected, rtol=1e-7)
+    if strength == 0 and kind == "zca":
+        assert torch.allclose(whitening.W, torch.eye(16, dtype=torch.float64), atol=1e-12)
+
+
+def test_zca_is_symmetric_and_pca_has_fixed_signs():
+    x = nasty(2000, 16)
+    W = whitening_of(x, WhiteningConfig(kind="zca")).W
+    assert torch.allclose(W, W.T, rtol=1e-9, atol=1e-9)
+    W = whitening_of(x, WhiteningConfig(kind="pca")).W
+    assert (W.gather(0, W.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+
+def test_two_estimates_of_well_separated_directions_agree_in_sign():
+    a = whitening_of(nasty(20000, 8)[:10000]).W
+    b = whitening_of(nasty(20000, 8)[10000:]).W
+    cosines = torch.nn.functional.cosine_similarity(a, b, dim=0)
+    assert (cosines > 0.9).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_result_does_not_depend_on_the_unit(scale):
+    x = friendly(5000, 16).double()
+    reference, scaled = whitening_of(x), whitening_of(x * scale)
+    assert torch.allclose(reference.whiten(x), scaled.whiten(x * scale), rtol=1e-9, atol=1e-9)
+    # the built-in's absolute eps does depend on it
+    absolute = WhiteningConfig(eps_mode="absolute")
+    error = covariance_error(whitening_of(x * scale, absolute).whiten(x * scale))
+    assert (error > 0.9) == (scale == 1e-3)
+
+
+def test_absolute_eps_is_the_transform_of_the_built_in():
+    x = friendly(4096, 16)
+    built_in = ActivationScaler()
+    built_in.estimate_whitening(16, iter(x.split(512)), n_batches_for_norm_estimate=8)
+    assert built_in.whitening is not None
+    ours = whitening_of(x, WhiteningConfig(eps_mode="absolute"))
+    assert torch.allclose(ours.W, built_in.whitening.matrix, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(ours.W_inv, built_in.whitening.inverse_matrix, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(ours.mean, built_in.whitening.mean, rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [20, 100, 3000])
+def test_oas_is_that_of_scikit_learn(n):
+    x = friendly(n, 16).double()
+    reference = OAS().fit(x.numpy())
+    whitening = whitening_of(x, WhiteningConfig(shrinkage="oas", eps=0.0))
+    assert whitening.shrinkage == pytest.approx(reference.shrinkage_, rel=1e-9)
+    # scikit-learn's covariance has the divisor n, ours n - 1
+    covariance = torch.from_numpy(reference.covariance_) * n / (n - 1)
+    assert torch.allclose(
+        whitening.W.T @ covariance @ whitening.W, torch.eye(16).double(), atol=1e-9
+    )
+
+
+def test_oas_of_a_multiple_of_the_identity_shrinks_fully():
+    assert oas_shrinkage(torch.ones(8, dtype=torch.float64), 100) == 1.0
+
+
+def test_fixed_shrinkage_moves_eigenvalues_toward_their_mean():
+    x = nasty(1000, 8, dtype=torch.float64)
+    plain = whitening_of(x, EXACT)
+    shrunk = whitening_of(x, WhiteningConfig(shrinkage=0.25, eps=0.0))
+    raw = plain.covariance_eigenvalues
+    assert torch.allclose(shrunk.eigenvalues, 0.75 * raw + 0.25 * raw.mean())
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_directions_without_variance_are_normal_input_and_not_blown_up(layer_norm):
+    # after a LayerNorm one direction has no variance but that of rounding
+    x = torch.nn.functional.layer_norm(friendly(3000, 16), (16,))
+    x = torch.cat([x[:, :14], torch.full((3000, 1), 7.0), x[:, :1]], dim=1)  # constant, copied
+    x = torch.nn.functional.layer_norm(x, (16,)) if layer_norm else x
+    whitening = whitening_of(x)
+    gains = torch.linalg.svdvals(whitening.W)
+    typical = whitening.covariance_eigenvalues.mean().rsqrt()
+    assert torch.isfinite(whitening.W).all()
+    live = whitening.covariance_eigenvalues > 1e-9
+    assert 1 <= (~live).sum() <= 2
+    assert gains.max() <= 1.001 * max(typical, whitening.covariance_eigenvalues[live].min().rsqrt())
+    assert torch.allclose(whitening.dewhiten(whitening.whiten(x)), x, atol=1e-4)
+    built_in = ActivationScaler()
+    built_in.estimate_whitening(16, iter([x]), n_batches_for_norm_estimate=1)
+    assert built_in.whitening is not None
+    assert torch.linalg.svdvals(built_in.whitening.matrix).max() > 30
+
+
+@pytest.mark.parametrize("n", [5, 17, 100])
+def test_too_few_samples_are_shrunk_and_warned_about(n, caplog):
+    x = friendly(20000, 16)
+    with caplog.at_level(logging.WARNING, "sae_whiten"):
+        whitening = whitening_of(x[:n])
+    assert "1600 activations" in caplog.text
+    assert whitening.shrinkage > 0
+    held_out = torch.linalg.eigvalsh(torch.cov(whitening.whiten(x[1000:]).T))
+    assert held_out.max() < 10
+    if n == 17:  # the built-in, from as many
+        built_in = ActivationScaler()
+        built_in.estimate_whitening(16, iter([x[:n]]), n_batches_for_norm_estimate=1)
+        assert torch.linalg.eigvalsh(torch.cov(built_in.scale(x[1000:]).T)).max() > 30
+
+
+def test_enough_samples_are_not_warned_about(caplog):
+    with caplog.at_level(logging.WARNING, "sae_whiten"):
+        assert whitening_of(friendly(160, 16)).shrinkage == 0
+    assert not caplog.text
+
+
+def test_shrinkage_zero_means_none_even_with_few_samples():
+    assert whitening_of(friendly(20, 16), WhiteningConfig(shrinkage=0.0)).shrinkage == 0
+
+
+def test_constant_activations_are_an_error():
+    with pytest.raises(ValueError, match="no variance"):
+        whitening_of(torch.full((50, 4), 2.0))
+
+
+def test_singular_covariance_with_eps_zero_absolute_is_an_error():
+    x = friendly(500, 4)
+    x[:, 0] = 0
+    with pytest.raises(ValueError, match="eps"):
+        whitening_of(x, WhiteningConfig(eps=0.0, eps_mode="absolute"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_whitening_and_dewhitening_keep_shape_and_dtype(dtype):
+    x = friendly(60, 8)
+    whitening = whitening_of(friendly(1000, 8))
+    z = whitening.whiten(x.to(dtype).reshape(4, 15, 8))
+    assert z.shape == (4, 15, 8)
+    assert z.dtype == whitening.dewhiten(z).dtype == dtype
+
+
+def test_bfloat16_activations_are_whitened_in_float32():
+    x = nasty(2000, 32).bfloat16()
+    whitening = whitening_of(x)
+    exact = (x.double() - whitening.mean) @ whitening.W
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = whitening.whiten(x)
+    # one rounding to 8 bits at the end is all there may be
+    assert ((z.double() - exact).norm() / exact.norm()) < torch.finfo(torch.bfloat16).eps
+    naive = (x - whitening.mean.bfloat16()) @ whitening.W.bfloat16()
+    assert ((naive.double() - exact).norm() / exact.norm()) > 0.02
+
+
+def test_float32_loses_nothing_to_a_large_mean():
+    x = nasty(2000, 64)
+    whitening = whitening_of(x, EXACT)
+    exact = (x.double() - whitening.mean) @ whitening.W
+    error = (whitening.whiten(x).double() - exact).norm() / exact.norm()
+    # rounding of x - mean and of W, amplified by the condition number of W; not by |mean|
+    assert error < torch.finfo(torch.float32).eps * whitening.condition_number
+    rounded_mean = (x - whitening.mean.float()) @ whitening.W.float()
+    assert (rounded_mean.double() - exact).norm() / exact.norm() > 5 * error
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    whitening = whitening_of(friendly(500, 8))
+    for method in (whitening.whiten, whitening.dewhiten):
+        with pytest.raises(ValueError, match=r"\(\.\.\., 8\), got \(5, 9\)"):
+            method(torch.zeros(5, 9))
+
+
+def test_saving_and_loading_is_exact(tmp_path):
+    config = WhiteningConfig(kind="zca", shrinkage=0.1, strength=0.7)
+    whitening = whitening_of(nasty(500, 8), config)
+    whitening.save(tmp_path / "w.safetensors")
+    loaded = Whitening.load(tmp_path / "w.safetensors")
+    for name in ("mean", "W", "W_inv", "eigenvalues", "covariance_eigenvalues"):
+        assert torch.equal(getattr(loaded, name), getattr(whitening, name))
+    assert loaded.config == config
+    assert (loaded.n_samples, loaded.shrinkage) == (500, 0.1)
+    with pytest.raises(CorruptFileError, match="holds whitening, expected activation_statistics"):
+        from sae_whiten import ActivationStatistics
+
+        ActivationStatistics.load(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "cholesky"},
+        {"eps": -1.0},
+        {"eps": float("nan")},
+        {"eps": float("inf")},
+        {"eps": "small"},
+        {"eps_mode": "percent"},
+        {"shrinkage": 1.5},
+        {"shrinkage": "lw"},
+        {"strength": -0.1},
+        {"strength": 1.1},
+        {"loss_space": "both"},
+        {"n_samples": 1},
+        {"n_samples": 10.5},
+        {"on_nonfinite": "ignore"},
+    ],
+)
+def test_invalid_configurations_are_refused_at_construction(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"WhiteningConfig\.{name}="):
+        WhiteningConfig(**options)
+
+
+def test_config_survives_a_round_trip():
+    config = WhiteningConfig(kind="zca", shrinkage="oas", n_samples=10)
+    assert WhiteningConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="no field bogus"):
+        WhiteningConfig.from_dict({"bogus": 1})
+
+
+def test_the_mathematics_does_not_import_sae_lens():
+    code = (
+        "from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig;"
+        "import sys; sys.exit('sae_lens' in sys.modules or 'transformer_lens' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
