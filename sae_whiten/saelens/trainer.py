@@ -3,6 +3,7 @@
 import copy
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
-from sae_lens.training.sae_trainer import Evaluator, SAETrainer, SaveCheckpointFn
+from sae_lens.training.sae_trainer import Evaluator, SAETrainer
 from sae_lens.training.types import DataProvider
 from sae_lens.util import path_or_tmp_dir
 from safetensors.torch import save_file
@@ -82,7 +83,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         data_provider: DataProvider,
         whitening: WhiteningConfig | None = None,
         evaluator: Evaluator[Any] | None = None,
-        save_checkpoint_fn: SaveCheckpointFn | None = None,
+        save_checkpoint_fn: Callable[..., None] | None = None,
         start_from_folded: bool = False,
     ) -> None:
         expected = "none" if start_from_folded else "covariance_whitening"

@@ -1,0 +1,470 @@
+import copy
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import SAE, MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from sae_whiten import (
+    CorruptFileError,
+    CovarianceWhiteningScaler,
+    FoldError,
+    NonFiniteActivationsError,
+    WhiteningConfig,
+    WhiteningTrainer,
+)
+from sae_whiten.saelens.stream import ActivationStream, DataExhaustedError
+from sae_whiten.saelens.training_sae import TRAINING_STATE_DIR
+from tests.support import ARCHITECTURES, friendly, nasty, training_sae
+
+D, BATCH, STEPS = 16, 64, 30
+BUILT_IN = WhiteningConfig(loss_space="whitened", eps_mode="absolute", eps=1e-3)
+
+
+def batches(
+    n: int | None = None, seed: int = 0, start: int = 0, data: Any = nasty
+) -> Iterator[Tensor]:
+    """`n` batches (None: without end) of one distribution."""
+    x = data(BATCH, D)
+    mean = x.mean(0)
+    i = start
+    while n is None or i < n:
+        g = torch.Generator().manual_seed(1000 * seed + i)
+        weights = torch.randn(BATCH, BATCH, generator=g) / BATCH**0.5
+        yield weights @ (x - mean) + mean
+        i += 1
+
+
+def trainer_config(**options: Any) -> SAETrainerConfig:
+    defaults: dict[str, Any] = {
+        "total_training_samples": BATCH * STEPS,
+        "train_batch_size_samples": BATCH,
+        "lr": 1e-3,
+        "lr_end": 1e-4,
+        "dead_feature_window": 5,  # so that auxiliary losses take part
+        "feature_sampling_window": 7,
+    }
+    return SAETrainerConfig(**{**defaults, **options})
+
+
+def fit(
+    sae=None, whitening: WhiteningConfig | None = None, data=None, **options: Any
+) -> tuple[Any, WhiteningTrainer]:
+    sae = training_sae("topk", D, 64) if sae is None else sae
+    trainer = WhiteningTrainer(
+        trainer_config(**options), sae, data or batches(), whitening or WhiteningConfig()
+    )
+    return trainer.fit(), trainer
+
+
+def state(sae) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in sae.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def explained_variance(sae, x: Tensor) -> float:
+    with torch.no_grad():
+        return float(1 - (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum())
+
+
+def weights_before_fold(trainer: SAETrainer[Any, Any]) -> dict[str, Tensor]:
+    """Train, and return the weights in whitened coordinates."""
+    weights: dict[str, Tensor] = {}
+    fold = trainer.sae.fold_activation_whitening
+
+    def fold_activation_whitening(**kwargs: Any) -> None:
+        weights.update(state(trainer.sae))
+        fold(**kwargs)
+
+    trainer.sae.fold_activation_whitening = fold_activation_whitening
+    trainer.fit()
+    return weights
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_built_ins_run_is_reproduced_step_for_step(architecture, autocast):
+    """Own statistics on either side, same seed, same data: the same weights."""
+    n_estimate = 10
+    built_in = SAETrainer(
+        trainer_config(n_batches_for_norm_estimate=n_estimate, autocast=autocast),
+        training_sae(architecture, D, 64, seed=3),
+        # it throws away what it estimates from
+        iter([*batches(n_estimate, data=friendly), *batches(STEPS, data=friendly)]),
+    )
+    ours = WhiteningTrainer(
+        trainer_config(autocast=autocast),
+        training_sae(architecture, D, 64, seed=3),
+        batches(data=friendly),
+        replace(BUILT_IN, n_samples=n_estimate * BATCH),
+    )
+    expected, found = weights_before_fold(built_in), weights_before_fold(ours)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        if autocast:
+            # bfloat16 products: a difference in the last bit of float32 may round otherwise
+            assert (found[name] - value).norm() / value.norm() < 1e-2, name
+        else:
+            assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_under_the_same_transform_the_run_is_the_built_ins_to_the_bit(architecture):
+    ours = WhiteningTrainer(
+        trainer_config(), training_sae(architecture, D, 64), batches(), BUILT_IN
+    )
+    found = weights_before_fold(ours)
+    built_in = SAETrainer(trainer_config(), training_sae(architecture, D, 64), batches())
+    built_in.activation_scaler = CovarianceWhiteningScaler(BUILT_IN)
+    built_in.activation_scaler.whitening = ours.whitening
+    assert equal(found, weights_before_fold(built_in))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_result_is_a_plain_proved_sae(architecture):
+    sae = training_sae(architecture, D, 64)
+    stock = type(sae)
+    result, trainer = fit(sae)
+    assert result is sae
+    assert type(sae) is stock
+    assert sae.cfg.normalize_activations == "none"
+    record = sae.cfg.metadata.whitening
+    assert record["n_samples"] == trainer.whitening.n_samples == 100 * D
+    assert record["fold"]["check"]["source"] == "held-out"
+    assert record["fold"]["check"]["fold_error"] <= record["fold"]["check"]["tolerance"]
+    assert explained_variance(sae, next(batches(seed=9))) > 0.1
+
+
+def test_estimation_hands_its_activations_on_to_training():
+    drawn: list[Tensor] = []
+
+    def recorded() -> Iterator[Tensor]:
+        for batch in batches():
+            drawn.append(batch)
+            yield batch
+
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), recorded())
+    trained_on: list[Tensor] = []
+    step = trainer.step
+    trainer.step = lambda batch: (trained_on.append(batch), step(batch))[1]
+    trainer.fit()
+    n_estimate = 100 * D // BATCH
+    assert len(trained_on) == STEPS > n_estimate
+    assert all(torch.equal(a, b) for a, b in zip(drawn, trained_on, strict=False))
+    assert len(drawn) == STEPS + 1  # and one more to prove the fold on
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_looked_at_beforehand_is_served_unchanged(dtype):
+    source = [torch.randn(5, 4).to(dtype) for _ in range(7)]
+    stream = ActivationStream(iter(source), 4, "raise")
+    ahead = stream.lookahead()
+    assert all(torch.equal(next(ahead), batch) for batch in source[:3])
+    served = [next(stream) for _ in range(7)]
+    assert all(torch.equal(a, b) for a, b in zip(served, source, strict=True))
+    with pytest.raises(DataExhaustedError, match="after 7 batches"):
+        next(stream)
+
+
+def test_spilling_to_disk_changes_nothing(monkeypatch):
+    monkeypatch.setattr("sae_whiten.saelens.stream._SPOOL_BYTES", 100)
+    reference = state(fit()[0])
+    monkeypatch.undo()
+    assert equal(reference, state(fit()[0]))
+
+
+def test_no_object_of_the_user_is_changed():
+    config = trainer_config(lr_end=None)
+    sae = training_sae("topk", D, 64)
+    sae_config = sae.cfg
+    before = copy.deepcopy(config), copy.deepcopy(sae_config.to_dict())
+    whitening = WhiteningConfig()
+    WhiteningTrainer(config, sae, batches(), whitening).fit()
+    assert (config, sae_config.to_dict()) == before
+    # and so the same config object serves a second SAE
+    second = type(sae)(sae_config)
+    WhiteningTrainer(config, second, batches(), whitening).fit()
+    assert second.cfg.normalize_activations == "none"
+    assert sae.cfg is not second.cfg
+
+
+def test_logged_explained_variance_is_that_of_the_original_space():
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches())
+    trainer.estimate_whitening()
+    x = next(trainer.stream)
+    output: TrainStepOutput = trainer.step(x)
+    log = trainer.build_train_step_log_dict(output, n_training_samples=BATCH)
+    x_hat = trainer.scaler.unscale(output.sae_out)
+    expected = 1 - (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    assert log["metrics/explained_variance"] == pytest.approx(float(expected), abs=1e-3)
+    z = output.sae_in
+    whitened = 1 - (z - output.sae_out).square().sum() / (z - z.mean(0)).square().sum()
+    assert abs(log["metrics/explained_variance"] - float(whitened)) > 0.01
+    assert log["metrics/l0"] == pytest.approx(8, abs=0.5)
+
+
+def test_the_original_space_objective_keeps_more_variance_than_the_whitened_one():
+    options = {"total_training_samples": BATCH * 300, "lr": 3e-3}
+    x = torch.cat(list(batches(5, seed=9)))
+    original, _ = fit(whitening=WhiteningConfig(), **options)
+    whitened, _ = fit(whitening=WhiteningConfig(loss_space="whitened"), **options)
+    assert explained_variance(original, x) > explained_variance(whitened, x) + 0.02
+
+
+@pytest.mark.parametrize("n", [0, 3, 20])
+def test_a_provider_that_ends_too_early_says_how_much_was_needed(n):
+    match = f"after {n * BATCH} activations .* needs {100 * D}" if n < 20 else "after 25 batches"
+    data = batches(n) if n < 20 else batches(25)
+    with pytest.raises(ValueError, match=match):
+        fit(data=data)
+
+
+def test_a_nan_stops_training_before_it_reaches_the_weights():
+    def poisoned() -> Iterator[Tensor]:
+        for i, batch in enumerate(batches()):
+            if i == 27:
+                batch[3, 2] = float("nan")
+            yield batch
+
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), poisoned())
+    with pytest.raises(NonFiniteActivationsError, match=r"training batch 27 .* the first at \[3\]"):
+        trainer.fit()
+    assert trainer.n_training_steps == 27
+    assert all(torch.isfinite(p).all() for p in trainer.sae.parameters())
+    sae, trainer = fit(whitening=WhiteningConfig(on_nonfinite="skip"), data=poisoned())
+    assert trainer.stream.n_skipped == 1
+    assert all(torch.isfinite(p).all() for p in sae.parameters())
+
+
+@pytest.mark.parametrize("shape", [(BATCH, D + 1), (BATCH, 3, D // 2), (BATCH // 2, 2 * D)])
+def test_batches_of_another_width_are_refused(shape):
+    data = iter([torch.randn(shape) for _ in range(100)])
+    with pytest.raises(ValueError, match=f"d_in={D}"):
+        fit(data=data)
+
+
+def test_hook_z_batches_train_and_scale():
+    data = (batch.reshape(BATCH, 4, D // 4) for batch in batches())
+    from_heads, trainer = fit(data=data)
+    flat, _ = fit()
+    assert equal(state(from_heads), state(flat))
+    scaler = CovarianceWhiteningScaler()
+    scaler.whitening = trainer.whitening
+    x = next(batches())
+    heads = x.reshape(BATCH, 4, D // 4)
+    assert torch.equal(scaler.scale(heads).reshape(BATCH, D), scaler.scale(x))
+    assert scaler.unscale(scaler.scale(heads)).shape == heads.shape
+
+
+@pytest.mark.parametrize("setting", ["none", "layer_norm", "expected_average_only_in"])
+def test_an_sae_that_does_not_ask_for_whitening_is_refused(setting):
+    sae = training_sae("standard", D, 64, normalize_activations=setting)
+    with pytest.raises(ValueError, match="covariance_whitening"):
+        WhiteningTrainer(trainer_config(), sae, batches())
+
+
+def test_an_architecture_that_cannot_be_folded_is_refused_at_construction():
+    sae = MatchingPursuitTrainingSAE(MatchingPursuitTrainingSAEConfig(d_in=D, d_sae=64))
+    sae.cfg.normalize_activations = "covariance_whitening"
+    with pytest.raises(FoldError, match="tied to the decoder"):
+        WhiteningTrainer(trainer_config(), sae, batches())
+
+
+def test_fitting_again_is_refused():
+    sae, trainer = fit()
+    before = state(sae)
+    with pytest.raises(ValueError, match="folded already"):
+        trainer.fit()
+    assert equal(before, state(sae))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_checkpoint_is_a_plain_sae_and_resumes_to_the_bit(architecture, tmp_path):
+    sae = training_sae(architecture, D, 64)
+    reference, _ = fit(sae, n_checkpoints=3, save_final_checkpoint=True, checkpoint_path=tmp_path)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert len(names) == 4
+    for name in names:
+        plain = SAE.load_from_disk(tmp_path / name)
+        assert plain.cfg.normalize_activations == "none"
+        resumed_sae = training_sae(architecture, D, 64, seed=5)
+        trainer = WhiteningTrainer(trainer_config(), resumed_sae, iter(()))
+        trainer.load_trainer_state(tmp_path / name)
+        trainer.stream.source = batches(start=trainer.stream.n_served)
+        # the plain SAE computes what the one being trained does
+        x = next(batches(seed=9))
+        if architecture not in ("batchtopk", "matryoshka_batchtopk"):  # saved with a threshold
+            whitening = trainer.whitening
+            with torch.no_grad():
+                expected = whitening.dewhiten(resumed_sae(whitening.whiten(x)))
+                error = (plain(x) - expected).norm() / (x - x.mean(0)).norm()
+            assert error < 1e-2 / D  # one near tie in the batch
+        assert equal(state(trainer.fit()), state(reference))
+        assert resumed_sae.cfg.metadata.l0 == reference.cfg.metadata.l0
+
+
+def test_resuming_the_final_checkpoint_with_more_steps_equals_a_longer_run(tmp_path):
+    longer, _ = fit(total_training_samples=BATCH * 2 * STEPS)
+    fit(save_final_checkpoint=True, checkpoint_path=tmp_path)
+    trainer = WhiteningTrainer(
+        trainer_config(total_training_samples=BATCH * 2 * STEPS),
+        training_sae("topk", D, 64, seed=5),
+        batches(start=STEPS),
+    )
+    trainer.load_trainer_state(next(tmp_path.iterdir()))
+    assert equal(state(trainer.fit()), state(longer))
+
+
+def test_saving_in_the_middle_of_training_gives_a_plain_sae(tmp_path):
+    sae = training_sae("topk", D, 64)
+    trainer = WhiteningTrainer(trainer_config(), sae, batches())
+    trainer.estimate_whitening()
+    for _ in range(10):
+        trainer.step(next(trainer.stream))
+    before = state(sae)
+    sae.save_inference_model(tmp_path)
+    assert equal(before, state(sae))
+    plain = SAE.load_from_disk(tmp_path)
+    x = next(batches(seed=9))
+    expected = trainer.scaler.unscale(sae(trainer.scaler.scale(x)))
+    assert explained_variance(plain, x) == pytest.approx(
+        float(1 - (x - expected).square().sum() / (x - x.mean(0)).square().sum()), abs=1e-3
+    )
+
+
+def checkpoint(tmp_path: Path) -> Path:
+    fit(n_checkpoints=1, checkpoint_path=tmp_path)
+    return next(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "activation_whitening.safetensors",
+        "activation_scaler.json",
+        "training_weights.safetensors",
+        "progress.safetensors",
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "truncated", "changed"])
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, file, damage):
+    path = checkpoint(tmp_path) / TRAINING_STATE_DIR / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches())
+    with pytest.raises((FileNotFoundError, CorruptFileError), match=file):
+        trainer.load_trainer_state(path.parent.parent)
+
+
+def test_resuming_under_another_configuration_or_sae_is_refused(tmp_path):
+    path = checkpoint(tmp_path)
+    zca = WhiteningConfig(kind="zca")
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches(), zca)
+    with pytest.raises(ValueError, match=r"kind='pca' \(now 'zca'\)"):
+        trainer.load_trainer_state(path)
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 32), batches())
+    with pytest.raises(ValueError, match=r"d_sae=64 \(now 32\)"):
+        trainer.load_trainer_state(path)
+
+
+def test_a_checkpoint_of_saelens_own_trainer_is_refused(tmp_path):
+    SAETrainer(
+        trainer_config(n_checkpoints=1, checkpoint_path=tmp_path, n_batches_for_norm_estimate=30),
+        training_sae("topk", D, 64),
+        batches(),
+    ).fit()
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches())
+    with pytest.raises(FileNotFoundError, match="not a checkpoint of WhiteningTrainer"):
+        trainer.load_trainer_state(next(tmp_path.iterdir()))
+
+
+def test_stock_saelens_does_not_resume_our_checkpoint_as_if_it_were_its_own(tmp_path):
+    stock = SAETrainer(trainer_config(), training_sae("topk", D, 64), batches())
+    with pytest.raises(FileNotFoundError):
+        stock.load_trainer_state(checkpoint(tmp_path))
+
+
+def test_a_fold_that_fails_its_proof_is_an_error_and_both_forms_are_kept(
+    tmp_path, monkeypatch, caplog
+):
+    from sae_whiten.saelens import folding
+
+    monkeypatch.setattr(folding.FoldCheck, "passed", False)
+    sae = training_sae("topk", D, 64)
+    with caplog.at_level(logging.INFO, "sae_whiten"), pytest.raises(FoldError) as caught:
+        fit(sae, checkpoint_path=tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert str(path) in str(caught.value)
+    assert sae.cfg.normalize_activations == "covariance_whitening"
+    assert SAE.load_from_disk(path).cfg.normalize_activations == "none"
+    monkeypatch.undo()
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64, seed=5), batches())
+    trainer.load_trainer_state(path)
+    assert equal(state(trainer.sae), state(sae))
+
+
+def test_fold_error_is_logged_and_recorded(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "sae_whiten"):
+        sae, _ = fit(save_final_checkpoint=True, checkpoint_path=tmp_path)
+    error = sae.cfg.metadata.whitening["fold"]["check"]["fold_error"]
+    assert f"error {error:.1e}" in caplog.text
+    saved = json.loads((next(tmp_path.iterdir()) / "cfg.json").read_text())
+    assert saved["metadata"]["whitening"]["fold"]["check"]["fold_error"] == error
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_no_half_of_it(tmp_path, monkeypatch):
+    class KilledError(BaseException):
+        pass
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise KilledError
+
+    monkeypatch.setattr("sae_whiten.saelens.trainer.save_tensors", die)
+    with pytest.raises(KilledError):
+        fit(n_checkpoints=1, checkpoint_path=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_scaler_alone_saves_and_loads(tmp_path):
+    _, trainer = fit()
+    scaler = CovarianceWhiteningScaler()
+    scaler.whitening = trainer.whitening
+    scaler.save(str(tmp_path / "scaler.json"))
+    loaded = CovarianceWhiteningScaler()
+    loaded.load(tmp_path / "scaler.json")
+    x = next(batches())
+    assert torch.equal(loaded.scale(x), scaler.scale(x))
+    with pytest.raises(ValueError, match=r"\.json"):
+        scaler.save(str(tmp_path / "scaler.txt"))
+    (tmp_path / "activation_whitening.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="activation_whitening"):
+        CovarianceWhiteningScaler().load(tmp_path / "scaler.json")
+
+
+def test_a_stock_scaler_reads_our_file(tmp_path):
+    _, trainer = fit()
+    scaler = CovarianceWhiteningScaler()
+    scaler.whitening = trainer.whitening
+    scaler.save(str(tmp_path / "scaler.json"))
+    stock = ActivationScaler()
+    stock.load(tmp_path / "scaler.json")
+    x = next(batches()).double()
+    assert torch.allclose(stock.scale(x), scaler.scale(x))
