@@ -25,7 +25,7 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from safetensors.torch import save_file
-from transformer_lens.hook_points import HookedRootModule
+from transformer_lens import HookedRootModule
 
 from sae_whiten._files import atomic_path
 from sae_whiten.config import WhiteningConfig

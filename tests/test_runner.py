@@ -1,0 +1,332 @@
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Array2D, Dataset, Features
+from sae_lens import SAE, TopKTrainingSAEConfig
+from sae_lens.training.activations_store import ActivationsStore
+from torch import Tensor
+
+from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig, WhiteningTrainingRunner
+from sae_whiten.saelens.activations_store import ResumableActivationsStore
+from sae_whiten.saelens.stream import ActivationStream
+from tests.support import runner_config, tiny_dataset, tiny_model
+
+FEW = WhiteningConfig(n_samples=1500)  # of 10240 tokens that training sees
+
+
+def runner(whitening: WhiteningConfig | None = FEW, **options: Any) -> WhiteningTrainingRunner:
+    torch.manual_seed(7)
+    return WhiteningTrainingRunner(
+        runner_config(**options),
+        whitening,
+        override_dataset=tiny_dataset(),
+        override_model=tiny_model(),
+    )
+
+
+def state(sae: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in sae.state_dict().items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, n_served: int, signum: int) -> None:
+    """Send a signal to this process when batch `n_served` is asked for."""
+    serve = ActivationStream.__next__
+
+    def serve_and_stop(stream: ActivationStream) -> Tensor:
+        if stream.n_served == n_served:
+            os.kill(os.getpid(), signum)
+        return serve(stream)
+
+    monkeypatch.setattr(ActivationStream, "__next__", serve_and_stop)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], Path]:
+    path = tmp_path_factory.mktemp("uninterrupted")
+    return state(runner(output_path=str(path)).run()), path
+
+
+def test_the_output_is_a_stock_sae_for_a_process_that_never_heard_of_us(uninterrupted):
+    _, path = uninterrupted
+    x = runner().activations_store.next_batch()
+    torch.save(x, path / "x.pt")
+    code = """
+        import sys, torch
+        from sae_lens import SAE
+        path = sys.argv[1]
+        sae = SAE.load_from_disk(path)
+        x = torch.load(path + "/x.pt")
+        with torch.no_grad():
+            error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+        assert "sae_whiten" not in sys.modules
+        assert type(sae).__module__.startswith("sae_lens"), type(sae)
+        assert not list(sae.named_buffers())
+        print(float(error))
+    """
+    output = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(output.stdout) < 0.7
+    (path / "x.pt").unlink()
+
+
+def test_the_output_folder_holds_everything_and_says_how_it_was_made(uninterrupted):
+    _, path = uninterrupted
+    assert {p.name for p in path.iterdir()} == {
+        "cfg.json",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+        "runner_cfg.json",
+        "activation_statistics.safetensors",
+        "whitening.safetensors",
+    }
+    metadata = json.loads((path / "cfg.json").read_text())["metadata"]
+    assert metadata["whitening"]["n_samples"] >= 1500
+    assert metadata["whitening"]["fold"]["check"]["source"] == "held-out"
+    assert metadata["hook_name"] == "blocks.1.hook_resid_pre"
+    assert 0 < metadata["l0"] <= 8
+    statistics = ActivationStatistics.load(path / "activation_statistics.safetensors")
+    assert statistics.provenance["hook_name"] == "blocks.1.hook_resid_pre"
+    assert statistics.n_samples == metadata["whitening"]["n_samples"]
+    whitening = Whitening.load(path / "whitening.safetensors")
+    assert torch.equal(whitening.W, Whitening.from_statistics(statistics, FEW).W)
+
+
+def test_the_configs_given_are_not_changed_and_serve_a_second_run(uninterrupted):
+    config = runner_config()
+    before = copy.deepcopy(config)
+    for _ in range(2):
+        torch.manual_seed(7)
+        sae = WhiteningTrainingRunner(
+            config, FEW, override_dataset=tiny_dataset(), override_model=tiny_model()
+        ).run()
+        assert config == before
+        assert equal(state(sae), uninterrupted[0])
+
+
+@pytest.mark.parametrize(
+    ("signum", "n_served", "prefetch"),
+    [
+        *((signal.SIGINT, n_served, False) for n_served in (0, 1, 5, 12, 13, 50, 79)),
+        *((signal.SIGINT, n_served, 2) for n_served in (1, 12, 50)),
+        (signal.SIGTERM, 50, False),
+    ],
+)
+def test_interrupted_training_resumes_to_the_bit(
+    signum, n_served, prefetch, uninterrupted, tmp_path, monkeypatch
+):
+    """Before, in and after the batches that statistics were estimated from, over an epoch's end."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    options = {"checkpoint_path": str(tmp_path), "prefetch_llm_batches": prefetch}
+    interrupted = runner(**options)
+    with monkeypatch.context() as patch:
+        stop_at(patch, n_served, signum)
+        with pytest.raises(KeyboardInterrupt if signum == signal.SIGINT else SystemExit) as caught:
+            interrupted.run()
+    if isinstance(caught.value, SystemExit):
+        assert caught.value.code == 143
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    (checkpoint,) = Path(interrupted.cfg.checkpoint_path).iterdir()
+    assert checkpoint.name == str(128 * n_served)
+    assert SAE.load_from_disk(checkpoint).cfg.normalize_activations == "none"
+    resumed = runner(None, resume_from_checkpoint=str(checkpoint), prefetch_llm_batches=prefetch)
+    torch.manual_seed(123)  # resuming must not depend on the state of the generator
+    assert equal(state(resumed.run()), uninterrupted[0])
+
+
+KILLED = """
+    import sys, torch
+    from sae_whiten import WhiteningConfig, WhiteningTrainingRunner
+    from tests.support import runner_config, tiny_dataset, tiny_model
+    torch.manual_seed(7)
+    WhiteningTrainingRunner(
+        runner_config(checkpoint_path=sys.argv[1], n_checkpoints=79),
+        WhiteningConfig(n_samples=1500),
+        override_dataset=tiny_dataset(),
+        override_model=tiny_model(),
+    ).run()
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_is_killed_resumes_to_the_bit(signum, uninterrupted, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(checkpoints(tmp_path)) < 5:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    expected = {signal.SIGINT: (-signal.SIGINT, 130), signal.SIGTERM: (143,)}
+    assert process.returncode in expected.get(signum, (-signum,)), errors
+    latest = max(checkpoints(tmp_path), key=lambda p: int(p.name))
+    # every checkpoint that is there is whole, whenever the process was killed
+    for path in checkpoints(tmp_path):
+        SAE.load_from_disk(path)
+    resumed = runner(None, resume_from_checkpoint=str(latest))
+    assert equal(state(resumed.run()), uninterrupted[0])
+
+
+def checkpoints(path: Path) -> list[Path]:
+    return [p for p in path.glob("*/*") if p.name.isdigit()]
+
+
+def test_stopped_while_estimating_nothing_is_left_behind(tmp_path, monkeypatch):
+    interrupted = runner(checkpoint_path=str(tmp_path))
+    update = ActivationStatistics.update
+
+    def update_and_stop(statistics: ActivationStatistics, batch: Tensor) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        update(statistics, batch)
+
+    monkeypatch.setattr(ActivationStatistics, "update", update_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_order_of_batches_is_that_of_saelens():
+    config = runner_config(training_tokens=128 * 300)
+    model, dataset = tiny_model(), tiny_dataset()
+    torch.manual_seed(3)
+    stock = ActivationsStore.from_config(model, config, override_dataset=dataset)
+    expected = [stock.next_batch().clone() for _ in range(90)]  # 1.2 epochs
+    torch.manual_seed(3)
+    ours = ResumableActivationsStore.from_config(model, config, override_dataset=dataset)
+    assert all(torch.equal(ours.next_batch(), batch) for batch in expected)
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.5, 1.0])
+def test_evaluations_in_between_do_not_disturb_resuming(mixing, tmp_path):
+    """An evaluator draws sequences from the same dataset."""
+    config = runner_config(activations_mixing_fraction=mixing)
+    model, dataset = tiny_model(), tiny_dataset()
+
+    def store() -> ResumableActivationsStore:
+        made = ResumableActivationsStore.from_config(model, config, override_dataset=dataset)
+        assert isinstance(made, ResumableActivationsStore)
+        return made
+
+    torch.manual_seed(3)
+    reference = store()
+    expected = []
+    for i in range(40):
+        expected.append(reference.next_batch().clone())
+        if i % 7 == 6:
+            reference.get_batch_tokens(5)
+        if i == 20:
+            reference.save_to_checkpoint(tmp_path)
+    resumed = store()
+    resumed.load_from_checkpoint(tmp_path)
+    for i in range(21, 40):
+        assert torch.equal(resumed.next_batch(), expected[i]), i
+        if i % 7 == 6:
+            resumed.get_batch_tokens(5)
+
+
+def test_cached_activations_are_resumed_too(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    acts = torch.randn(60, 32, 32, generator=g)
+    hook = "blocks.1.hook_resid_pre"
+    features = Features({hook: Array2D(shape=(32, 32), dtype="float32")})
+    Dataset.from_dict({hook: acts.numpy()}, features=features).save_to_disk(tmp_path / "cache")
+    config = runner_config(
+        use_cached_activations=True,
+        cached_activations_path=str(tmp_path / "cache"),
+        training_tokens=128 * 30,
+    )
+
+    def store() -> ResumableActivationsStore:
+        made = ResumableActivationsStore.from_config(
+            tiny_model(), config, override_dataset=tiny_dataset()
+        )
+        assert isinstance(made, ResumableActivationsStore)
+        return made
+
+    torch.manual_seed(3)
+    reference = store()
+    expected = [reference.next_batch().clone() for _ in range(10)]
+    reference.save_to_checkpoint(tmp_path)
+    expected += [reference.next_batch().clone() for _ in range(10)]
+    resumed = store()
+    resumed.load_from_checkpoint(tmp_path)
+    assert all(torch.equal(resumed.next_batch(), batch) for batch in expected[10:])
+
+
+def test_a_published_sae_is_fine_tuned_under_whitening(uninterrupted, tmp_path):
+    _, path = uninterrupted
+    before = SAE.load_from_disk(path)
+    tuned = runner(from_pretrained_path=str(path), training_tokens=128, lr=0.0).run()
+    # one step with learning rate 0: unfolded and folded again, the same function
+    x = runner().activations_store.next_batch()
+    with torch.no_grad():
+        assert (tuned(x) - before(x)).norm() / (x - x.mean(0)).norm() < 1e-4
+    assert tuned.cfg.metadata.whitening["fold"]["check"]["fold_error"] < 1e-4
+
+
+def test_fine_tuning_weights_of_an_unknown_basis_is_refused(tmp_path):
+    sae = TopKTrainingSAEConfig(
+        d_in=32, d_sae=128, k=8, normalize_activations="covariance_whitening"
+    )
+    from sae_lens.saes.sae import TrainingSAE
+
+    TrainingSAE.from_dict(sae.to_dict()).save_model(tmp_path)
+    with pytest.raises(ValueError, match="whitened coordinates"):
+        runner(from_pretrained_path=str(tmp_path))
+
+
+def test_a_config_that_does_not_ask_for_whitening_is_refused():
+    with pytest.raises(ValueError, match="covariance_whitening"):
+        runner(sae=TopKTrainingSAEConfig(d_in=32, d_sae=128, k=8))
+
+
+COMPILED = """
+    import sys, torch
+    from sae_whiten import WhiteningConfig, WhiteningTrainingRunner
+    from tests.support import runner_config, tiny_dataset, tiny_model
+    compile = torch.compile
+    # traced as for any backend, but without needing a C++ compiler
+    torch.compile = lambda function, **options: compile(function, backend="eager")
+    torch.manual_seed(7)
+    WhiteningTrainingRunner(
+        runner_config(output_path=sys.argv[1], compile_sae=True),
+        WhiteningConfig(n_samples=1500),
+        override_dataset=tiny_dataset(),
+        override_model=tiny_model(),
+    ).run()
+"""
+
+
+def test_compiled_saes_train_in_the_original_space_too(uninterrupted, tmp_path):
+    # in a process of its own: run-time type checks cannot be compiled
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(COMPILED), str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        check=True,
+    )
+    compiled, eager = SAE.load_from_disk(tmp_path), SAE.load_from_disk(uninterrupted[1])
+    for name, value in state(eager).items():
+        assert torch.allclose(state(compiled)[name], value, rtol=1e-3, atol=1e-4), name
