@@ -6,6 +6,7 @@ The algebra is in `sae_whiten.folding`; here is what each architecture adds to i
 import copy
 import logging
 import math
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -289,7 +290,9 @@ def _transformed(
     parameters = {"W_enc": new.W_enc, "W_dec": new.W_dec, "b_dec": new.b_dec, **new.encoder_biases}
     if new.W_skip is not None:
         parameters["W_skip"] = new.W_skip
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in parameters.values()):
+    # isfinite makes a copy of what it looks at
+    parts = (part for tensor in parameters.values() for part in tensor.split(64))
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise FoldError(
             "the weights are not finite, or overflow when the whitening is applied to them"
         )
@@ -388,27 +391,38 @@ def _compare(
     reference.cfg = copy.deepcopy(sae.cfg)
     reference.cfg.dtype = dtype_to_str(dtype)
 
-    pre, latents = _encode(reference, whitening.whiten(x))
-    if _ranks_by_decoder_norm(sae):
-        pre = pre * reference.get_W_dec_norm()
-    new_pre, new_latents = _encode(folded, x)
-    output = out.dewhiten(reference.decode(latents))
-    centre = out.mean.to(output)
-    scale = (output - centre).norm().clamp(min=torch.finfo(dtype).tiny)
-    active, new_active = latents != 0, new_latents != 0
-
     eps = torch.finfo(dtype).eps
-    offset = float(out.mean.norm()) / float(out.covariance_eigenvalues.sum().sqrt())
+    offset = float(out.mean.norm() / out.covariance_eigenvalues.sum().sqrt())
     # each map is a product with W or its inverse, in which rounding grows by the condition number;
     # the mean is carried in the decoder bias, so its rounding enters in units of the spread
     tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
+
+    # sums of squares and counts: a few activations at a time, for latents are many
+    sums: dict[str, float] = defaultdict(float)
+    norms = reference.get_W_dec_norm() if _ranks_by_decoder_norm(sae) else None
+    for rows in x.split(128):
+        pre, latents = _encode(reference, whitening.whiten(rows))
+        pre = pre if norms is None else pre * norms
+        new_pre, new_latents = _encode(folded, rows)
+        output = out.dewhiten(reference.decode(latents))
+        active, new_active = latents != 0, new_latents != 0
+        for name, value in (
+            ("pre", pre),
+            ("pre_error", new_pre - pre),
+            ("spread", output - out.mean.to(output)),
+            ("decoder_error", folded.decode(latents) - output),
+            ("reconstruction_error", folded.decode(new_latents) - output),
+        ):
+            sums[name] += float(value.square().sum(dtype=torch.float64))
+        sums["changed"] += int((active ^ new_active).sum())
+        sums["active"] += int((active | new_active).sum())
     return FoldCheck(
         n_activations=len(x),
         source=source,
-        pre_activation_error=_ratio((new_pre - pre).norm(), pre.norm()),
-        decoder_error=_ratio((folded.decode(latents) - output).norm(), scale),
-        active_set_change=_ratio((active ^ new_active).sum(), (active | new_active).sum()),
-        reconstruction_error=_ratio((folded.decode(new_latents) - output).norm(), scale),
+        pre_activation_error=_ratio(sums["pre_error"], sums["pre"]) ** 0.5,
+        decoder_error=_ratio(sums["decoder_error"], sums["spread"]) ** 0.5,
+        active_set_change=_ratio(sums["changed"], sums["active"]),
+        reconstruction_error=_ratio(sums["reconstruction_error"], sums["spread"]) ** 0.5,
         tolerance=tolerance,
         active_set_tolerance=0.01,
     )
@@ -429,8 +443,7 @@ def _encode(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
     return captured[-1], latents.to_dense() if latents.is_sparse else latents
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    value, reference = float(numerator), float(denominator)
-    if reference == 0:
-        return 0.0 if value == 0 else math.inf
-    return value / reference
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator == 0:
+        return 0.0 if numerator == 0 else math.inf
+    return numerator / denominator
