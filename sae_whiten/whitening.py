@@ -10,6 +10,7 @@ Row vectors throughout, as in SAELens. Source: Saraswatula & Klindt, arXiv 2511.
 & Strimmer, *Optimal Whitening and Decorrelation* (2018).
 """
 
+import hashlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +194,14 @@ class Whitening:
         with torch.autocast(z.device.type, enabled=False):
             rows = z.reshape(-1, self.d_in).to(W_inv.dtype)
             return torch.addmm(mean, rows, W_inv).reshape(z.shape).to(z.dtype)
+
+    @property
+    def digest(self) -> str:
+        """A checksum of the transform, to tell whether weights belong to it."""
+        sha = hashlib.sha256()
+        for tensor in (self.mean, self.W, self.W_inv):
+            sha.update(tensor.contiguous().numpy().data)
+        return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically."""

@@ -125,9 +125,9 @@ def _add_logging_arguments(parser: argparse.ArgumentParser, default: object) -> 
 
 def _is_user_error(error: Exception) -> bool:
     """Whether the message alone tells what to do, and a traceback would only hide it."""
-    return isinstance(error, (ValueError, FileNotFoundError, argparse.ArgumentError)) or type(
-        error
-    ).__module__.startswith("sae_whiten.")
+    # OSError: what is raised for missing files and for models and data sets that cannot be loaded
+    usual = isinstance(error, (ValueError, OSError, argparse.ArgumentError))
+    return usual or type(error).__module__.startswith("sae_whiten.")
 
 
 class _ProgressBarHandler(logging.Handler):

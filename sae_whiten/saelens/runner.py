@@ -31,7 +31,7 @@ from sae_whiten._files import atomic_path
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.saelens.activations_store import ResumableActivationsStore
 from sae_whiten.saelens.stream import ActivationStream, StopRequested
-from sae_whiten.saelens.trainer import WhiteningTrainer
+from sae_whiten.saelens.trainer import STATISTICS_FILENAME, WhiteningTrainer
 from sae_whiten.saelens.training_sae import enter_whitened_space
 from sae_whiten.statistics import NonFiniteActivationsError
 
@@ -39,7 +39,6 @@ __all__ = ["WhiteningTrainingRunner"]
 
 logger = logging.getLogger(__name__)
 
-STATISTICS_FILENAME = "activation_statistics.safetensors"
 WHITENING_FILENAME = "whitening.safetensors"
 
 

@@ -22,6 +22,7 @@ __all__ = ["CovarianceWhiteningScaler"]
 
 logger = logging.getLogger(__name__)
 
+MAX_EMPTY_BATCHES = 100  # in a row; more is a source that has nothing to give
 _CONFIG_KEY = "whitening_config"
 
 
@@ -95,7 +96,7 @@ class CovarianceWhiteningScaler(ActivationScaler):
             return
         wanted = self.config.samples_for(d_in)
         statistics = ActivationStatistics(d_in, on_nonfinite=self.config.on_nonfinite)
-        n_batches = 0
+        n_batches = n_empty = 0
         with tqdm(total=wanted, desc="Estimating whitening", unit=" tokens", leave=False) as bar:
             while statistics.n_samples < wanted and n_batches != n_batches_for_norm_estimate:
                 try:
@@ -106,8 +107,15 @@ class CovarianceWhiteningScaler(ActivationScaler):
                         f"{n_batches} batches; estimating the whitening needs {wanted}. Provide "
                         "more data, or set WhiteningConfig(n_samples=...) to what there is."
                     ) from None
+                before = statistics.n_samples
                 statistics.update(flatten_heads(batch, d_in))
                 n_batches += 1
+                n_empty = n_empty + 1 if statistics.n_samples == before else 0
+                if n_empty == MAX_EMPTY_BATCHES:
+                    raise ValueError(
+                        f"{n_empty} batches in a row held no activations to estimate the whitening "
+                        f"from ({statistics.n_skipped} were skipped as not finite)"
+                    )
                 bar.update(min(statistics.n_samples, wanted) - bar.n)
         if statistics.n_samples < wanted:
             logger.warning(

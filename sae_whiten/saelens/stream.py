@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sae_whiten.saelens.scaler import flatten_heads
+from sae_whiten.saelens.scaler import MAX_EMPTY_BATCHES, flatten_heads
 from sae_whiten.statistics import NonFiniteActivationsError
 
 __all__ = ["ActivationStream", "DataExhaustedError", "StopRequested"]
@@ -30,26 +30,32 @@ class ActivationStream(Iterator[Tensor]):
     `lookahead` lets statistics be estimated from the first batches; training then gets the same
     batches again. They are kept in memory up to 1 GiB, beyond that in a temporary file.
 
-    The n-th batch served is always the n-th of the provider, so a resumed run needs a provider that
-    starts at batch `n_served`.
+    Batches are served in the order of the provider; empty ones are passed over, but counted. So a
+    resumed run needs a provider that starts at batch `n_served`.
 
     Args:
         source: Yields activations, shape (n, d_in) or (n, n_heads, d_head).
         d_in: Width of the activations.
         on_nonfinite: "raise" or "skip" activations that hold a NaN or an infinity.
+        n_wanted: Batches that training will ask for, to be named when there are not as many.
 
     Attributes:
-        n_served: Batches served.
+        n_served: Batches served or passed over.
         n_skipped: Activations left out because they were not finite.
         last: The batch served last.
     """
 
     def __init__(
-        self, source: Iterator[Tensor], d_in: int, on_nonfinite: Literal["raise", "skip"]
+        self,
+        source: Iterator[Tensor],
+        d_in: int,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        n_wanted: int | None = None,
     ) -> None:
         self.source = source
         self.d_in = d_in
-        self.on_nonfinite = on_nonfinite
+        self.on_nonfinite: Literal["raise", "skip"] = on_nonfinite
+        self.n_wanted = n_wanted
         self.n_served = 0
         self.n_skipped = 0
         self.last: Tensor | None = None
@@ -75,19 +81,26 @@ class ActivationStream(Iterator[Tensor]):
             yield batch
 
     def __next__(self) -> Tensor:
-        if self._stop:
-            raise StopRequested
-        try:
-            batch = self._next_raw()
-        except StopIteration:
-            raise DataExhaustedError(
-                f"the data provider ended after {self.n_served} batches, before training did: "
-                "provide more data or lower total_training_samples"
-            ) from None
-        batch = self._finite(flatten_heads(batch, self.d_in))
-        self.n_served += 1
-        self.last = batch
-        return batch
+        for _ in range(MAX_EMPTY_BATCHES):
+            if self._stop:
+                raise StopRequested
+            try:
+                batch = self._next_raw()
+            except StopIteration:
+                needed = "" if self.n_wanted is None else f", which needs {self.n_wanted}"
+                raise DataExhaustedError(
+                    f"the data provider ended after {self.n_served} batches, before "
+                    f"training{needed}: provide more data or lower total_training_samples"
+                ) from None
+            batch = self._finite(flatten_heads(batch, self.d_in))
+            self.n_served += 1
+            if batch.numel() > 0:
+                self.last = batch
+                return batch
+        raise DataExhaustedError(
+            f"the last {MAX_EMPTY_BATCHES} batches of the data provider, up to number "
+            f"{self.n_served}, held no activations ({self.n_skipped} were skipped as not finite)"
+        )
 
     def held_out(self) -> Tensor | None:
         """A batch that was not served, or None if the provider has no more."""
@@ -109,11 +122,11 @@ class ActivationStream(Iterator[Tensor]):
         if not self._spooled:
             self._spool.close()
             self._spool, self._read_position = None, 0
+        if n_bytes == 0:
+            return torch.empty(shape, dtype=dtype, device=device)
         return torch.frombuffer(content, dtype=torch.uint8).view(dtype).reshape(shape).to(device)
 
     def _keep(self, batch: Tensor) -> None:
-        if batch.numel() == 0:
-            return
         if self._spool is None:
             self._spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115
         content = batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import SPARSITY_FILENAME
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer
 from sae_lens.training.types import DataProvider
@@ -23,6 +27,7 @@ from sae_whiten.config import WhiteningConfig
 from sae_whiten.saelens.folding import (
     FoldError,
     fold_whitening_into_weights,
+    folded_copy,
     unfold_whitening_from_weights,
 )
 from sae_whiten.saelens.scaler import CovarianceWhiteningScaler
@@ -31,16 +36,18 @@ from sae_whiten.saelens.training_sae import (
     TRAINING_STATE_DIR,
     enter_whitened_space,
     leave_whitened_space,
-    load_training_weights,
-    save_state,
+    read_training_weights,
+    save_training_weights,
     set_whitening,
 )
+from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
 
-__all__ = ["WhiteningTrainer"]
+__all__ = ["STATISTICS_FILENAME", "WhiteningTrainer"]
 
 logger = logging.getLogger(__name__)
 
+STATISTICS_FILENAME = "activation_statistics.safetensors"
 _PROGRESS_FILENAME = "progress.safetensors"
 _PROGRESS_KIND = "training_progress"
 _N_CHECK = 512  # activations to prove the fold on
@@ -98,7 +105,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             cfg = replace(cfg, lr_end=cfg.lr / 10)
         enter_whitened_space(sae)
         sae.cfg = copy.deepcopy(sae.cfg)
-        super().__init__(cfg, sae, data_provider, evaluator, save_checkpoint_fn)
+        super().__init__(cfg, sae, data_provider, self._evaluate, save_checkpoint_fn)
+        self._given_evaluator = evaluator
         self.whitening: Whitening | None = None
         self._given_config = whitening
         self._start_from_folded = start_from_folded
@@ -108,7 +116,10 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         # the same objects under SAELens' names
         self.activation_scaler = self.scaler = CovarianceWhiteningScaler(whitening)
         self.data_provider = self.stream = ActivationStream(
-            data_provider, sae.cfg.d_in, self.scaler.config.on_nonfinite
+            data_provider,
+            sae.cfg.d_in,
+            self.scaler.config.on_nonfinite,
+            n_wanted=cfg.total_training_steps,
         )
 
     def fit(self) -> TrainingSAE[Any]:
@@ -153,9 +164,9 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         if self._start_from_folded and self.n_training_steps == 0:
             unfold_whitening_from_weights(self.sae, whitening)
         self._start_from_folded = False
-        set_whitening(self.sae, whitening, fold=self._fold)
+        set_whitening(self.sae, whitening, trainer=self)
 
-    def _fold(self) -> None:
+    def fold(self) -> None:
         """Fold and prove the fold; called by SAELens' `fit` once the training loop is done."""
         whitening = self.whitening
         assert whitening is not None
@@ -197,6 +208,15 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         except FoldError:  # weights that are not finite have no folded form
             self.save_trainer_state(Path(base) / name)
         return Path(base) / name
+
+    def _evaluate(
+        self, sae: TrainingSAE[Any], data_provider: DataProvider, activation_scaler: Any
+    ) -> dict[str, Any]:
+        """Let the evaluator see a plain SAE: what it makes of the decoder would be wrong else."""
+        if self._given_evaluator is None or self.whitening is None:
+            return {}
+        folded, _ = folded_copy(sae, self.whitening)
+        return self._given_evaluator(folded, data_provider, CovarianceWhiteningScaler())
 
     def build_train_step_log_dict(
         self, output: TrainStepOutput, n_training_samples: int
@@ -260,12 +280,16 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             super().save_trainer_state(directory)
         finally:
             scaler.whitening = in_use
+        assert self.whitening is not None
         weights = self._weights_before_fold
-        save_state(
+        save_training_weights(
             checkpoint_path,
             dict(self.sae.state_dict()) if weights is None else weights,
             self.sae.cfg.to_dict() if weights is None else self._cfg_before_fold,
+            self.whitening,
         )
+        if scaler.statistics is not None:
+            scaler.statistics.save(directory / STATISTICS_FILENAME)
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators["cuda"] = torch.stack(torch.cuda.get_rng_state_all())
@@ -294,31 +318,58 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 "WhiteningTrainer. (A folded SAE can be trained on: from_pretrained_path. "
                 "Checkpoints of SAELens' own trainer cannot be resumed here.)"
             )
-        generators, fields = load_tensors(directory / _PROGRESS_FILENAME, _PROGRESS_KIND)
-        scaler = self.scaler
-        given = self._given_config
-        load_training_weights(self.sae, checkpoint_path)
-        super().load_trainer_state(directory)
-        if scaler.whitening is None:
+        # everything is read and checked before anything is changed
+        progress, fields = load_tensors(directory / _PROGRESS_FILENAME, _PROGRESS_KIND)
+        saved = CovarianceWhiteningScaler()
+        saved.load(directory / ACTIVATION_SCALER_CFG_FILENAME)
+        if saved.whitening is None:
             raise FileNotFoundError(f"{directory} holds no whitening to continue under")
-        if given is not None and given != scaler.config:
-            saved, now = scaler.config.to_dict(), given.to_dict()
-            names = [f"{k}={saved[k]!r} (now {now[k]!r})" for k in now if saved[k] != now[k]]
+        config = self._config_to_resume_with(saved.config, checkpoint_path)
+        statistics = directory / STATISTICS_FILENAME
+        if statistics.is_file():
+            saved.statistics = ActivationStatistics.load(statistics)
+        cfg, unfolded = self.sae.cfg, None
+        if self._start_from_folded:
+            # which is what the weights in the checkpoint were when they were trained
+            unfolded = copy.deepcopy(self.sae)
+            unfold_whitening_from_weights(unfolded, saved.whitening)
+            cfg = unfolded.cfg
+        weights = read_training_weights(checkpoint_path, cfg, saved.whitening)
+        torch.load(directory / TRAINER_STATE_FILENAME, map_location="cpu")
+
+        if unfolded is not None:
+            unfold_whitening_from_weights(self.sae, saved.whitening)
+        super().load_trainer_state(directory)
+        self.sae.load_state_dict(weights)
+        self.scaler.config, self.scaler.statistics = config, saved.statistics
+        self.whitening = self.scaler.whitening
+        self._start_from_folded = False
+        self.stream.n_served = int(fields["n_served"])
+        self.stream.n_skipped = int(fields["n_skipped"])
+        self.stream.on_nonfinite = config.on_nonfinite
+        self.checkpoint_thresholds = [
+            t for t in self.checkpoint_thresholds if t >= self.n_training_samples
+        ]
+        torch.set_rng_state(progress["cpu"])
+        if "cuda" in progress and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(list(progress["cuda"]))
+
+    def _config_to_resume_with(
+        self, saved: WhiteningConfig, checkpoint_path: Path | str
+    ) -> WhiteningConfig:
+        given = self._given_config
+        if given is None:
+            return saved
+        # all but this decides what the weights mean
+        saved = replace(saved, on_nonfinite=given.on_nonfinite)
+        if given != saved:
+            old, new = saved.to_dict(), given.to_dict()
+            names = [f"{k}={old[k]!r} (now {new[k]!r})" for k in new if old[k] != new[k]]
             raise ValueError(
                 f"{checkpoint_path} was trained with {', '.join(names)}: resume with the same "
                 "WhiteningConfig, or with none"
             )
-        self.whitening = scaler.whitening
-        self._start_from_folded = False
-        self.stream.n_served = int(fields["n_served"])
-        self.stream.n_skipped = int(fields["n_skipped"])
-        self.stream.on_nonfinite = scaler.config.on_nonfinite
-        self.checkpoint_thresholds = [
-            t for t in self.checkpoint_thresholds if t >= self.n_training_samples
-        ]
-        torch.set_rng_state(generators["cpu"])
-        if "cuda" in generators and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(list(generators["cuda"]))
+        return given
 
     def _checkpoint_if_needed(self) -> None:
         # fit() counts a step only after this call, but the checkpoint is taken after the step

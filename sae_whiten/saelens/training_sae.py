@@ -7,13 +7,14 @@ touched, nor is any other SAE.
 """
 
 import functools
-from collections.abc import Callable
+import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
+from numpy.typing import NDArray
 from sae_lens import TrainingSAE
-from sae_lens.saes.sae import mse_loss
+from sae_lens.saes.sae import TrainingSAEConfig, mse_loss
 from torch import Tensor
 
 from sae_whiten._files import load_tensors, save_tensors
@@ -30,7 +31,7 @@ __all__ = [
     "TRAINING_STATE_DIR",
     "enter_whitened_space",
     "leave_whitened_space",
-    "load_training_weights",
+    "read_training_weights",
     "save_training_weights",
     "set_whitening",
 ]
@@ -39,8 +40,29 @@ __all__ = [
 TRAINING_STATE_DIR = "whitened_training_state"
 _WEIGHTS_FILENAME = "training_weights.safetensors"
 _KIND = "training_weights"
+_DECIDES_WHAT_WEIGHTS_MEAN = (
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "apply_b_dec_to_input",
+    "rescale_acts_by_decoder_norm",
+    "k",
+    "matryoshka_widths",
+)
 
 _Base = TrainingSAE[Any] if TYPE_CHECKING else object
+
+
+@runtime_checkable
+class FoldingTrainer(Protocol):
+    """A trainer that folds its SAE itself."""
+
+    sae: Any
+
+    def fold(self) -> None:
+        """Fold `sae` and prove the fold."""
+        ...
 
 
 class _WhitenedTrainingSAE(_Base):
@@ -48,7 +70,7 @@ class _WhitenedTrainingSAE(_Base):
 
     stock_class: type[TrainingSAE[Any]]
     whitening: Whitening | None
-    fold_whitening: Callable[[], None]
+    trainer: "weakref.ref[FoldingTrainer] | None"
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save a folded copy: a plain SAE for raw activations.
@@ -63,12 +85,13 @@ class _WhitenedTrainingSAE(_Base):
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save a folded copy and, in a folder beside it, the weights in whitened coordinates."""
         written = self.save_inference_model(path)
-        save_training_weights(self, path)
+        whitening = self._required_whitening("save")
+        save_training_weights(path, dict(self.state_dict()), self.cfg.to_dict(), whitening)
         return written
 
     def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
         """Load the weights in whitened coordinates from a checkpoint directory."""
-        load_training_weights(self, checkpoint_path)
+        self.load_state_dict(read_training_weights(checkpoint_path, self.cfg, self.whitening))
 
     def fold_activation_whitening(
         self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
@@ -82,11 +105,18 @@ class _WhitenedTrainingSAE(_Base):
         given = ((mean, own.mean), (whitening_matrix, own.W), (unwhitening_matrix, own.W_inv))
         if not all(torch.equal(a.to(b), b) for a, b in given):
             raise FoldError("this SAE was trained under another whitening than the one given")
-        self.fold_whitening()
+        trainer = None if self.trainer is None else self.trainer()
+        if trainer is not None and trainer.sae is self:  # and not a copy of its SAE
+            trainer.fold()
+        else:
+            fold_whitening_into_weights(self, own)
+            leave_whitened_space(self)
 
-    def _fold(self) -> None:
-        fold_whitening_into_weights(self, self._required_whitening("fold"))
-        leave_whitened_space(self)
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """SAELens' histograms, of the weights in the space of the activations."""
+        folded, _ = folded_copy(self, self._required_whitening("describe"))
+        assert isinstance(folded, TrainingSAE)
+        return folded.log_histograms()
 
     def _required_whitening(self, action: str) -> Whitening:
         if self.whitening is None:
@@ -119,22 +149,23 @@ def enter_whitened_space(sae: TrainingSAE[Any]) -> None:
         )
     sae.__class__ = _whitened_class(type(sae))
     assert isinstance(sae, _WhitenedTrainingSAE)
-    sae.whitening = None
+    sae.whitening = sae.trainer = None
 
 
 def set_whitening(
-    sae: TrainingSAE[Any], whitening: Whitening, fold: Callable[[], None] | None = None
+    sae: TrainingSAE[Any], whitening: Whitening, trainer: FoldingTrainer | None = None
 ) -> None:
     """Tell an SAE in whitened space its whitening, and with it the metric of its losses.
 
     Args:
         sae: An SAE after `enter_whitened_space`.
         whitening: The whitening of the activations that it is trained on.
-        fold: Called to fold it at the end of training, in place of a fold without proof.
+        trainer: Folds it at the end of training, in place of a fold without proof.
     """
     assert isinstance(sae, _WhitenedTrainingSAE)
     sae.whitening = whitening
-    sae.fold_whitening = fold or sae._fold
+    # weak, for the SAE is copied, and its trainer holds what cannot be
+    sae.trainer = None if trainer is None else weakref.ref(trainer)
     sae.mse_loss_fn = ReconstructionMetric(whitening, sae.device)
 
 
@@ -142,42 +173,50 @@ def leave_whitened_space(sae: TrainingSAE[Any]) -> None:
     """Give an SAE its stock class back, once it is folded."""
     if isinstance(sae, _WhitenedTrainingSAE):
         # a training step that was compiled belongs to the subclass too
-        for name in ("whitening", "fold_whitening", "training_forward_pass"):
+        for name in ("whitening", "trainer", "training_forward_pass"):
             vars(sae).pop(name, None)
         sae.mse_loss_fn = mse_loss
         sae.__class__ = sae.stock_class  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def save_training_weights(sae: TrainingSAE[Any], checkpoint_path: str | Path) -> None:
-    """Write the state dict, in whitened coordinates, into a checkpoint directory."""
-    save_state(checkpoint_path, dict(sae.state_dict()), sae.cfg.to_dict())
-
-
-def save_state(
-    checkpoint_path: str | Path, state_dict: dict[str, Tensor], cfg: dict[str, Any]
+def save_training_weights(
+    checkpoint_path: str | Path,
+    state_dict: dict[str, Tensor],
+    cfg: dict[str, Any],
+    whitening: Whitening,
 ) -> None:
-    """Write training weights, in whitened coordinates, into a checkpoint directory."""
+    """Write weights in whitened coordinates into a checkpoint directory."""
     path = Path(checkpoint_path) / TRAINING_STATE_DIR / _WEIGHTS_FILENAME
-    save_tensors(path, _KIND, state_dict, {"cfg": cfg})
+    save_tensors(path, _KIND, state_dict, {"cfg": cfg, "whitening": whitening.digest})
 
 
-def load_training_weights(sae: TrainingSAE[Any], checkpoint_path: str | Path) -> None:
-    """Load what `save_training_weights` wrote.
+def read_training_weights(
+    checkpoint_path: str | Path, cfg: TrainingSAEConfig, whitening: Whitening | None
+) -> dict[str, Tensor]:
+    """Read what `save_training_weights` wrote.
+
+    Args:
+        checkpoint_path: The checkpoint directory.
+        cfg: Of the SAE that the weights are for.
+        whitening: What the checkpoint says the weights were trained under.
 
     Raises:
         FileNotFoundError: The directory is not a checkpoint of this package.
         CorruptFileError: The file is truncated, foreign or was changed.
-        ValueError: The checkpoint is of another architecture, size or dtype.
+        ValueError: The weights are of another SAE, or were trained under another whitening.
     """
     path = Path(checkpoint_path) / TRAINING_STATE_DIR / _WEIGHTS_FILENAME
     state_dict, fields = load_tensors(path, _KIND)
-    saved, own = fields["cfg"], sae.cfg.to_dict()
-    names = ("architecture", "d_in", "d_sae", "dtype", "apply_b_dec_to_input", "k")
+    saved, own = fields["cfg"], cfg.to_dict()
     different = [
         f"{name}={saved.get(name)!r} (now {own.get(name)!r})"
-        for name in names
+        for name in _DECIDES_WHAT_WEIGHTS_MEAN
         if saved.get(name) != own.get(name)
     ]
     if different:
         raise ValueError(f"{path}: the checkpoint was trained with {', '.join(different)}")
-    sae.load_state_dict(state_dict)
+    if whitening is not None and fields["whitening"] != whitening.digest:
+        raise ValueError(
+            f"{path}: these weights were trained under another whitening than the one beside them"
+        )
+    return state_dict

@@ -1,0 +1,517 @@
+"""The command line: parsing, help, exit codes, and one real run of `sae-whiten train`."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import sae_whiten
+from sae_whiten import WhiteningConfig
+from sae_whiten.cli import COMMANDS, main, train
+
+TOPK = ["--architecture", "topk", "--d_in", "16", "--d_sae", "32"]
+
+
+class FakeRunner:
+    """Records what it is called with and returns an SAE with the metadata of a real run."""
+
+    cfg: Any
+    whitening: WhiteningConfig
+
+    def __init__(self, cfg: Any, whitening: WhiteningConfig) -> None:
+        FakeRunner.cfg, FakeRunner.whitening = cfg, whitening
+
+    def run(self) -> Namespace:
+        check = {"fold_error": 2.5e-7, "tolerance": 1e-5}
+        metadata = Namespace(whitening={"fold": {"check": check}})
+        return Namespace(cfg=Namespace(metadata=metadata))
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> type[FakeRunner]:
+    # not setattr, which would first import the real one
+    monkeypatch.setitem(vars(sae_whiten), "WhiteningTrainingRunner", FakeRunner)
+    return FakeRunner
+
+
+# --- sae-whiten
+
+
+def test_help_and_version_import_neither_torch_nor_sae_lens() -> None:
+    code = """
+import sys
+from sae_whiten.cli import main
+for arguments in (["--help"], ["--version"], ["train"], ["demo", "--help"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+print([name for name in ("torch", "sae_lens", "scipy", "numpy") if name in sys.modules])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.endswith("[]\n")
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sae-whiten {sae_whiten.__version__}\n"
+
+
+def test_python_dash_m_runs_the_command() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "sae_whiten", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == f"sae-whiten {sae_whiten.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"]])
+def test_without_arguments_help_goes_to_stderr(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: sae-whiten")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tarin"], "invalid choice: 'tarin'"),
+        (["--verbose", "--quiet", "train"], "not allowed with argument"),
+        (["demo", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ],
+)
+def test_wrong_usage(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+class OurError(Exception):
+    pass
+
+
+OurError.__module__ = "sae_whiten.somewhere"
+
+
+def raising(error: BaseException) -> Callable[[Namespace], int]:
+    def run(args: Namespace) -> int:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, OurError])
+def test_user_errors_are_one_line(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run", raising(error("stats.safetensors: no such file")))
+    assert main(["train"]) == 2
+    line = "sae-whiten train: error: stats.safetensors: no such file\n"
+    assert capsys.readouterr().err == line
+
+    assert main(["--verbose", "train"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback")
+    assert text.endswith(line)
+
+
+def test_bugs_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run", raising(RuntimeError("a bug")))
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_ctrl_c_is_130_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "run", raising(KeyboardInterrupt()))
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "sae-whiten train: interrupted\n"
+
+
+def test_exit_status_of_a_signal_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "run", raising(SystemExit(143)))
+    with pytest.raises(SystemExit) as exit_:
+        main(["train"])
+    assert exit_.value.code == 143
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        ([], ["ours info", "ours warning", "theirs warning"]),
+        (["--quiet"], ["ours warning", "theirs warning"]),
+        (["-v"], ["ours debug", "ours info", "ours warning", "theirs info", "theirs warning"]),
+    ],
+)
+def test_log_levels(
+    flags: list[str],
+    shown: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(args: Namespace) -> int:
+        for name, logger in (("ours", "sae_whiten.x"), ("theirs", "sae_lens.x")):
+            for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+                logging.getLogger(logger).log(level, f"{name} {logging.getLevelName(level)}")
+        return 0
+
+    levels = {name: logging.getLogger(name).level for name in ("sae_whiten", "sae_lens")}
+    monkeypatch.setattr(train, "run", run)
+    assert main([*flags, "train"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(maxsplit=2)[2].lower() for line in lines] == shown
+    for name, level in levels.items():
+        logger = logging.getLogger(name)
+        assert (logger.level, logger.handlers) == (level, [])
+
+
+# --- sae-whiten train: parsing
+
+
+def test_whitening_flags_default_to_the_config(runner: type[FakeRunner]) -> None:
+    assert main(["train", *TOPK]) == 0
+    assert runner.whitening == WhiteningConfig()
+    assert runner.cfg.sae.normalize_activations == "covariance_whitening"
+
+
+def test_every_whitening_flag(runner: type[FakeRunner]) -> None:
+    values = {
+        "kind": "zca",
+        "eps": 1e-4,
+        "eps_mode": "absolute",
+        "shrinkage": 0.25,
+        "strength": 0.5,
+        "loss_space": "whitened",
+        "n_samples": 5000,
+        "on_nonfinite": "skip",
+    }
+    assert set(values) == {field.name for field in dataclasses.fields(WhiteningConfig)}
+    flags = [text for name, value in values.items() for text in (f"--whitening.{name}", str(value))]
+    assert main(["train", *flags[:6], *TOPK, *flags[6:]]) == 0
+    assert runner.whitening.to_dict() == values
+    assert type(runner.whitening.n_samples) is int
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--whitening.shrinkage", "oas"], {"shrinkage": "oas"}),
+        (["--whitening.shrinkage=none"], {"shrinkage": None}),
+        (["--whitening.shrinkage=0"], {"shrinkage": 0.0}),
+        (["--whitening.n_samples", "None"], {"n_samples": None}),
+        (["--whitening.strength=0"], {"strength": 0.0}),
+    ],
+)
+def test_whitening_values(
+    flags: list[str], expected: dict[str, Any], runner: type[FakeRunner]
+) -> None:
+    assert main(["train", *TOPK, *flags]) == 0
+    assert runner.whitening == WhiteningConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("kind", "ica", "'ica' is not one of pca|zca"),
+        ("shrinkage", "ledoit", "'ledoit' is not one of FLOAT|oas|none"),
+        ("n_samples", "many", "'many' is not one of INT|none"),
+        ("n_samples", "1.5", "'1.5' is not one of INT|none"),
+        ("strength", "full", "'full' is not one of FLOAT"),
+    ],
+)
+def test_values_of_another_type(
+    flag: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", *TOPK, f"--whitening.{flag}", value])
+    assert exit_.value.code == 2
+    assert f"argument --whitening.{flag}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--whitening.strength", "1.5"], "strength=1.5"),
+        (["--whitening.eps", "-1"], "eps=-1.0"),
+        (["--whitening.eps", "nan"], "eps=nan"),
+        # abbreviations would change their meaning when a flag is added
+        (["--whitening.kin", "zca"], "unknown flag --whitening.kin"),
+        (["--whitening.epsilon=1"], "unknown flag --whitening.epsilon=1; there are"),
+        (["--normalize_activations", "none"], "--normalize_activations none contradicts"),
+        (["--sae.normalize_activations=layer_norm"], "layer_norm contradicts"),
+        (["--normalize_act", "none"], "none contradicts"),
+        (["--no_such_flag", "3"], "unrecognized arguments: --no_such_flag 3"),
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--k", "few"], "invalid int value: 'few'"),
+        (["--architecture", "nope"], "invalid choice: 'nope'"),
+    ],
+)
+def test_refused_with_one_line(
+    flags: list[str], message: str, runner: type[FakeRunner], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *TOPK, *flags]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sae-whiten train: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_architecture_that_cannot_be_folded_is_refused(
+    runner: type[FakeRunner], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--architecture", "matching_pursuit"]) == 2
+    assert "cannot be folded" in capsys.readouterr().err
+
+
+def test_saelens_flags_pass_through(runner: type[FakeRunner]) -> None:
+    flags = "-k 7 --hook_name blocks.1.hook_resid_pre --seqpos_slice 2 -1 --verbose False"
+    nested = "--sae.dtype bfloat16 --dtype float32 --nolog_to_wandb"
+    other = ["--model_kwargs", json.dumps({"a": 1}), "--checkpoint_path"]
+    assert main(["train", *TOPK, *flags.split(), *nested.split(), *other]) == 0
+    cfg = runner.cfg
+    assert (cfg.sae.k, cfg.sae.d_in, cfg.sae.d_sae) == (7, 16, 32)
+    assert (cfg.sae.dtype, cfg.dtype) == ("bfloat16", "float32")
+    assert cfg.hook_name == "blocks.1.hook_resid_pre"
+    assert tuple(cfg.seqpos_slice) == (2, -1)
+    assert (cfg.verbose, cfg.logger.log_to_wandb) == (False, False)
+    assert cfg.model_kwargs == {"a": 1}
+    assert cfg.checkpoint_path is None
+
+
+def test_nested_flags_with_their_prefix(runner: type[FakeRunner]) -> None:
+    flags = ["--sae.k", "9", "--sae.d_in=64", "--sae.dtype=bfloat16", "--logger.log_to_wandb=False"]
+    assert main(["train", *TOPK, *flags]) == 0
+    cfg = runner.cfg
+    assert (cfg.sae.k, cfg.sae.d_in, cfg.sae.dtype, cfg.dtype) == (9, 64, "bfloat16", "float32")
+    assert not cfg.logger.log_to_wandb
+
+
+def test_the_example_in_the_help_is_complete(runner: type[FakeRunner]) -> None:
+    program, *arguments = shlex.split(train.EXAMPLE.replace("\\\n", " "))
+    assert program == "sae-whiten"
+    assert main(arguments) == 0
+    cfg = runner.cfg
+    assert (cfg.model_name, cfg.sae.k, cfg.logger.log_to_wandb) == ("gpt2", 32, False)
+    assert runner.whitening == WhiteningConfig(kind="pca", shrinkage="oas")
+
+
+def test_help_shows_our_flags_then_those_of_saelens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--architecture", "topk", "--help"]) == 0
+    text = capsys.readouterr().out
+    ours = [text.index(f"--whitening.{f.name} ") for f in dataclasses.fields(WhiteningConfig)]
+    assert ours == sorted(ours)
+    assert ours[-1] < text.index("--training_tokens int") < text.index("Number of top features")
+    for field in dataclasses.fields(WhiteningConfig):
+        assert " ".join(field.metadata["help"].split()) in " ".join(text.split()).replace("- ", "-")
+
+
+def test_a_parser_that_saelens_moved_is_a_clear_error(
+    runner: type[FakeRunner], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sae_lens.llm_sae_training_runner
+
+    monkeypatch.delattr(sae_lens.llm_sae_training_runner, "_parse_cfg_args")
+    assert main(["train", *TOPK]) != 0
+    err = capsys.readouterr().err
+    assert f"sae-lens {sae_lens.__version__} has moved the parser" in err
+
+
+# --- sae-whiten train: running
+
+
+def test_report(runner: type[FakeRunner], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TOPK, "--output_path", "my sae"]) == 0
+    out = capsys.readouterr().out
+    assert "2.5e-07" in out
+    assert "tolerance 1e-05" in out
+    assert "SAE.load_from_disk('my sae')" in out
+
+    assert main(["train", *TOPK, "--output_path"]) == 0
+    assert "not saved" in capsys.readouterr().out
+
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def random_texts(n_texts: int, n_words: int) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(len(WORDS), (n_texts, n_words), generator=generator)
+    return [" ".join(WORDS[i] for i in row) for row in indices.tolist()]
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<bos>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    """A complete command that trains on a small GPT-2 and texts in files, for 20 steps."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    save_tokenizer(tmp_path / "model")
+    torch.manual_seed(0)
+    size = GPT2Config(vocab_size=62, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    GPT2LMHeadModel(size).save_pretrained(tmp_path / "model")
+    (tmp_path / "texts").mkdir()
+    lines = [json.dumps({"text": text}) for text in random_texts(400, 64)]
+    (tmp_path / "texts" / "train.jsonl").write_text("\n".join(lines))
+    return [
+        *["train", "--architecture", "topk", "--d_in", "16", "--d_sae", "64", "--sae.k", "4"],
+        *["--model_class_name", "AutoModelForCausalLM", "--model_name", f"{tmp_path}/model"],
+        *["--hook_name", "transformer.h.0", "--dataset_path", f"{tmp_path}/texts"],
+        *["--is_dataset_tokenized", "False", "--context_size", "16", "--verbose", "False"],
+        *["--store_batch_size_prompts", "8", "--n_batches_in_buffer", "16"],
+        *["--train_batch_size_tokens", "128", "--training_tokens", "2560"],
+        *["--log_to_wandb", "False", "--checkpoint_path", f"{tmp_path}/checkpoints"],
+        *["--output_path", f"{tmp_path}/sae", "--whitening.n_samples", "2000"],
+    ]
+
+
+def test_train_from_files_to_a_plain_saelens_sae(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sae_lens import SAE
+
+    assert main(["--quiet", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert f"SAE.load_from_disk('{tmp_path}/sae')" in out
+
+    sae = SAE.load_from_disk(str(tmp_path / "sae"))
+    assert (sae.cfg.architecture(), sae.cfg.d_in, sae.cfg.d_sae) == ("topk", 16, 64)
+    assert sae.cfg.normalize_activations == "none"
+    saved = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]["whitening"]
+    assert saved["config"]["n_samples"] == 2000
+    assert f"fold error: {saved['fold']['check']['fold_error']:.2g}" in out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_exit_status_of_an_interrupted_run(arguments: list[str], tmp_path: Path) -> None:
+    # both at once: most of the time goes into starting Python
+    runs = {}
+    for signal_ in (signal.SIGINT, signal.SIGTERM):
+        log = tmp_path / f"{signal_.name}.log"
+        endless = [
+            "--training_tokens",
+            "1000000000",
+            "--checkpoint_path",
+            str(log) + ".checkpoints",
+        ]
+        with log.open("wb") as stderr:
+            command = [sys.executable, "-m", "sae_whiten", *arguments, *endless]
+            runs[signal_] = (subprocess.Popen(command, stderr=stderr, stdout=stderr), log)
+    try:
+        for signal_, (process, log) in runs.items():
+            deadline = time.monotonic() + 120
+            # the progress bar shows losses from the hundredth step on
+            while "mse_loss" not in log.read_text():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            process.send_signal(signal_)
+        statuses = {name: process.wait(timeout=60) for name, (process, _) in runs.items()}
+    finally:
+        for process, _ in runs.values():
+            process.kill()
+            process.wait()
+    assert statuses == {signal.SIGINT: 130, signal.SIGTERM: 143}
+    for _, log in runs.values():
+        text = log.read_text()
+        assert "Traceback" not in text
+        (checkpoint,) = Path(f"{log}.checkpoints").glob("*/*")
+        assert f"resume_from_checkpoint={checkpoint}" in text
+
+
+# --- examples/train_gpt2.py
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "train_gpt2.py"
+
+
+def import_example() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_gpt2", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_example_is_short_and_uses_public_names_only() -> None:
+    source = EXAMPLE.read_text()
+    assert len(source.splitlines()) < 60
+    ours = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sae_whiten")
+    ]
+    assert [node.module for node in ours] == ["sae_whiten"]
+    assert {alias.name for alias in ours[0].names} <= set(sae_whiten.__all__)
+
+
+def test_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from datasets import Dataset
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path / "tokenizer")
+    size = HookedTransformerConfig(
+        n_layers=7, d_model=16, n_ctx=256, d_head=8, d_vocab=62, act_fn="gelu", seed=0
+    )
+    model = HookedTransformer(size, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
+    dataset = Dataset.from_dict({"text": random_texts(600, 200)})
+
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--d_in", "16", "--training_tokens", str(20 * 4096), "--output", "sae"]
+    explained_variance = import_example().main(
+        arguments, override_model=model, override_dataset=dataset
+    )
+    # few steps; an SAE that is not right on raw activations does worse than their mean
+    assert 0.1 < explained_variance < 1
+    assert f"explained variance {explained_variance:.3f}" in capsys.readouterr().out
