@@ -290,9 +290,8 @@ def _transformed(
     parameters = {"W_enc": new.W_enc, "W_dec": new.W_dec, "b_dec": new.b_dec, **new.encoder_biases}
     if new.W_skip is not None:
         parameters["W_skip"] = new.W_skip
-    # isfinite makes a copy of what it looks at
-    parts = (part for tensor in parameters.values() for part in tensor.split(64))
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
+    # aminmax, for isfinite makes a copy of what it looks at
+    if not all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in parameters.values()):
         raise FoldError(
             "the weights are not finite, or overflow when the whitening is applied to them"
         )
@@ -400,7 +399,7 @@ def _compare(
     # sums of squares and counts: a few activations at a time, for latents are many
     sums: dict[str, float] = defaultdict(float)
     norms = reference.get_W_dec_norm() if _ranks_by_decoder_norm(sae) else None
-    for rows in x.split(128):
+    for rows in x.split(64):
         pre, latents = _encode(reference, whitening.whiten(rows))
         pre = pre if norms is None else pre * norms
         new_pre, new_latents = _encode(folded, rows)
@@ -414,7 +413,7 @@ def _compare(
             ("decoder_error", folded.decode(latents) + new_skip - output),
             ("reconstruction_error", folded.decode(new_latents) + new_skip - output),
         ):
-            sums[name] += float(value.square().sum(dtype=torch.float64))
+            sums[name] += float(torch.linalg.vector_norm(value)) ** 2
         sums["changed"] += int((active ^ new_active).sum())
         sums["active"] += int((active | new_active).sum())
     return FoldCheck(

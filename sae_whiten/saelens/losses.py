@@ -66,15 +66,17 @@ class ReconstructionMetric:
         Returns:
             Shape (..., d_in), float32 at least where the metric is not the identity.
         """
-        weights, residual_map = self.weights, self.residual_map
-        if weights is None and residual_map is None:
-            return torch.nn.functional.mse_loss(preds, target, reduction="none")
-        with torch.autocast(preds.device.type, enabled=False):
+        mse = torch.nn.functional.mse_loss
+        if self.weights is not None:
             dtype = torch.promote_types(preds.dtype, torch.float32)
+            return mse(preds.to(dtype), target.to(dtype), reduction="none") * self.weights
+        if self.residual_map is None:
+            return mse(preds, target, reduction="none")
+        with torch.autocast(preds.device.type, enabled=False):
+            residual_map = self.residual_map
+            dtype = torch.promote_types(preds.dtype, residual_map.dtype)
             error = preds.to(dtype) - target.to(dtype)
-            if residual_map is not None:
-                error = error @ residual_map.to(dtype)
-            return error.square() if weights is None else error.square() * weights
+            return (error @ residual_map.to(dtype)).square()
 
 
 if TYPE_CHECKING:
