@@ -515,3 +515,15 @@ def test_example_runs(
     # few steps; an SAE that is not right on raw activations does worse than their mean
     assert 0.1 < explained_variance < 1
     assert f"explained variance {explained_variance:.3f}" in capsys.readouterr().out
+
+
+def test_resuming_takes_the_whitening_of_the_checkpoint_unless_told_otherwise(
+    runner: type[FakeRunner],
+) -> None:
+    resume = [*TOPK, "--resume_from_checkpoint", "checkpoints/x/100"]
+    assert main(["train", *resume]) == 0
+    assert runner.whitening is None
+    assert main(["train", *resume, "--whitening.kind", "zca"]) == 0
+    assert runner.whitening == WhiteningConfig(kind="zca")
+    assert main(["train", *TOPK]) == 0
+    assert runner.whitening == WhiteningConfig()

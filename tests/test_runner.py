@@ -330,3 +330,11 @@ def test_compiled_saes_train_in_the_original_space_too(uninterrupted, tmp_path):
     compiled, eager = SAE.load_from_disk(tmp_path), SAE.load_from_disk(uninterrupted[1])
     for name, value in state(eager).items():
         assert torch.allclose(state(compiled)[name], value, rtol=1e-3, atol=1e-4), name
+
+
+def test_a_wrong_width_is_one_clear_error():
+    sae = TopKTrainingSAEConfig(
+        d_in=16, d_sae=128, k=8, normalize_activations="covariance_whitening"
+    )
+    with pytest.raises(ValueError, match="blocks.1.hook_resid_pre are not of width d_in=16"):
+        runner(sae=sae).run()

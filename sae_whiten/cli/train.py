@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             _PREFIX + field.name,
             type=parse,
-            default=field.default,
+            # absent, so that resuming can tell what was asked for from what was not
+            default=argparse.SUPPRESS,
             metavar=expected,
             help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
         )
@@ -74,13 +75,16 @@ def run(args: argparse.Namespace) -> int:
         args.print_help(sys.stderr)
         return 2
 
-    names = [field.name for field in dataclasses.fields(WhiteningConfig)]
-    whitening = WhiteningConfig(**{name: getattr(args, f"whitening.{name}") for name in names})
+    prefix = _PREFIX.removeprefix("--")
+    given = {k.removeprefix(prefix): v for k, v in vars(args).items() if k.startswith(prefix)}
+    whitening = WhiteningConfig(**given)
     cfg = _saelens_config(args.arguments)
+    # a checkpoint is resumed with the whitening that it was trained under, unless told otherwise
+    resumes_as_it_was = cfg.resume_from_checkpoint is not None and not given
 
     from sae_whiten import WhiteningTrainingRunner
 
-    sae = WhiteningTrainingRunner(cfg, whitening=whitening).run()
+    sae = WhiteningTrainingRunner(cfg, None if resumes_as_it_was else whitening).run()
     check = sae.cfg.metadata.whitening["fold"]["check"]
     print(
         f"fold error: {check['fold_error']:.2g} on held-out activations "

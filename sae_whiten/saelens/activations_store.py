@@ -42,6 +42,21 @@ class ResumableActivationsStore(ActivationsStore):
             self.n_sequences += 1
             yield sequence
 
+    def get_activations(self, batch_tokens: Tensor) -> Tensor:
+        """Activations of shape (batch, context, d_in).
+
+        Raises:
+            ValueError: The hook's activations are not of width d_in.
+        """
+        try:
+            return super().get_activations(batch_tokens)
+        except RuntimeError as error:
+            if "expanded size" not in str(error) and "shape" not in str(error):
+                raise
+            raise ValueError(
+                f"the activations at {self.hook_name} are not of width d_in={self.d_in}: {error}"
+            ) from error
+
     def get_data_loader(self) -> Iterator[Tensor]:
         """Endless stream of filtered and mixed activations, (train_batch_size_tokens, d_in)."""
         self._prepare()
