@@ -1,0 +1,91 @@
+"""How many samples are enough: statistics that estimate their own error.
+
+A whitener W estimated from n samples of Gaussian data inflates the variance of held-out data by
+d / (n - d). Two independent halves A and B of the samples show it without knowing anything about
+their distribution: r = tr(W_A^T C_B W_A) / tr(W_A^T C_A W_A) - 1, averaged over both directions, is
+the inflation of a half, and r / (2 + r) that of the whole, which has twice the samples. Heavy
+tails, which need several times more samples, raise it as they should.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_whiten.statistics import ActivationStatistics
+
+__all__ = ["SplitHalfStatistics", "samples_for_inflation"]
+
+
+class SplitHalfStatistics:
+    """Streaming statistics in two halves, which batches join in turn.
+
+    Args:
+        d_in: Width of the activations.
+        on_nonfinite: As for `ActivationStatistics`.
+
+    Attributes:
+        d_in: Width of the activations.
+        halves: The statistics of either half.
+    """
+
+    def __init__(self, d_in: int, on_nonfinite: Literal["raise", "skip"] = "raise") -> None:
+        self.d_in = d_in
+        self.halves = (
+            ActivationStatistics(d_in, on_nonfinite),
+            ActivationStatistics(d_in, on_nonfinite),
+        )
+
+    @property
+    def n_samples(self) -> int:
+        """Activations seen so far."""
+        return sum(half.n_samples for half in self.halves)
+
+    @property
+    def n_skipped(self) -> int:
+        """Activations left out because they were not finite."""
+        return sum(half.n_skipped for half in self.halves)
+
+    def update(self, batch: Float[Tensor, "*samples d"]) -> None:
+        """Add a batch to the half that has fewer samples; arguments and errors as there."""
+        first, second = self.halves
+        (first if first.n_samples <= second.n_samples else second).update(batch)
+
+    def merged(self) -> ActivationStatistics:
+        """The statistics of all samples."""
+        return self.halves[0].merge(self.halves[1])
+
+    def inflation(self) -> float:
+        """Relative excess variance of held-out activations whitened by the merged statistics.
+
+        Infinite while a half has no more samples than dimensions.
+        """
+        if min(half.n_samples for half in self.halves) <= self.d_in:
+            return math.inf
+        a, b = (half.covariance for half in self.halves)
+        r = (_excess(a, b) + _excess(b, a)) / 2
+        return r / (2 + r)
+
+
+def samples_for_inflation(inflation: float, n_samples: int, tolerance: float) -> int:
+    """Number of samples that would bring the inflation down to `tolerance`.
+
+    From d / (n - d), with the effective number of dimensions d that explains what was measured.
+    """
+    effective = n_samples * inflation / (1 + inflation)
+    return math.ceil(effective * (1 + 1 / tolerance))
+
+
+def _excess(own: Tensor, other: Tensor) -> float:
+    """tr(W^T C_other W) / tr(W^T C_own W) - 1 for the whitener W of `own`."""
+    eigenvalues, basis = torch.linalg.eigh(own)
+    # keeps directions without variance from being divided by zero, and does no more than that
+    eigenvalues = eigenvalues.clamp(min=0) + 1e-6 * eigenvalues.mean()
+    gains = eigenvalues.reciprocal()
+
+    def variance(covariance: Tensor) -> Tensor:
+        return (gains * ((covariance @ basis) * basis).sum(0)).sum()
+
+    return float(variance(other) / variance(own)) - 1
