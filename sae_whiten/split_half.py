@@ -51,7 +51,8 @@ class SplitHalfStatistics:
     def update(self, batch: Float[Tensor, "*samples d"]) -> None:
         """Add a batch to the half that has fewer samples; arguments and errors as there."""
         first, second = self.halves
-        (first if first.n_samples <= second.n_samples else second).update(batch)
+        half = first if first.n_samples <= second.n_samples else second
+        half.update(batch, number=first.n_batches + second.n_batches)
 
     def merged(self) -> ActivationStatistics:
         """The statistics of all samples."""
@@ -79,13 +80,12 @@ def samples_for_inflation(inflation: float, n_samples: int, tolerance: float) ->
 
 
 def _excess(own: Tensor, other: Tensor) -> float:
-    """tr(W^T C_other W) / tr(W^T C_own W) - 1 for the whitener W of `own`."""
-    eigenvalues, basis = torch.linalg.eigh(own)
+    """tr(W^T C_other W) / tr(W^T C_own W) - 1 for the whitener W of `own`.
+
+    W W^T is the inverse of the covariance, so that no eigenvectors are needed.
+    """
+    d = own.shape[0]
     # keeps directions without variance from being divided by zero, and does no more than that
-    eigenvalues = eigenvalues.clamp(min=0) + 1e-6 * eigenvalues.mean()
-    gains = eigenvalues.reciprocal()
-
-    def variance(covariance: Tensor) -> Tensor:
-        return (gains * ((covariance @ basis) * basis).sum(0)).sum()
-
-    return float(variance(other) / variance(own)) - 1
+    ridge = 1e-6 * own.diagonal().mean() * torch.eye(d, dtype=own.dtype, device=own.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(own + ridge))
+    return float((inverse * other.to(own.device)).sum() / (inverse * own).sum()) - 1

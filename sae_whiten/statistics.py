@@ -78,11 +78,12 @@ class ActivationStatistics:
         return f"ActivationStatistics(d_in={self.d_in}, n_samples={self.n_samples})"
 
     @torch.no_grad()
-    def update(self, batch: Float[Tensor, "*samples d"]) -> None:
+    def update(self, batch: Float[Tensor, "*samples d"], number: int | None = None) -> None:
         """Add a batch of activations.
 
         Args:
             batch: Shape (n, d_in) or (batch, seq, d_in), any floating dtype, any device.
+            number: What errors are to call the batch; by default, how many came before it.
 
         Raises:
             ValueError: The last dimension is not `d_in`, or there are not two or three dimensions.
@@ -97,7 +98,9 @@ class ActivationStatistics:
             )
         device = batch.device if batch.device.type == "cuda" else torch.device("cpu")
         rows = batch.detach().reshape(-1, self.d_in).to(device)
-        rows = self._finite(rows, tuple(batch.shape)).to(torch.float64)
+        rows = self._finite(
+            rows, tuple(batch.shape), self.n_batches if number is None else number
+        ).to(torch.float64)
         self.n_batches += 1
         n = rows.shape[0]
         if n == 0:
@@ -225,7 +228,7 @@ class ActivationStatistics:
     def _skipped(self) -> str:
         return f" ({self.n_skipped} were skipped as not finite)" if self.n_skipped else ""
 
-    def _finite(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _finite(self, rows: Tensor, shape: tuple[int, ...], number: int) -> Tensor:
         # the sum of a row is finite exactly when its entries are, but for overflow, which the
         # full test then clears
         if torch.isfinite(rows.sum(dtype=torch.float64)):
@@ -237,10 +240,9 @@ class ActivationStatistics:
         if self.on_nonfinite == "raise":
             first = int((~finite).nonzero()[0])
             raise NonFiniteActivationsError(
-                f"batch {self.n_batches} of shape {shape} holds {n_bad} activations with a NaN or "
-                f"an infinity, the first in row {first}; the statistics still hold the "
-                f"{self.n_samples} activations before it. Find out where they come from, or pass "
-                "on_nonfinite='skip' to leave them out."
+                f"batch {number} of shape {shape} holds {n_bad} activations with a NaN or "
+                f"an infinity, the first in row {first}; nothing of it was added to the statistics. "
+                "Find out where they come from, or pass on_nonfinite='skip' to leave them out."
             )
         self.n_skipped += n_bad
         return rows[finite]

@@ -219,6 +219,7 @@ def test_every_whitening_flag(runner: type[FakeRunner]) -> None:
         "strength": 0.5,
         "loss_space": "whitened",
         "n_samples": 5000,
+        "tolerance": 0.01,
         "on_nonfinite": "skip",
     }
     assert set(values) == {field.name for field in dataclasses.fields(WhiteningConfig)}

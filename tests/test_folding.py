@@ -202,7 +202,7 @@ def test_the_decoder_bias_is_stored_in_float32_and_the_encoder_makes_up_for_its_
     whitening = whitening_of(x, WhiteningConfig(eps=1e-9))
     sae = training_sae("standard", D)
     latents, _ = whitened_reference(sae, whitening, x)
-    b_enc = sae.b_enc.detach().clone()
+    b_enc = sae.state_dict()["b_enc"].clone()
     fold_whitening_into_weights(sae, whitening)
     with_compensation = relative(sae.encode(x), latents)
     sae.b_enc.data = b_enc
@@ -248,7 +248,7 @@ def test_architectures_that_cannot_be_folded_are_refused_with_the_reason():
         fold_whitening_into_weights(sae, whitening)
     temporal = TemporalSAE.__new__(TemporalSAE)
     torch.nn.Module.__init__(temporal)
-    temporal.cfg = config
+    temporal.cfg = config  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(FoldError, match="attends over positions"):
         fold_whitening_into_weights(temporal, whitening)
 

@@ -130,6 +130,7 @@ def test_the_dead_latents_loss_maps_the_residual_without_the_mean(architecture, 
     batch = step_input(sae, z, n_dead)
     output = sae.training_forward_pass(batch)
     dead = batch.dead_neuron_mask
+    assert dead is not None
     acts = output.hidden_pre * dead / sae.W_dec.norm(dim=-1)
     error = (acts @ sae.W_dec - (z - output.sae_out)).double() @ original_space(whitening)
     expected = n_dead / (D // 2) * error.square().sum(-1).mean()
@@ -148,6 +149,7 @@ def test_the_matryoshka_auxiliary_loss_of_every_level_is_taken_there_too():
     output = sae.training_forward_pass(batch)
     unit = sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
     M, expected, start = original_space(whitening), 0.0, 0
+    assert batch.dead_neuron_mask is not None
     for width in (D_SAE // 4, D_SAE):
         level_out = output.feature_acts[:, :width] @ unit[:width] + sae.b_dec
         dead = batch.dead_neuron_mask.clone()
@@ -202,6 +204,6 @@ def test_entering_and_leaving_whitened_space_gives_the_stock_class_back():
 
 def test_an_sae_compiled_beforehand_is_refused():
     sae = training_sae("topk", D, D_SAE)
-    sae.training_forward_pass = lambda step_input: None
+    sae.training_forward_pass = torch.compile(sae.training_forward_pass)
     with pytest.raises(ValueError, match="compile"):
         enter_whitened_space(sae)

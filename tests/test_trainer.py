@@ -142,7 +142,8 @@ def test_the_result_is_a_plain_proved_sae(architecture):
     assert type(sae) is stock
     assert sae.cfg.normalize_activations == "none"
     record = sae.cfg.metadata.whitening
-    assert record["n_samples"] == trainer.whitening.n_samples == 100 * D
+    assert trainer.whitening is not None
+    assert record["n_samples"] == trainer.whitening.n_samples
     assert record["fold"]["check"]["source"] == "held-out"
     assert record["fold"]["check"]["fold_error"] <= record["fold"]["check"]["tolerance"]
     assert explained_variance(sae, next(batches(seed=9))) > 0.1
@@ -161,8 +162,8 @@ def test_estimation_hands_its_activations_on_to_training():
     step = trainer.step
     trainer.step = lambda batch: (trained_on.append(batch), step(batch))[1]
     trainer.fit()
-    n_estimate = 100 * D // BATCH
-    assert len(trained_on) == STEPS > n_estimate
+    assert trainer.whitening is not None
+    assert len(trained_on) == STEPS > trainer.whitening.n_samples / BATCH
     assert all(torch.equal(a, b) for a, b in zip(drawn, trained_on, strict=False))
     assert len(drawn) == STEPS + 1  # and one more to prove the fold on
 
@@ -224,12 +225,17 @@ def test_the_original_space_objective_keeps_more_variance_than_the_whitened_one(
     assert explained_variance(original, x) > explained_variance(whitened, x) + 0.02
 
 
-@pytest.mark.parametrize("n", [0, 3, 20])
-def test_a_provider_that_ends_too_early_says_how_much_was_needed(n):
-    match = f"after {n * BATCH} activations .* needs {100 * D}" if n < 20 else "after 25 batches"
-    data = batches(n) if n < 20 else batches(25)
-    with pytest.raises(ValueError, match=match):
-        fit(data=data)
+@pytest.mark.parametrize(
+    ("n_batches", "n_samples", "message"),
+    [
+        (0, None, "after 0 activations in 0 batches.*needs about 1600"),
+        (3, 1000, "after 192 activations in 3 batches.*needs 1000"),
+        (25, None, "after 25 batches, before training, which needs 30"),
+    ],
+)
+def test_a_provider_that_ends_too_early_says_how_much_was_needed(n_batches, n_samples, message):
+    with pytest.raises(ValueError, match=message):
+        fit(data=batches(n_batches), whitening=WhiteningConfig(n_samples=n_samples))
 
 
 def test_a_nan_stops_training_before_it_reaches_the_weights():
@@ -308,6 +314,7 @@ def test_a_checkpoint_is_a_plain_sae_and_resumes_to_the_bit(architecture, tmp_pa
         x = next(batches(seed=9))
         if architecture not in ("batchtopk", "matryoshka_batchtopk"):  # saved with a threshold
             whitening = trainer.whitening
+            assert whitening is not None
             with torch.no_grad():
                 expected = whitening.dewhiten(resumed_sae(whitening.whiten(x)))
                 error = (plain(x) - expected).norm() / (x - x.mean(0)).norm()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sae_whiten._files import CorruptFileError, atomic_path
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
 
@@ -22,6 +24,8 @@ __all__ = ["CovarianceWhiteningScaler"]
 
 logger = logging.getLogger(__name__)
 
+# of samples at which the inflation is looked at first, and at which the estimation gives up
+_FIRST_LOOK_PER_DIMENSION, _LIMIT_PER_DIMENSION = 20, 1000
 MAX_EMPTY_BATCHES = 100  # in a row; more is a source that has nothing to give
 _CONFIG_KEY = "whitening_config"
 
@@ -85,7 +89,8 @@ class CovarianceWhiteningScaler(ActivationScaler):
         Args:
             d_in: Width of the activations.
             data_provider: Yields activations, shape (n, d_in), (batch, seq, d_in) or
-                (n, n_heads, d_head); read until there are `config.n_samples` of them.
+                (n, n_heads, d_head); read until there are `config.n_samples` of them, or enough
+                for `config.tolerance`.
             n_batches_for_norm_estimate: Read at most this many batches.
 
         Raises:
@@ -94,43 +99,84 @@ class CovarianceWhiteningScaler(ActivationScaler):
         """
         if self.whitening is not None:
             return
-        wanted = self.config.samples_for(d_in)
-        statistics = ActivationStatistics(d_in, on_nonfinite=self.config.on_nonfinite)
+        halves = SplitHalfStatistics(d_in, on_nonfinite=self.config.on_nonfinite)
+        limit = _LIMIT_PER_DIMENSION * d_in
+        wanted = limit if self.config.n_samples is None else self.config.n_samples
         n_batches = n_empty = 0
-        with tqdm(total=wanted, desc="Estimating whitening", unit=" tokens", leave=False) as bar:
-            while statistics.n_samples < wanted and n_batches != n_batches_for_norm_estimate:
+        next_look = _FIRST_LOOK_PER_DIMENSION * d_in
+        inflation: float | None = None
+        with tqdm(desc="Estimating whitening", unit=" tokens", leave=False) as bar:
+            while halves.n_samples < wanted and n_batches != n_batches_for_norm_estimate:
                 try:
                     batch = next(data_provider)
                 except StopIteration:
-                    raise ValueError(
-                        f"the data provider ended after {statistics.n_samples} activations in "
-                        f"{n_batches} batches; estimating the whitening needs {wanted}. Provide "
-                        "more data, or set WhiteningConfig(n_samples=...) to what there is."
-                    ) from None
-                before = statistics.n_samples
-                statistics.update(flatten_heads(batch, d_in))
+                    raise ValueError(self._too_few(halves, n_batches)) from None
+                before = halves.n_samples
+                halves.update(flatten_heads(batch, d_in))
                 n_batches += 1
-                n_empty = n_empty + 1 if statistics.n_samples == before else 0
+                n_empty = n_empty + 1 if halves.n_samples == before else 0
                 if n_empty == MAX_EMPTY_BATCHES:
                     raise ValueError(
                         f"{n_empty} batches in a row held no activations to estimate the whitening "
-                        f"from ({statistics.n_skipped} were skipped as not finite)"
+                        f"from ({halves.n_skipped} were skipped as not finite)"
                     )
-                bar.update(min(statistics.n_samples, wanted) - bar.n)
-        if statistics.n_samples < wanted:
-            logger.warning(
-                "whitening estimated from %d activations instead of %d: "
-                "n_batches_for_norm_estimate=%s ended it",
-                statistics.n_samples,
-                wanted,
-                n_batches_for_norm_estimate,
-            )
-        if statistics.n_skipped:
-            logger.warning(
-                "%d activations with a NaN or an infinity were left out", statistics.n_skipped
-            )
+                bar.update(halves.n_samples - bar.n)
+                if self.config.n_samples is None and halves.n_samples >= next_look:
+                    inflation = halves.inflation()
+                    bar.set_postfix_str(
+                        f"held-out excess {inflation:.1%}, wanted {self.config.tolerance:.1%}"
+                    )
+                    if inflation <= self.config.tolerance:
+                        break
+                    next_look = 1.2 * halves.n_samples
+        self._warn_if_too_few(halves, inflation, n_batches)
+        statistics = halves.merged()
         self.whitening = Whitening.from_statistics(statistics, self.config)
         self.statistics = statistics
+
+    def _too_few(self, halves: SplitHalfStatistics, n_batches: int) -> str:
+        needs = str(self.config.n_samples)
+        if self.config.n_samples is None:
+            inflation, about = halves.inflation(), 100 * halves.d_in
+            if math.isfinite(inflation):
+                about = samples_for_inflation(inflation, halves.n_samples, self.config.tolerance)
+            needs = f"about {about}"
+        return (
+            f"the data provider ended after {halves.n_samples} activations in {n_batches} batches; "
+            f"estimating the whitening needs {needs}. Provide more data, or set "
+            "WhiteningConfig(n_samples=...) to what there is."
+        )
+
+    def _warn_if_too_few(
+        self, halves: SplitHalfStatistics, inflation: float | None, n_batches: int
+    ) -> None:
+        n, wanted, tolerance = halves.n_samples, self.config.n_samples, self.config.tolerance
+        if wanted is not None and n < wanted:
+            logger.warning(
+                "whitening estimated from %d activations instead of %d: "
+                "n_batches_for_norm_estimate=%d ended it",
+                n,
+                wanted,
+                n_batches,
+            )
+        elif wanted is None and (inflation is None or inflation > tolerance):
+            inflation = halves.inflation()
+            if inflation > tolerance:
+                about = "many more"
+                if math.isfinite(inflation):
+                    about = f"about {samples_for_inflation(inflation, n, tolerance)}"
+                logger.warning(
+                    "whitening estimated from %d activations: held-out activations have %.1f%% too "
+                    "much variance under it, more than the tolerance of %.1f%%; %s would do",
+                    n,
+                    100 * inflation,
+                    100 * tolerance,
+                    about,
+                )
+        if halves.n_skipped:
+            logger.warning(
+                "%d activations with a NaN or an infinity were left out", halves.n_skipped
+            )
 
     def save(self, file_path: str) -> None:
         """Write the scaler: a json file and, beside it, the whitening as safetensors.
