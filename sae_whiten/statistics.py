@@ -241,8 +241,9 @@ class ActivationStatistics:
             first = int((~finite).nonzero()[0])
             raise NonFiniteActivationsError(
                 f"batch {number} of shape {shape} holds {n_bad} activations with a NaN or "
-                f"an infinity, the first in row {first}; nothing of it was added to the statistics. "
-                "Find out where they come from, or pass on_nonfinite='skip' to leave them out."
+                f"an infinity, the first in row {first}; nothing of it was added to the "
+                "statistics. Find out where they come from, or pass on_nonfinite='skip' to leave "
+                "them out."
             )
         self.n_skipped += n_bad
         return rows[finite]

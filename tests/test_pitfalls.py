@@ -702,7 +702,7 @@ def test_line_06_a_token_that_is_not_finite_in_the_estimation(bad: float) -> Non
         trainer.fit()
     assert same(before, state(sae))
 
-    skipping = WhiteningConfig(on_nonfinite="skip")
+    skipping = WhiteningConfig(on_nonfinite="skip", n_samples=1600)
     trainer = WhiteningTrainer(trainer_config(), topk_sae(), spoiled(3, bad), skipping)
     assert finite(trainer.fit())
     statistics = trainer.scaler.statistics
