@@ -198,9 +198,9 @@ def test_stopped_while_estimating_nothing_is_left_behind(tmp_path, monkeypatch):
     interrupted = runner(checkpoint_path=str(tmp_path))
     update = ActivationStatistics.update
 
-    def update_and_stop(statistics: ActivationStatistics, batch: Tensor) -> None:
+    def update_and_stop(statistics: ActivationStatistics, *args: Any, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
-        update(statistics, batch)
+        update(statistics, *args, **options)
 
     monkeypatch.setattr(ActivationStatistics, "update", update_and_stop)
     with pytest.raises(KeyboardInterrupt):

@@ -257,7 +257,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         try:
             yield
         finally:
-            thread.close()
+            # before 6.54.8 SAELens left the thread to end with the process
+            if hasattr(thread, "close"):
+                thread.close()
 
     def _save_progress(self) -> None:
         trainer = self.trainer
