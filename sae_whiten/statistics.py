@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sae_whiten._files import CorruptFileError, load_tensors, save_tensors
 
-__all__ = ["ActivationStatistics", "NonFiniteActivationsError"]
+__all__ = ["ActivationStatistics", "NonFiniteActivationsError", "finite_rows"]
 
 _KIND = "activation_statistics"
 
@@ -98,9 +98,10 @@ class ActivationStatistics:
             )
         device = batch.device if batch.device.type == "cuda" else torch.device("cpu")
         rows = batch.detach().reshape(-1, self.d_in).to(device)
-        rows = self._finite(
-            rows, tuple(batch.shape), self.n_batches if number is None else number
-        ).to(torch.float64)
+        name = f"batch {self.n_batches if number is None else number}"
+        rows, n_bad = finite_rows(rows, self.on_nonfinite, name)
+        self.n_skipped += n_bad
+        rows = rows.to(torch.float64)
         self.n_batches += 1
         n = rows.shape[0]
         if n == 0:
@@ -153,18 +154,18 @@ class ActivationStatistics:
 
     @property
     def mean(self) -> Float[Tensor, "d_in"]:
-        """Mean, shape (d_in,), float64.
+        """Mean, shape (d_in,), float64, on the CPU.
 
         Raises:
             ValueError: There is no sample.
         """
         if self.n_samples < 1:
             raise ValueError(f"the mean of no activations{self._skipped()}")
-        return self._mean.clone()
+        return self._mean.to("cpu", copy=True)
 
     @property
     def covariance(self) -> Float[Tensor, "d_in d_in"]:
-        """Unbiased covariance (divisor n - 1), shape (d_in, d_in), float64, symmetric.
+        """Unbiased covariance (divisor n - 1), (d_in, d_in), float64, symmetric, on the CPU.
 
         Raises:
             ValueError: There are fewer than two samples.
@@ -173,7 +174,8 @@ class ActivationStatistics:
             raise ValueError(
                 f"a covariance needs at least 2 activations, got {self.n_samples}{self._skipped()}"
             )
-        upper = self._scatter.triu() / (self.n_samples - 1)
+        # divided on the CPU, for a GPU rounds otherwise
+        upper = self._scatter.cpu().triu() / (self.n_samples - 1)
         return upper + upper.triu(1).T
 
     def save(self, path: str | Path) -> None:
@@ -228,25 +230,35 @@ class ActivationStatistics:
     def _skipped(self) -> str:
         return f" ({self.n_skipped} were skipped as not finite)" if self.n_skipped else ""
 
-    def _finite(self, rows: Tensor, shape: tuple[int, ...], number: int) -> Tensor:
-        # the sum of a row is finite exactly when its entries are, but for overflow, which the
-        # full test then clears
-        if torch.isfinite(rows.sum(dtype=torch.float64)):
-            return rows
-        finite = torch.isfinite(rows).all(dim=1)
-        n_bad = int((~finite).sum())
-        if n_bad == 0:
-            return rows
-        if self.on_nonfinite == "raise":
-            first = int((~finite).nonzero()[0])
-            raise NonFiniteActivationsError(
-                f"batch {number} of shape {shape} holds {n_bad} activations with a NaN or "
-                f"an infinity, the first in row {first}; nothing of it was added to the "
-                "statistics. Find out where they come from, or pass on_nonfinite='skip' to leave "
-                "them out."
-            )
-        self.n_skipped += n_bad
-        return rows[finite]
+
+def finite_rows(
+    acts: Float[Tensor, "*samples d"], on_nonfinite: Literal["raise", "skip"], name: str
+) -> tuple[Tensor, int]:
+    """Activations without those that hold a NaN or an infinity, and the number of the latter.
+
+    Args:
+        acts: Shape (..., d).
+        on_nonfinite: "raise" or "skip" them.
+        name: What the error is to call `acts`.
+
+    Raises:
+        NonFiniteActivationsError: There is one and `on_nonfinite` is "raise".
+    """
+    # the sum is finite where all are, but for overflow, which the full test then clears
+    if torch.isfinite(acts.sum(dtype=torch.promote_types(acts.dtype, torch.float32))):
+        return acts, 0
+    finite = torch.isfinite(acts).all(dim=-1)
+    n_bad = int((~finite).sum())
+    if n_bad == 0:
+        return acts, 0
+    if on_nonfinite == "raise":
+        first = (~finite).nonzero()[0].tolist()
+        raise NonFiniteActivationsError(
+            f"{name} of shape {tuple(acts.shape)} holds {n_bad} activations with a NaN or an "
+            f"infinity, the first in row {', '.join(map(str, first))}; it was not used. Find out "
+            "where they come from, or set on_nonfinite='skip' to leave them out."
+        )
+    return acts[finite], n_bad
 
 
 def _add_gram(upper: Tensor, rows: Tensor) -> None:

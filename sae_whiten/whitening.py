@@ -10,8 +10,10 @@ Row vectors throughout, as in SAELens. Source: Saraswatula & Klindt, arXiv 2511.
 & Strimmer, *Optimal Whitening and Decorrelation* (2018).
 """
 
+import contextlib
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,7 @@ from sae_whiten._files import CorruptFileError, load_tensors, save_tensors
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["Whitening", "oas_shrinkage"]
+__all__ = ["Whitening", "full_precision", "oas_shrinkage"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,31 @@ def oas_shrinkage(eigenvalues: Float[Tensor, "d"], n_samples: int) -> float:
     square_mean = float(eigenvalues.mean()) ** 2
     denominator = (n_samples + 1) * (mean_square - square_mean / d)
     return 1.0 if denominator <= 0 else min((mean_square + square_mean) / denominator, 1.0)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Take products of float32 in float32 on `device`, whatever the caller has set for speed.
+
+    Autocast and TensorFloat-32 keep 8 and 11 bits of each factor: fewer than what is left of
+    activations once a large mean is subtracted.
+    """
+    with torch.autocast(device.type, enabled=False):
+        backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+        matmul: Any = getattr(backend, "matmul", None)
+        if hasattr(matmul, "fp32_precision"):  # PyTorch 2.9
+            before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+            try:
+                yield
+            finally:
+                matmul.fp32_precision = before
+        else:
+            precision = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +121,7 @@ class Whitening:
         """
         config = config or WhiteningConfig()
         n, d = stats.n_samples, stats.d_in
-        raw, basis = torch.linalg.eigh(stats.covariance.cpu())
+        raw, basis = torch.linalg.eigh(stats.covariance)
         raw = raw.clamp(min=0)
         average = raw.mean()
         if not average > 0:
@@ -124,7 +151,7 @@ class Whitening:
         if config.kind == "zca":
             W, W_inv = W @ basis.T, basis @ W_inv
         return cls(
-            mean=stats.mean.cpu(),
+            mean=stats.mean,
             W=W.contiguous(),
             W_inv=W_inv.contiguous(),
             eigenvalues=eigenvalues,
@@ -168,8 +195,8 @@ class Whitening:
     def whiten(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """z = (x - mean) @ W.
 
-        Computed in float32 at least, whatever the dtype of `x` and inside autocast too, for
-        bfloat16 keeps 8 bits of a difference of which the mean is the larger part.
+        Computed in float32 at least, whatever the dtype of `x`, under autocast and where
+        TensorFloat-32 is allowed too.
 
         Args:
             x: Shape (..., d_in), any floating dtype and device.
@@ -182,7 +209,7 @@ class Whitening:
         """
         self._check_width(x, "whiten")
         W, _, mean, mean_rest = self._cast(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             rows = x.reshape(-1, self.d_in).to(W.dtype) - mean
             # what the rounding of the mean left over is subtracted after the product
             return torch.addmm(mean_rest, rows, W).reshape(x.shape).to(x.dtype)
@@ -191,7 +218,7 @@ class Whitening:
         """x = z @ W_inv + mean; dtypes, shapes and errors as for `whiten`."""
         self._check_width(z, "dewhiten")
         _, W_inv, mean, _ = self._cast(z)
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             rows = z.reshape(-1, self.d_in).to(W_inv.dtype)
             return torch.addmm(mean, rows, W_inv).reshape(z.shape).to(z.dtype)
 
@@ -282,7 +309,7 @@ def _without_information(stats: ActivationStatistics, eigenvalues: Tensor, basis
     Rounding of the activations themselves, x_i (1 + resolution), seen along each direction, and of
     the eigenvalues (the usual definition of numerical rank).
     """
-    mean_square = stats.covariance.cpu().diagonal() + stats.mean.cpu().square()
+    mean_square = stats.covariance.diagonal() + stats.mean.square()
     of_activations = stats.resolution**2 * (mean_square @ basis.square())
     of_eigenvalues = stats.d_in * torch.finfo(torch.float64).eps * eigenvalues[-1]
     return eigenvalues <= of_activations + of_eigenvalues

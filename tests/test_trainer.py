@@ -246,7 +246,7 @@ def test_a_nan_stops_training_before_it_reaches_the_weights():
             yield batch
 
     trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), poisoned())
-    with pytest.raises(NonFiniteActivationsError, match=r"training batch 27 .* the first at \[3\]"):
+    with pytest.raises(NonFiniteActivationsError, match=r"training batch 27 .* the first in row 3"):
         trainer.fit()
     assert trainer.n_training_steps == 27
     assert all(torch.isfinite(p).all() for p in trainer.sae.parameters())

@@ -11,7 +11,7 @@ from sklearn.covariance import OAS
 from torch import Tensor
 
 from sae_whiten import CorruptFileError, Whitening, WhiteningConfig
-from sae_whiten.whitening import oas_shrinkage
+from sae_whiten.whitening import full_precision, oas_shrinkage
 from tests.support import friendly, nasty, whitening_of
 
 EXACT = WhiteningConfig(eps=0.0)
@@ -264,3 +264,20 @@ def test_the_mathematics_does_not_import_sae_lens():
         "import sys; sys.exit('sae_lens' in sys.modules or 'transformer_lens' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_are_full_float32_whatever_is_allowed_elsewhere(precision):
+    x = nasty(500, 64)
+    whitening = whitening_of(x)
+    expected = whitening.whiten(x)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert torch.equal(whitening.whiten(x), expected)
+        assert torch.get_float32_matmul_precision() == precision
+        with pytest.raises(RuntimeError), full_precision(x.device):
+            raise RuntimeError
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

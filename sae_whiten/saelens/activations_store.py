@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten._files import load_tensors, save_tensors
+from sae_whiten.statistics import finite_rows
 
 __all__ = ["ResumableActivationsStore"]
 
@@ -35,6 +36,19 @@ class ResumableActivationsStore(ActivationsStore):
     """Sequences drawn from the dataset in this epoch, by whomever."""
     training_position: Callable[[], int] | None = None
     """Tells how many batches training has had; None: all that were drawn."""
+
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """What to do with activations that hold a NaN or an infinity."""
+    n_skipped: int = 0
+    """Activations left out because they were not finite."""
+
+    def _iterate_filtered_activations(self) -> Any:
+        # here, once per pass of the model, and not at every training step, for a GPU has to wait
+        for number, acts in enumerate(super()._iterate_filtered_activations()):
+            name = f"pass {number} of the model, at {self.hook_name},"
+            finite, n_bad = finite_rows(acts, self.on_nonfinite, name)
+            self.n_skipped += n_bad
+            yield finite
 
     def _iterate_tokenized_sequences(self) -> Any:
         self.n_sequences = 0
@@ -157,12 +171,10 @@ class ResumableActivationsStore(ActivationsStore):
         while True:
             self._anchors.append(self._anchor())
             self._prune_anchors()
-            while True:
-                new = next(fresh)
-                self._buffer = new if self._buffer is None else torch.cat([self._buffer, new])
-                if len(self._buffer) >= buffer_size:
-                    break
-            buffer = self._buffer
+            new: Tensor = next(fresh)
+            buffer = new if self._buffer is None else torch.cat([self._buffer, new])
+            while len(buffer) < buffer_size:
+                buffer = torch.cat([buffer, next(fresh)])
             if mix_fraction > 0:
                 order = torch.randperm(len(buffer), generator=self._generator)
                 buffer = buffer[order.to(buffer.device)]

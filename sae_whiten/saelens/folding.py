@@ -34,7 +34,7 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor
 
 from sae_whiten.folding import AffineWeights, fold, unfold
-from sae_whiten.whitening import Whitening
+from sae_whiten.whitening import Whitening, full_precision
 
 __all__ = [
     "FoldCheck",
@@ -399,23 +399,24 @@ def _compare(
     # sums of squares and counts: a few activations at a time, for latents are many
     sums: dict[str, float] = defaultdict(float)
     norms = reference.get_W_dec_norm() if _ranks_by_decoder_norm(sae) else None
-    for rows in x.split(64):
-        pre, latents = _encode(reference, whitening.whiten(rows))
-        pre = pre if norms is None else pre * norms
-        new_pre, new_latents = _encode(folded, rows)
-        skip, new_skip = _skipped(reference, whitening.whiten(rows)), _skipped(folded, rows)
-        output = out.dewhiten(reference.decode(latents) + skip)
-        active, new_active = latents != 0, new_latents != 0
-        for name, value in (
-            ("pre", pre),
-            ("pre_error", new_pre - pre),
-            ("spread", output - out.mean.to(output)),
-            ("decoder_error", folded.decode(latents) + new_skip - output),
-            ("reconstruction_error", folded.decode(new_latents) + new_skip - output),
-        ):
-            sums[name] += float(torch.linalg.vector_norm(value)) ** 2
-        sums["changed"] += int((active ^ new_active).sum())
-        sums["active"] += int((active | new_active).sum())
+    with full_precision(x.device):
+        for rows in x.split(64):
+            pre, latents = _encode(reference, whitening.whiten(rows))
+            pre = pre if norms is None else pre * norms
+            new_pre, new_latents = _encode(folded, rows)
+            skip, new_skip = _skipped(reference, whitening.whiten(rows)), _skipped(folded, rows)
+            output = out.dewhiten(reference.decode(latents) + skip)
+            active, new_active = latents != 0, new_latents != 0
+            for name, value in (
+                ("pre", pre),
+                ("pre_error", new_pre - pre),
+                ("spread", output - out.mean.to(output)),
+                ("decoder_error", folded.decode(latents) + new_skip - output),
+                ("reconstruction_error", folded.decode(new_latents) + new_skip - output),
+            ):
+                sums[name] += float(torch.linalg.vector_norm(value)) ** 2
+            sums["changed"] += int((active ^ new_active).sum())
+            sums["active"] += int((active | new_active).sum())
     return FoldCheck(
         n_activations=len(x),
         source=source,

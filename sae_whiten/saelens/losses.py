@@ -20,7 +20,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
 
-from sae_whiten.whitening import Whitening
+from sae_whiten.whitening import Whitening, full_precision
 
 __all__ = ["ReconstructionMetric", "losses_for"]
 
@@ -72,7 +72,7 @@ class ReconstructionMetric:
             return mse(preds.to(dtype), target.to(dtype), reduction="none") * self.weights
         if self.residual_map is None:
             return mse(preds, target, reduction="none")
-        with torch.autocast(preds.device.type, enabled=False):
+        with full_precision(preds.device):
             residual_map = self.residual_map
             dtype = torch.promote_types(preds.dtype, residual_map.dtype)
             error = preds.to(dtype) - target.to(dtype)

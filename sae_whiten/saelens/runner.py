@@ -140,10 +140,12 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         )
         stream = self.trainer.stream
         store.training_position = lambda: stream.n_served
+        stream.source_is_finite = True
         if resume_from is not None:
             logger.info("resuming from checkpoint %s", resume_from)
             self.trainer.load_trainer_state(resume_from)
             store.load_from_checkpoint(resume_from)
+        store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
         with self._prefetching(stream), _stop_on_signals(stream) as received:
             try:
                 return self.trainer.fit()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_whiten.saelens.scaler import MAX_EMPTY_BATCHES, flatten_heads
-from sae_whiten.statistics import NonFiniteActivationsError
+from sae_whiten.statistics import finite_rows
 
 __all__ = ["ActivationStream", "DataExhaustedError", "StopRequested"]
 
@@ -42,6 +42,8 @@ class ActivationStream(Iterator[Tensor]):
     Attributes:
         n_served: Batches served or passed over.
         n_skipped: Activations left out because they were not finite.
+        source_is_finite: Whether the source has seen to that itself, and batches are not looked at
+            again (which makes a GPU wait at every step).
         last: The batch served last.
     """
 
@@ -58,6 +60,7 @@ class ActivationStream(Iterator[Tensor]):
         self.n_wanted = n_wanted
         self.n_served = 0
         self.n_skipped = 0
+        self.source_is_finite = False
         self.last: Tensor | None = None
         self._stop = False
         self._spool: Any = None
@@ -92,7 +95,11 @@ class ActivationStream(Iterator[Tensor]):
                     f"the data provider ended after {self.n_served} batches, before "
                     f"training{needed}: provide more data or lower total_training_samples"
                 ) from None
-            batch = self._finite(flatten_heads(batch, self.d_in))
+            batch = flatten_heads(batch, self.d_in)
+            if not self.source_is_finite:
+                name = f"training batch {self.n_served}"
+                batch, n_bad = finite_rows(batch, self.on_nonfinite, name)
+                self.n_skipped += n_bad
             self.n_served += 1
             if batch.numel() > 0:
                 self.last = batch
@@ -133,21 +140,3 @@ class ActivationStream(Iterator[Tensor]):
         self._spool.seek(0, 2)
         self._spool.write(content.data)
         self._spooled.append((batch.shape, batch.dtype, batch.device, content.nbytes))
-
-    def _finite(self, batch: Tensor) -> Tensor:
-        if torch.isfinite(batch.sum(dtype=torch.float32)):
-            return batch
-        finite = torch.isfinite(batch).all(dim=-1)
-        n_bad = int((~finite).sum())
-        if n_bad == 0:
-            return batch
-        if self.on_nonfinite == "raise":
-            first = (~finite).nonzero()[0].tolist()
-            raise NonFiniteActivationsError(
-                f"training batch {self.n_served} of shape {tuple(batch.shape)} holds {n_bad} "
-                f"activations with a NaN or an infinity, the first at {first}; the SAE was not "
-                "trained on it. Find out where they come from, or set "
-                "WhiteningConfig(on_nonfinite='skip')."
-            )
-        self.n_skipped += n_bad
-        return batch[finite]

@@ -339,6 +339,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
         if unfolded is not None:
             unfold_whitening_from_weights(self.sae, saved.whitening)
+        # the optimizer's state goes to where the parameters are
+        self.sae.to(self.cfg.device)
         super().load_trainer_state(directory)
         self.sae.load_state_dict(weights)
         self.scaler.config, self.scaler.statistics = config, saved.statistics
@@ -352,7 +354,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         ]
         torch.set_rng_state(progress["cpu"])
         if "cuda" in progress and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(list(progress["cuda"]))
+            states = list(progress["cuda"])  # of as many devices as there were
+            torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])
 
     def _config_to_resume_with(
         self, saved: WhiteningConfig, checkpoint_path: Path | str
