@@ -4,7 +4,9 @@ Step. Six trainers of the same SAE stand side by side: no normalisation (twice, 
 noise of the machine), the covariance_whitening built into sae-lens, and ours. Each round gives
 every one of them a turn, in random order, on the same batches: one `trainer.step(next(batches))`,
 which is what `fit()` does, whitening of the batch and optimizer included. Whitenings are estimated
-beforehand. Per round, each time is divided by the mean of the two unnormalised trainers; the median
+beforehand. "ours" is as in WhiteningTrainingRunner, whose activations store looks for NaN once per
+pass of the language model; "checked" looks at every batch, as WhiteningTrainer does with a data
+provider of the user's. Per round, each time is divided by the mean of the two unnormalised trainers; the median
 of these ratios, with an interval that holds the true median with 95% probability, is what to read.
 ("none, again" is divided by "none" alone.)
 
@@ -71,6 +73,7 @@ OURS = {
     "ours: pca, original": WhiteningConfig(kind="pca", loss_space="original"),
     "ours: pca, whitened": WhiteningConfig(kind="pca", loss_space="whitened"),
     "ours: zca, original": WhiteningConfig(kind="zca", loss_space="original"),
+    "ours: pca, checked": WhiteningConfig(kind="pca", loss_space="original"),
 }
 FOLDS = ("ours", "ours + proof", BUILT_IN)
 
@@ -192,6 +195,7 @@ def build_trainers(
         )
         trainer.scaler.whitening = Whitening.from_statistics(statistics_, config)
         trainer.estimate_whitening()  # nothing left to estimate: only takes it into use
+        trainer.stream.source_is_finite = not name.endswith("checked")
         trainers[name] = trainer
     return trainers
 
