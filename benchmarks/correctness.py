@@ -187,7 +187,9 @@ def checkpoint_in_the_middle(directory: Path) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def resume_the_final_checkpoint(directory: Path) -> tuple[float, float, float]:
+def resume_the_final_checkpoint(
+    directory: Path,
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """Explained variance before, and after resuming the final checkpoint with nothing to do."""
     values = []
     for which in ("built-in", "ours"):
@@ -206,7 +208,7 @@ def resume_the_final_checkpoint(directory: Path) -> tuple[float, float, float]:
         if which == "built-in":
             trainer.sae.load_weights_from_checkpoint(path)
         values.append(explained_variance(trainer.fit(), ill(5000, -1)))
-    return values[0], values[1], values[3]
+    return (values[0], values[2]), (values[1], values[3])
 
 
 def main() -> None:
@@ -242,9 +244,9 @@ def main() -> None:
             ".3f",
         )
     with tempfile.TemporaryDirectory() as name:
-        before, built_in, ours = resume_the_final_checkpoint(Path(name))
-        text = f"explained variance after resuming the final checkpoint ({before:.3f} before)"
-        row(text, (built_in, ours), ".3f")
+        before, after = resume_the_final_checkpoint(Path(name))
+        row("explained variance at the end of training", before, ".3f")
+        row("  after resuming the final checkpoint", after, ".3f")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ every one of them a turn, in random order, on the same batches: one `trainer.ste
 which is what `fit()` does, whitening of the batch and optimizer included. Whitenings are estimated
 beforehand. "ours" is as in WhiteningTrainingRunner, whose activations store looks for NaN once per
 pass of the language model; "checked" looks at every batch, as WhiteningTrainer does with a data
-provider of the user's. Per round, each time is divided by the mean of the two unnormalised trainers; the median
-of these ratios, with an interval that holds the true median with 95% probability, is what to read.
-("none, again" is divided by "none" alone.)
+provider of the user's. Per round, each time is divided by the mean of the two unnormalised
+trainers; the median of these ratios, with an interval that holds the true median with 95%
+probability, is what to read. ("none, again" is divided by "none" alone.)
 
 Since a busy machine can hide a percent, the work that whitening adds (checking and whitening the
 batch, and the loss forward and backward) is also timed alone, in the same alternation, less what
