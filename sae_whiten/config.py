@@ -1,5 +1,6 @@
 """The one place where a user says how to whiten."""
 
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -43,6 +44,10 @@ class WhiteningConfig:
             activations per dimension of Gaussian data (d / (n - d)) and, because tokens of one
             text resemble each other, about 120 on all-MiniLM-L6-v2 with prose, where it was also
             what held-out text showed.
+        statistics: File of `ActivationStatistics`, or folder of such files named after their hooks
+            (`sae-whiten fit`), to take instead of estimating any.
+        allow_other_statistics: Take `statistics` even where their provenance contradicts the
+            training run (another model, hook, dataset, context size...).
         on_nonfinite: What to do with activations that hold a NaN or an infinity: "raise" an error
             that names the batch, or "skip" and count them.
     """
@@ -66,6 +71,12 @@ class WhiteningConfig:
     tolerance: float = _option(
         0.02, "excess variance of held-out activations at which the estimation ends"
     )
+    statistics: str | None = _option(
+        None, "file or folder of statistics (sae-whiten fit) to take instead of estimating any"
+    )
+    allow_other_statistics: bool = _option(
+        False, "take statistics of another model, hook, dataset... without complaint"
+    )
     on_nonfinite: Literal["raise", "skip"] = _option(
         "raise", "activations with NaN or infinity: raise an error, or skip and count them"
     )
@@ -78,6 +89,16 @@ class WhiteningConfig:
         _number("eps", self.eps, 0.0, float("inf"))
         _number("strength", self.strength, 0.0, 1.0)
         _number("tolerance", self.tolerance, 1e-6, 1.0)
+        if self.statistics is not None and not isinstance(self.statistics, (str, os.PathLike)):
+            raise ValueError(f"WhiteningConfig.statistics={self.statistics!r}: must be a path")
+        if self.statistics is not None:
+            # a path object is not JSON; frozen dataclasses are set through object
+            object.__setattr__(self, "statistics", os.fspath(self.statistics))
+        if not isinstance(self.allow_other_statistics, bool):
+            raise ValueError(
+                f"WhiteningConfig.allow_other_statistics={self.allow_other_statistics!r}: "
+                "must be True or False"
+            )
         if isinstance(self.shrinkage, str):
             _choice("shrinkage", self.shrinkage, ("oas",))
         elif self.shrinkage is not None:

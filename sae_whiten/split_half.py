@@ -75,7 +75,7 @@ def samples_for_inflation(inflation: float, n_samples: int, tolerance: float) ->
 
     From d / (n - d), with the effective number of dimensions d that explains what was measured.
     """
-    effective = n_samples * inflation / (1 + inflation)
+    effective = n_samples / (1 + 1 / inflation)  # all of them where it is infinite
     return math.ceil(effective * (1 + 1 / tolerance))
 
 

@@ -220,6 +220,8 @@ def test_every_whitening_flag(runner: type[FakeRunner]) -> None:
         "loss_space": "whitened",
         "n_samples": 5000,
         "tolerance": 0.01,
+        "statistics": "gpt2-stats",
+        "allow_other_statistics": True,
         "on_nonfinite": "skip",
     }
     assert set(values) == {field.name for field in dataclasses.fields(WhiteningConfig)}

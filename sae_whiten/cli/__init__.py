@@ -10,11 +10,11 @@ slow (torch, sae_lens) in `run`.
 import argparse
 import contextlib
 import importlib
-import inspect
 import logging
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from inspect import getdoc
 
 from sae_whiten import __version__
 
@@ -22,6 +22,9 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "watch whitening at work on a small pretrained model, without a network",
+    "fit": "estimate the statistics of many hooks in one pass over a dataset",
+    "inspect": "what statistics say: anisotropy, outliers, how well they were estimated",
+    "merge": "combine statistics of several shards, exactly",
     "train": "train an SAE under whitening: SAELens' command line plus --whitening.*",
 }
 
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = importlib.import_module(f"sae_whiten.cli.{args.command}")
     command_parser = argparse.ArgumentParser(
         prog=f"sae-whiten {args.command}",
-        description=inspect.getdoc(command),
+        description=getdoc(command),
         epilog=getattr(command, "EPILOG", None),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -167,6 +167,8 @@ def _value_parser(annotation: Any) -> tuple[Callable[[str], Any], str]:
     for member in members:
         if member is type(None):
             literals["none"] = None
+        elif member is bool:
+            literals.update({"true": True, "false": False})
         elif get_origin(member) is Literal:
             literals.update({str(value): value for value in get_args(member)})
         else:

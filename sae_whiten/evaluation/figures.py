@@ -1,9 +1,11 @@
 """Figures for papers: one column wide, readable in black and white, drawn without a display."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from sae_whiten.evaluation.metrics import null_directions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_spectrum"]
+__all__ = ["plot_spectra", "plot_spectrum"]
 
 
 def plot_spectrum(
@@ -59,6 +61,54 @@ def plot_spectrum(
         axes.set_ylabel("eigenvalue of the covariance")
         axes.legend(loc="lower left", frameon=False)
         _save(figure, path)
+
+
+def plot_spectra(spectra: Mapping[str, Sequence[float]], directory: str | Path) -> list[Path]:
+    """Draw the covariance spectra of several hooks in one plot, and their cumulative variance.
+
+    Args:
+        spectra: Eigenvalues by hook name, in descending order.
+        directory: Where to write spectra.png and cumulative_variance.png.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figures = {
+        "spectra": ("eigenvalue of the covariance", lambda values: values),
+        "cumulative_variance": ("share of the variance", lambda v: v.cumsum(0) / v.sum()),
+    }
+    written = []
+    for name, (label, transform) in figures.items():
+        with _paper_style():
+            figure = _new_figure(width=3.4, height=2.4)
+            axes = figure.add_subplot()
+            for i, (hook, eigenvalues) in enumerate(spectra.items()):
+                values = torch.tensor(list(eigenvalues), dtype=torch.float64)
+                values = transform(values[~null_directions(values)])
+                # from light to dark in the order given, dashes for every other
+                shade = f"{0.7 * (1 - (i + 1) / len(spectra)):.2f}"
+                axes.plot(
+                    range(1, len(values) + 1),
+                    values.tolist(),
+                    color=shade,
+                    linestyle="--" if i % 2 else "-",
+                    linewidth=1.0,
+                    label=hook,
+                )
+            axes.set_xscale("log")
+            if name == "spectra":
+                axes.set_yscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set_xlabel("rank of the direction")
+            axes.set_ylabel(label)
+            axes.legend(frameon=False, fontsize=5 if len(spectra) > 6 else 6)
+            path = Path(directory) / f"{name}.png"
+            _save(figure, path)
+            written.append(path)
+    return written
 
 
 def _not_shown(null: dict[str, Tensor]) -> str:

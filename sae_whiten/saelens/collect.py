@@ -11,7 +11,6 @@ import importlib.metadata
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -233,8 +232,3 @@ def _stopping_after(model: HookedRootModule, names: Sequence[str]) -> dict[str, 
     if isinstance(model, HookedProxyLM):
         options["_names_filter"] = list(names)
     return options
-
-
-def statistics_path(directory: str | Path, hook_name: str) -> Path:
-    """File of a hook's statistics in a folder of them."""
-    return Path(directory) / f"{hook_name}.safetensors"

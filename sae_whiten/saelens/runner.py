@@ -30,6 +30,7 @@ from transformer_lens import HookedRootModule
 from sae_whiten._files import atomic_path
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.saelens.activations_store import ResumableActivationsStore
+from sae_whiten.saelens.provenance import provenance_of
 from sae_whiten.saelens.stream import ActivationStream, StopRequested
 from sae_whiten.saelens.trainer import STATISTICS_FILENAME, WhiteningTrainer
 from sae_whiten.saelens.training_sae import enter_whitened_space
@@ -185,7 +186,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
                 trainer.whitening.save(staging / WHITENING_FILENAME)
             statistics = trainer.scaler.statistics
             if statistics is not None:
-                statistics.provenance.update(self._provenance())
+                for name, value in provenance_of(sae.cfg).items():
+                    # statistics that were given know better where they come from
+                    statistics.provenance.setdefault(name, value)
                 statistics.save(staging / STATISTICS_FILENAME)
             for file in sorted(staging.iterdir()):
                 file.replace(target / file.name)
@@ -198,20 +201,6 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
                 sparsity_path=target / SPARSITY_FILENAME,
                 wandb_aliases=["final_model"],
             )
-
-    def _provenance(self) -> dict[str, Any]:
-        names = (
-            "model_name",
-            "hook_name",
-            "hook_head_index",
-            "dataset_path",
-            "context_size",
-            "prepend_bos",
-            "seqpos_slice",
-            "exclude_special_tokens",
-            "dtype",
-        )
-        return {name: getattr(self.cfg, name) for name in names}
 
     def _check_pretrained(self) -> bool:
         """Whether `self.sae` is plain and has to be brought into whitened coordinates."""

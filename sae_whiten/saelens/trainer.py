@@ -30,6 +30,7 @@ from sae_whiten.saelens.folding import (
     folded_copy,
     unfold_whitening_from_weights,
 )
+from sae_whiten.saelens.provenance import load_statistics
 from sae_whiten.saelens.scaler import CovarianceWhiteningScaler
 from sae_whiten.saelens.stream import ActivationStream
 from sae_whiten.saelens.training_sae import (
@@ -147,7 +148,19 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         return sae
 
     def estimate_whitening(self) -> None:
-        """Estimate the whitening from the batches to come, unless there is one already."""
+        """Estimate the whitening from the batches to come, unless there is one already, or
+        statistics to derive it from.
+
+        Raises:
+            ValueError: The statistics given are not of this model, hook, dataset...
+        """
+        config = self.scaler.config
+        if self.scaler.whitening is None and config.statistics is not None:
+            statistics = load_statistics(
+                config.statistics, self.sae.cfg, config.allow_other_statistics
+            )
+            self.scaler.whitening = Whitening.from_statistics(statistics, config)
+            self.scaler.statistics = statistics
         if self.scaler.whitening is None:
             self.scaler.estimate_whitening(
                 d_in=self.sae.cfg.d_in, data_provider=self.stream.lookahead()

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+import torch
+from sae_lens.training.activations_store import ActivationsStore
+from transformer_lens import HookedTransformer
+
+from sae_whiten import ActivationStatistics, NonFiniteActivationsError
+from sae_whiten.cli import main
+from sae_whiten.saelens.collect import fit_statistics, match_hooks
+from sae_whiten.saelens.provenance import statistics_file
+from tests.support import runner_config, tiny_dataset, tiny_model
+
+HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"]
+
+
+def seen_by_training(hook_name: str, n_batches: int, **options) -> torch.Tensor:
+    """The activations that SAELens' store takes from the first sequences of the dataset."""
+    config = runner_config(hook_name=hook_name, **options)
+    store = ActivationsStore.from_config(tiny_model(), config, override_dataset=tiny_dataset())
+    return torch.cat([store.get_filtered_llm_batch() for _ in range(n_batches)])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"seqpos_slice": (3, 20)}, {"exclude_special_tokens": [1, 2, 3, 4, 5]}]
+)
+def test_statistics_are_of_exactly_what_training_sees_at_every_hook(options):
+    found = fit_statistics(
+        tiny_model(),
+        tiny_dataset(),
+        HOOKS,
+        n_samples=600,
+        context_size=32,
+        batch_size_prompts=4,
+        **options,
+    )
+    assert set(found) == set(HOOKS)
+    for hook_name, statistics in found.items():
+        x = seen_by_training(hook_name, 20, **options)[: statistics.n_samples].double()
+        assert 600 <= statistics.n_samples < 600 + 4 * 32
+        error = (statistics.covariance - torch.cov(x.T)).norm() / torch.cov(x.T).norm()
+        assert error < 1e-6  # float32 products in batches of another size
+        assert statistics.provenance["hook_name"] == hook_name
+
+
+def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_what_there_is():
+    assert match_hooks(tiny_model(), "blocks.*.hook_resid_pre") == HOOKS[:2]
+    with pytest.raises(ValueError, match="no hook matches .*hook_resid_pre"):
+        match_hooks(tiny_model(), "blocks.7.hook_resid_pre")
+
+
+def test_the_model_stops_after_the_last_hook():
+    ran: list[str] = []
+    model = tiny_model()
+    for name in ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"):
+        model.hook_dict[name].add_perma_hook(lambda tensor, *, hook: ran.append(str(hook.name)))
+    fit_statistics(model, tiny_dataset(), HOOKS[0], n_samples=10, context_size=32)
+    assert "blocks.1.hook_resid_post" not in ran
+
+
+def test_estimation_stops_by_itself_or_says_how_much_is_missing(caplog):
+    found = fit_statistics(
+        tiny_model(), tiny_dataset(3000), HOOKS[0], tolerance=0.05, context_size=32
+    )
+    (statistics,) = found.values()
+    assert statistics.provenance["inflation"] <= 0.05
+    assert not caplog.text
+    fit_statistics(tiny_model(), tiny_dataset(60), HOOKS[0], tolerance=0.001, context_size=32)
+    assert "the dataset ended after 1920 activations" in caplog.text
+    assert "would do" in caplog.text
+
+
+def test_a_nan_names_the_hook_and_the_batch():
+    model: HookedTransformer = tiny_model()
+
+    def poison(tensor: torch.Tensor, *, hook: object) -> torch.Tensor:
+        tensor[2, 3] = float("nan")
+        return tensor
+
+    model.hook_dict["blocks.0.hook_resid_pre"].add_perma_hook(poison)
+    with pytest.raises(NonFiniteActivationsError, match=r"hook blocks\.\d\.\S+: batch 0"):
+        fit_statistics(model, tiny_dataset(), HOOKS[1], n_samples=100, context_size=32)
+
+
+def test_fit_merge_and_inspect_from_the_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sae_lens.load_model.load_model", lambda *args, **options: tiny_model())
+    for name, seed in (("a", 0), ("b", 1)):
+        tiny_dataset(100, seed).to_json(tmp_path / name / "data.jsonl")
+        arguments = ["--model-name", "tiny", "--dataset-path", str(tmp_path / name)]
+        arguments += ["--hook-name", "blocks.*.hook_resid_pre", "--context-size", "32"]
+        assert (
+            main(["fit", *arguments, "--n-samples", "2000", "--out", str(tmp_path / f"s{name}")])
+            == 0
+        )
+    shards, whole = [str(tmp_path / "sa"), str(tmp_path / "sb")], tmp_path / "whole"
+    assert main(["merge", *shards, "--out", str(whole)]) == 0
+    merged = ActivationStatistics.load(statistics_file(whole, HOOKS[0]))
+    parts = [ActivationStatistics.load(statistics_file(s, HOOKS[0])) for s in shards]
+    assert merged.n_samples == sum(part.n_samples for part in parts)
+    assert torch.equal(merged.covariance, parts[0].merge(parts[1]).covariance)
+    assert merged.provenance["model_name"] == "tiny"
+    assert "dataset_path" not in merged.provenance  # on which they differ
+    capsys.readouterr()
+    assert main(["inspect", str(whole), "--plot", str(tmp_path / "figures")]) == 0
+    assert HOOKS[1] in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+        "spectra.png",
+        "cumulative_variance.png",
+    }
+    assert main(["inspect", str(whole), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[HOOKS[0]]["n"] == merged.n_samples
+    assert rows[HOOKS[0]]["directions_for_90"] <= rows[HOOKS[0]]["directions_for_99"] <= 32
+
+
+def test_merging_what_does_not_belong_together_writes_nothing(tmp_path, capsys):
+    for name, d in (("a", 4), ("b", 5)):
+        statistics = ActivationStatistics(d)
+        statistics.update(torch.randn(10, d))
+        statistics.save(tmp_path / name)
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["merge", *paths, "--out", str(tmp_path / "c")]) == 2
+    assert "widths 4 and 5" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()

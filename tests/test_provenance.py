@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from sae_whiten import ActivationStatistics, CorruptFileError, WhiteningConfig
+from sae_whiten.saelens.provenance import statistics_file
+from tests.support import friendly
+from tests.test_runner import runner
+
+HOOK = "blocks.1.hook_resid_pre"
+
+
+def estimated(tmp_path, **provenance):
+    """Statistics as a run of the runner writes them, in a folder of hooks."""
+    out = tmp_path / "first"
+    runner(output_path=str(out)).run()
+    statistics = ActivationStatistics.load(out / "activation_statistics.safetensors")
+    statistics.provenance.update(provenance)
+    statistics.save(statistics_file(tmp_path / "stats", HOOK))
+    return statistics
+
+
+def test_training_takes_given_statistics_and_estimates_nothing(tmp_path, monkeypatch):
+    statistics = estimated(tmp_path)
+
+    def refuse(*args, **options):
+        raise AssertionError("estimated")
+
+    monkeypatch.setattr(ActivationStatistics, "update", refuse)
+    for path in (tmp_path / "stats", statistics_file(tmp_path / "stats", HOOK)):
+        made = runner(WhiteningConfig(statistics=str(path)), output_path=str(tmp_path / "second"))
+        made.run()
+        assert made.trainer.whitening is not None
+        assert torch.equal(made.trainer.whitening.mean, statistics.mean)
+        assert made.trainer.whitening.n_samples == statistics.n_samples
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model_name", "gpt2"), ("hook_name", "blocks.0"), ("context_size", 64), ("prepend_bos", 0)],
+)
+def test_statistics_of_something_else_are_refused_by_name_unless_allowed(tmp_path, name, value):
+    estimated(tmp_path, **{name: value})
+    path = str(tmp_path / "stats")
+    with pytest.raises(ValueError, match=f"{name}={value!r} .training has"):
+        runner(WhiteningConfig(statistics=path)).run()
+    allowed = WhiteningConfig(statistics=path, allow_other_statistics=True)
+    runner(allowed, training_tokens=128).run()
+
+
+def test_statistics_that_do_not_fit_are_one_clear_error(tmp_path):
+    statistics = ActivationStatistics(16)
+    statistics.update(friendly(100, 16))
+    path = statistics_file(tmp_path, "blocks.0.hook_resid_pre")
+    statistics.save(path)
+    with pytest.raises(ValueError, match="width 16, the SAE of width 32"):
+        runner(WhiteningConfig(statistics=str(path))).run()
+    with pytest.raises(
+        FileNotFoundError, match=f"no statistics of {HOOK}.*blocks.0.hook_resid_pre"
+    ):
+        runner(WhiteningConfig(statistics=str(tmp_path))).run()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        runner(WhiteningConfig(statistics="nowhere")).run()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CorruptFileError):
+        runner(WhiteningConfig(statistics=str(path))).run()
