@@ -42,7 +42,7 @@ class WhiteningConfig:
         tolerance: Relative excess variance of held-out activations under the estimated whitening,
             measured from two halves of the samples, at which the estimation ends. 2% takes 51
             activations per dimension of Gaussian data (d / (n - d)) and, because tokens of one
-            text resemble each other, about 120 on all-MiniLM-L6-v2 with prose, where it was also
+            text resemble each other, about 125 on all-MiniLM-L6-v2 with prose, where it was also
             what held-out text showed.
         statistics: File of `ActivationStatistics`, or folder of such files named after their hooks
             (`sae-whiten fit`), to take instead of estimating any.

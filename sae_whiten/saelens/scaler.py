@@ -133,6 +133,11 @@ class CovarianceWhiteningScaler(ActivationScaler):
         statistics = halves.merged()
         self.whitening = Whitening.from_statistics(statistics, self.config)
         self.statistics = statistics
+        logger.info(
+            "whitening estimated from %d activations (%.0f per dimension)",
+            statistics.n_samples,
+            statistics.n_samples / d_in,
+        )
 
     def _too_few(self, halves: SplitHalfStatistics, n_batches: int) -> str:
         needs = str(self.config.n_samples)
