@@ -137,7 +137,7 @@ class Whitening:
             null = _without_information(stats, raw, basis)
             eigenvalues = eigenvalues + config.eps * average
             if shrinkage == 0:
-                eigenvalues = torch.where(null, average, eigenvalues)
+                eigenvalues = torch.where(null, eigenvalues.maximum(average), eigenvalues)
             # eigenvectors are defined up to sign: choose it, so that two estimates agree
             largest = basis.abs().argmax(dim=0, keepdim=True)
             basis = basis * basis.gather(0, largest).sign()
@@ -306,8 +306,9 @@ class Whitening:
 def _without_information(stats: ActivationStatistics, eigenvalues: Tensor, basis: Tensor) -> Tensor:
     """Directions with no more variance than rounding explains, as a mask of shape (d,).
 
-    Rounding of the activations themselves, x_i (1 + resolution), seen along each direction, and of
-    the eigenvalues (the usual definition of numerical rank).
+    Rounding of the activations themselves, seen along each direction: one rounding of x_i has a
+    variance of at most (resolution x_i)^2 / 12, and computing it takes several, here a dozen. And
+    rounding of the eigenvalues (the usual definition of numerical rank).
     """
     mean_square = stats.covariance.diagonal() + stats.mean.square()
     of_activations = stats.resolution**2 * (mean_square @ basis.square())

@@ -16,11 +16,18 @@ from sae_lens import SAE, TopKTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
-from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig, WhiteningTrainingRunner
+from sae_whiten import (
+    ActivationStatistics,
+    NonFiniteActivationsError,
+    Whitening,
+    WhiteningConfig,
+    WhiteningTrainingRunner,
+)
 from sae_whiten.saelens.activations_store import ResumableActivationsStore
 from sae_whiten.saelens.stream import ActivationStream
 from tests.support import runner_config, tiny_dataset, tiny_model
 
+POISON = 77
 FEW = WhiteningConfig(n_samples=1500)  # of 10240 tokens that training sees
 
 
@@ -338,3 +345,99 @@ def test_a_wrong_width_is_one_clear_error():
     )
     with pytest.raises(ValueError, match="blocks.1.hook_resid_pre are not of width d_in=16"):
         runner(sae=sae).run()
+
+
+@pytest.mark.parametrize("prefetch", [False, 2])
+def test_a_nan_in_the_middle_of_a_refill_is_met_again_after_resuming(prefetch, tmp_path):
+    """Nothing that was drawn for the refill may be passed over."""
+
+    # a sequence of its own for the model to fail on, well behind what statistics need
+    sequences = list(tiny_dataset()["input_ids"])
+    sequences[190] = [POISON] * 33
+    spoiled_dataset = Dataset.from_dict({"input_ids": sequences})
+
+    def run(**options: Any) -> None:
+        torch.manual_seed(7)
+        made = WhiteningTrainingRunner(
+            runner_config(prefetch_llm_batches=prefetch, **options),
+            FEW,
+            override_dataset=spoiled_dataset,
+            override_model=tiny_model(),
+        )
+        store = made.activations_store
+        get_activations = store.get_activations
+
+        def fails(batch_tokens: Tensor) -> Tensor:
+            acts = get_activations(batch_tokens)
+            acts[(batch_tokens == POISON).all(dim=1)] = float("nan")
+            return acts
+
+        store.get_activations = fails
+        made.run()
+
+    with pytest.raises(NonFiniteActivationsError, match="pass 47 of the model") as first:
+        run(checkpoint_path=str(tmp_path))
+    (checkpoint,) = tmp_path.glob("*/*")
+    with pytest.raises(NonFiniteActivationsError, match="row 64") as second:
+        run(resume_from_checkpoint=str(checkpoint))
+    assert "row 64" in str(first.value)
+    assert "row 64" in str(second.value)
+
+
+@pytest.mark.parametrize("n_draws", [1, 3])
+def test_evaluations_while_batches_are_queued_ahead_are_drawn_again(n_draws, tmp_path):
+    config = runner_config()
+
+    def store() -> ResumableActivationsStore:
+        torch.manual_seed(3)
+        made = ResumableActivationsStore.from_config(
+            tiny_model(), config, override_dataset=tiny_dataset()
+        )
+        assert isinstance(made, ResumableActivationsStore)
+        return made
+
+    reference = store()
+    served, ahead = 3, 9
+    reference.training_position = lambda: served
+    for _ in range(ahead):  # looked at, not trained on
+        reference.next_batch()
+    for _ in range(n_draws):
+        reference.get_batch_tokens(5)
+    reference.save_to_checkpoint(tmp_path)
+    expected = [reference.next_batch().clone() for _ in range(20)]
+    resumed = store()
+    resumed.load_from_checkpoint(tmp_path)
+    found = [resumed.next_batch() for _ in range(ahead - served + 20)][ahead - served :]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_run_that_skips_resumes(tmp_path, monkeypatch):
+    model = tiny_model()
+
+    def spoil(tensor: Tensor, *, hook: object) -> Tensor:
+        tensor[0, 0] = float("nan")
+        return tensor
+
+    model.hook_dict["blocks.0.hook_resid_pre"].add_perma_hook(spoil)
+    skip = WhiteningConfig(n_samples=1500, on_nonfinite="skip")
+
+    def made(**options: Any) -> WhiteningTrainingRunner:
+        torch.manual_seed(7)
+        return WhiteningTrainingRunner(
+            runner_config(**options),
+            skip,
+            override_dataset=tiny_dataset(),
+            override_model=model,
+        )
+
+    reference = state(made().run())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 30, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            made(checkpoint_path=str(tmp_path)).run()
+    (checkpoint,) = tmp_path.glob("*/*")
+    resumed = made(resume_from_checkpoint=str(checkpoint))
+    assert equal(state(resumed.run()), reference)
+    store = resumed.activations_store
+    assert isinstance(store, ResumableActivationsStore)
+    assert store.n_skipped > 0

@@ -22,6 +22,7 @@ from sae_whiten import (
     NonFiniteActivationsError,
     WhiteningConfig,
     WhiteningTrainer,
+    fold_whitening_into_weights,
 )
 from sae_whiten.saelens.stream import ActivationStream, DataExhaustedError
 from sae_whiten.saelens.training_sae import TRAINING_STATE_DIR
@@ -475,3 +476,42 @@ def test_a_stock_scaler_reads_our_file(tmp_path):
     stock.load(tmp_path / "scaler.json")
     x = next(batches()).double()
     assert torch.allclose(stock.scale(x), scaler.scale(x))
+
+
+def test_a_provider_that_fails_after_the_last_step_does_not_cost_the_sae(caplog):
+    def breaks_off() -> Iterator[Tensor]:
+        yield from batches(STEPS)
+        raise ConnectionError("the hub is gone")
+
+    sae, _ = fit(data=breaks_off())
+    assert "data provider failed" in caplog.text
+    assert sae.cfg.metadata.whitening["fold"]["check"]["source"] == "training"
+
+
+def test_data_that_end_with_the_tolerance_reached_are_enough():
+    config = WhiteningConfig(tolerance=0.05)
+    scaler = CovarianceWhiteningScaler(config)
+    # between two looks, at 20 and at 24 per dimension, of which the first sees more than 5%
+    scaler.estimate_whitening(D, batches(n=6, data=nasty))
+    assert scaler.whitening is not None
+    assert scaler.whitening.n_samples == 6 * BATCH
+
+
+def test_an_interrupted_sae_folded_by_hand_is_a_stock_sae(tmp_path):
+    sae = training_sae("topk", D, 64)
+    stock = type(sae)
+    trainer = WhiteningTrainer(trainer_config(), sae, batches())
+    trainer.estimate_whitening()
+    trainer.step(next(trainer.stream))
+    assert trainer.whitening is not None
+    fold_whitening_into_weights(sae, trainer.whitening)
+    assert type(sae) is stock
+    sae.save_inference_model(tmp_path)
+    assert SAE.load_from_disk(tmp_path).cfg.normalize_activations == "none"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_saes_train_on_float32_activations(architecture):
+    sae, _ = fit(training_sae(architecture, D, 64, dtype="bfloat16"))
+    assert sae.W_enc.dtype == torch.float32
+    assert sae.cfg.metadata.whitening["fold"]["dtype"] == "bfloat16"

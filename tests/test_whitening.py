@@ -281,3 +281,15 @@ def test_products_are_full_float32_whatever_is_allowed_elsewhere(precision):
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_mean_in_low_precision_does_not_blow_up_a_direction_of_large_variance(dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(20000, 64, generator=g)
+    x[:, :2] = 12 * x[:, :2] + torch.tensor([3000.0, -3000.0])
+    x = x.to(dtype)
+    whitening = whitening_of(x)
+    z = (x.double() - whitening.mean) @ whitening.W
+    # bfloat16 steps are 16 wide at 3000; more than unit variance would be amplification
+    assert torch.linalg.eigvalsh(torch.cov(z.T))[-1] < 1.01

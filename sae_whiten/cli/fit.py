@@ -7,6 +7,7 @@ sae-whiten train --whitening.statistics.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="HookedTransformer",
         help="HookedTransformer, or AutoModelForCausalLM for any model of transformers "
         "(default: %(default)s)",
+    )
+    add(
+        "--model-from-pretrained-kwargs",
+        type=json.loads,
+        metavar="JSON",
+        help="further arguments for loading the model, as in SAELens, such as a revision",
     )
     add("--dataset-path", required=True, help="dataset to load: a name on the hub, or a folder")
     add(
@@ -75,8 +82,18 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.saelens.collect import fit_statistics
     from sae_whiten.saelens.provenance import statistics_file
 
-    model = load_model(args.model_class_name, args.model_name, device=args.device)
+    kwargs = args.model_from_pretrained_kwargs
+    if kwargs is None:  # as in SAELens' runner
+        hooked = args.model_class_name == "HookedTransformer"
+        kwargs = {"center_writing_weights": False} if hooked else {}
+    model = load_model(
+        args.model_class_name,
+        args.model_name,
+        device=args.device,
+        model_from_pretrained_kwargs=kwargs,
+    )
     provenance: dict[str, Any] = {
+        "model_from_pretrained_kwargs": kwargs,
         "model_name": args.model_name,
         "model_class_name": args.model_class_name,
         "dataset_path": args.dataset_path,

@@ -71,6 +71,20 @@ class ResumableActivationsStore(ActivationsStore):
                 f"the activations at {self.hook_name} are not of width d_in={self.d_in}: {error}"
             ) from error
 
+    def get_batch_tokens(
+        self,
+        batch_size: int | None = None,
+        raise_at_epoch_end: bool = False,
+        move_to_model_device: bool = True,
+    ) -> Tensor:
+        """Tokens of shape (batch_size, context_size), for whomever: evaluators draw them too."""
+        self._prepare()
+        if not self._refilling:
+            draw = (self._n_batches, batch_size or self.store_batch_size_prompts)
+            self._draws.insert(self._n_drawn, draw)
+            self._n_drawn += 1
+        return super().get_batch_tokens(batch_size, raise_at_epoch_end, move_to_model_device)
+
     def get_data_loader(self) -> Iterator[Tensor]:
         """Endless stream of filtered and mixed activations, (train_batch_size_tokens, d_in)."""
         self._prepare()
@@ -87,9 +101,10 @@ class ResumableActivationsStore(ActivationsStore):
         if anchor["buffer"] is not None:
             tensors["buffer"] = anchor["buffer"]
         fields = {key: anchor[key] for key in ("n_batches", "position", "n_dataset_processed")}
-        # evaluators draw from the dataset too, which the anchor does not know of
-        fields["position_now"] = self._position() if n_served == self._n_batches else None
+        # what evaluators drew from the dataset since, or will have drawn, if a thread reads ahead
+        fields["draws"] = [draw for draw in self._draws if draw[0] > anchor["n_batches"]]
         fields["n_served"] = n_served
+        fields["n_skipped"] = self.n_skipped
         path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
         save_tensors(path, _KIND, tensors, fields)
 
@@ -110,12 +125,13 @@ class ResumableActivationsStore(ActivationsStore):
         self._n_batches = int(fields["n_batches"])
         self._seek(fields["position"])
         self.n_dataset_processed = int(fields["n_dataset_processed"])
+        self._draws = [(int(n), int(size)) for n, size in fields["draws"]]
+        self._n_drawn = 0
         self._dataloader = self._mix()
         skip = int(fields["n_served"]) - self._n_batches
         for _ in tqdm(range(skip), desc="Refilling the activation buffer", leave=False):
             next(self._dataloader)
-        if fields["position_now"] is not None:
-            self._seek(fields["position_now"])
+        self.n_skipped = int(fields["n_skipped"])
 
     def _prepare(self) -> None:
         if hasattr(self, "_generator"):
@@ -126,6 +142,11 @@ class ResumableActivationsStore(ActivationsStore):
         self._buffer: Tensor | None = None
         self._n_batches = 0
         self._anchors: deque[dict[str, Any]] = deque()
+        self._refilling = False
+        # draws by others: after how many batches, how many sequences; and how many of these are
+        # done, for those of a checkpoint are to be done again
+        self._draws: list[tuple[int, int]] = []
+        self._n_drawn = 0
 
     def _n_served(self) -> int:
         return self._n_batches if self.training_position is None else self.training_position()
@@ -169,12 +190,17 @@ class ResumableActivationsStore(ActivationsStore):
             raise ValueError(f"activations_mixing_fraction={mix_fraction}: must be in [0, 1]")
         fresh = self._iterate_filtered_activations()
         while True:
-            self._anchors.append(self._anchor())
-            self._prune_anchors()
-            new: Tensor = next(fresh)
-            buffer = new if self._buffer is None else torch.cat([self._buffer, new])
-            while len(buffer) < buffer_size:
-                buffer = torch.cat([buffer, next(fresh)])
+            self._refilling = True
+            try:
+                self._draw_again()
+                self._anchors.append(self._anchor())
+                self._prune_anchors()
+                new: Tensor = next(fresh)
+                buffer = new if self._buffer is None else torch.cat([self._buffer, new])
+                while len(buffer) < buffer_size:
+                    buffer = torch.cat([buffer, next(fresh)])
+            finally:
+                self._refilling = False
             if mix_fraction > 0:
                 order = torch.randperm(len(buffer), generator=self._generator)
                 buffer = buffer[order.to(buffer.device)]
@@ -186,6 +212,14 @@ class ResumableActivationsStore(ActivationsStore):
                 self._n_batches += 1
                 yield batch
 
+    def _draw_again(self) -> None:
+        """Draw what others drew before this refill, when it was done for the first time."""
+        for n_batches, size in self._draws[self._n_drawn :]:
+            if n_batches > self._n_batches:
+                break
+            super().get_batch_tokens(size)
+            self._n_drawn += 1
+
     def _prune_anchors(self) -> None:
         """Drop what is older than training; of what is ahead of it, keep a few."""
         n_served = self._n_served()
@@ -193,3 +227,6 @@ class ResumableActivationsStore(ActivationsStore):
             self._anchors.popleft()
         while len(self._anchors) > 4:
             del self._anchors[1]
+        n_old = sum(n <= self._anchors[0]["n_batches"] for n, _ in self._draws[: self._n_drawn])
+        del self._draws[:n_old]
+        self._n_drawn -= n_old

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from sae_lens.config import HfDataset
 from sae_lens.load_model import HookedProxyLM
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedRootModule
 
-from sae_whiten.saelens.activations_store import ResumableActivationsStore
 from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
 from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError
 
@@ -162,7 +162,20 @@ def fit_statistics(
             widest = max(half.d_in for half in statistics.values())
             if n >= (max_samples or 2000 * widest):
                 break
-    return _finished(statistics, tolerance if n_samples is None else None, dict(provenance or {}))
+    return _finished(
+        statistics,
+        tolerance if n_samples is None else None,
+        {
+            "context_size": context_size,
+            "prepend_bos": prepend_bos,
+            "seqpos_slice": list(seqpos_slice),
+            "exclude_special_tokens": exclude_special_tokens,
+            "hook_head_index": hook_head_index,
+            "disable_concat_sequences": disable_concat_sequences,
+            "sequence_separator_token": sequence_separator_token,
+            **(provenance or {}),
+        },
+    )
 
 
 def _finished(
@@ -198,9 +211,9 @@ def _finished(
 
 def _token_store(
     model: HookedRootModule, dataset: HfDataset | str, hook_name: str, **options: Any
-) -> ResumableActivationsStore:
+) -> ActivationsStore:
     """A store of which only the tokens are used."""
-    return ResumableActivationsStore(
+    return ActivationsStore(
         model=model,
         dataset=dataset,
         hook_name=hook_name,

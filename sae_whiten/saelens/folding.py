@@ -30,6 +30,7 @@ from sae_lens import (
     TopKTrainingSAE,
     Transcoder,
 )
+from sae_lens.saes.sae import mse_loss
 from sae_lens.util import dtype_to_str
 from torch import Tensor
 
@@ -206,6 +207,9 @@ def fold_whitening_into_weights(
                 f"{check.active_set_tolerance:.0%}). The SAE was left as it was."
             )
     _take_over(sae, folded)
+    leave = getattr(sae, "leave_whitened_space", None)
+    if leave is not None:  # it was being trained by this package, and its weights are plain now
+        leave()
     return report
 
 
@@ -348,8 +352,12 @@ def _with_parameters(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
     if _ranks_by_decoder_norm(sae):
         cfg.rescale_acts_by_decoder_norm = False  # pyright: ignore[reportAttributeAccessIssue]
     state.update(cfg=cfg, dtype=dtype)
-    # a compiled forward pass is bound to the SAE that it was compiled for
-    state.pop("training_forward_pass", None)
+    # a compiled forward pass is bound to the SAE that it was compiled for; the others belong to
+    # training in whitened coordinates
+    for name in ("training_forward_pass", "whitening", "trainer"):
+        state.pop(name, None)
+    if "mse_loss_fn" in state:
+        state["mse_loss_fn"] = mse_loss
     object.__setattr__(copied, "__dict__", state)
     return copied
 
@@ -386,6 +394,9 @@ def _compare(
     reference = _with_parameters(
         sae, {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None}
     )
+    # heads are flat already; and the closures that flatten them belong to `sae`
+    for copied in (reference, folded):
+        copied.turn_off_forward_pass_hook_z_reshaping()
     # the copy keeps the flags of a folded cfg; here the unfolded ones count
     reference.cfg = copy.deepcopy(sae.cfg)
     reference.cfg.dtype = dtype_to_str(dtype)

@@ -28,7 +28,8 @@ __all__ = ["ReconstructionMetric", "losses_for"]
 class ReconstructionMetric:
     """Squared error between whitened activations, measured in the configured space.
 
-    Scaled such that predicting the mean costs d_in on average: by d / sum(l~) in the original
+    Scaled such that predicting the mean costs d_in on average (less where directions have no
+    variance, which count with the average gain that they are given): by d / sum(l~) in the original
     space, by d / sum(l~^(1-a)) in whitened space, which is 1 for full whitening. Learning rates,
     sparsity coefficients and gradient clipping then carry over between the two.
 
@@ -167,7 +168,8 @@ class _GatedLosses(_GatedBase):
     ) -> dict[str, Tensor]:
         """The L1 penalty and the reconstruction through the gate alone."""
         sae_in = step_input.sae_in
-        gate = (sae_in - self.b_dec * self.cfg.apply_b_dec_to_input) @ self.W_enc + self.b_gate
+        centred = sae_in.to(self.W_enc.dtype) - self.b_dec * self.cfg.apply_b_dec_to_input
+        gate = centred @ self.W_enc + self.b_gate
         gate = torch.relu(gate)
         l1 = (gate * self.W_dec.norm(dim=1)).sum(dim=-1).mean()
         reconstruction = self.mse_loss_fn(gate @ self.W_dec + self.b_dec, sae_in)

@@ -20,6 +20,9 @@ _FIELDS = (
     "prepend_bos",
     "seqpos_slice",
     "exclude_special_tokens",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+    "model_from_pretrained_kwargs",
 )
 
 

@@ -8,11 +8,12 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.constants import (
     ACTIVATION_WHITENING_FILENAME,
@@ -30,7 +31,6 @@ from transformer_lens import HookedRootModule
 from sae_whiten._files import atomic_path
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.saelens.activations_store import ResumableActivationsStore
-from sae_whiten.saelens.provenance import provenance_of
 from sae_whiten.saelens.stream import ActivationStream, StopRequested
 from sae_whiten.saelens.trainer import STATISTICS_FILENAME, WhiteningTrainer
 from sae_whiten.saelens.training_sae import enter_whitened_space
@@ -93,7 +93,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             override_sae=override_sae,
         )
         self.sae.cfg = copy.deepcopy(self.sae.cfg)
-        self._start_from_folded = self._check_pretrained()
+        self._requested = self.cfg
+        self._start_from_folded = override_sae is None and self._check_pretrained()
         # before SAELens compiles the training step, for it is compiled with its losses
         enter_whitened_space(self.sae)
         self.activations_store = self._resumable_store()
@@ -126,6 +127,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
     ) -> TrainingSAE[Any]:
         """Train with a `WhiteningTrainer` in place of the trainer given."""
         self.cfg = self._requested
+        if self.cfg.logger.log_to_wandb:
+            wandb.config.update(self.cfg.to_dict(), allow_val_change=True)
         provider: DataProvider = self.activations_store
         store = self.activations_store
         assert isinstance(store, ResumableActivationsStore)
@@ -142,14 +145,20 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         stream = self.trainer.stream
         store.training_position = lambda: stream.n_served
         stream.source_is_finite = True
+        store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
         if resume_from is not None:
             logger.info("resuming from checkpoint %s", resume_from)
             self.trainer.load_trainer_state(resume_from)
+            store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
             store.load_from_checkpoint(resume_from)
-        store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
         with self._prefetching(stream), _stop_on_signals(stream) as received:
             try:
-                return self.trainer.fit()
+                sae = self.trainer.fit()
+                if store.n_skipped:
+                    logger.warning(
+                        "%d activations with a NaN or an infinity were left out", store.n_skipped
+                    )
+                return sae
             except (StopRequested, NonFiniteActivationsError) as error:
                 self._save_progress()
                 if isinstance(error, NonFiniteActivationsError):
@@ -163,7 +172,10 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         """Add the runner's files to a checkpoint directory."""
         if checkpoint_path is None:
             return
-        self.activations_store.save_to_checkpoint(checkpoint_path)
+        source = self.trainer.stream.source
+        # a thread that draws batches meanwhile would change what is being saved
+        with source.paused() if isinstance(source, PrefetchingIterator) else nullcontext():
+            self.activations_store.save_to_checkpoint(checkpoint_path)
         _write_json(Path(checkpoint_path) / RUNNER_CFG_FILENAME, self.cfg.to_dict())
 
     def save_final_sae(
@@ -186,16 +198,13 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
                 trainer.whitening.save(staging / WHITENING_FILENAME)
             statistics = trainer.scaler.statistics
             if statistics is not None:
-                for name, value in provenance_of(sae.cfg).items():
-                    # statistics that were given know better where they come from
-                    statistics.provenance.setdefault(name, value)
                 statistics.save(staging / STATISTICS_FILENAME)
             for file in sorted(staging.iterdir()):
                 file.replace(target / file.name)
         logger.info("SAE saved: %s", target)
         if self.cfg.logger.log_to_wandb:
             self.cfg.logger.log(
-                self.trainer,
+                self,
                 target / weights.name,
                 target / cfg.name,
                 sparsity_path=target / SPARSITY_FILENAME,

@@ -110,6 +110,9 @@ class CovarianceWhiteningScaler(ActivationScaler):
                 try:
                     batch = next(data_provider)
                 except StopIteration:
+                    inflation = halves.inflation()
+                    if self.config.n_samples is None and inflation <= self.config.tolerance:
+                        break
                     raise ValueError(self._too_few(halves, n_batches)) from None
                 before = halves.n_samples
                 halves.update(flatten_heads(batch, d_in))

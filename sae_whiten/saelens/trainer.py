@@ -30,7 +30,7 @@ from sae_whiten.saelens.folding import (
     folded_copy,
     unfold_whitening_from_weights,
 )
-from sae_whiten.saelens.provenance import load_statistics
+from sae_whiten.saelens.provenance import load_statistics, provenance_of
 from sae_whiten.saelens.scaler import CovarianceWhiteningScaler
 from sae_whiten.saelens.stream import ActivationStream
 from sae_whiten.saelens.training_sae import (
@@ -145,6 +145,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.estimate_whitening()
         sae = super().fit()
         self._finished = True
+        self._weights_before_fold = None
         return sae
 
     def estimate_whitening(self) -> None:
@@ -165,6 +166,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.scaler.estimate_whitening(
                 d_in=self.sae.cfg.d_in, data_provider=self.stream.lookahead()
             )
+            assert self.scaler.statistics is not None
+            self.scaler.statistics.provenance = provenance_of(self.sae.cfg)
         self._use_whitening()
 
     def _use_whitening(self) -> None:
@@ -187,7 +190,11 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             # the final checkpoint can be resumed too, and that needs the unfolded weights
             self._weights_before_fold = {k: v.clone() for k, v in self.sae.state_dict().items()}
             self._cfg_before_fold = self.sae.cfg.to_dict()
-        activations, source = self.stream.held_out(), "held-out"
+        activations, source = None, "held-out"
+        try:
+            activations = self.stream.held_out()
+        except Exception:  # whatever the data provider raises must not cost a trained SAE
+            logger.warning("no held-out activations: the data provider failed", exc_info=True)
         if activations is None:
             activations, source = self.stream.last, "training"
         try:
@@ -199,6 +206,9 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             )
         except FoldError as error:
             raise FoldError(f"{error} Both forms are in {self._keep_both_forms()}") from error
+        except Exception:
+            logger.error("folding failed; what was trained is in %s", self._keep_both_forms())
+            raise
         leave_whitened_space(self.sae)
         if report.check is None:
             logger.warning("the fold could not be checked: there are no activations")
@@ -218,7 +228,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         name = f"failed_fold_{self.n_training_samples}"
         try:
             self.save_checkpoint(name, base_path=base)
-        except FoldError:  # weights that are not finite have no folded form
+        except Exception:  # weights that are not finite, say, have no folded form
             self.save_trainer_state(Path(base) / name)
         return Path(base) / name
 
@@ -238,8 +248,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         return super().build_train_step_log_dict(
             replace(
                 output,
-                sae_in=self.scaler.unscale(output.sae_in.float()),
-                sae_out=self.scaler.unscale(output.sae_out.float()),
+                sae_in=self.scaler.unscale(_float32_at_least(output.sae_in)),
+                sae_out=self.scaler.unscale(_float32_at_least(output.sae_out)),
             ),
             n_training_samples,
         )
@@ -394,3 +404,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             super()._checkpoint_if_needed()
         finally:
             self.n_training_steps -= 1
+
+
+def _float32_at_least(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

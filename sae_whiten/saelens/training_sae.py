@@ -110,13 +110,20 @@ class _WhitenedTrainingSAE(_Base):
             trainer.fold()
         else:
             fold_whitening_into_weights(self, own)
-            leave_whitened_space(self)
 
     def log_histograms(self) -> dict[str, NDArray[Any]]:
         """SAELens' histograms, of the weights in the space of the activations."""
         folded, _ = folded_copy(self, self._required_whitening("describe"))
         assert isinstance(folded, TrainingSAE)
         return folded.log_histograms()
+
+    def leave_whitened_space(self) -> None:
+        """Become a stock SAE again; the weights must be plain by now."""
+        # a training step that was compiled belongs to this class too
+        for name in ("whitening", "trainer", "training_forward_pass"):
+            vars(self).pop(name, None)
+        self.mse_loss_fn = mse_loss
+        self.__class__ = self.stock_class  # pyright: ignore[reportAttributeAccessIssue]
 
     def _required_whitening(self, action: str) -> Whitening:
         if self.whitening is None:
@@ -172,11 +179,7 @@ def set_whitening(
 def leave_whitened_space(sae: TrainingSAE[Any]) -> None:
     """Give an SAE its stock class back, once it is folded."""
     if isinstance(sae, _WhitenedTrainingSAE):
-        # a training step that was compiled belongs to the subclass too
-        for name in ("whitening", "trainer", "training_forward_pass"):
-            vars(sae).pop(name, None)
-        sae.mse_loss_fn = mse_loss
-        sae.__class__ = sae.stock_class  # pyright: ignore[reportAttributeAccessIssue]
+        sae.leave_whitened_space()
 
 
 def save_training_weights(
