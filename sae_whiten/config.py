@@ -38,7 +38,7 @@ class WhiteningConfig:
             activations (the paper's objective), "whitened" in whitened space (the built-in's).
             Both are scaled such that predicting the mean costs d_in.
         n_samples: Number of activations (tokens) to estimate the statistics from. None: as many as
-            `tolerance` needs.
+            `tolerance` needs. Batches are not split: there may be a few more.
         tolerance: Relative excess variance of held-out activations under the estimated whitening,
             measured from two halves of the samples, at which the estimation ends. 2% takes 51
             activations per dimension of Gaussian data (d / (n - d)) and, because tokens of one

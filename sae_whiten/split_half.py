@@ -62,6 +62,9 @@ class SplitHalfStatistics:
         """Relative excess variance of held-out activations whitened by the merged statistics.
 
         Infinite while a half has no more samples than dimensions.
+
+        Raises:
+            ValueError: All activations of a half are the same.
         """
         if min(half.n_samples for half in self.halves) <= self.d_in:
             return math.inf
@@ -85,6 +88,11 @@ def _excess(own: Tensor, other: Tensor) -> float:
     W W^T is the inverse of the covariance, so that no eigenvectors are needed.
     """
     d = own.shape[0]
+    if not own.diagonal().mean() > 0:
+        raise ValueError(
+            "the activations do not vary at all: the hook is not the one that was meant, or the "
+            "data provider is broken"
+        )
     # keeps directions without variance from being divided by zero, and does no more than that
     ridge = 1e-6 * own.diagonal().mean() * torch.eye(d, dtype=own.dtype, device=own.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(own + ridge))

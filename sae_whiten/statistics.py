@@ -256,7 +256,8 @@ def finite_rows(
         raise NonFiniteActivationsError(
             f"{name} of shape {tuple(acts.shape)} holds {n_bad} activations with a NaN or an "
             f"infinity, the first in row {', '.join(map(str, first))}; it was not used. Find out "
-            "where they come from, or set on_nonfinite='skip' to leave them out."
+            "where they come from"
+            + (", or set on_nonfinite='skip' to leave them out." if n_bad < finite.numel() else ".")
         )
     return acts[finite], n_bad
 

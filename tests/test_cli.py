@@ -37,7 +37,7 @@ class FakeRunner:
         FakeRunner.cfg, FakeRunner.whitening = cfg, whitening
 
     def run(self) -> Namespace:
-        check = {"fold_error": 2.5e-7, "tolerance": 1e-5}
+        check = {"fold_error": 2.5e-7, "tolerance": 1e-5, "source": "held-out"}
         metadata = Namespace(whitening={"fold": {"check": check}})
         return Namespace(cfg=Namespace(metadata=metadata))
 

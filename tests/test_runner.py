@@ -106,7 +106,9 @@ def test_the_output_folder_holds_everything_and_says_how_it_was_made(uninterrupt
     }
     metadata = json.loads((path / "cfg.json").read_text())["metadata"]
     assert metadata["whitening"]["n_samples"] >= 1500
-    assert metadata["whitening"]["fold"]["check"]["source"] == "held-out"
+    # 300 sequences of 32 tokens are fewer than the 80 batches of 128
+    source = metadata["whitening"]["fold"]["check"]["source"]
+    assert source == "next (of a dataset that was begun anew)"
     assert metadata["hook_name"] == "blocks.1.hook_resid_pre"
     assert 0 < metadata["l0"] <= 8
     statistics = ActivationStatistics.load(path / "activation_statistics.safetensors")
@@ -441,3 +443,32 @@ def test_a_run_that_skips_resumes(tmp_path, monkeypatch):
     store = resumed.activations_store
     assert isinstance(store, ResumableActivationsStore)
     assert store.n_skipped > 0
+
+
+def test_an_unknown_hook_is_refused_at_construction_with_the_nearest():
+    with pytest.raises(ValueError, match=r"no hook 'blocks\.7\.hook_resid_pre'; nearest: blocks"):
+        runner(hook_name="blocks.7.hook_resid_pre")
+
+
+def test_a_model_that_gives_nothing_finite_is_an_error_not_an_endless_wait(monkeypatch):
+    monkeypatch.setattr("sae_whiten.saelens.activations_store._MAX_USELESS_PASSES", 7)
+    model = tiny_model()
+    model.state_dict()["blocks.0.mlp.b_out"][3] = float("nan")
+    made = WhiteningTrainingRunner(
+        runner_config(),
+        WhiteningConfig(on_nonfinite="skip"),
+        override_dataset=tiny_dataset(),
+        override_model=model,
+    )
+    with pytest.raises(ValueError, match="7 passes of the model in a row"):
+        made.run()
+
+
+def test_a_dataset_that_repeats_while_estimating_is_warned_about(caplog):
+    torch.manual_seed(7)
+    WhiteningTrainingRunner(
+        runner_config(training_tokens=128 * 5),
+        override_dataset=tiny_dataset(8),
+        override_model=tiny_model(),
+    ).run()
+    assert "repetitions say nothing new" in caplog.text

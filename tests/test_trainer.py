@@ -515,3 +515,9 @@ def test_bfloat16_saes_train_on_float32_activations(architecture):
     sae, _ = fit(training_sae(architecture, D, 64, dtype="bfloat16"))
     assert sae.W_enc.dtype == torch.float32
     assert sae.cfg.metadata.whitening["fold"]["dtype"] == "bfloat16"
+
+
+def test_activations_that_do_not_vary_are_one_clear_error():
+    data = (torch.ones(BATCH, D) for _ in range(100))
+    with pytest.raises(ValueError, match="do not vary at all"):
+        fit(data=data)

@@ -1,6 +1,7 @@
 """Show what statistics say: how anisotropic each hook is, and how well it was estimated.
 
-n: activations; excess: too much variance that held-out activations have under the whitening;
+n: activations; excess: too much variance that held-out activations have under the whitening (- in
+files of sae-whiten merge, where it is not known);
 |mean|/std: norm of the mean over the root of the total variance; condition: of the covariance
 without its null directions, which null counts; directions: participation ratio; 90%, 99%: number
 of directions that hold so much of the variance; top: share of the largest eigenvalue; outliers: the
@@ -27,9 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.statistics import ActivationStatistics
 
     files = [
-        file
-        for path in args.paths
-        for file in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
+        file for path in args.paths for file in (_in_folder(path) if path.is_dir() else [path])
     ]
     if not files:
         raise FileNotFoundError(f"no statistics in {', '.join(map(str, args.paths))}")
@@ -48,6 +47,11 @@ def run(args: argparse.Namespace) -> int:
         for path in plot_spectra(spectra, args.plot):
             print(f"drawn: {path}")
     return 0
+
+
+def _in_folder(path: Path) -> list[Path]:
+    of_a_run = path / "activation_statistics.safetensors"
+    return [of_a_run] if of_a_run.is_file() else sorted(path.glob("*.safetensors"))
 
 
 def _describe(statistics: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     sae = WhiteningTrainingRunner(cfg, None if resumes_as_it_was else whitening).run()
     check = sae.cfg.metadata.whitening["fold"]["check"]
     print(
-        f"fold error: {check['fold_error']:.2g} on held-out activations "
+        f"fold error: {check['fold_error']:.2g} on {check['source']} activations "
         f"(tolerance {check['tolerance']:.2g})"
     )
     if cfg.output_path is None:

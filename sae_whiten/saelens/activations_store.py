@@ -1,5 +1,6 @@
 """SAELens' activations store, able to continue exactly where a checkpoint left it."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,10 @@ from sae_whiten.statistics import finite_rows
 
 __all__ = ["ResumableActivationsStore"]
 
+logger = logging.getLogger(__name__)
+
 _KIND = "activations_store_state"
+_MAX_USELESS_PASSES = 100
 
 
 class ResumableActivationsStore(ActivationsStore):
@@ -34,6 +38,8 @@ class ResumableActivationsStore(ActivationsStore):
 
     n_sequences: int = 0
     """Sequences drawn from the dataset in this epoch, by whomever."""
+    n_epochs: int = 0
+    """How often the dataset was begun."""
     training_position: Callable[[], int] | None = None
     """Tells how many batches training has had; None: all that were drawn."""
 
@@ -44,14 +50,30 @@ class ResumableActivationsStore(ActivationsStore):
 
     def _iterate_filtered_activations(self) -> Any:
         # here, once per pass of the model, and not at every training step, for a GPU has to wait
+        n_useless = 0
         for number, acts in enumerate(super()._iterate_filtered_activations()):
             name = f"pass {number} of the model, at {self.hook_name},"
             finite, n_bad = finite_rows(acts, self.on_nonfinite, name)
             self.n_skipped += n_bad
+            n_useless = 0 if len(finite) else n_useless + 1
+            if n_useless == _MAX_USELESS_PASSES:
+                raise ValueError(
+                    f"{n_useless} passes of the model in a row gave no activation at "
+                    f"{self.hook_name} that could be used ({self.n_skipped} were not finite): the "
+                    "model is broken, or every token is excluded"
+                )
             yield finite
 
     def _iterate_tokenized_sequences(self) -> Any:
         self.n_sequences = 0
+        self.n_epochs += 1
+        training = self.training_position
+        if self.n_epochs == 2 and training is not None and training() == 0:
+            logger.warning(
+                "the dataset began anew while the whitening was being estimated: repetitions say "
+                "nothing new, and the excess variance measured from them is too small. Use a "
+                "larger dataset, or shrinkage='oas'"
+            )
         for sequence in super()._iterate_tokenized_sequences():
             self.n_sequences += 1
             yield sequence

@@ -1,6 +1,7 @@
 """SAELens' language-model runner, training under whitening."""
 
 import copy
+import difflib
 import json
 import logging
 import signal
@@ -92,6 +93,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             override_model=override_model,
             override_sae=override_sae,
         )
+        self._check_hook()
         self.sae.cfg = copy.deepcopy(self.sae.cfg)
         self._requested = self.cfg
         self._start_from_folded = override_sae is None and self._check_pretrained()
@@ -145,6 +147,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         stream = self.trainer.stream
         store.training_position = lambda: stream.n_served
         stream.source_is_finite = True
+        stream.next_is = lambda: (
+            "held-out" if store.n_epochs < 2 else "next (of a dataset that was begun anew)"
+        )
         store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
         if resume_from is not None:
             logger.info("resuming from checkpoint %s", resume_from)
@@ -210,6 +215,12 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
                 sparsity_path=target / SPARSITY_FILENAME,
                 wandb_aliases=["final_model"],
             )
+
+    def _check_hook(self) -> None:
+        hooks, name = list(self.model.hook_dict), self.cfg.hook_name
+        if name not in hooks and not self.cfg.use_cached_activations:
+            near = difflib.get_close_matches(name, hooks) or hooks[:3]
+            raise ValueError(f"the model has no hook {name!r}; nearest: {', '.join(near)}")
 
     def _check_pretrained(self) -> bool:
         """Whether `self.sae` is plain and has to be brought into whitened coordinates."""

@@ -134,8 +134,10 @@ class CovarianceWhiteningScaler(ActivationScaler):
                     next_look = 1.2 * halves.n_samples
         self._warn_if_too_few(halves, inflation, n_batches)
         statistics = halves.merged()
+        excess = halves.inflation() if inflation is None else inflation
         self.whitening = Whitening.from_statistics(statistics, self.config)
         self.statistics = statistics
+        statistics.provenance["inflation"] = excess if math.isfinite(excess) else None
         logger.info(
             "whitening estimated from %d activations (%.0f per dimension)",
             statistics.n_samples,

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,8 @@ class ActivationStream(Iterator[Tensor]):
         source_is_finite: Whether the source has seen to that itself, and batches are not looked at
             again (which makes a GPU wait at every step).
         last: The batch served last.
+        next_is: What the next batch is to be called in reports; a dataset that begins anew makes
+            it one that was trained on before.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ActivationStream(Iterator[Tensor]):
         self.n_skipped = 0
         self.source_is_finite = False
         self.last: Tensor | None = None
+        self.next_is: Callable[[], str] = lambda: "held-out"
         self._stop = False
         self._spool: Any = None
         self._spooled: deque[tuple[torch.Size, torch.dtype, torch.device, int]] = deque()

@@ -167,7 +167,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 d_in=self.sae.cfg.d_in, data_provider=self.stream.lookahead()
             )
             assert self.scaler.statistics is not None
-            self.scaler.statistics.provenance = provenance_of(self.sae.cfg)
+            self.scaler.statistics.provenance.update(provenance_of(self.sae.cfg))
         self._use_whitening()
 
     def _use_whitening(self) -> None:
@@ -190,9 +190,10 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             # the final checkpoint can be resumed too, and that needs the unfolded weights
             self._weights_before_fold = {k: v.clone() for k, v in self.sae.state_dict().items()}
             self._cfg_before_fold = self.sae.cfg.to_dict()
-        activations, source = None, "held-out"
+        activations, source = None, "training"
         try:
             activations = self.stream.held_out()
+            source = self.stream.next_is()
         except Exception:  # whatever the data provider raises must not cost a trained SAE
             logger.warning("no held-out activations: the data provider failed", exc_info=True)
         if activations is None:
@@ -253,6 +254,16 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             ),
             n_training_samples,
         )
+
+    def _update_pbar(
+        self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 100
+    ) -> None:
+        shown = pbar.n
+        super()._update_pbar(step_output, pbar, update_interval)
+        if pbar.n != shown:
+            # SAELens counts from the last multiple of 100 steps, also where training was resumed
+            pbar.n = self.n_training_samples
+            pbar.refresh()
 
     def maybe_reset_sparsity(self) -> dict[str, Any]:
         """As in SAELens; a window that was reset before a checkpoint is not reported again."""
