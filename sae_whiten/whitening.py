@@ -77,7 +77,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(precision)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Whitening:
     """An invertible affine map between activations x and whitened activations z.
 
@@ -159,6 +159,12 @@ class Whitening:
             config=config,
             shrinkage=shrinkage,
             n_samples=n,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Whitening(d_in={self.d_in}, kind={self.kind!r}, strength={self.strength:g}, "
+            f"shrinkage={self.shrinkage:.3g}, n_samples={self.n_samples})"
         )
 
     @property
@@ -265,7 +271,7 @@ class Whitening:
             "config": self.config.to_dict(),
             "n_samples": self.n_samples,
             "shrinkage": self.shrinkage,
-            "condition_number": self.condition_number,
+            "condition_number_of_W": self.condition_number,
         }
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
