@@ -157,7 +157,10 @@ def test_interrupted_training_resumes_to_the_bit(
     assert SAE.load_from_disk(checkpoint).cfg.normalize_activations == "none"
     resumed = runner(None, resume_from_checkpoint=str(checkpoint), prefetch_llm_batches=prefetch)
     torch.manual_seed(123)  # resuming must not depend on the state of the generator
-    assert equal(state(resumed.run()), uninterrupted[0])
+    sae = resumed.run()
+    assert equal(state(sae), uninterrupted[0])
+    # of which the data were seen before, also where that was before the interruption
+    assert sae.cfg.metadata.whitening["fold"]["check"]["source"].startswith("next (of a dataset")
 
 
 KILLED = """

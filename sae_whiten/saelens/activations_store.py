@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _KIND = "activations_store_state"
 _MAX_USELESS_PASSES = 100
+_ANCHOR_FIELDS = ("n_batches", "position", "n_epochs", "n_dataset_processed")
 
 
 class ResumableActivationsStore(ActivationsStore):
@@ -39,7 +40,7 @@ class ResumableActivationsStore(ActivationsStore):
     n_sequences: int = 0
     """Sequences drawn from the dataset in this epoch, by whomever."""
     n_epochs: int = 0
-    """How often the dataset was begun."""
+    """How often the dataset was begun, also before a checkpoint; cached activations do not tell."""
     training_position: Callable[[], int] | None = None
     """Tells how many batches training has had; None: all that were drawn."""
 
@@ -122,7 +123,7 @@ class ResumableActivationsStore(ActivationsStore):
         tensors = {"generator": anchor["generator"]}
         if anchor["buffer"] is not None:
             tensors["buffer"] = anchor["buffer"]
-        fields = {key: anchor[key] for key in ("n_batches", "position", "n_dataset_processed")}
+        fields = {key: anchor[key] for key in _ANCHOR_FIELDS}
         # what evaluators drew from the dataset since, or will have drawn, if a thread reads ahead
         fields["draws"] = [draw for draw in self._draws if draw[0] > anchor["n_batches"]]
         fields["n_served"] = n_served
@@ -147,6 +148,7 @@ class ResumableActivationsStore(ActivationsStore):
         self._n_batches = int(fields["n_batches"])
         self._seek(fields["position"])
         self.n_dataset_processed = int(fields["n_dataset_processed"])
+        self.n_epochs = int(fields["n_epochs"])
         self._draws = [(int(n), int(size)) for n, size in fields["draws"]]
         self._n_drawn = 0
         self._dataloader = self._mix()
@@ -194,6 +196,7 @@ class ResumableActivationsStore(ActivationsStore):
             "buffer": self._buffer,
             "generator": self._generator.get_state(),
             "position": self._position(),
+            "n_epochs": self.n_epochs,
             "n_dataset_processed": self.n_dataset_processed,
         }
 

@@ -147,8 +147,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         stream = self.trainer.stream
         store.training_position = lambda: stream.n_served
         stream.source_is_finite = True
-        stream.next_is = lambda: (
-            "held-out" if store.n_epochs < 2 else "next (of a dataset that was begun anew)"
+        stream.next_is = lambda: {0: "next cached", 1: "held-out"}.get(
+            store.n_epochs, "next (of a dataset that was begun anew)"
         )
         store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
         if resume_from is not None:
