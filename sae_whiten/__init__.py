@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sae_whiten._files import CorruptFileError
     from sae_whiten.config import WhiteningConfig
+    from sae_whiten.saelens.collect import fit_statistics
     from sae_whiten.saelens.folding import (
         FoldCheck,
         FoldError,
@@ -37,6 +38,7 @@ _MODULES = {
     "WhiteningConfig": "sae_whiten.config",
     "WhiteningTrainer": "sae_whiten.saelens.trainer",
     "WhiteningTrainingRunner": "sae_whiten.saelens.runner",
+    "fit_statistics": "sae_whiten.saelens.collect",
     "fold_whitening_into_weights": "sae_whiten.saelens.folding",
     "unfold_whitening_from_weights": "sae_whiten.saelens.folding",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "WhiteningConfig",
     "WhiteningTrainer",
     "WhiteningTrainingRunner",
+    "fit_statistics",
     "fold_whitening_into_weights",
     "unfold_whitening_from_weights",
 ]

@@ -180,10 +180,35 @@ class ActivationStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically, with `provenance` in its metadata."""
-        save_tensors(
-            path,
-            _KIND,
-            {"mean": self._mean, "scatter": self._scatter.triu()},
+        tensors, fields = self.to_tensors()
+        tensors["scatter"] = tensors["scatter"].triu()
+        save_tensors(path, _KIND, tensors, fields)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ActivationStatistics":
+        """Read a file written by `save`.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CorruptFileError: The file is truncated, foreign or was changed.
+        """
+        try:
+            return cls.from_tensors(*load_tensors(path, _KIND))
+        except KeyError as error:
+            raise CorruptFileError(f"{path}: {error} is missing") from error
+        except CorruptFileError:
+            raise
+        except ValueError as error:
+            raise CorruptFileError(f"{path}: {error}") from error
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything there is to save: float64 tensors on the CPU, and fields that JSON can hold.
+
+        Tensors that are on the CPU already are not copied. Of "scatter" only the upper triangle
+        counts.
+        """
+        return (
+            {"mean": self._mean.cpu(), "scatter": self._scatter.cpu()},
             {
                 "d_in": self.d_in,
                 "n_samples": self.n_samples,
@@ -195,14 +220,15 @@ class ActivationStatistics:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> "ActivationStatistics":
-        """Read a file written by `save`.
+    def from_tensors(
+        cls, tensors: dict[str, Tensor], fields: dict[str, Any]
+    ) -> "ActivationStatistics":
+        """Inverse of `to_tensors`; the tensors are taken over, not copied.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            CorruptFileError: The file is truncated, foreign or was changed.
+            KeyError: A field is missing.
+            ValueError: A tensor is missing or not of the width that the fields tell.
         """
-        tensors, fields = load_tensors(path, _KIND)
         statistics = cls(int(fields["d_in"]))
         d_in = statistics.d_in
         mean, scatter = tensors.get("mean"), tensors.get("scatter")
@@ -214,7 +240,7 @@ class ActivationStatistics:
             or mean.dtype != torch.float64
             or scatter.dtype != torch.float64
         ):
-            raise CorruptFileError(f"{path}: mean or covariance missing, or not of width {d_in}")
+            raise ValueError(f"mean or covariance missing, or not of width {d_in}")
         statistics._mean, statistics._scatter = mean, scatter
         statistics.n_samples = int(fields["n_samples"])
         statistics.n_skipped = int(fields["n_skipped"])

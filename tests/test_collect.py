@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pytest
 import torch
 from sae_lens.training.activations_store import ActivationsStore
@@ -7,8 +8,9 @@ from transformer_lens import HookedTransformer
 
 from sae_whiten import ActivationStatistics, NonFiniteActivationsError
 from sae_whiten.cli import main
-from sae_whiten.saelens.collect import fit_statistics, match_hooks
+from sae_whiten.saelens.collect import fit_statistics
 from sae_whiten.saelens.provenance import statistics_file
+from sae_whiten.saelens.sources import match_hooks
 from tests.support import runner_config, tiny_dataset, tiny_model
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"]
@@ -44,9 +46,10 @@ def test_statistics_are_of_exactly_what_training_sees_at_every_hook(options):
 
 
 def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_what_there_is():
-    assert match_hooks(tiny_model(), "blocks.*.hook_resid_pre") == HOOKS[:2]
+    names = list(tiny_model().hook_dict)
+    assert match_hooks(names, "blocks.*.hook_resid_pre") == HOOKS[:2]
     with pytest.raises(ValueError, match="no hook matches .*hook_resid_pre"):
-        match_hooks(tiny_model(), "blocks.7.hook_resid_pre")
+        match_hooks(names, "blocks.7.hook_resid_pre")
 
 
 def test_the_model_stops_after_the_last_hook():
@@ -77,8 +80,10 @@ def test_a_nan_names_the_hook_and_the_batch():
         tensor[2, 3] = float("nan")
         return tensor
 
-    model.hook_dict["blocks.0.hook_resid_pre"].add_perma_hook(poison)
-    with pytest.raises(NonFiniteActivationsError, match=r"hook blocks\.\d\.\S+: batch 0"):
+    model.hook_dict[HOOKS[1]].add_perma_hook(poison)
+    with pytest.raises(
+        NonFiniteActivationsError, match=r"hook blocks\.1\.\S+, batch 0, sequence 2, position 3"
+    ):
         fit_statistics(model, tiny_dataset(), HOOKS[1], n_samples=100, context_size=32)
 
 
@@ -122,3 +127,99 @@ def test_merging_what_does_not_belong_together_writes_nothing(tmp_path, capsys):
     assert main(["merge", *paths, "--out", str(tmp_path / "c")]) == 2
     assert "widths 4 and 5" in capsys.readouterr().err
     assert not (tmp_path / "c").exists()
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+def fit_killed_at(n_passes: int, out, monkeypatch) -> None:
+    model = tiny_model()
+    passes = 0
+
+    def die(tensor: torch.Tensor, *, hook: object) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if passes == n_passes:
+            raise Killed
+        return tensor
+
+    model.hook_dict[HOOKS[0]].add_perma_hook(die)
+    monkeypatch.setattr("sae_whiten.saelens.collect._SAVE_EVERY_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        fit_statistics(model, tiny_dataset(3000), HOOKS, out=out, **ADAPTIVE)
+
+
+ADAPTIVE = {"tolerance": 0.03, "context_size": 32, "batch_size_prompts": 4}
+
+
+def test_a_killed_fit_goes_on_and_ends_with_the_same_statistics(tmp_path, monkeypatch):
+    whole = fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, **ADAPTIVE)
+    for n_passes in (1, 6, 9):
+        fit_killed_at(n_passes, tmp_path, monkeypatch)
+    monkeypatch.undo()
+    model = tiny_model()
+    passes = []
+    model.hook_dict[HOOKS[0]].add_perma_hook(lambda tensor, *, hook: passes.append(1))
+    found = fit_statistics(model, tiny_dataset(3000), HOOKS, out=tmp_path, **ADAPTIVE)
+    assert 0 < len(passes) <= whole[HOOKS[0]].n_batches - 2  # both that got on had saved some
+    for name in HOOKS:
+        saved = ActivationStatistics.load(statistics_file(tmp_path, name))
+        assert torch.equal(found[name].covariance, whole[name].covariance)
+        assert torch.equal(saved.mean, whole[name].mean)
+        assert saved.provenance["inflation"] == whole[name].provenance["inflation"]
+    assert not (tmp_path / ".fit_progress").exists()
+
+
+def test_the_progress_of_another_fit_is_refused_and_left_alone(tmp_path, monkeypatch):
+    fit_killed_at(4, tmp_path, monkeypatch)
+    (file,) = (tmp_path / ".fit_progress").iterdir()
+    content = file.read_bytes()
+    other = {**ADAPTIVE, "context_size": 16}
+    with pytest.raises(ValueError, match=r"context_size=32 \(now 16\)"):
+        fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, out=tmp_path, **other)
+    with pytest.raises(ValueError, match="dataset="):
+        fit_statistics(tiny_model(), tiny_dataset(3000, 1), HOOKS, out=tmp_path, **ADAPTIVE)
+    assert file.read_bytes() == content
+    file.rename(file.with_name(file.name.replace("of-1", "of-4")))
+    with pytest.raises(ValueError, match="progress of 4 processes, and now there are 1"):
+        fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, out=tmp_path, **ADAPTIVE)
+
+
+def test_cached_activations_are_a_source_too(tmp_path):
+    model, dataset = tiny_model(), tiny_dataset(40)
+    tokens = torch.tensor(dataset["input_ids"])[:, :32]
+    _, cache = model.run_with_cache(tokens)
+    acts = cache[HOOKS[0]]
+    features = datasets.Features(
+        {
+            HOOKS[0]: datasets.Array2D((32, 32), "float32"),
+            "token_ids": datasets.Sequence(datasets.Value("int32"), 32),
+        }
+    )
+    content = {HOOKS[0]: acts.numpy(), "token_ids": tokens.numpy()}
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "cache")
+    found = fit_statistics(
+        None,
+        None,
+        "blocks.*",
+        cached_activations=tmp_path / "cache",
+        n_samples=10**9,
+        exclude_special_tokens=[1, 2, 3],
+    )
+    (statistics,) = found.values()
+    x = acts[~torch.isin(tokens, torch.tensor([1, 2, 3]))].double()
+    assert statistics.n_samples == len(x)
+    torch.testing.assert_close(statistics.covariance, torch.cov(x.T), rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match="no hook matches"):
+        fit_statistics(None, None, "ln", cached_activations=tmp_path / "cache")
+    with pytest.raises(ValueError, match="not both"):
+        fit_statistics(model, dataset, HOOKS[0], cached_activations=tmp_path / "cache")
+
+
+def test_the_users_dataset_and_model_are_left_as_they_were():
+    model, dataset = tiny_model().eval(), tiny_dataset(40)
+    fit_statistics(model, dataset, HOOKS, n_samples=100, context_size=32)
+    assert dataset.format["type"] is None
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    assert not model.training

@@ -4,24 +4,33 @@ The model runs once for all hooks and stops after the last; no activation is kep
 when held-out activations would have at most --tolerance too much variance under the whitening, as
 two halves of the samples tell of each other. The result is a folder with one file per hook, for
 sae-whiten train --whitening.statistics.
+
+Killed, it goes on from where it was (saved every minute) when the same command is repeated. Started
+by torchrun, every process takes its share of the dataset, and the result is that of all.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_whiten.statistics import ActivationStatistics
 
 EPILOG = """\
-example:
+examples:
   sae-whiten fit --model-name gpt2 --dataset-path monology/pile-uncopyrighted \\
     --hook-name 'blocks.*.hook_resid_pre' --context-size 256 --out gpt2-stats
+  torchrun --nproc-per-node 8 -m sae_whiten fit --device cuda ...
+  sae-whiten fit --cached-activations activations --hook-name '*' --out stats
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the estimation, with SAELens' names and defaults."""
     add = parser.add_argument
-    add("--model-name", required=True, help="model to load, as in SAELens")
+    add("--model-name", help="model to load, as in SAELens")
     add(
         "--model-class-name",
         default="HookedTransformer",
@@ -34,7 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="further arguments for loading the model, as in SAELens, such as a revision",
     )
-    add("--dataset-path", required=True, help="dataset to load: a name on the hub, or a folder")
+    add("--dataset-path", help="dataset to load: a name on the hub, or a folder")
+    add("--split", default="train", help="its split; training takes train (default: %(default)s)")
+    add(
+        "--cached-activations",
+        metavar="DIRECTORY",
+        help="read activations that SAELens' CacheActivationsRunner wrote, instead of --model-name "
+        "and --dataset-path",
+    )
     add(
         "--hook-name",
         required=True,
@@ -50,10 +66,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.02,
         help="excess variance of held-out activations to reach (default: %(default)s)",
     )
-    add("--n-samples", type=int, help="take so many activations per hook instead")
-    add("--max-samples", type=int, help="take at most so many (default: 2000 per dimension)")
-    add("--context-size", type=int, default=128, help="tokens per sequence (default: %(default)s)")
-    add("--batch-size-prompts", type=int, default=32, help="sequences per pass of the model")
+    add("--n-samples", type=_count, help="take so many activations per hook instead")
+    add("--max-samples", type=_count, help="take at most so many (default: 2000 per dimension)")
+    add(
+        "--context-size",
+        type=_count,
+        default=128,
+        help="tokens per sequence (default: %(default)s)",
+    )
+    add("--batch-size-prompts", type=_count, default=32, help="sequences per pass of the model")
     add(
         "--prepend-bos",
         action=argparse.BooleanOptionalAction,
@@ -61,12 +82,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put the beginning-of-sequence token in front, as training will",
     )
     add(
+        "--seqpos-slice",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="positions to take, as training will: stop, or start stop, or start stop step",
+    )
+    add(
         "--exclude-special-tokens",
+        nargs="*",
+        type=int,
+        metavar="ID",
+        help="leave out the activations at special tokens, as training will: those with these ids, "
+        "or, without any, those that the tokenizer names (BOS, EOS, PAD, SEP)",
+    )
+    add(
+        "--disable-concat-sequences",
         action="store_true",
-        help="leave out the activations at special tokens, as training will",
+        help="one document per sequence, and shorter ones dropped, as training will",
+    )
+    add(
+        "--sequence-separator-token",
+        type=_separator,
+        default="bos",
+        metavar="bos|eos|sep|none|ID",
+        help="between documents, as in training (default: %(default)s)",
     )
     add("--no-streaming", action="store_true", help="download the dataset first")
     add("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    add(
+        "--autocast-lm",
+        action="store_true",
+        help="run the model in bfloat16 autocast, as training will",
+    )
     add(
         "--on-nonfinite",
         choices=("raise", "skip"),
@@ -77,20 +125,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the model, estimate, and write one file per hook."""
-    from sae_lens.load_model import load_model
+    given = [args.model_name, args.dataset_path]
+    if args.cached_activations is None and None in given:
+        raise ValueError("give --model-name and --dataset-path, or --cached-activations")
+    if args.cached_activations is not None and given != [None, None]:
+        raise ValueError("--cached-activations takes the place of --model-name and --dataset-path")
+    from sae_whiten.distributed import Processes, joined_processes
 
+    with joined_processes():
+        statistics = _fit(args)
+        if Processes().rank > 0:
+            return 0
+    for hook_name, found in statistics.items():
+        excess = found.provenance["inflation"]
+        print(
+            f"{hook_name}: {found.n_samples} activations of width {found.d_in}, held-out excess "
+            f"variance {'unknown' if excess is None else f'{excess:.2%}'}"
+        )
+    print(f"\nsaved in {args.out}. Next:\n  sae-whiten inspect {args.out}")
+    print(f"  sae-whiten train --whitening.statistics {args.out} ...")
+    return 0
+
+
+def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
     from sae_whiten.saelens.collect import fit_statistics
-    from sae_whiten.saelens.provenance import statistics_file
+
+    exclude = args.exclude_special_tokens
+    options: dict[str, Any] = {
+        "out": args.out,
+        "tolerance": args.tolerance,
+        "n_samples": args.n_samples,
+        "max_samples": args.max_samples,
+        "batch_size_prompts": args.batch_size_prompts,
+        "exclude_special_tokens": False if exclude is None else (exclude or True),
+        "on_nonfinite": args.on_nonfinite,
+    }
+    if args.cached_activations is not None:
+        source = args.cached_activations
+        return fit_statistics(None, None, args.hook_name, cached_activations=source, **options)
+
+    from sae_lens.load_model import load_model
 
     kwargs = args.model_from_pretrained_kwargs
     if kwargs is None:  # as in SAELens' runner
         hooked = args.model_class_name == "HookedTransformer"
         kwargs = {"center_writing_weights": False} if hooked else {}
+    device = args.device
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # from torchrun: one GPU per process
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     model = load_model(
-        args.model_class_name,
-        args.model_name,
-        device=args.device,
-        model_from_pretrained_kwargs=kwargs,
+        args.model_class_name, args.model_name, device=device, model_from_pretrained_kwargs=kwargs
     )
     provenance: dict[str, Any] = {
         "model_from_pretrained_kwargs": kwargs,
@@ -98,28 +182,34 @@ def run(args: argparse.Namespace) -> int:
         "model_class_name": args.model_class_name,
         "dataset_path": args.dataset_path,
     }
-    statistics = fit_statistics(
+    return fit_statistics(
         model,
         args.dataset_path,
         args.hook_name,
-        tolerance=args.tolerance,
-        n_samples=args.n_samples,
-        max_samples=args.max_samples,
+        split=args.split,
         context_size=args.context_size,
-        batch_size_prompts=args.batch_size_prompts,
         prepend_bos=args.prepend_bos,
-        exclude_special_tokens=args.exclude_special_tokens,
+        seqpos_slice=(None,) if args.seqpos_slice is None else tuple(args.seqpos_slice),
         hook_head_index=args.hook_head_index,
+        disable_concat_sequences=args.disable_concat_sequences,
+        sequence_separator_token=args.sequence_separator_token,
         streaming=not args.no_streaming,
-        on_nonfinite=args.on_nonfinite,
+        autocast_lm=args.autocast_lm,
         provenance=provenance,
+        **options,
     )
-    for hook_name, found in statistics.items():
-        found.save(statistics_file(args.out, hook_name))
-        print(
-            f"{hook_name}: {found.n_samples} activations of width {found.d_in}, held-out excess "
-            f"variance {found.provenance['inflation']:.2%}"
-        )
-    print(f"\nsaved in {args.out}. Next:\n  sae-whiten inspect {args.out}")
-    print(f"  sae-whiten train --whitening.statistics {args.out} ...")
-    return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def _separator(text: str) -> Any:
+    if text == "none":
+        return None
+    if text in ("bos", "eos", "sep"):
+        return text
+    return int(text)

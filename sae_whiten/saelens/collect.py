@@ -1,65 +1,56 @@
-"""Statistics of many hooks of a language model in one pass.
+"""Statistics of many hooks of a language model in one pass over a dataset.
 
-Tokens come from SAELens' `ActivationsStore`, so that they are the tokens that training will see;
-statistics are updated inside the model's hooks, and the model stops after the last one. No
-activation outlives the batch that it belongs to.
+Statistics are updated as soon as a hook has activations; none outlives the batch that it belongs
+to. Several processes each take their shard of the dataset and decide together when it is enough.
 """
 
 import datetime
-import fnmatch
 import importlib.metadata
 import logging
 import math
+import shutil
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from sae_lens.config import HfDataset
-from sae_lens.load_model import HookedProxyLM
-from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedRootModule
 
+from sae_whiten._files import load_tensors, save_tensors
+from sae_whiten.distributed import Processes
+from sae_whiten.saelens.provenance import statistics_file
+from sae_whiten.saelens.sources import ActivationSource, CachedActivations, ModelActivations
 from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
 from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError
 
-__all__ = ["fit_statistics", "match_hooks"]
+__all__ = ["fit_statistics"]
 
 logger = logging.getLogger(__name__)
 
-
-def match_hooks(model: HookedRootModule, patterns: str | Sequence[str]) -> list[str]:
-    """Hook names of a model that match glob patterns, in the order in which the model has them.
-
-    Raises:
-        ValueError: A pattern matches nothing; the message names hooks that resemble it.
-    """
-    names = list(model.hook_dict)
-    found: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = fnmatch.filter(names, pattern)
-        if not matches:
-            tail = pattern.rsplit(".", 1)[-1]
-            similar = [name for name in names if name.endswith(tail)] or names
-            raise ValueError(
-                f"no hook matches {pattern!r}; this model has, for example, "
-                f"{', '.join(similar[:5])}"
-            )
-        found.update(matches)
-    return [name for name in names if name in found]
+_FIRST_LOOK_PER_DIMENSION = 20
+_LIMIT_PER_DIMENSION = 2000
+_SAVE_EVERY_SECONDS = 60.0
+_PROGRESS_DIR = ".fit_progress"
+_PROGRESS_KIND = "fit_progress"
 
 
 @torch.no_grad()
 def fit_statistics(
-    model: HookedRootModule,
-    dataset: HfDataset | str,
+    model: HookedRootModule | None,
+    dataset: HfDataset | str | None,
     hook_names: str | Sequence[str],
     *,
-    tolerance: float = 0.01,
+    out: str | Path | None = None,
+    cached_activations: str | Path | None = None,
+    tolerance: float = 0.02,
     n_samples: int | None = None,
     max_samples: int | None = None,
+    split: str = "train",
     context_size: int = 128,
     batch_size_prompts: int = 32,
     prepend_bos: bool = True,
@@ -69,6 +60,7 @@ def fit_statistics(
     disable_concat_sequences: bool = False,
     sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos",
     streaming: bool = True,
+    autocast_lm: bool = False,
     on_nonfinite: Literal["raise", "skip"] = "raise",
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, ActivationStatistics]:
@@ -77,17 +69,27 @@ def fit_statistics(
     Ends when the split-half inflation of every hook is under `tolerance`, or at `max_samples` or
     the end of the dataset, then with a warning that says about how many samples would do.
 
+    Where torch.distributed is initialised, every process takes its shard of the dataset, and all
+    return the statistics of all shards. (Documents are packed into sequences within a shard: only
+    for a dataset of tokens are the sequences the same as in one process.)
+
     Args:
         model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
-            Hugging Face models.
-        dataset: A dataset, or a path for `datasets.load_dataset`, with tokens or with text.
+            Hugging Face models. None with `cached_activations`.
+        dataset: A dataset, or a path for `datasets.load_dataset`, with tokens or with text. None
+            with `cached_activations`.
         hook_names: Hook names or glob patterns, such as "blocks.*.hook_resid_pre".
+        out: Folder to write one file per hook to, and meanwhile the progress: a call that was
+            killed goes on from there when it is repeated, and ends with the same statistics.
+        cached_activations: Directory of SAELens' `CacheActivationsRunner` to read instead of
+            running a model.
         tolerance: Relative excess variance of held-out activations to be reached at every hook.
-        n_samples: Take this many activations per hook instead.
+        n_samples: Take this many activations per hook instead, and the rest of the last batch.
         max_samples: Take at most this many; None: 2000 per dimension of the widest hook.
+        split: Split of the dataset, if it is a path. Training takes "train".
         context_size, prepend_bos, seqpos_slice, exclude_special_tokens, hook_head_index,
-            disable_concat_sequences, sequence_separator_token, streaming: As in SAELens'
-            `LanguageModelSAERunnerConfig`; use the values that training will use.
+            disable_concat_sequences, sequence_separator_token, streaming, autocast_lm: As in
+            SAELens' `LanguageModelSAERunnerConfig`; use the values that training will use.
         batch_size_prompts: Sequences per forward pass.
         on_nonfinite: As for `ActivationStatistics`.
         provenance: Further entries for the provenance of the statistics, such as model_name.
@@ -96,104 +98,322 @@ def fit_statistics(
         Statistics by hook name, with `provenance["inflation"]`.
 
     Raises:
-        ValueError: A pattern matches no hook, or the dataset has no tokens.
-        NonFiniteActivationsError: An activation is NaN or infinite; names the hook.
+        ValueError: A pattern matches no hook, the dataset has no tokens, there is not one
+            activation, or the progress in `out` is that of another estimation.
+        NonFiniteActivationsError: An activation is NaN or infinite; names hook and position.
+        DistributedError: Another process failed or is gone.
     """
-    names = match_hooks(model, hook_names)
-    store = _token_store(
-        model,
-        dataset,
-        names[0],
-        streaming=streaming,
-        context_size=context_size,
-        store_batch_size_prompts=batch_size_prompts,
-        prepend_bos=prepend_bos,
-        seqpos_slice=seqpos_slice,
-        disable_concat_sequences=disable_concat_sequences,
-        sequence_separator_token=sequence_separator_token,
+    processes = Processes()
+    reading: dict[str, Any] = {
+        "context_size": context_size,
+        "prepend_bos": prepend_bos,
+        "seqpos_slice": list(seqpos_slice),
+        "disable_concat_sequences": disable_concat_sequences,
+        "sequence_separator_token": sequence_separator_token,
+        "split": split,
+        "autocast_lm": autocast_lm,
+    }
+    if cached_activations is not None:
+        if model is not None or dataset is not None:
+            raise ValueError("give a model and a dataset, or cached_activations, not both")
+        reading = {"cached_activations": str(cached_activations)}
+        open_source = partial(CachedActivations, cached_activations, hook_names)
+    elif model is None or dataset is None:
+        raise ValueError("give a model and a dataset, or cached_activations")
+    else:
+        reading |= _describe(model)
+        open_source = partial(
+            ModelActivations,
+            model,
+            dataset,
+            hook_names,
+            hook_head_index=hook_head_index,
+            autocast_lm=autocast_lm,
+            split=split,
+            context_size=context_size,
+            prepend_bos=prepend_bos,
+            seqpos_slice=seqpos_slice,
+            disable_concat_sequences=disable_concat_sequences,
+            sequence_separator_token=sequence_separator_token,
+            streaming=streaming,
+        )
+    source: ActivationSource = processes.together(
+        lambda: open_source(
+            exclude_special_tokens=exclude_special_tokens,
+            batch_size_prompts=batch_size_prompts,
+            shard=(processes.rank, processes.world_size),
+        )
     )
-    special = _special_tokens(model, exclude_special_tokens)
-    statistics: dict[str, SplitHalfStatistics] = {}
-    keep: Tensor | None = None
+    record: dict[str, Any] = {
+        **reading,
+        "exclude_special_tokens": exclude_special_tokens,
+        "hook_head_index": hook_head_index,
+        **(provenance or {}),
+    }
+    fit = _Fit(source, processes, on_nonfinite)
+    progress = None
+    if out is not None:
+        identity = {
+            **record,
+            "hooks": source.hook_names,
+            "batch_size_prompts": batch_size_prompts,
+            "on_nonfinite": on_nonfinite,
+            # of a dataset in memory, content is all there is to know it by
+            "dataset": dataset if isinstance(dataset, str) else getattr(dataset, "_fingerprint", 0),
+        }
+        progress = _Progress(Path(out) / _PROGRESS_DIR, identity, processes)
+        progress.restore(fit)
+    fit.run(n_samples, max_samples, tolerance, progress)
+    found = _finished(fit, tolerance if n_samples is None else None, record)
+    if out is not None:
+        if processes.rank == 0:
+            for name, statistics in found.items():
+                statistics.save(statistics_file(out, name))
+        processes.total(0)  # nobody forgets how far it was before the result is on disk
+        shutil.rmtree(Path(out) / _PROGRESS_DIR, ignore_errors=True)
+    return found
 
-    def update(acts: Tensor, hook: Any) -> None:
-        rows = acts[:, slice(*seqpos_slice)]
-        if hook_head_index is not None:
-            rows = rows[:, :, hook_head_index]
-        rows = rows.flatten(2).flatten(0, 1)
-        if keep is not None:
-            rows = rows[keep.to(rows.device)]
-        name = hook.name
-        if name not in statistics:
-            statistics[name] = SplitHalfStatistics(rows.shape[-1], on_nonfinite)
+
+class _Fit:
+    """Statistics in the making: of this process's shard, with what all shards decide together.
+
+    Attributes:
+        source: Where activations come from.
+        processes: Who estimates together.
+        statistics: By hook name, of this process's shard.
+        inflation: By hook name, when it was last looked at, of all shards.
+        n_rounds: Batches so far, the same for all processes.
+        next_look: Number of samples at which the inflation is looked at next.
+    """
+
+    def __init__(
+        self,
+        source: ActivationSource,
+        processes: Processes,
+        on_nonfinite: Literal["raise", "skip"],
+    ) -> None:
+        self.source = source
+        self.processes = processes
+        self.on_nonfinite: Literal["raise", "skip"] = on_nonfinite
+        self.statistics: dict[str, SplitHalfStatistics] = {}
+        self.inflation: dict[str, float] = {}
+        self.n_rounds = 0
+        self.next_look = 0
+
+    def run(
+        self,
+        n_samples: int | None,
+        max_samples: int | None,
+        tolerance: float,
+        progress: "_Progress | None",
+    ) -> None:
+        """Read until it is enough, or until every shard is at its end."""
+        first = self.processes.rank == 0
+        with tqdm(
+            desc=f"Fitting {len(self.source.hook_names)} hooks", unit=" tokens", disable=not first
+        ) as bar:
+            while True:
+                more, n = self._round()
+                bar.update(n - bar.n)
+                widest = max(halves.d_in for halves in self.statistics.values())
+                if not more:
+                    if first:
+                        logger.warning("the dataset ended after %d activations per hook", n)
+                    return
+                if n_samples is not None:
+                    if n >= n_samples:
+                        return
+                elif n >= max(self.next_look, _FIRST_LOOK_PER_DIMENSION * widest):
+                    self.look()
+                    worst = max(self.inflation.values())
+                    bar.set_postfix(inflation=f"{worst:.2%}", wanted=f"{tolerance:.2%}")
+                    # an inversion per hook costs as much as many updates
+                    self.next_look = math.ceil(1.2 * n)
+                    if worst <= tolerance:
+                        return
+                if n_samples is None and n >= (max_samples or _LIMIT_PER_DIMENSION * widest):
+                    return
+                if progress is not None:
+                    progress.save_if_due(self)
+
+    def look(self) -> dict[str, SplitHalfStatistics]:
+        """Statistics of all shards; sets `inflation`, each hook's computed by one process."""
+        union: dict[str, SplitHalfStatistics] = {}
+        for name in self.source.hook_names:
+            halves = self.statistics[name]
+            union[name] = SplitHalfStatistics(halves.d_in, self.on_nonfinite)
+            first, second = map(self.processes.union, halves.halves)
+            union[name].halves = (first, second)
+        own = self.source.hook_names[self.processes.rank :: self.processes.world_size]
+        found = self.processes.together(lambda: {name: union[name].inflation() for name in own})
+        self.inflation = {}
+        for part in self.processes.gather(found):
+            self.inflation.update(part)
+        return union
+
+    def _round(self) -> tuple[bool, int]:
+        """Read one batch; whether any process had one, and how many samples all have per hook."""
+        more = self.processes.together(lambda: self.source.read(self._update))
+        n_own = min((halves.n_samples for halves in self.statistics.values()), default=0)
+        n_active, n = self.processes.total(more, n_own)
+        if self.n_rounds == 0:
+            self._agree_on_widths()
+        self.n_rounds += 1
+        return n_active > 0, int(n)
+
+    def _update(self, name: str, acts: Tensor, mask: Tensor | None) -> None:
+        if name not in self.statistics:
+            self.statistics[name] = SplitHalfStatistics(acts.shape[-1], self.on_nonfinite)
+        rows = acts.flatten(0, 1) if mask is None else acts[mask]
         try:
-            statistics[name].update(rows)
+            self.statistics[name].update(rows)
         except NonFiniteActivationsError as error:
-            raise NonFiniteActivationsError(f"hook {name}: {error}") from error
+            bad = ~torch.isfinite(acts).all(-1)
+            if mask is not None:
+                bad &= mask
+            sequence, position = bad.nonzero()[0].tolist()
+            number = self.source.n_sequences - len(acts) + sequence
+            raise NonFiniteActivationsError(
+                f"hook {name}, batch {self.n_rounds}, sequence {number}, position {position}: a "
+                f"NaN or an infinity, as in {int(bad.sum())} activations of this batch. Find out "
+                "where they come from, or set on_nonfinite='skip' to leave them out."
+            ) from error
 
-    hooks: list[Any] = [(name, update) for name in names]
-    options = _stopping_after(model, names)
-    inflation: dict[str, float] = {}
-    next_check = 0
-    with tqdm(desc=f"Fitting {len(names)} hooks", unit=" tokens") as bar:
-        while True:
-            try:
-                tokens = store.get_batch_tokens(raise_at_epoch_end=True)
-            except StopIteration:
-                logger.warning("the dataset ended after %d activations per hook", bar.n)
-                break
-            sliced = tokens[:, slice(*seqpos_slice)].flatten()
-            keep = None if special is None else ~torch.isin(sliced, special.to(sliced.device))
-            model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
-            n = min(half.n_samples for half in statistics.values())
-            bar.update(n - bar.n)
-            if n_samples is not None:
-                if n >= n_samples:
-                    break
-                continue
-            if n >= next_check:
-                inflation = {name: half.inflation() for name, half in statistics.items()}
-                worst = max(inflation.values())
-                bar.set_postfix(inflation=f"{worst:.2%}", wanted=f"{tolerance:.2%}")
-                # an eigendecomposition per hook costs as much as many updates
-                next_check = math.ceil(1.2 * n)
-                if worst <= tolerance:
-                    break
-            widest = max(half.d_in for half in statistics.values())
-            if n >= (max_samples or 2000 * widest):
-                break
-    return _finished(
-        statistics,
-        tolerance if n_samples is None else None,
-        {
-            "context_size": context_size,
-            "prepend_bos": prepend_bos,
-            "seqpos_slice": list(seqpos_slice),
-            "exclude_special_tokens": exclude_special_tokens,
-            "hook_head_index": hook_head_index,
-            "disable_concat_sequences": disable_concat_sequences,
-            "sequence_separator_token": sequence_separator_token,
-            **(provenance or {}),
-        },
-    )
+    def _agree_on_widths(self) -> None:
+        own = {name: halves.d_in for name, halves in self.statistics.items()}
+        widths: dict[str, int] = {}
+        for found in self.processes.gather(own):
+            widths.update(found)
+        if not widths:
+            raise ValueError("the dataset holds not one sequence of the context size")
+        for name, d_in in widths.items():
+            # of a process whose shard is empty
+            self.statistics.setdefault(name, SplitHalfStatistics(d_in, self.on_nonfinite))
+
+
+class _Progress:
+    """State of an unfinished estimation on disk, one file per process.
+
+    A file belongs to one round. It is deleted only when every process has written the next one, so
+    that all can go on from the same round, whenever they are killed.
+    """
+
+    def __init__(self, directory: Path, identity: dict[str, Any], processes: Processes) -> None:
+        self._directory = directory
+        self._identity = identity
+        self._processes = processes
+        self._name = f"rank-{processes.rank}-of-{processes.world_size}"
+        self._next_save = time.monotonic() + _SAVE_EVERY_SECONDS
+
+    def restore(self, fit: _Fit) -> None:
+        """Continue from the last round that every process has saved, if there is one.
+
+        Raises:
+            ValueError: It is the progress of another estimation, or of more or fewer processes.
+            CorruptFileError: The file is truncated, foreign or was changed.
+        """
+        files = {path: path.name.split(".") for path in self._directory.glob("rank-*-of-*")}
+        own = {int(name[1].split("-")[1]): p for p, name in files.items() if name[0] == self._name}
+        counts = {int(name[0].rsplit("-", 1)[1]) for name in files.values()}
+        if others := counts - {self._processes.world_size}:
+            raise ValueError(
+                f"{self._directory} holds the progress of {others.pop()} processes, and now there "
+                f"are {self._processes.world_size}. Continue with as many, or delete the folder to "
+                "begin anew."
+            )
+        common = set.intersection(*map(set, self._processes.gather(set(own))))
+        if not common:
+            return
+        path = own[max(common)]
+        tensors, fields = load_tensors(path, _PROGRESS_KIND)
+        different = [
+            f"{name}={fields['identity'].get(name)!r} (now {self._identity.get(name)!r})"
+            for name in {**fields["identity"], **self._identity}
+            if fields["identity"].get(name) != self._identity.get(name)
+        ]
+        if different:
+            raise ValueError(
+                f"{self._directory} holds the progress of an estimation with "
+                f"{', '.join(different)}. Repeat that one, or delete the folder to begin anew."
+            )
+        for name, halves in fields["statistics"].items():
+            statistics = SplitHalfStatistics(halves[0]["d_in"], fit.on_nonfinite)
+            first, second = (
+                _half(tensors, f"{name}/{i}/", half, fit.on_nonfinite)
+                for i, half in enumerate(halves)
+            )
+            statistics.halves = (first, second)
+            fit.statistics[name] = statistics
+        fit.n_rounds, fit.next_look = int(fields["n_rounds"]), int(fields["next_look"])
+        fit.source.skip(int(fields["n_sequences"]))
+        if self._processes.rank == 0:
+            logger.info("continuing after %d batches, from %s", fit.n_rounds, self._directory)
+
+    def save_if_due(self, fit: _Fit) -> None:
+        """Save, unless that was done not long ago; the first process's clock decides."""
+        now = time.monotonic()
+        due = self._processes.rank == 0 and now >= self._next_save
+        if not self._processes.total(due)[0]:
+            return
+        tensors, halves = {}, {}
+        for name, statistics in fit.statistics.items():
+            halves[name] = []
+            for i, half in enumerate(statistics.halves):
+                own, fields = half.to_tensors()
+                tensors.update({f"{name}/{i}/{key}": tensor for key, tensor in own.items()})
+                halves[name].append(fields)
+        path = self._directory / f"{self._name}.round-{fit.n_rounds}.safetensors"
+        fields = {
+            "identity": self._identity,
+            "statistics": halves,
+            "n_rounds": fit.n_rounds,
+            "next_look": fit.next_look,
+            "n_sequences": fit.source.n_sequences,
+        }
+        save_tensors(path, _PROGRESS_KIND, tensors, fields)
+        self._processes.total(0)  # until all have
+        for old in self._directory.glob(f"{self._name}.*"):
+            if old != path:
+                old.unlink()
+        seconds = time.monotonic() - now
+        self._next_save = now + max(_SAVE_EVERY_SECONDS, 20 * seconds)
+
+
+def _describe(model: HookedRootModule) -> dict[str, Any]:
+    """What is known of the weights beyond the name they were loaded by."""
+    config = getattr(getattr(model, "model", None), "config", None)
+    return {
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "model_commit": getattr(config, "_commit_hash", None),
+    }
+
+
+def _half(
+    tensors: dict[str, Tensor],
+    prefix: str,
+    fields: dict[str, Any],
+    on_nonfinite: Literal["raise", "skip"],
+) -> ActivationStatistics:
+    own = {key: tensors[prefix + key] for key in ("mean", "scatter")}
+    half = ActivationStatistics.from_tensors(own, fields)
+    half.on_nonfinite = on_nonfinite
+    return half
 
 
 def _finished(
-    statistics: Mapping[str, SplitHalfStatistics],
-    tolerance: float | None,
-    provenance: dict[str, Any],
+    fit: _Fit, tolerance: float | None, record: dict[str, Any]
 ) -> dict[str, ActivationStatistics]:
-    """Merge the halves, warn where they are too few, and record where they came from."""
-    provenance.setdefault("date", datetime.datetime.now(datetime.timezone.utc).isoformat())
+    """Merge shards and halves, warn where they are too few, record where they came from."""
+    record.setdefault("date", datetime.datetime.now(datetime.timezone.utc).isoformat())
     for package in ("sae-whiten", "sae-lens", "transformer-lens", "torch"):
         try:
-            provenance.setdefault(f"{package}_version", importlib.metadata.version(package))
+            record.setdefault(f"{package}_version", importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             continue
-    merged = {}
-    for name, halves in statistics.items():
-        inflation = halves.inflation()
-        if tolerance is not None and inflation > tolerance:
+    found = {}
+    for name, halves in fit.look().items():
+        inflation = fit.inflation[name]
+        if tolerance is not None and inflation > tolerance and fit.processes.rank == 0:
             needed = samples_for_inflation(inflation, halves.n_samples, tolerance)
             logger.warning(
                 "%s: inflation %.2f%% after %d activations, above the tolerance of %.2f%%; about "
@@ -204,44 +424,9 @@ def _finished(
                 100 * tolerance,
                 needed,
             )
-        merged[name] = halves.merged()
-        merged[name].provenance = {**provenance, "hook_name": name, "inflation": inflation}
-    return merged
-
-
-def _token_store(
-    model: HookedRootModule, dataset: HfDataset | str, hook_name: str, **options: Any
-) -> ActivationsStore:
-    """A store of which only the tokens are used."""
-    return ActivationsStore(
-        model=model,
-        dataset=dataset,
-        hook_name=hook_name,
-        hook_head_index=None,
-        d_in=1,
-        n_batches_in_buffer=1,
-        total_training_tokens=0,
-        train_batch_size_tokens=1,
-        normalize_activations="none",
-        device=torch.device("cpu"),
-        dtype="float32",
-        **options,
-    )
-
-
-def _special_tokens(model: HookedRootModule, exclude: bool | list[int]) -> Tensor | None:
-    if exclude is False:
-        return None
-    ids = get_special_token_ids(model.tokenizer) if exclude is True else exclude  # pyright: ignore[reportArgumentType]
-    return torch.tensor(ids, dtype=torch.long)
-
-
-def _stopping_after(model: HookedRootModule, names: Sequence[str]) -> dict[str, Any]:
-    """Arguments that end the forward pass after the last hook, as SAELens' store has it."""
-    layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
-    known = [layer for layer in layers if layer is not None]
-    stop = max(known) if len(known) == len(layers) else None
-    options: dict[str, Any] = {"stop_at_layer": stop}
-    if isinstance(model, HookedProxyLM):
-        options["_names_filter"] = list(names)
-    return options
+        if halves.n_skipped and fit.processes.rank == 0:
+            logger.warning("%s: %d activations not finite, left out", name, halves.n_skipped)
+        found[name] = halves.merged()
+        known = inflation if math.isfinite(inflation) else None
+        found[name].provenance = {**record, "hook_name": name, "inflation": known}
+    return found

@@ -1,0 +1,149 @@
+"""Several processes that estimate together, through torch.distributed.
+
+Every process takes part in every exchange, with what it has, and all come to the same result. A
+process that fails or dies must not leave the others waiting: collectives end with an error as soon
+as a connection breaks, and after `TIMEOUT` if one only stands still.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sae_whiten.statistics import ActivationStatistics
+
+__all__ = ["DistributedError", "Processes", "joined_processes"]
+
+# torch's own; a process that skips to its place in a streamed dataset may take minutes
+TIMEOUT = datetime.timedelta(minutes=30)
+
+T = TypeVar("T")
+
+
+class DistributedError(RuntimeError):
+    """Another process of the group failed, died or no longer answers."""
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did, for as long as the block lasts."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Processes:
+    """The processes of the default group, or this one alone where there is none.
+
+    Exchanges go through the CPU (gloo), whatever the backend of the default group, and are
+    collective: every process has to call them, in the same order.
+
+    Attributes:
+        rank: Number of this process, 0 for the first or only one.
+        world_size: How many there are.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = 0, 1
+        self._group: Any = None
+        if dist.is_available() and dist.is_initialized():
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if self.world_size > 1:
+            with _clear_errors():
+                self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    def together(self, function: Callable[[], T]) -> T:
+        """Call a function that every process calls, and fail if it fails in one of them.
+
+        Raises:
+            Exception: Whatever the function raises here.
+            DistributedError: It failed in another process; the message has that of its error.
+        """
+        if self.world_size == 1:
+            return function()
+        result, failure = None, None
+        try:
+            result = function()
+        except Exception as error:  # the others must hear of it, whatever it is
+            failure = error
+        if self.total(failure is not None)[0]:
+            messages = self.gather(None if failure is None else str(failure))
+            if failure is not None:
+                raise failure
+            rank, message = next((i, text) for i, text in enumerate(messages) if text is not None)
+            raise DistributedError(f"process {rank} failed: {message}")
+        return result  # pyright: ignore[reportReturnType]
+
+    def total(self, *values: float) -> list[float]:
+        """Each value, summed over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        return self._sum(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks; must be picklable."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        with _clear_errors():
+            dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def union(self, statistics: ActivationStatistics) -> ActivationStatistics:
+        """Statistics of the activations of all processes; those given are not changed.
+
+        With n_i samples of mean m_i and scatter S_i: n = sum n_i, m = sum n_i m_i / n, and
+        S = sum (S_i + n_i (m_i - m)(m_i - m)^T). Means are summed as differences from one of them,
+        so that no digits cancel where they are large.
+
+        Raises:
+            DistributedError: A process is gone.
+        """
+        if self.world_size == 1:
+            return statistics
+        tensors, fields = statistics.to_tensors()
+        all_fields = self.gather(fields)
+        counts = [int(other["n_samples"]) for other in all_fields]
+        n, own = sum(counts), counts[self.rank]
+        for name in ("n_samples", "n_skipped", "n_batches"):
+            fields[name] = sum(other[name] for other in all_fields)
+        fields["resolution"] = max(other["resolution"] for other in all_fields)
+        mean, scatter = tensors["mean"], tensors["scatter"].clone()
+        if n > 0:
+            reference = mean.clone()
+            source = next(rank for rank, count in enumerate(counts) if count > 0)
+            with _clear_errors():
+                dist.broadcast(reference, src=source, group=self._group)
+            mean = reference + self._sum((mean - reference) * (own / n))
+            if own > 0:
+                delta = tensors["mean"] - mean
+                scatter.addr_(delta, delta, alpha=own)
+            scatter = self._sum(scatter)
+        return ActivationStatistics.from_tensors({"mean": mean, "scatter": scatter}, fields)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        with _clear_errors():
+            dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise DistributedError(
+            "another process of the group failed, was killed, or did not answer for "
+            f"{TIMEOUT.total_seconds() / 60:g} minutes: look at its output ({first_line})"
+        ) from error

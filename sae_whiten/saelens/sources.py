@@ -1,0 +1,260 @@
+"""Where the activations of several hooks come from, batch by batch: a model, or a cache on disk."""
+
+import fnmatch
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+from sae_lens.config import HfDataset
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import HookedRootModule
+
+__all__ = ["ActivationSource", "CachedActivations", "ModelActivations", "match_hooks"]
+
+Receiver = Callable[[str, Tensor, Tensor | None], None]
+"""Takes a hook's name, its activations, shape (batch, seq, d_in), and which of them count: a mask
+of shape (batch, seq), or None for all."""
+
+
+@runtime_checkable
+class ActivationSource(Protocol):
+    """Sequences of activations in a fixed order.
+
+    Attributes:
+        hook_names: The hooks.
+        n_sequences: How many sequences were read.
+    """
+
+    hook_names: list[str]
+    n_sequences: int
+
+    def read(self, receive: Receiver) -> bool:
+        """Hand the next batch of every hook to `receive`; False where there is none left."""
+        ...
+
+    def skip(self, n_sequences: int) -> None:
+        """Pass over sequences, to go on where another reader stopped."""
+        ...
+
+
+class ModelActivations:
+    """Activations of a language model, from one pass for all hooks, which ends after the last one.
+
+    The tokens are those of SAELens' `ActivationsStore`, that is, those that training will see.
+
+    Args:
+        model: As SAELens loads it.
+        dataset: A dataset, or a path for `datasets.load_dataset`, with tokens or with text.
+        hook_names: Hook names or glob patterns.
+        hook_head_index: As in SAELens.
+        exclude_special_tokens: As in SAELens.
+        batch_size_prompts: Sequences per pass.
+        autocast_lm: As in SAELens.
+        split: Which split of the dataset, if it is a path.
+        shard: Number of this shard of the dataset, and of how many.
+        options: Arguments of `ActivationsStore`: context_size, prepend_bos, streaming...
+
+    Raises:
+        ValueError: A pattern matches no hook, or the dataset has no tokens.
+    """
+
+    def __init__(
+        self,
+        model: HookedRootModule,
+        dataset: HfDataset | str,
+        hook_names: str | Sequence[str],
+        *,
+        hook_head_index: int | None = None,
+        exclude_special_tokens: bool | list[int] = False,
+        batch_size_prompts: int = 32,
+        autocast_lm: bool = False,
+        split: str = "train",
+        shard: tuple[int, int] = (0, 1),
+        **options: Any,
+    ) -> None:
+        self.hook_names = match_hooks(model.hook_dict, hook_names)
+        self.n_sequences = 0
+        self._model = model
+        self._head = hook_head_index
+        self._batch_size = batch_size_prompts
+        self._autocast = autocast_lm
+        self._slice = slice(*options["seqpos_slice"])
+        self._special = _special_tokens(model, exclude_special_tokens)
+        self._run_options = _stopping_after(model, self.hook_names)
+        if isinstance(dataset, str) and split != "train":
+            dataset = datasets.load_dataset(dataset, split=split, streaming=options["streaming"])
+        store = _token_store(model, dataset, self.hook_names[0], options)
+        store.dataset = _shard(store.dataset, *shard)
+        self._sequences: Iterator[Tensor] = iter(store.iterable_sequences)
+
+    def read(self, receive: Receiver) -> bool:
+        """Run the model on the next sequences."""
+        sequences = list(itertools.islice(self._sequences, self._batch_size))
+        if not sequences:
+            return False
+        self.n_sequences += len(sequences)
+        tokens = torch.stack(sequences).to(next(self._model.parameters()).device)
+        mask = None
+        if self._special is not None:
+            mask = ~torch.isin(tokens[:, self._slice], self._special.to(tokens.device))
+
+        def hand_over(acts: Tensor, hook: Any) -> None:
+            acts = acts[:, self._slice]
+            if self._head is not None:
+                acts = acts[:, :, self._head]
+            receive(hook.name, acts.flatten(2), None if mask is None else mask.to(acts.device))
+
+        hooks: list[Any] = [(name, hand_over) for name in self.hook_names]
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
+            self._model.run_with_hooks(tokens, fwd_hooks=hooks, **self._run_options)
+        return True
+
+    def skip(self, n_sequences: int) -> None:
+        """Pass over sequences; text is tokenised again, for they may span several documents."""
+        for _ in tqdm(range(n_sequences), desc="Skipping to the place in the dataset", leave=False):
+            next(self._sequences)
+        self.n_sequences += n_sequences
+
+
+class CachedActivations:
+    """Activations that SAELens' `CacheActivationsRunner` wrote to disk.
+
+    Args:
+        path: The directory.
+        hook_names: Hook names or glob patterns.
+        exclude_special_tokens: Ids of tokens whose activations are left out.
+        batch_size_prompts: Sequences to read at a time.
+        shard: Number of this shard, and of how many.
+
+    Raises:
+        FileNotFoundError: There is no such dataset.
+        ValueError: No hook of it matches, or it does not hold what is needed to exclude tokens.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        hook_names: str | Sequence[str],
+        *,
+        exclude_special_tokens: bool | list[int] = False,
+        batch_size_prompts: int = 32,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        dataset = datasets.load_from_disk(str(path))
+        if isinstance(dataset, datasets.DatasetDict):
+            raise ValueError(f"{path} holds several splits: give the folder of one of them")
+        columns = [name for name in dataset.column_names if name != "token_ids"]
+        self.hook_names = match_hooks(columns, hook_names)
+        self.n_sequences = 0
+        self._batch_size = batch_size_prompts
+        self._special: Tensor | None = None
+        if exclude_special_tokens is True:
+            raise ValueError(
+                "cached activations come without a tokenizer that knows its special tokens: give "
+                "exclude_special_tokens as a list of ids"
+            )
+        if exclude_special_tokens:
+            if "token_ids" not in dataset.column_names:
+                raise ValueError(f"{path} holds no token_ids, so no tokens can be excluded")
+            self._special = torch.tensor(exclude_special_tokens, dtype=torch.long)
+        dataset = _shard(dataset, *shard)
+        needed = [*self.hook_names, *(["token_ids"] if self._special is not None else [])]
+        self._dataset = dataset.with_format("torch", columns=needed)
+
+    def read(self, receive: Receiver) -> bool:
+        """Read the next sequences."""
+        rows = self._dataset[self.n_sequences : self.n_sequences + self._batch_size]
+        n = len(rows[self.hook_names[0]])
+        if n == 0:
+            return False
+        self.n_sequences += n
+        mask = None if self._special is None else ~torch.isin(rows["token_ids"], self._special)
+        for name in self.hook_names:
+            receive(name, rows[name], mask)
+        return True
+
+    def skip(self, n_sequences: int) -> None:
+        """Pass over sequences."""
+        self.n_sequences += n_sequences
+
+
+def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
+    """Those of the names that match a glob pattern, in their order.
+
+    Raises:
+        ValueError: A pattern matches nothing; the message names hooks that resemble it.
+    """
+    names = list(names)
+    found: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        matches = fnmatch.filter(names, pattern)
+        if not matches:
+            tail = pattern.rsplit(".", 1)[-1]
+            similar = [name for name in names if name.endswith(tail)] or names
+            raise ValueError(
+                f"no hook matches {pattern!r}; there are, for example, {', '.join(similar[:5])}"
+            )
+        found.update(matches)
+    return [name for name in names if name in found]
+
+
+def _shard(dataset: Any, rank: int, world_size: int) -> Any:
+    if world_size == 1:
+        return dataset
+    if isinstance(dataset, datasets.IterableDataset):
+        return split_dataset_by_node(dataset, rank, world_size)
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(f"a {type(dataset).__name__} cannot be split into shards")
+    if rank >= len(dataset):
+        return dataset.select([])  # which split_dataset_by_node refuses to make
+    return split_dataset_by_node(dataset, rank, world_size)
+
+
+def _token_store(
+    model: HookedRootModule, dataset: HfDataset | str, hook_name: str, options: dict[str, Any]
+) -> ActivationsStore:
+    """A store of which only the tokens are used."""
+    if isinstance(dataset, datasets.Dataset):
+        # the store sets the format of the dataset that it is given, and this one is the user's
+        dataset = dataset.with_format(dataset.format["type"])
+    return ActivationsStore(
+        model=model,
+        dataset=dataset,
+        hook_name=hook_name,
+        hook_head_index=None,
+        d_in=1,
+        n_batches_in_buffer=1,
+        total_training_tokens=0,
+        store_batch_size_prompts=1,
+        train_batch_size_tokens=1,
+        normalize_activations="none",
+        device=torch.device("cpu"),
+        dtype="float32",
+        **options,
+    )
+
+
+def _special_tokens(model: HookedRootModule, exclude: bool | list[int]) -> Tensor | None:
+    if exclude is False:
+        return None
+    ids = get_special_token_ids(model.tokenizer) if exclude is True else exclude  # pyright: ignore[reportArgumentType]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _stopping_after(model: HookedRootModule, names: Sequence[str]) -> dict[str, Any]:
+    """Arguments that end the forward pass after the last hook, as SAELens' store has it."""
+    layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
+    known = [layer for layer in layers if layer is not None]
+    stop = max(known) if len(known) == len(layers) else None
+    options: dict[str, Any] = {"stop_at_layer": stop}
+    if isinstance(model, HookedProxyLM):
+        options["_names_filter"] = list(names)
+    return options

@@ -1,0 +1,84 @@
+"""Processes on this machine that talk through gloo, for tests of what is distributed."""
+
+import datetime
+import os
+import pickle
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    *args: Any,
+    n: int = 2,
+    timeout: float = 60,
+    deadline: float = 180,
+) -> list[Any]:
+    """Call `function(rank, *args)` in n processes of a gloo group.
+
+    Args:
+        function: Importable from a module; its result must be picklable.
+        args: Further arguments.
+        n: Number of processes.
+        timeout: Seconds after which a collective that nobody joins fails.
+        deadline: Seconds after which all are killed.
+
+    Returns:
+        By rank: the result, or the exception as text, or None where the process died.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        results = [Path(directory) / str(rank) for rank in range(n)]
+        processes = [
+            context.Process(target=_main, args=(function, rank, n, port, timeout, result, args))
+            for rank, result in enumerate(results)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(deadline)
+        hung = [process for process in processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung, f"{len(hung)} of {n} processes hung"
+        return [pickle.loads(r.read_bytes()) if r.is_file() else None for r in results]
+
+
+def _main(
+    function: Callable[..., Any],
+    rank: int,
+    n: int,
+    port: int,
+    timeout: float,
+    result: Path,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import sae_whiten.distributed
+
+    sae_whiten.distributed.TIMEOUT = datetime.timedelta(seconds=timeout)
+    dist.init_process_group(
+        # that long, for processes do not start at the same time
+        "gloo",
+        rank=rank,
+        world_size=n,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    try:
+        found = function(rank, *args)
+    except Exception as error:
+        traceback.print_exc()
+        found = f"{type(error).__name__}: {error}"
+    finally:
+        dist.destroy_process_group()
+    result.write_bytes(pickle.dumps(found))
