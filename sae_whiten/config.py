@@ -44,8 +44,9 @@ class WhiteningConfig:
             activations per dimension of Gaussian data (d / (n - d)) and, because tokens of one
             text resemble each other, about 125 on all-MiniLM-L6-v2 with prose, where it was also
             what held-out text showed.
-        statistics: File of `ActivationStatistics`, or folder of such files named after their hooks
-            (`sae-whiten fit`), to take instead of estimating any.
+        statistics: File of `ActivationStatistics`, folder of such files named after their hooks
+            (`sae-whiten fit`), or repo of the Hugging Face hub ("user/name", "user/name@revision"),
+            to take instead of estimating any. What exists on disk goes before the hub.
         allow_other_statistics: Take `statistics` even where their provenance contradicts the
             training run (another model, hook, dataset, context size...).
         on_nonfinite: What to do with activations that hold a NaN or an infinity: "raise" an error
@@ -72,7 +73,9 @@ class WhiteningConfig:
         0.02, "excess variance of held-out activations at which the estimation ends"
     )
     statistics: str | None = _option(
-        None, "file or folder of statistics (sae-whiten fit) to take instead of estimating any"
+        None,
+        "file, folder (sae-whiten fit) or hub repo (user/name, user/name@revision) of statistics "
+        "to take instead of estimating any",
     )
     allow_other_statistics: bool = _option(
         False, "take statistics of another model, hook, dataset... without complaint"
@@ -90,7 +93,10 @@ class WhiteningConfig:
         _number("strength", self.strength, 0.0, 1.0)
         _number("tolerance", self.tolerance, 1e-6, 1.0)
         if self.statistics is not None and not isinstance(self.statistics, (str, os.PathLike)):
-            raise ValueError(f"WhiteningConfig.statistics={self.statistics!r}: must be a path")
+            raise ValueError(
+                f"WhiteningConfig.statistics={self.statistics!r}: must be a path or the name "
+                "of a repo on the Hugging Face hub"
+            )
         if self.statistics is not None:
             # a path object is not JSON; frozen dataclasses are set through object
             object.__setattr__(self, "statistics", os.fspath(self.statistics))

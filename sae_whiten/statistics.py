@@ -11,6 +11,7 @@ the activations lie from the origin.
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,6 +249,51 @@ class ActivationStatistics:
         statistics.resolution = float(fields["resolution"])
         statistics.provenance = dict(fields["provenance"])
         return statistics
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, hook_name: str | None = None, revision: str | None = None
+    ) -> "ActivationStatistics":
+        """Read statistics from a repo of the Hugging Face hub; what was read once is cached.
+
+        Args:
+            repo_id: "user/name", a repo with one file for each hook.
+            hook_name: Name of the hook; None if the repo holds but one.
+            revision: Branch, tag or commit; None: the main branch.
+
+        Raises:
+            FileNotFoundError: There is no such repo, revision, or hook in it.
+            ConnectionError: The hub cannot be reached, and the file is not in the cache.
+            ValueError: `hook_name` is None, and the repo holds several.
+            CorruptFileError: The file is truncated, foreign or was changed.
+        """
+        from sae_whiten.hub import download_statistics
+
+        return cls.load(download_statistics(repo_id, hook_name, revision))
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
+        """Upload to the Hugging Face hub, as the file of the hook that `provenance` names.
+
+        The repo is made if there is none, and gets a README.md if it has none.
+
+        Args:
+            repo_id: "user/name".
+            private: Whether a new repo is private; None: the default of the account.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ValueError: `provenance["hook_name"]` is missing, or the repo is public and was to be
+                private.
+            OSError: The hub cannot be reached, or refuses: no token, or none with the right to
+                write.
+        """
+        from sae_whiten.hub import push_folder
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "statistics.safetensors")
+            return push_folder(folder, repo_id, private)
 
     def _to(self, device: torch.device) -> None:
         if self._mean.device != device:

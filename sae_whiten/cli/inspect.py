@@ -16,7 +16,12 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the inputs and the forms of output."""
-    parser.add_argument("paths", nargs="+", type=Path, help="files of statistics, or folders")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="STATISTICS",
+        help="files, folders (sae-whiten fit), or repos on the Hugging Face hub (user/name)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     parser.add_argument(
         "--plot", type=Path, metavar="DIRECTORY", help="draw the spectra of all hooks there"
@@ -25,13 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read every file first, then print."""
+    from sae_whiten.hub import find_all_statistics
     from sae_whiten.statistics import ActivationStatistics
 
-    files = [
-        file for path in args.paths for file in (_in_folder(path) if path.is_dir() else [path])
-    ]
-    if not files:
-        raise FileNotFoundError(f"no statistics in {', '.join(map(str, args.paths))}")
+    files = [file for source in args.sources for file in find_all_statistics(source)]
     statistics = {file: ActivationStatistics.load(file) for file in files}
     rows = {}
     for file, found in statistics.items():
@@ -47,11 +49,6 @@ def run(args: argparse.Namespace) -> int:
         for path in plot_spectra(spectra, args.plot):
             print(f"drawn: {path}")
     return 0
-
-
-def _in_folder(path: Path) -> list[Path]:
-    of_a_run = path / "activation_statistics.safetensors"
-    return [of_a_run] if of_a_run.is_file() else sorted(path.glob("*.safetensors"))
 
 
 def _describe(statistics: Any) -> dict[str, Any]:
