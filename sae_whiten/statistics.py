@@ -9,6 +9,7 @@ Every batch is centred by its own mean before it is multiplied out, so nothing c
 the activations lie from the origin.
 """
 
+import hashlib
 import json
 import math
 import tempfile
@@ -178,6 +179,14 @@ class ActivationStatistics:
         # divided on the CPU, for a GPU rounds otherwise
         upper = self._scatter.cpu().triu() / (self.n_samples - 1)
         return upper + upper.triu(1).T
+
+    @property
+    def digest(self) -> str:
+        """A checksum of the numbers, to tell whether two files are of the same activations."""
+        sha = hashlib.sha256(str(self.n_samples).encode())
+        for tensor in (self._mean, self._scatter.triu()):
+            sha.update(tensor.cpu().contiguous().numpy().data)
+        return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, atomically, with `provenance` in its metadata."""

@@ -108,9 +108,10 @@ def test_fit_merge_and_inspect_from_the_shell(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["inspect", str(whole), "--plot", str(tmp_path / "figures")]) == 0
     assert HOOKS[1] in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
-        "spectra.png",
-        "cumulative_variance.png",
+    assert {p.stem for p in (tmp_path / "figures").iterdir()} == {
+        "spectra",
+        "cumulative_variance",
+        "regularised",
     }
     assert main(["inspect", str(whole), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -1,5 +1,6 @@
 """Figures: that they are written whole, without a display, and show what they are given."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from sae_whiten.evaluation import figures
-from sae_whiten.evaluation.figures import plot_spectrum
+from sae_whiten.evaluation.figures import plot_spectra, plot_spectrum
 
 BEFORE = torch.tensor([8.0, 1e-15, 0.5, 2.0], dtype=torch.float64)
 AFTER = torch.tensor([1.1, 0.9, 1.0, 1e-14], dtype=torch.float64)
@@ -87,3 +88,69 @@ def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "sae-whiten\[demo\]"'):
         plot_spectrum(BEFORE, AFTER, "unused.png")
+
+
+HOOKS = {
+    f"blocks.{i}.hook_resid_pre": [(i + 1) * 100.0 / rank for rank in range(1, 20)] + [1e-20]
+    for i in range(26)
+}
+
+
+def test_spectra_of_hooks_leave_null_directions_out(drawn: list[Any]) -> None:
+    held_out = {name: (values, [2.0, 1.0, 0.5]) for name, values in list(HOOKS.items())[:2]}
+    written = plot_spectra(HOOKS, "unused", regularised=HOOKS, held_out=held_out)
+    names = ["spectra", "cumulative_variance", "regularised", "held_out"]
+    assert [path.name for path in written] == [
+        f"{name}{suffix}" for name in names for suffix in (".png", ".pdf")
+    ]
+    spectra, cumulative, regularised, after = (figure.axes for figure in drawn[::2])
+    for axes in (*spectra, *regularised):
+        assert [list(line.get_ydata()) for line in axes.lines] == [v[:-1] for v in HOOKS.values()]
+        assert axes.get_yscale() == "log"
+    for line in cumulative[0].lines:
+        shares = list(line.get_ydata())
+        assert shares == sorted(shares)
+        assert shares[-1] == pytest.approx(1)
+    before, white = after
+    for axes, expected in ((before, 19), (white, 3)):
+        lines = [line for line in axes.lines if line.get_label() in HOOKS]
+        assert [len(line.get_ydata()) for line in lines] == [expected, expected]
+    assert list(before.get_ylim()) == list(white.get_ylim())
+
+
+@pytest.mark.parametrize("n_hooks", [2, 6, 26, 60])
+def test_the_key_covers_no_line_and_tells_the_lines_apart_without_colour(
+    drawn: list[Any], n_hooks: int
+) -> None:
+    plot_spectra({f"blocks.{i}.hook_mlp_out": [3.0, 2.0, 1.0] for i in range(n_hooks)}, "unused")
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    (key,) = figure.legends
+    extent, (axes,) = key.get_window_extent(), figure.axes
+    assert not extent.overlaps(axes.get_tightbbox())
+    page = figure.bbox
+    assert page.x0 <= extent.x0 < extent.x1 <= page.x1
+    assert page.y0 <= extent.y0 < extent.y1 <= page.y1
+    assert axes.get_window_extent().width > 0.3 * page.width
+    assert key.get_title().get_text() == "blocks.*.hook_mlp_out"
+    assert [text.get_text() for text in key.get_texts()] == [str(i) for i in range(n_hooks)]
+    # luminance as a grey printer has it grows from line to line; neighbours differ in dashes too
+    from matplotlib.colors import to_rgb
+
+    lines = axes.lines
+    grey = [sum(map(float.__mul__, (0.299, 0.587, 0.114), to_rgb(i.get_color()))) for i in lines]
+    assert grey == sorted(grey)
+    assert grey[-1] - grey[0] > 0.4
+    assert grey[-1] < 0.8
+    for a, b in itertools.pairwise(lines):
+        assert a.get_linestyle() != b.get_linestyle()
+
+
+def test_names_are_shortened_by_what_they_have_in_common() -> None:
+    shorten = figures._in_common
+    assert shorten(["a.1.x", "a.11.x", "a.1.y.x"]) == ("a.*.x", ["1", "11", "1.y"])
+    assert shorten(["h.0", "h.1"]) == ("h.*", ["0", "1"])
+    # nothing in common, or nothing left
+    assert shorten(["a.x", "b.y"]) == (None, ["a.x", "b.y"])
+    assert shorten(["a.x", "a.x.y"]) == (None, ["a.x", "a.x.y"])
+    assert shorten(["a.x"]) == (None, ["a.x"])

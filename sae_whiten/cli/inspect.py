@@ -6,81 +6,108 @@ files of sae-whiten merge, where it is not known);
 without its null directions, which null counts; directions: participation ratio; 90%, 99%: number
 of directions that hold so much of the variance; top: share of the largest eigenvalue; outliers: the
 dimensions of largest variance, in units of the median.
+
+The second table is about the whitening that training would derive, with the --whitening.* given.
+condition: of the regularised covariance; gain: of the most amplified direction, in units of that of
+a direction of average variance; damped: directions left with less than half of unit variance;
+shrinkage: its intensity; oas: the intensity that --whitening.shrinkage oas would choose. With
+--held-out, over the directions that are not null: mean, min and max eigenvalue of the covariance of
+the whitened held-out activations, all 1 at best, and its distance |C - I|/sqrt(d) from the
+identity.
 """
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sae_whiten.cli._whitening_flags import add_whitening_arguments, given_fields
+
+if TYPE_CHECKING:
+    from sae_whiten.statistics import ActivationStatistics
+
+EPILOG = """\
+example:
+  sae-whiten inspect gpt2-stats --held-out gpt2-stats-of-other-text --plot figures
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the inputs and the forms of output."""
+    """Add the inputs, the forms of output, and the flags that change the spectrum."""
     parser.add_argument(
         "sources",
         nargs="+",
         metavar="STATISTICS",
         help="files, folders (sae-whiten fit), or repos on the Hugging Face hub (user/name)",
     )
+    parser.add_argument(
+        "--held-out",
+        metavar="STATISTICS",
+        help="statistics of the same hooks from other data, to see how white they become",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     parser.add_argument(
         "--plot", type=Path, metavar="DIRECTORY", help="draw the spectra of all hooks there"
     )
+    add_whitening_arguments(parser, ("eps", "eps_mode", "shrinkage"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Read every file first, then print."""
-    from sae_whiten.hub import find_all_statistics
-    from sae_whiten.statistics import ActivationStatistics
+    from tqdm import tqdm
 
-    files = [file for source in args.sources for file in find_all_statistics(source)]
-    statistics = {file: ActivationStatistics.load(file) for file in files}
-    rows = {}
-    for file, found in statistics.items():
-        rows[found.provenance.get("hook_name") or file.stem] = _describe(found)
+    from sae_whiten.config import WhiteningConfig
+    from sae_whiten.evaluation.inspection import describe_statistics
+
+    config = WhiteningConfig(**given_fields(args))
+    statistics = _read(args.sources)
+    held_out = {} if args.held_out is None else _read([args.held_out])
+    if args.held_out is not None and not set(held_out) & set(statistics):
+        raise ValueError(
+            f"{args.held_out} holds none of these hooks, but {', '.join(sorted(held_out))}"
+        )
+    rows = {
+        name: describe_statistics(found, config, held_out.get(name))
+        for name, found in tqdm(statistics.items(), desc="Inspecting", unit=" hooks", leave=False)
+    }
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        _print_table(rows)
+        _print_statistics(rows)
+        _print_whitening(rows, config)
     if args.plot is not None:
         from sae_whiten.evaluation.figures import plot_spectra
 
-        spectra = {name: row["eigenvalues"] for name, row in rows.items()}
-        for path in plot_spectra(spectra, args.plot):
+        for path in plot_spectra(
+            {name: row["eigenvalues"] for name, row in rows.items()},
+            args.plot,
+            regularised={name: row["regularised"]["eigenvalues"] for name, row in rows.items()},
+            held_out={
+                name: (row["held_out"]["eigenvalues"], row["held_out"]["whitened_eigenvalues"])
+                for name, row in rows.items()
+                if row["held_out"] is not None
+            },
+        ):
             print(f"drawn: {path}")
     return 0
 
 
-def _describe(statistics: Any) -> dict[str, Any]:
-    import torch
+def _read(sources: Iterable[str]) -> "dict[str, ActivationStatistics]":
+    from sae_whiten.hub import find_all_statistics
+    from sae_whiten.statistics import ActivationStatistics
 
-    from sae_whiten.evaluation.metrics import spectrum_summary
-
-    covariance = statistics.covariance
-    eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0).flip(0)
-    summary = spectrum_summary(eigenvalues)
-    cumulative = eigenvalues.cumsum(0) / eigenvalues.sum()
-    variances = covariance.diagonal()
-    order = variances.argsort(descending=True)[:3]
-    median = float(variances.median())
-    return {
-        "n": statistics.n_samples,
-        "d_in": statistics.d_in,
-        "excess": statistics.provenance.get("inflation"),
-        "mean_over_std": float(statistics.mean.norm() / eigenvalues.sum().sqrt()),
-        "condition": summary.condition_number_nonnull,
-        "null": summary.n_null,
-        "participation_ratio": summary.participation_ratio,
-        "directions_for_90": int((cumulative < 0.9).sum()) + 1,
-        "directions_for_99": int((cumulative < 0.99).sum()) + 1,
-        "top_share": summary.top_share,
-        "outliers": {int(i): float(variances[i]) / median if median else None for i in order},
-        "eigenvalues": eigenvalues.tolist(),
-        "provenance": statistics.provenance,
-    }
+    found = {}
+    for source in sources:
+        for file in find_all_statistics(source):
+            statistics = ActivationStatistics.load(file)
+            name = statistics.provenance.get("hook_name") or file.stem
+            # two statistics of one hook, from two sources, are told apart by their files
+            found[name if name not in found else str(file)] = statistics
+    return found
 
 
-def _print_table(rows: dict[str, dict[str, Any]]) -> None:
+def _print_statistics(rows: dict[str, dict[str, Any]]) -> None:
     width = max(map(len, rows))
     print(
         f"{'':{width}}{'n':>10}{'d':>6}{'excess':>8}{'|mean|/std':>11}{'condition':>10}{'null':>5}"
@@ -98,3 +125,28 @@ def _print_table(rows: dict[str, dict[str, Any]]) -> None:
             f"{row['directions_for_90']:>5}{row['directions_for_99']:>5}{row['top_share']:>7.1%}"
             f"  {outliers}"
         )
+
+
+def _print_whitening(rows: dict[str, dict[str, Any]], config: Any) -> None:
+    width = max(map(len, rows))
+    shrinkage = "none" if config.shrinkage is None else config.shrinkage
+    print(f"\nwhitened with eps {config.eps:g} ({config.eps_mode}), shrinkage {shrinkage}")
+    held_out = any(row["held_out"] is not None for row in rows.values())
+    print(
+        f"{'':{width}}{'condition':>10}{'gain':>8}{'damped':>8}{'shrinkage':>10}{'oas':>9}"
+        + f"{'held-out n':>12}{'mean':>8}{'min':>8}{'max':>8}{'distance':>10}" * held_out
+    )
+    for name, row in rows.items():
+        made, white = row["regularised"], row["held_out"]
+        print(
+            f"{name:{width}}{made['condition_number']:>10.3g}{made['largest_gain']:>8.3g}"
+            f"{made['n_damped']:>8}{made['shrinkage']:>10.3g}{made['oas']:>9.2g}",
+            end="",
+        )
+        if white is not None:
+            print(
+                f"{white['n']:>12}{white['mean']:>8.3f}{white['smallest']:>8.3f}"
+                f"{white['largest']:>8.3f}{white['distance']:>10.3f}",
+                end="",
+            )
+        print()

@@ -9,10 +9,10 @@ import contextlib
 import dataclasses
 import io
 import sys
-import types
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from sae_whiten.cli._whitening_flags import PREFIX, add_whitening_arguments, given_fields
 from sae_whiten.config import WhiteningConfig
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ None when its value is left out: --checkpoint_path alone turns checkpoints off.
 --normalize_activations is covariance_whitening here. More output: sae-whiten --verbose train ...
 """
 
-_PREFIX = "--whitening."
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one flag for each field of `WhiteningConfig`."""
@@ -48,19 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-h", "--help", action="store_true", help="show this and SAELens' flags, and exit"
     )
-    group = parser.add_argument_group("whitening")
-    annotations = get_type_hints(WhiteningConfig)
-    for field in dataclasses.fields(WhiteningConfig):
-        parse, expected = _value_parser(annotations[field.name])
-        default = "none" if field.default is None else field.default
-        group.add_argument(
-            _PREFIX + field.name,
-            type=parse,
-            # absent, so that resuming can tell what was asked for from what was not
-            default=argparse.SUPPRESS,
-            metavar=expected,
-            help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
-        )
+    add_whitening_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,8 +61,7 @@ def run(args: argparse.Namespace) -> int:
         args.print_help(sys.stderr)
         return 2
 
-    prefix = _PREFIX.removeprefix("--")
-    given = {k.removeprefix(prefix): v for k, v in vars(args).items() if k.startswith(prefix)}
+    given = given_fields(args)
     whitening = WhiteningConfig(**given)
     cfg = _saelens_config(args.arguments)
     # a checkpoint is resumed with the whitening that it was trained under, unless told otherwise
@@ -107,8 +92,8 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         SystemExit: With status 0, after --help.
         RuntimeError: This version of SAELens has no such parser.
     """
-    if unknown := [argument for argument in arguments if argument.startswith(_PREFIX)]:
-        known = " ".join(_PREFIX + field.name for field in dataclasses.fields(WhiteningConfig))
+    if unknown := [argument for argument in arguments if argument.startswith(PREFIX)]:
+        known = " ".join(PREFIX + field.name for field in dataclasses.fields(WhiteningConfig))
         raise ValueError(f"unknown flag {unknown[0]}; there are {known}")
 
     import sae_lens
@@ -156,31 +141,3 @@ def _as_saelens_spells(argument: str, runner_flags: set[str]) -> str:
         if name != argument and name.partition("=")[0] not in runner_flags:
             return f"--{name}"
     return argument
-
-
-def _value_parser(annotation: Any) -> tuple[Callable[[str], Any], str]:
-    """Function from a flag's text to a value of the annotated type, and the values it takes."""
-    is_union = get_origin(annotation) in (Union, types.UnionType)
-    members = get_args(annotation) if is_union else (annotation,)
-    literals: dict[str, Any] = {}
-    numbers: list[Callable[[str], Any]] = []
-    for member in members:
-        if member is type(None):
-            literals["none"] = None
-        elif member is bool:
-            literals.update({"true": True, "false": False})
-        elif get_origin(member) is Literal:
-            literals.update({str(value): value for value in get_args(member)})
-        else:
-            numbers.append(member)
-    expected = "|".join([*(number.__name__.upper() for number in numbers), *literals])
-
-    def parse(text: str) -> Any:
-        if text.lower() in literals:
-            return literals[text.lower()]
-        for number in numbers:
-            with contextlib.suppress(ValueError):
-                return number(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {expected}")
-
-    return parse, expected

@@ -1,5 +1,7 @@
 """Figures for papers: one column wide, readable in black and white, drawn without a display."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["plot_spectra", "plot_spectrum"]
+
+_NAMES_IN_A_COLUMN = 26
 
 
 def plot_spectrum(
@@ -63,12 +67,22 @@ def plot_spectrum(
         _save(figure, path)
 
 
-def plot_spectra(spectra: Mapping[str, Sequence[float]], directory: str | Path) -> list[Path]:
-    """Draw the covariance spectra of several hooks in one plot, and their cumulative variance.
+def plot_spectra(
+    spectra: Mapping[str, Sequence[float]],
+    directory: str | Path,
+    *,
+    regularised: Mapping[str, Sequence[float]] | None = None,
+    held_out: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> list[Path]:
+    """Draw the covariance spectra of several hooks, a line for each; null directions are left out.
 
     Args:
         spectra: Eigenvalues by hook name, in descending order.
-        directory: Where to write spectra.png and cumulative_variance.png.
+        directory: Where to write spectra and cumulative_variance, each as .png and .pdf, and
+            regularised and held_out where they are given.
+        regularised: What whitening divides by, in the order of the eigenvalues they replace.
+        held_out: Eigenvalues of held-out activations before and after whitening, in descending
+            order.
 
     Returns:
         The files written.
@@ -76,39 +90,118 @@ def plot_spectra(spectra: Mapping[str, Sequence[float]], directory: str | Path) 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    figures = {
-        "spectra": ("eigenvalue of the covariance", lambda values: values),
-        "cumulative_variance": ("share of the variance", lambda v: v.cumsum(0) / v.sum()),
+    before = {name: _float64(values) for name, values in spectra.items()}
+    shown = {name: ~null_directions(values) for name, values in before.items()}
+    lines = {name: values[shown[name]] for name, values in before.items()}
+    cumulative = {name: values.cumsum(0) / values.sum() for name, values in lines.items()}
+    figures: dict[str, list[tuple[str, dict[str, Tensor]]]] = {
+        "spectra": [("eigenvalue of the covariance", lines)],
+        "cumulative_variance": [("share of the variance", cumulative)],
     }
+    if regularised is not None:
+        made = {name: _float64(values)[shown[name]] for name, values in regularised.items()}
+        figures["regularised"] = [("regularised eigenvalue", made)]
+    if held_out:
+        raw = {name: _float64(pair[0]) for name, pair in held_out.items()}
+        raw = {name: v[~null_directions(v)] / v.mean() for name, v in raw.items()}
+        white = {name: _float64(pair[1]) for name, pair in held_out.items()}
+        figures["held_out"] = [
+            ("held-out eigenvalue (mean: 1)", raw),
+            ("held-out eigenvalue after whitening", white),
+        ]
     written = []
-    for name, (label, transform) in figures.items():
+    for name, panels in figures.items():
         with _paper_style():
-            figure = _new_figure(width=3.4, height=2.4)
-            axes = figure.add_subplot()
-            for i, (hook, eigenvalues) in enumerate(spectra.items()):
-                values = torch.tensor(list(eigenvalues), dtype=torch.float64)
-                values = transform(values[~null_directions(values)])
-                # from light to dark in the order given, dashes for every other
-                shade = f"{0.7 * (1 - (i + 1) / len(spectra)):.2f}"
-                axes.plot(
-                    range(1, len(values) + 1),
-                    values.tolist(),
-                    color=shade,
-                    linestyle="--" if i % 2 else "-",
-                    linewidth=1.0,
-                    label=hook,
-                )
-            axes.set_xscale("log")
-            if name == "spectra":
-                axes.set_yscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_xlabel("rank of the direction")
-            axes.set_ylabel(label)
-            axes.legend(frameon=False, fontsize=5 if len(spectra) > 6 else 6)
-            path = Path(directory) / f"{name}.png"
-            _save(figure, path)
-            written.append(path)
+            figure = _new_figure(width=3.4 * len(panels), height=2.4)
+            all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+            for axes, (label, values) in zip(all_axes, panels, strict=True):
+                _draw_hooks(axes, values, list(spectra))
+                axes.set_ylabel(label)
+                if name != "cumulative_variance":
+                    axes.set_yscale("log")
+                if name == "held_out":
+                    axes.axhline(1, color="0.6", linewidth=0.6, linestyle=":", zorder=1)
+            _add_key(figure, all_axes[0])
+            for suffix in (".png", ".pdf"):
+                path = Path(directory) / f"{name}{suffix}"
+                _save(figure, path)
+                written.append(path)
     return written
+
+
+def _float64(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
+
+
+def _draw_hooks(axes: Any, spectra: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """A line for each hook, from dark to light in the order of `names`, in three line styles."""
+    from matplotlib import colormaps
+
+    # lightness grows along this map, so that the order can be seen in black and white; its end is
+    # too light for white paper
+    shades = colormaps["viridis"]
+    for i, hook in enumerate(names):
+        if hook not in spectra:
+            continue
+        values = spectra[hook].tolist()
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            color=shades(0.85 * i / max(len(names) - 1, 1)),
+            linestyle=("-", "--", ":")[i % 3],
+            linewidth=1.0,
+            label=hook,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("rank of the direction")
+
+
+def _add_key(figure: "Figure", axes: Any) -> None:
+    """Name the lines outside the axes, where the names cover none of them."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) == 1:
+        figure.suptitle(names[0], fontsize=7)
+        return
+    pattern, short = _in_common(names)
+    figure.legend(
+        handles,
+        short,
+        loc="outside right center",
+        title=pattern,
+        ncols=math.ceil(len(names) / _NAMES_IN_A_COLUMN),
+        frameon=False,
+        fontsize=5,
+        title_fontsize=5,
+        labelspacing=0.1,
+        handlelength=2,
+        handletextpad=0.5,
+        columnspacing=1,
+    )
+
+
+def _in_common(names: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What dotted names have in common, as a pattern, and the rest of each.
+
+    >>> _in_common(["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"])
+    ('blocks.*.hook_mlp_out', ['0', '1'])
+    """
+    split = [name.split(".") for name in names]
+    if len(split) < 2:
+        return None, list(names)
+    head = _n_equal(split)
+    rest = [parts[head:] for parts in split]
+    tail = _n_equal([parts[::-1] for parts in rest])
+    short = [".".join(parts[: len(parts) - tail]) for parts in rest]
+    if head + tail == 0 or not all(short):
+        return None, list(names)
+    return ".".join([*split[0][:head], "*", *rest[0][len(rest[0]) - tail :]]), short
+
+
+def _n_equal(lists: Sequence[Sequence[str]]) -> int:
+    """How many elements all lists begin with."""
+    columns = zip(*lists, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _not_shown(null: dict[str, Tensor]) -> str:

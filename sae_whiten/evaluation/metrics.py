@@ -13,13 +13,19 @@ from torch import Tensor
 __all__ = [
     "ExplainedVariance",
     "LatentActivity",
+    "RegularisationSummary",
     "SpectrumSummary",
+    "WhitenessSummary",
     "dead_latents",
     "dense_latents",
+    "directions_for_share",
     "explained_variance",
     "firing_rates",
     "l0",
+    "regularisation_summary",
     "spectrum_summary",
+    "whitened_spectrum",
+    "whiteness_summary",
 ]
 
 
@@ -220,6 +226,93 @@ def spectrum_summary(
         n_null=int(null.sum()),
         top_share=largest / float(values.sum()),
         participation_ratio=float(values.sum().square() / values.square().sum()),
+    )
+
+
+def directions_for_share(eigenvalues: Float[Tensor, "d"], share: float) -> int:
+    """Number of directions, the largest first, that hold a share of the variance.
+
+    Args:
+        eigenvalues: Shape (d,), in any order; negative ones count as zero.
+        share: In (0, 1).
+    """
+    values = _as_float64(eigenvalues).clamp(min=0).sort(descending=True).values
+    return int((values.cumsum(0) < share * values.sum()).sum()) + 1
+
+
+@dataclass(frozen=True)
+class RegularisationSummary:
+    """What eps and shrinkage make of the spectrum of a covariance.
+
+    Attributes:
+        condition_number: Largest regularised eigenvalue over the smallest.
+        largest_gain: Largest factor by which whitening multiplies a direction, over that of a
+            direction of average variance.
+        n_damped: Number of directions that whitening leaves with less than half of unit variance,
+            because their eigenvalue is smaller than what was added to it; null directions aside.
+    """
+
+    condition_number: float
+    largest_gain: float
+    n_damped: int
+
+
+def regularisation_summary(
+    eigenvalues: Float[Tensor, "d"], regularised: Float[Tensor, "d"]
+) -> RegularisationSummary:
+    """Compare the eigenvalues of a covariance with those that whitening divides by.
+
+    Args:
+        eigenvalues: Shape (d,), in any order; `Whitening.covariance_eigenvalues`.
+        regularised: Shape (d,), in the same order, positive; `Whitening.eigenvalues`.
+    """
+    variances = eigenvalues / regularised
+    return RegularisationSummary(
+        condition_number=float(regularised.max() / regularised.min()),
+        largest_gain=float((eigenvalues.mean() / regularised.min()).sqrt()),
+        n_damped=int(((variances < 0.5) & ~null_directions(eigenvalues)).sum()),
+    )
+
+
+def whitened_spectrum(
+    W: Float[Tensor, "d k"], covariance: Float[Tensor, "d d"]
+) -> Float[Tensor, "k"]:
+    """Eigenvalues of the covariance W^T C W of whitened activations, ascending, float64.
+
+    Args:
+        W: Shape (d, k): the columns of a whitening matrix that are to be looked at.
+        covariance: Shape (d, d): of activations that the whitening was not estimated from. (Those
+            that it was estimated from are white by construction, however few they are.)
+    """
+    W = _as_float64(W)
+    return torch.linalg.eigvalsh(W.T @ _as_float64(covariance) @ W)
+
+
+@dataclass(frozen=True)
+class WhitenessSummary:
+    """How far whitened activations are from white, from the eigenvalues of their covariance.
+
+    Attributes:
+        mean: Mean eigenvalue, the variance of an average direction.
+        smallest: Smallest eigenvalue.
+        largest: Largest eigenvalue.
+        distance: |C_z - I|_F / sqrt(k), the root mean square of the eigenvalues minus 1.
+    """
+
+    mean: float
+    smallest: float
+    largest: float
+    distance: float
+
+
+def whiteness_summary(eigenvalues: Float[Tensor, "k"]) -> WhitenessSummary:
+    """Summarise the eigenvalues of a whitened covariance; see `whitened_spectrum`."""
+    values = _as_float64(eigenvalues)
+    return WhitenessSummary(
+        mean=float(values.mean()),
+        smallest=float(values.min()),
+        largest=float(values.max()),
+        distance=float((values - 1).square().mean().sqrt()),
     )
 
 
