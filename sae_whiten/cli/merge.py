@@ -1,10 +1,16 @@
 """Combine statistics of several shards of a dataset: the result is that of one pass over all.
 
-Takes files, or folders with one file per hook. What the provenance of all agrees on is kept.
+Takes files, or folders with one file per hook. What the provenance of all agrees on is kept. The
+same statistics given twice are an error: their activations would count double.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sae_whiten.statistics import ActivationStatistics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge file by file; nothing is written unless everything could be read."""
-    from functools import reduce
-
-    from sae_whiten.statistics import ActivationStatistics
-
     folders = [shard.is_dir() for shard in args.shards]
     if any(folders) and not all(folders):
         raise ValueError("give either files or folders, not both")
@@ -31,11 +33,27 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.shards[0]} holds no statistics")
     else:
         groups = {args.out: args.shards}
-    merged = {
-        path: reduce(ActivationStatistics.merge, map(ActivationStatistics.load, shards))
-        for path, shards in groups.items()
-    }
+    merged = {path: _merge(shards) for path, shards in groups.items()}
     for path, statistics in merged.items():
         statistics.save(path)
         print(f"{path}: {statistics.n_samples} activations of width {statistics.d_in}")
     return 0
+
+
+def _merge(shards: Sequence[Path]) -> "ActivationStatistics":
+    from sae_whiten.statistics import ActivationStatistics
+
+    whole: ActivationStatistics | None = None
+    paths: dict[str, Path] = {}
+    for shard in shards:
+        found = ActivationStatistics.load(shard)
+        # by content, whatever the name; empty shards are alike and do no harm
+        twin = paths.setdefault(found.digest, shard) if found.n_samples else shard
+        if twin is not shard:
+            raise ValueError(
+                f"{twin} and {shard} hold the same statistics, whose activations would count "
+                "twice: leave one out"
+            )
+        whole = found if whole is None else whole.merge(found)
+    assert whole is not None
+    return whole

@@ -1,0 +1,83 @@
+"""`sae-whiten merge`: what must not be merged."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_whiten import ActivationStatistics
+from sae_whiten.cli import main
+from tests.support import friendly
+
+
+def save(path: Path, x: torch.Tensor, **provenance: str) -> str:
+    statistics = ActivationStatistics(x.shape[-1])
+    if len(x):
+        statistics.update(x)
+    statistics.provenance = dict(provenance)
+    statistics.save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("how", ["same path", "other spelling", "link", "copy", "other provenance"])
+def test_the_same_statistics_are_never_counted_twice(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = friendly(200, 4)
+    first, second = save(tmp_path / "a", x[:100], date="1"), save(tmp_path / "b", x[100:])
+    twin = tmp_path / "twin"
+    if how == "link":
+        twin.symlink_to(first)
+    elif how == "copy":
+        shutil.copy(first, twin)
+    elif how == "other provenance":
+        save(twin, x[:100], date="2")
+    elif how == "other spelling":
+        twin = tmp_path / "." / ".." / tmp_path.name / "a"
+    else:
+        twin = Path(first)
+    out = tmp_path / "whole"
+    assert main(["merge", first, second, str(twin), "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert f"{first} and {twin} hold the same statistics" in message
+    assert not out.exists()
+
+
+def test_a_folder_given_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "a" / "hook.safetensors", friendly(50, 4))
+    folder = str(tmp_path / "a")
+    assert main(["merge", folder, folder, "--out", str(tmp_path / "whole")]) == 2
+    assert "count twice" in capsys.readouterr().err
+    assert not (tmp_path / "whole").exists()
+
+
+def test_shards_that_are_alike_but_not_the_same_are_merged(tmp_path: Path) -> None:
+    x = friendly(300, 4)
+    # equal mean and covariance of another number of activations, and two shards without any
+    parts = [x[:100], torch.cat([x[:100], x[:100]]), x[100:], x[:0], x[:0]]
+    shards = [save(tmp_path / str(i), part) for i, part in enumerate(parts)]
+    out = tmp_path / "whole"
+    assert main(["merge", *shards, "--out", str(out)]) == 0
+    merged, rows = ActivationStatistics.load(out), torch.cat(parts).double()
+    assert merged.n_samples == len(rows)
+    torch.testing.assert_close(merged.covariance, torch.cov(rows.T), rtol=1e-12, atol=1e-12)
+
+
+def test_the_digest_is_of_the_numbers_alone(tmp_path: Path) -> None:
+    x = friendly(100, 4)
+    a, b = ActivationStatistics(4), ActivationStatistics(4)
+    a.update(x)
+    b.update(x)
+    b.provenance["date"] = "today"
+    assert a.digest == b.digest
+    a.save(tmp_path / "a")
+    assert ActivationStatistics.load(tmp_path / "a").digest == a.digest
+    for change in (x[:1], x[:1] * float("inf")):
+        c = ActivationStatistics(4, on_nonfinite="skip")
+        c.update(x)
+        c.update(change)
+        # a skipped activation changes nothing in the numbers
+        assert (c.digest == a.digest) == (not change.isfinite().all())
