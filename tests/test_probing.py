@@ -24,6 +24,7 @@ from sae_whiten.evaluation.probing import (
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
+from tests.saebench import KS, NS, Case
 from tests.support import nasty
 
 LABELS = np.repeat([0, 1, 2, 3], 60)
@@ -384,6 +385,95 @@ def test_scr_says_which_combination_is_too_rare() -> None:
     with pytest.raises(ValueError, match=r"there are, of those needed, 49 of 50 with \(0, 0\)"):
         spurious_correlation_removal(*few, *all_, DECODER, ns=(2,))
     spurious_correlation_removal(*all_, *few, DECODER, ns=(2,))
+
+
+# --- sae-bench
+
+# sae-bench 0.6.0 on `Case()`, printed by tests/saebench.py: `get_top_k_mean_diff_mask` and
+# `train_sklearn_probe` on standardised columns; `get_all_node_effects_for_one_sae`,
+# `perform_feature_ablations`, `create_tpp_plotting_dict` and `get_scr_plotting_dict` on tokens,
+# with probes that have our weights; all of them on our rows
+SAEBENCH: dict[str, Any] = {
+    "sparse probing, own rows, not standardised": {1: 0.78375, 2: 0.8125, 5: 0.85375, 20: 0.8925},
+    "sparse probing, not standardised": {1: 0.77625, 2: 0.82125, 5: 0.85625, 20: 0.8975},
+    "sparse probing": {1: 0.77625, 2: 0.82375, 5: 0.8575, 20: 0.895},
+    "TPP base": [0.895, 0.915, 0.925, 0.855],
+    "TPP accuracies": {
+        2: [
+            [0.735, 0.92, 0.885, 0.8],
+            [0.915, 0.595, 0.9, 0.8],
+            [0.87, 0.9, 0.675, 0.855],
+            [0.88, 0.845, 0.915, 0.755],
+        ],
+        5: [
+            [0.51, 0.85, 0.78, 0.67],
+            [0.905, 0.5, 0.775, 0.825],
+            [0.84, 0.85, 0.505, 0.855],
+            [0.815, 0.83, 0.905, 0.575],
+        ],
+        10: [
+            [0.5, 0.9, 0.805, 0.545],
+            [0.875, 0.5, 0.75, 0.81],
+            [0.685, 0.62, 0.5, 0.695],
+            [0.62, 0.795, 0.895, 0.51],
+        ],
+        20: [
+            [0.5, 0.74, 0.66, 0.535],
+            [0.765, 0.5, 0.6, 0.755],
+            [0.615, 0.57, 0.5, 0.66],
+            [0.555, 0.7, 0.885, 0.5],
+        ],
+    },
+    "TPP": {2: 0.18375, 5: 0.3025, 10: 0.247083, 20: 0.17},
+    "SCR base 1": 0.535,
+    "SCR clean 1": 0.845,
+    "SCR base 2": 0.945,
+    "SCR clean 2": 0.985,
+    "SCR 1": {2: 0.467742, 5: 0.258064, 10: 0.274193, 20: 0.08871},
+    "SCR 2": {2: -0.125, 5: -0.125, 10: -1.0, 20: -1.687499},
+    "SCR": {2: 0.467742, 5: 0.258064, 10: 0.274193, 20: 0.08871},
+}
+
+
+def test_sparse_probing_equals_sae_bench() -> None:
+    case = Case()
+    accuracies = sparse_probing(case.f, case.labels, case.f_test, case.labels_test, KS)
+    assert accuracies == pytest.approx(SAEBENCH["sparse probing"], abs=1e-6)
+    # without standardising, as sae-bench has it, less than the standard error of the accuracy
+    # over 800 test rows lies between
+    standard_error = 0.5 / 800**0.5
+    for name in ("sparse probing, not standardised", "sparse probing, own rows, not standardised"):
+        assert accuracies == pytest.approx(SAEBENCH[name], abs=standard_error)
+
+
+def test_tpp_equals_sae_bench() -> None:
+    case = Case()
+    tpp = targeted_probe_perturbation(
+        *(case.x, case.f, case.labels),
+        *(case.x_test, case.f_test, case.labels_test),
+        case.W_dec,
+        NS,
+    )
+    np.testing.assert_allclose(tpp.base_accuracies, SAEBENCH["TPP base"], atol=1e-6)
+    for n in NS:
+        np.testing.assert_allclose(tpp.accuracies[n], SAEBENCH["TPP accuracies"][n], atol=1e-6)
+    assert tpp.scores == pytest.approx(SAEBENCH["TPP"], abs=1e-6)
+
+
+def test_scr_equals_sae_bench() -> None:
+    case = Case()
+    scr = spurious_correlation_removal(
+        *(case.x, case.f, case.labels // 2, case.labels % 2),
+        *(case.x_test, case.f_test, case.labels_test // 2, case.labels_test % 2),
+        case.W_dec,
+        NS,
+    )
+    for name, direction in (("1", scr.first), ("2", scr.second)):
+        assert direction.base == pytest.approx(SAEBENCH[f"SCR base {name}"], abs=1e-6)
+        assert direction.clean == pytest.approx(SAEBENCH[f"SCR clean {name}"], abs=1e-6)
+        # rounding of accuracies is divided by the denominator, 0.04 at least
+        assert direction.scores == pytest.approx(SAEBENCH[f"SCR {name}"], abs=1e-4)
+    assert scr.scores == pytest.approx(SAEBENCH["SCR"], abs=1e-4)
 
 
 # --- what cannot be answered
