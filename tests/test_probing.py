@@ -177,6 +177,36 @@ def test_probing_in_blocks_of_columns_is_the_same(monkeypatch: pytest.MonkeyPatc
     assert sparse_probing(latents, LABELS, latents, LABELS) == whole
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_sparse_probing_equals_a_plain_implementation(seed: int) -> None:
+    data = Tokens()
+    # unequal classes: most of what is drawn depends on the seed
+    keep = np.flatnonzero(data.labels != 2)[20:]
+    train, labels = data.f[keep], data.labels[keep]
+    test, test_labels = data.f_test[data.test_labels != 2], data.test_labels[data.test_labels != 2]
+    expected: dict[int, list[float]] = {1: [], 7: [], 48: []}
+    for (rows, y), (test_rows, test_y) in zip(
+        draws(labels, seed), draws(test_labels, seed), strict=True
+    ):
+        difference = abs(train[rows][y].mean(0) - train[rows][~y].mean(0))
+        columns = sorted(range(48), key=lambda j, d=difference: -d[j])
+        for k, accuracies in expected.items():
+            probe = linear_probe(train[rows][:, columns[:k]], y)
+            accuracies.append(probe_accuracy(probe, test[test_rows][:, columns[:k]], test_y))
+    means = {k: float(np.mean(accuracies)) for k, accuracies in expected.items()}
+    assert sparse_probing(train, labels, test, test_labels, (1, 7, 48), seed) == means
+    full = full_probe_accuracy(train, labels, test, test_labels, seed)
+    # the same columns in another order, and scikit-learn stops short of the optimum
+    assert full == pytest.approx(means[48], abs=2 / len(test))
+    by_hand = [
+        probe_accuracy(linear_probe(train[rows], y), test[test_rows], test_y)
+        for (rows, y), (test_rows, test_y) in zip(
+            draws(labels, seed), draws(test_labels, seed), strict=True
+        )
+    ]
+    assert full == float(np.mean(by_hand))
+
+
 # --- TPP
 
 
