@@ -13,7 +13,7 @@ from sae_whiten.statistics import finite_rows
 
 __all__ = ["ActivationStream", "DataExhaustedError", "StopRequested"]
 
-_SPOOL_BYTES = 1 << 30
+_SPOOL_BYTES = 1 << 28
 
 
 class DataExhaustedError(ValueError):
@@ -28,7 +28,7 @@ class ActivationStream(Iterator[Tensor]):
     """Serves a data provider's batches in their order, however many were looked at beforehand.
 
     `lookahead` lets statistics be estimated from the first batches; training then gets the same
-    batches again. They are kept in memory up to 1 GiB, beyond that in a temporary file.
+    batches again. They are kept in memory up to 256 MiB, beyond that in a temporary file.
 
     Batches are served in the order of the provider; empty ones are passed over, but counted. So a
     resumed run needs a provider that starts at batch `n_served`.
