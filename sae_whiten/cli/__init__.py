@@ -25,6 +25,7 @@ COMMANDS = {
     "fit": "estimate the statistics of many hooks in one pass over a dataset",
     "inspect": "what statistics say: anisotropy, outliers, how well they were estimated",
     "merge": "combine statistics of several shards, exactly",
+    "synthetic": "compare ways of whitening where the features are known",
     "train": "train an SAE under whitening: SAELens' command line plus --whitening.*",
 }
 

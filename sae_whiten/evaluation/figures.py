@@ -3,19 +3,17 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_whiten._files import atomic_path
 from sae_whiten.evaluation.metrics import null_directions
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sae_whiten.evaluation.paper_style import new_figure as _new_figure
+from sae_whiten.evaluation.paper_style import paper_style as _paper_style
+from sae_whiten.evaluation.paper_style import save_figure as _save
 
 __all__ = ["plot_spectra", "plot_spectrum"]
 
@@ -213,47 +211,3 @@ def _not_shown(null: dict[str, Tensor]) -> str:
         return f" (not shown: {n} null direction{'s' if n > 1 else ''})"
     listed = ", ".join(f"{n} {name}" for name, n in counts.items())
     return f" (null, not shown: {listed})"
-
-
-def _paper_style() -> AbstractContextManager[None]:
-    matplotlib = _matplotlib()
-    return matplotlib.rc_context(
-        {
-            "font.size": 8,
-            "axes.labelsize": 8,
-            "legend.fontsize": 8,
-            "xtick.labelsize": 7,
-            "ytick.labelsize": 7,
-            "axes.linewidth": 0.6,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "lines.linewidth": 1.3,
-            "savefig.dpi": 300,
-            # text that stays text in a paper
-            "pdf.fonttype": 42,
-            "svg.fonttype": "none",
-        }
-    )
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'figures need matplotlib: pip install "sae-whiten[demo]"'
-        ) from error
-    return matplotlib
-
-
-def _new_figure(width: float, height: float) -> "Figure":
-    # not pyplot, which would choose a display and keep the figure alive
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: "Figure", path: str | Path) -> None:
-    path = Path(path)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format=path.suffix.removeprefix(".") or "png")

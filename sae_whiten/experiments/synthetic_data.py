@@ -1,0 +1,222 @@
+"""Activations with known features that are as anisotropic as those of language models.
+
+`sae_lens.synthetic` makes sparse features, correlated and hierarchical in their firing, and sums
+their directions; its activations are nearly isotropic and centred. What language models have
+besides is put on top: with f the activations of the features and F their directions,
+
+    x = ((f F - mean) A + nuisance + junk) Q + offset
+
+A gives the features' part a covariance whose eigenvalues fall as a power of their rank, as those of
+language models do; Q is a random rotation. A is invertible, so the features stay features: rows of
+F A Q.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from sae_lens.synthetic import (
+    HierarchyConfig,
+    LowRankCorrelationConfig,
+    SyntheticModel,
+    SyntheticModelConfig,
+    ZipfianFiringProbabilityConfig,
+)
+from sae_lens.util import temporary_seed
+from torch import Tensor
+
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.whitening import Whitening
+
+__all__ = ["SyntheticActivations", "SyntheticDataConfig"]
+
+_CHUNK = 1 << 14  # samples drawn at once
+_N_CHUNKS_STATISTICS = 1 << 3
+_N_CHUNKS_TRAINING = 1 << 6  # distinct ones; beyond that they come again, in another order
+_ZIPF_EXPONENT, _ZIPF_RANGE = 0.5, 8.0  # the most frequent feature fires 8 times the rarest
+
+
+@dataclass(frozen=True)
+class SyntheticDataConfig:
+    """What synthetic activations are made of. Variances are in units of the average direction's.
+
+    Attributes:
+        d_signal: Dimensions that the features span.
+        n_features: Number of features.
+        l0: Mean number of features that fire at once.
+        condition: Condition number of the covariance of the features' part; 1 is isotropic.
+        mean_over_rms: Norm of the mean over the root of the total variance.
+        n_junk: Dimensions beside the features' that hold Gaussian noise and nothing else.
+        junk_variance: Variance of each of those.
+        n_nuisance: Rank of dense Gaussian activity within the features' dimensions.
+        nuisance_share: Its share of the variance there.
+        seed: Of features, rotations and samples.
+    """
+
+    d_signal: int = 64
+    n_features: int = 256
+    l0: float = 6.0
+    condition: float = 1e4
+    mean_over_rms: float = 2.0
+    n_junk: int = 0
+    junk_variance: float = 1e-4
+    n_nuisance: int = 0
+    nuisance_share: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.l0 < self.n_features / _ZIPF_RANGE:
+            raise ValueError(
+                f"l0={self.l0}: between 0 and n_features / {_ZIPF_RANGE:g} = "
+                f"{self.n_features / _ZIPF_RANGE:g}, for the most frequent feature cannot fire "
+                "more often than always"
+            )
+        if self.condition < 1:
+            raise ValueError(f"condition={self.condition}: a condition number is at least 1")
+        if self.n_nuisance and not 0 < self.nuisance_share < 1:
+            raise ValueError(f"nuisance_share={self.nuisance_share}: a share between 0 and 1")
+
+
+class SyntheticActivations:
+    """Activations, the features behind them, and their statistics.
+
+    Everything follows from the config: two objects of one config give the same numbers.
+
+    Attributes:
+        config: What they are made of.
+        features: Shape (n_features, d_in), float32: what each feature adds to an activation.
+        offset: Shape (d_in,), float32: the mean.
+    """
+
+    def __init__(self, config: SyntheticDataConfig) -> None:
+        self.config = config
+        d, n_junk = config.d_signal, config.n_junk
+        self._model = _feature_model(config)
+        self._pool = torch.empty(_N_CHUNKS_TRAINING * _CHUNK, d + n_junk)
+        self._n_drawn = 0
+        with temporary_seed(self._seed(0)):
+            raw = torch.cat(
+                [self._model.sample(_CHUNK) for _ in range(_N_CHUNKS_STATISTICS)]
+            ).double()
+            values, basis = torch.linalg.eigh(torch.cov(raw.T))
+            rank = torch.arange(1, d + 1, dtype=torch.float64)
+            spectrum = rank ** -(math.log(config.condition) / math.log(max(d, 2)))
+            share = config.nuisance_share if config.n_nuisance else 0.0
+            spectrum = spectrum / spectrum.mean() * (1 - share)
+            colour = basis / values.sqrt() @ _rotation(d) * spectrum.sqrt() @ _rotation(d)
+            nuisance = torch.randn(config.n_nuisance, d, dtype=torch.float64)
+            if config.n_nuisance:
+                nuisance *= (share * d / nuisance.square().sum()).sqrt()
+            turn = _rotation(d + n_junk)
+            self._signal_map = (colour @ turn[:d]).float()
+            self._noise_map = torch.cat([nuisance @ turn[:d], turn[d:] * config.junk_variance**0.5])
+            self._noise_map = self._noise_map.float()
+            total = d + n_junk * config.junk_variance
+            offset = torch.randn(d + n_junk)
+            self.offset = offset / offset.norm() * config.mean_over_rms * total**0.5
+            self._shift = self.offset - (raw.mean(0) @ (colour @ turn[:d])).float()
+        with torch.no_grad():
+            self.features = self._model.feature_dict.feature_vectors @ self._signal_map
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._shift.numel()
+
+    def held_out(self, n: int) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n n_features"]]:
+        """Activations that are not trained on, and the features behind them.
+
+        Returns:
+            Both on the CPU, float32; the features are 0 where they do not fire.
+        """
+        parts = [
+            self._sample(min(_CHUNK, n - start), self._seed(2, start))
+            for start in range(0, n, _CHUNK)
+        ]
+        return torch.cat([x for x, _ in parts]), torch.cat([fires for _, fires in parts])
+
+    @cached_property
+    def statistics(self) -> ActivationStatistics:
+        """Statistics of the first 131072 training activations."""
+        statistics = ActivationStatistics(self.d_in)
+        for i in range(_N_CHUNKS_STATISTICS):
+            statistics.update(self._training_chunk(i))
+        return statistics
+
+    @cached_property
+    def whitening_matrix(self) -> Float[Tensor, "d_in d_in"]:
+        """Shape (d_in, d_in), float64: whitens fully, to compare directions by."""
+        return Whitening.from_statistics(self.statistics, WhiteningConfig(eps=1e-9)).W
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Training activations without end, shape (batch_size, d_in), the same at every call.
+
+        2^20 of them are distinct, drawn as they are needed and kept (256 MiB for 64 dimensions);
+        then they come in another order.
+
+        Raises:
+            ValueError: A batch is larger than 2^14.
+        """
+        if not 1 <= batch_size <= _CHUNK:
+            raise ValueError(f"batch_size={batch_size}: between 1 and {_CHUNK}")
+        for i in range(_N_CHUNKS_TRAINING):
+            chunk = self._training_chunk(i)
+            yield from chunk[: _CHUNK - _CHUNK % batch_size].split(batch_size)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        n = len(self._pool) - len(self._pool) % batch_size
+        while True:
+            for rows in torch.randperm(len(self._pool), generator=generator)[:n].split(batch_size):
+                yield self._pool[rows]
+
+    def _training_chunk(self, i: int) -> Tensor:
+        while self._n_drawn <= i:
+            block = slice(self._n_drawn * _CHUNK, (self._n_drawn + 1) * _CHUNK)
+            self._pool[block], _ = self._sample(_CHUNK, self._seed(1, self._n_drawn))
+            self._n_drawn += 1
+        return self._pool[i * _CHUNK : (i + 1) * _CHUNK]
+
+    @torch.no_grad()
+    def _sample(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        with temporary_seed(seed):
+            signal, fires = self._model.sample_with_features(n)
+            noise = torch.randn(n, len(self._noise_map))
+            return signal @ self._signal_map + noise @ self._noise_map + self._shift, fires
+
+    def _seed(self, purpose: int, number: int = 0) -> int:
+        # no two of these meet, whatever the seeds of the configs
+        return (self.config.seed * 3 + purpose << 32) + number
+
+
+def _feature_model(config: SyntheticDataConfig) -> SyntheticModel:
+    ranks = torch.arange(1, config.n_features + 1).double() ** -_ZIPF_EXPONENT
+    shape = (ranks - ranks.min()) / (ranks.max() - ranks.min())
+    rarest = config.l0 / config.n_features / (1 + (_ZIPF_RANGE - 1) * float(shape.mean()))
+    n_roots = max(config.n_features // 16, 1)
+    return SyntheticModel(
+        SyntheticModelConfig(
+            num_features=config.n_features,
+            hidden_dim=config.d_signal,
+            firing_probability=ZipfianFiringProbabilityConfig(
+                exponent=_ZIPF_EXPONENT, max_prob=_ZIPF_RANGE * rarest, min_prob=rarest
+            ),
+            # a quarter of the features in families of four, in which children need their parent
+            hierarchy=HierarchyConfig(
+                total_root_nodes=n_roots,
+                branching_factor=3,
+                max_depth=1,
+                compensate_probabilities=True,
+            ),
+            correlation=LowRankCorrelationConfig(rank=8, correlation_scale=0.1),
+            std_firing_magnitudes=0.3,
+            bias=False,
+            seed=config.seed,
+        )
+    )
+
+
+def _rotation(d: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
