@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "watch whitening at work on a small pretrained model, without a network",
     "fit": "estimate the statistics of many hooks in one pass over a dataset",
     "inspect": "what statistics say: anisotropy, outliers, how well they were estimated",
+    "landscape": "draw where sparsity leads in two dimensions, before and after whitening",
     "merge": "combine statistics of several shards, exactly",
     "synthetic": "compare ways of whitening where the features are known",
     "train": "train an SAE under whitening: SAELens' command line plus --whitening.*",
