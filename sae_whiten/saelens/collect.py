@@ -19,12 +19,11 @@ import torch
 from sae_lens.config import HfDataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens import HookedRootModule
 
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.distributed import Processes
 from sae_whiten.saelens.provenance import statistics_file
-from sae_whiten.saelens.sources import ActivationSource, CachedActivations, ModelActivations
+from sae_whiten.saelens.sources import ActivationSource, CachedActivations, Model, ModelActivations
 from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
 from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError
 
@@ -41,7 +40,7 @@ _PROGRESS_KIND = "fit_progress"
 
 @torch.no_grad()
 def fit_statistics(
-    model: HookedRootModule | None,
+    model: Model | None,
     dataset: HfDataset | str | None,
     hook_names: str | Sequence[str],
     *,
@@ -257,6 +256,8 @@ class _Fit:
         n_own = min((halves.n_samples for halves in self.statistics.values()), default=0)
         n_active, n = self.processes.total(more, n_own)
         if self.n_rounds == 0:
+            if not n_active:
+                raise ValueError("the dataset holds not one sequence of the context size")
             self._agree_on_widths()
         self.n_rounds += 1
         return n_active > 0, int(n)
@@ -284,8 +285,11 @@ class _Fit:
         widths: dict[str, int] = {}
         for found in self.processes.gather(own):
             widths.update(found)
-        if not widths:
-            raise ValueError("the dataset holds not one sequence of the context size")
+        if silent := [name for name in self.source.hook_names if name not in widths]:
+            raise ValueError(
+                f"no activations pass through {', '.join(silent)}: the model as it is set does not "
+                "compute what these hooks are for"
+            )
         for name, d_in in widths.items():
             # of a process whose shard is empty
             self.statistics.setdefault(name, SplitHalfStatistics(d_in, self.on_nonfinite))
@@ -379,7 +383,7 @@ class _Progress:
         self._next_save = now + max(_SAVE_EVERY_SECONDS, 20 * seconds)
 
 
-def _describe(model: HookedRootModule) -> dict[str, Any]:
+def _describe(model: Model) -> dict[str, Any]:
     """What is known of the weights beyond the name they were loaded by."""
     config = getattr(getattr(model, "model", None), "config", None)
     return {

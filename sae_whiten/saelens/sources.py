@@ -3,8 +3,9 @@
 import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import datasets
 import torch
@@ -16,8 +17,12 @@ from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_specia
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedRootModule
+from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["ActivationSource", "CachedActivations", "ModelActivations", "match_hooks"]
+__all__ = ["ActivationSource", "CachedActivations", "Model", "ModelActivations", "match_hooks"]
+
+Model: TypeAlias = HookedRootModule | TransformerBridge
+"""What SAELens takes for a model; its own wrapper of Hugging Face models is a HookedRootModule."""
 
 Receiver = Callable[[str, Tensor, Tensor | None], None]
 """Takes a hook's name, its activations, shape (batch, seq, d_in), and which of them count: a mask
@@ -68,7 +73,7 @@ class ModelActivations:
 
     def __init__(
         self,
-        model: HookedRootModule,
+        model: Model,
         dataset: HfDataset | str,
         hook_names: str | Sequence[str],
         *,
@@ -106,13 +111,14 @@ class ModelActivations:
         if self._special is not None:
             mask = ~torch.isin(tokens[:, self._slice], self._special.to(tokens.device))
 
-        def hand_over(acts: Tensor, hook: Any) -> None:
+        def hand_over(name: str, acts: Tensor, hook: Any) -> None:
             acts = acts[:, self._slice]
             if self._head is not None:
                 acts = acts[:, :, self._head]
-            receive(hook.name, acts.flatten(2), None if mask is None else mask.to(acts.device))
+            receive(name, acts.flatten(2), None if mask is None else mask.to(acts.device))
 
-        hooks: list[Any] = [(name, hand_over) for name in self.hook_names]
+        # by the name it was asked for: hooks of a TransformerBridge call themselves something else
+        hooks: list[Any] = [(name, partial(hand_over, name)) for name in self.hook_names]
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
             self._model.run_with_hooks(tokens, fwd_hooks=hooks, **self._run_options)
         return True
@@ -219,14 +225,14 @@ def _shard(dataset: Any, rank: int, world_size: int) -> Any:
 
 
 def _token_store(
-    model: HookedRootModule, dataset: HfDataset | str, hook_name: str, options: dict[str, Any]
+    model: Model, dataset: HfDataset | str, hook_name: str, options: dict[str, Any]
 ) -> ActivationsStore:
     """A store of which only the tokens are used."""
     if isinstance(dataset, datasets.Dataset):
         # the store sets the format of the dataset that it is given, and this one is the user's
         dataset = dataset.with_format(dataset.format["type"])
     return ActivationsStore(
-        model=model,
+        model=cast(HookedRootModule, model),
         dataset=dataset,
         hook_name=hook_name,
         hook_head_index=None,
@@ -242,14 +248,14 @@ def _token_store(
     )
 
 
-def _special_tokens(model: HookedRootModule, exclude: bool | list[int]) -> Tensor | None:
+def _special_tokens(model: Model, exclude: bool | list[int]) -> Tensor | None:
     if exclude is False:
         return None
     ids = get_special_token_ids(model.tokenizer) if exclude is True else exclude  # pyright: ignore[reportArgumentType]
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _stopping_after(model: HookedRootModule, names: Sequence[str]) -> dict[str, Any]:
+def _stopping_after(model: Model, names: Sequence[str]) -> dict[str, Any]:
     """Arguments that end the forward pass after the last hook, as SAELens' store has it."""
     layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
     known = [layer for layer in layers if layer is not None]
