@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         fold_whitening_into_weights,
         unfold_whitening_from_weights,
     )
+    from sae_whiten.saelens.multi_runner import WhiteningMultiSAETrainingRunner
     from sae_whiten.saelens.runner import WhiteningTrainingRunner
     from sae_whiten.saelens.scaler import CovarianceWhiteningScaler
     from sae_whiten.saelens.trainer import WhiteningTrainer
@@ -36,6 +37,7 @@ _MODULES = {
     "NonFiniteActivationsError": "sae_whiten.statistics",
     "Whitening": "sae_whiten.whitening",
     "WhiteningConfig": "sae_whiten.config",
+    "WhiteningMultiSAETrainingRunner": "sae_whiten.saelens.multi_runner",
     "WhiteningTrainer": "sae_whiten.saelens.trainer",
     "WhiteningTrainingRunner": "sae_whiten.saelens.runner",
     "fit_statistics": "sae_whiten.saelens.collect",
@@ -53,6 +55,7 @@ __all__ = [
     "NonFiniteActivationsError",
     "Whitening",
     "WhiteningConfig",
+    "WhiteningMultiSAETrainingRunner",
     "WhiteningTrainer",
     "WhiteningTrainingRunner",
     "fit_statistics",

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten._files import load_tensors, save_tensors
-from sae_whiten.statistics import finite_rows
+from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 
 __all__ = ["ResumableActivationsStore"]
 
@@ -49,19 +49,40 @@ class ResumableActivationsStore(ActivationsStore):
     n_skipped: int = 0
     """Activations left out because they were not finite."""
 
+    @classmethod
+    def adopt(cls, store: ActivationsStore) -> "ResumableActivationsStore":
+        """What SAELens' store is, as a store of this class; nothing may be drawn from either yet.
+
+        Args:
+            store: Is not to be used any more.
+        """
+        own = cls.__new__(cls)
+        vars(own).update(vars(store))
+        if own.dataset is not None:
+            own.iterable_sequences = own._iterate_tokenized_sequences()
+        return own
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of every hook, in the order in which a batch holds them."""
+        return {self.hook_name: self.d_in}
+
+    def _finite(self, acts: Tensor, number: int) -> tuple[Tensor, int]:
+        name = f"pass {number} of the model, at {self.hook_name},"
+        return finite_rows(acts, self.on_nonfinite, name)
+
     def _iterate_filtered_activations(self) -> Any:
         # here, once per pass of the model, and not at every training step, for a GPU has to wait
         n_useless = 0
         for number, acts in enumerate(super()._iterate_filtered_activations()):
-            name = f"pass {number} of the model, at {self.hook_name},"
-            finite, n_bad = finite_rows(acts, self.on_nonfinite, name)
+            finite, n_bad = self._finite(acts, number)
             self.n_skipped += n_bad
             n_useless = 0 if len(finite) else n_useless + 1
             if n_useless == _MAX_USELESS_PASSES:
                 raise ValueError(
                     f"{n_useless} passes of the model in a row gave no activation at "
-                    f"{self.hook_name} that could be used ({self.n_skipped} were not finite): the "
-                    "model is broken, or every token is excluded"
+                    f"{', '.join(self.widths)} that could be used ({self.n_skipped} were not "
+                    "finite): the model is broken, or every token is excluded"
                 )
             yield finite
 
@@ -128,6 +149,7 @@ class ResumableActivationsStore(ActivationsStore):
         fields["draws"] = [draw for draw in self._draws if draw[0] > anchor["n_batches"]]
         fields["n_served"] = n_served
         fields["n_skipped"] = self.n_skipped
+        fields["widths"] = list(self.widths.items())
         path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
         save_tensors(path, _KIND, tensors, fields)
 
@@ -137,9 +159,17 @@ class ResumableActivationsStore(ActivationsStore):
         Raises:
             FileNotFoundError: The directory holds no such state.
             CorruptFileError: The file is truncated, foreign or was changed.
+            ValueError: It is of other hooks.
         """
         path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
         tensors, fields = load_tensors(path, _KIND)
+        own = list(self.widths.items())
+        saved = [(str(name), int(width)) for name, width in fields.get("widths", own)]
+        if saved != own:
+            raise ValueError(
+                f"{path}: the checkpoint was trained at {_listed(saved)}, and this run is at "
+                f"{_listed(own)}"
+            )
         self._prepare()
         self._anchors.clear()
         self._generator.set_state(tensors["generator"])
@@ -255,3 +285,62 @@ class ResumableActivationsStore(ActivationsStore):
         n_old = sum(n <= self._anchors[0]["n_batches"] for n, _ in self._draws[: self._n_drawn])
         del self._draws[:n_old]
         self._n_drawn -= n_old
+
+
+class PackedActivationsStore(ResumableActivationsStore):
+    """Activations of several hooks side by side, as SAELens' mixing buffer for several hooks has
+    them: batches are of shape (n, d_in), and `d_in` is the sum of the widths.
+
+    An activation that is not finite at one hook is left out at all of them, if it is left out.
+    """
+
+    @classmethod
+    def adopt(cls, store: ActivationsStore) -> "PackedActivationsStore":
+        """A store made by `ActivationsStore.from_config_multi_hook`, as one of this class."""
+        own = super().adopt(store)
+        assert isinstance(own, PackedActivationsStore)
+        own.d_in = sum(own.widths.values())
+        return own
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The width of every hook, in the order in which a batch holds them."""
+        assert self._hook_names is not None
+        assert self._hook_d_ins is not None
+        return {name: self._hook_d_ins[name] for name in self._hook_names}
+
+    def split(self, batch: Tensor) -> dict[str, Tensor]:
+        """Views of a batch of shape (..., d_in), each (..., width of the hook), by hook."""
+        return dict(zip(self.widths, batch.split(list(self.widths.values()), dim=-1), strict=True))
+
+    def get_activations(self, batch_tokens: Tensor) -> Tensor:
+        """Activations of shape (batch, context, d_in).
+
+        Raises:
+            ValueError: The activations of a hook are not of its width.
+        """
+        by_hook = self.get_multi_hook_activations(batch_tokens)
+        for name, width in self.widths.items():
+            shape = tuple(by_hook[name].shape)
+            if len(shape) != 3 or shape[-1] != width:
+                raise ValueError(
+                    f"the activations at {name} are not of width d_in={width}: of {len(shape)} "
+                    f"dimensions, {shape} for tokens of shape {tuple(batch_tokens.shape)}"
+                )
+        return torch.cat([by_hook[name].to(self.device) for name in self.widths], dim=-1)
+
+    def get_multi_hook_data_loader(self) -> Iterator[dict[str, Tensor]]:
+        """Endless stream of filtered and mixed activations by hook."""
+        return map(self.split, self.get_data_loader())
+
+    def _finite(self, acts: Tensor, number: int) -> tuple[Tensor, int]:
+        try:
+            return super()._finite(acts, number)
+        except NonFiniteActivationsError:
+            for name, part in self.split(acts).items():
+                finite_rows(part, "raise", f"pass {number} of the model, at {name},")
+            raise
+
+
+def _listed(widths: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} (width {width})" for name, width in widths)

@@ -146,20 +146,21 @@ class FoldReport:
         return {**self.whitening, "fold": details}
 
 
-def why_not_foldable(sae: SAE[Any]) -> str | None:
+def why_not_foldable(sae: SAE[Any] | type[SAE[Any]]) -> str | None:
     """The reason why no whitening can be folded into an SAE of this class; None if one can."""
-    name = type(sae).__name__
+    cls = sae if isinstance(sae, type) else type(sae)
+    name = cls.__name__
     declared = getattr(sae, "whitening_not_foldable_because", None)
     if declared is not None:
         return f"{name}: {declared}"
-    if isinstance(sae, (MatchingPursuitSAE, MatchingPursuitTrainingSAE)):
+    if issubclass(cls, (MatchingPursuitSAE, MatchingPursuitTrainingSAE)):
         return (
             f"{name}: its encoder is tied to the decoder, and folding multiplies one by W and the "
             "other by its inverse"
         )
-    if isinstance(sae, TemporalSAE):
+    if issubclass(cls, TemporalSAE):
         return f"{name}: it attends over positions, which is not an affine map of one activation"
-    if not isinstance(sae, _FOLDABLE):
+    if not issubclass(cls, _FOLDABLE):
         return f"{name}: not an architecture whose fold is known to be exact"
     return None
 

@@ -1,17 +1,21 @@
 """The activations on their way to the training loop."""
 
+import logging
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sae_whiten.saelens.scaler import MAX_EMPTY_BATCHES, flatten_heads
+from sae_whiten.saelens.estimation import MAX_EMPTY_BATCHES, flatten_heads
 from sae_whiten.statistics import finite_rows
 
 __all__ = ["ActivationStream", "DataExhaustedError", "StopRequested"]
+
+logger = logging.getLogger(__name__)
 
 _SPOOL_BYTES = 1 << 28
 
@@ -65,7 +69,7 @@ class ActivationStream(Iterator[Tensor]):
         self.source_is_finite = False
         self.last: Tensor | None = None
         self.next_is: Callable[[], str] = lambda: "held-out"
-        self._stop = False
+        self._stop = self._stop_put_off = False
         self._spool: Any = None
         self._spooled: deque[tuple[torch.Size, torch.dtype, torch.device, int]] = deque()
         self._read_position = 0
@@ -73,6 +77,15 @@ class ActivationStream(Iterator[Tensor]):
     def request_stop(self) -> None:
         """Make the next call for a batch raise `StopRequested` instead; safe in signal handlers."""
         self._stop = True
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Put off requests to stop until the end of the block."""
+        self._stop_put_off = True
+        try:
+            yield
+        finally:
+            self._stop_put_off = False
 
     def lookahead(self) -> Iterator[Tensor]:
         """The batches to come, which will be served all the same."""
@@ -88,7 +101,7 @@ class ActivationStream(Iterator[Tensor]):
 
     def __next__(self) -> Tensor:
         for _ in range(MAX_EMPTY_BATCHES):
-            if self._stop:
+            if self._stop and not self._stop_put_off:
                 raise StopRequested
             try:
                 batch = self._next_raw()
@@ -121,6 +134,16 @@ class ActivationStream(Iterator[Tensor]):
         rows = batch.reshape(-1, self.d_in)
         rows = rows[torch.isfinite(rows).all(dim=1)]
         return rows if len(rows) else None
+
+    def held_out_or_last(self) -> tuple[Tensor | None, str]:
+        """A batch that was not served, or else the last that was, and what it is."""
+        try:
+            activations = self.held_out()
+            if activations is not None:
+                return activations, self.next_is()
+        except Exception:  # whatever the data provider raises must not cost a trained SAE
+            logger.warning("no held-out activations: the data provider failed", exc_info=True)
+        return self.last, "training"
 
     def _next_raw(self) -> Tensor:
         if not self._spooled:

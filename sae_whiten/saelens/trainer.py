@@ -66,7 +66,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         cfg: SAELens' trainer config.
         sae: Any stock training SAE with `normalize_activations="covariance_whitening"` in its
             config, which is copied, never changed.
-        data_provider: Yields activations, shape (n, d_in) or (n, n_heads, d_head).
+        data_provider: Yields activations, shape (n, d_in) or (n, n_heads, d_head); or a stream.
         whitening: How to whiten; the default configuration if None.
         evaluator: As for `SAETrainer`.
         save_checkpoint_fn: As for `SAETrainer`; called while the directory is being written.
@@ -116,12 +116,19 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self._finished = False
         # the same objects under SAELens' names
         self.activation_scaler = self.scaler = CovarianceWhiteningScaler(whitening)
-        self.data_provider = self.stream = ActivationStream(
-            data_provider,
-            sae.cfg.d_in,
-            self.scaler.config.on_nonfinite,
-            n_wanted=cfg.total_training_steps,
-        )
+        if not isinstance(data_provider, ActivationStream):
+            data_provider = ActivationStream(
+                data_provider,
+                sae.cfg.d_in,
+                self.scaler.config.on_nonfinite,
+                n_wanted=cfg.total_training_steps,
+            )
+        self.data_provider = self.stream = data_provider
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is a whitening, so that a checkpoint can be saved."""
+        return self.whitening is not None
 
     def fit(self) -> TrainingSAE[Any]:
         """Estimate the whitening if there is none, train, fold, prove the fold.
@@ -145,8 +152,12 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         self.estimate_whitening()
         sae = super().fit()
         self._finished = True
-        self._weights_before_fold = None
+        self.forget_weights_before_fold()
         return sae
+
+    def forget_weights_before_fold(self) -> None:
+        """Free what only the final checkpoint needs."""
+        self._weights_before_fold = None
 
     def estimate_whitening(self) -> None:
         """Estimate the whitening from the batches to come, unless there is one already, or
@@ -190,14 +201,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             # the final checkpoint can be resumed too, and that needs the unfolded weights
             self._weights_before_fold = {k: v.clone() for k, v in self.sae.state_dict().items()}
             self._cfg_before_fold = self.sae.cfg.to_dict()
-        activations, source = None, "training"
-        try:
-            activations = self.stream.held_out()
-            source = self.stream.next_is()
-        except Exception:  # whatever the data provider raises must not cost a trained SAE
-            logger.warning("no held-out activations: the data provider failed", exc_info=True)
-        if activations is None:
-            activations, source = self.stream.last, "training"
+        activations, source = self._activations_to_prove_on()
         try:
             report = fold_whitening_into_weights(
                 self.sae,
@@ -224,14 +228,21 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 source,
             )
 
-    def _keep_both_forms(self) -> Path:
+    def _activations_to_prove_on(self) -> tuple[Tensor | None, str]:
+        """Activations to prove the fold on, if there are any, and where they come from."""
+        return self.stream.held_out_or_last()
+
+    def _failed_fold_path(self) -> Path:
         base = self.cfg.checkpoint_path or tempfile.mkdtemp(prefix="sae_whiten_")
-        name = f"failed_fold_{self.n_training_samples}"
+        return Path(base) / f"failed_fold_{self.n_training_samples}"
+
+    def _keep_both_forms(self) -> Path:
+        path = self._failed_fold_path()
         try:
-            self.save_checkpoint(name, base_path=base)
+            self.save_checkpoint(path.name, base_path=path.parent)
         except Exception:  # weights that are not finite, say, have no folded form
-            self.save_trainer_state(Path(base) / name)
-        return Path(base) / name
+            self.save_trainer_state(path)
+        return path
 
     def _evaluate(
         self, sae: TrainingSAE[Any], data_provider: DataProvider, activation_scaler: Any
