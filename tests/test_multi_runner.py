@@ -223,12 +223,10 @@ def test_an_sae_does_not_depend_on_which_others_are_trained_beside_it():
     for name in ("white", "heads", "wide"):
         alone = runner(name, override_saes=fresh_saes(name))
         expected = alone.run()[name]
-        # rows of a view lie further apart, which BLAS may round otherwise
-        for parameter, value in state(expected).items():
-            assert torch.allclose(state(found[name])[parameter], value, rtol=1e-3, atol=1e-5)
+        assert_equal({name: state(found[name])}, {name: state(expected)})
         own, other = (t.trainer.statistics[name] for t in (together, alone))
         assert own.n_samples == other.n_samples
-        assert torch.allclose(own.covariance, other.covariance, rtol=1e-12, atol=0)
+        assert torch.equal(own.covariance, other.covariance)
 
 
 def test_saes_are_plain_and_proved_on_activations_of_their_own_hook(uninterrupted):
@@ -499,7 +497,8 @@ def test_stopped_before_the_first_step_nothing_is_left_behind(n_served, tmp_path
 def test_checkpoints_are_plain_saes_and_can_be_resumed(uninterrupted, tmp_path):
     names = ("plain", "white", "batch", "heads")
     options: dict[str, Any] = {"n_checkpoints": 2, "checkpoint_path": str(tmp_path)}
-    expected = states(runner(*names, save_final_checkpoint=True, **options).run())
+    whole = runner(*names, save_final_checkpoint=True, **options)
+    expected = states(whole.run())
     root = next(tmp_path.iterdir())
     assert {p.name for p in root.iterdir()} == {"1152", "2176", "final_3072"}
     for path in root.iterdir():
@@ -507,6 +506,8 @@ def test_checkpoints_are_plain_saes_and_can_be_resumed(uninterrupted, tmp_path):
             assert SAE.load_from_disk(path / name).cfg.normalize_activations == "none"
     resumed = runner(*names, resume_from_checkpoint=str(root / "1152"), **options)
     assert_equal(states(resumed.run()), expected)
+    for name in names:  # with the figures of the last window of steps
+        assert resumed.saes[name].cfg.to_dict() == whole.saes[name].cfg.to_dict()
     final = root / "final_3072"
     again = runner(*names, resume_from_checkpoint=str(final)).run()
     assert_equal(states(again), expected)
@@ -721,14 +722,14 @@ def test_evaluators_see_plain_saes_and_their_own_hook(prefetch, wandb_log):
     made.run()
     assert [hook for _, hook, _ in seen] == [HOOKS[name] for name in names] * 2
     assert all(cls.__module__.startswith("sae_lens") for cls, _, _ in seen)
-    assert all(explained > 0.1 for _, _, explained in (*seen[2:4], *seen[6:]))
+    assert all(explained > 0 for _, _, explained in (*seen[2:4], *seen[6:]))
     evaluations = [log for log in wandb_log if "white/explained" in log]
     assert [log["step"] for log in evaluations] == [11, 23]
     for log, values in zip(evaluations, (seen[:4], seen[4:]), strict=True):
         for name, (_, _, explained) in zip(names, values, strict=True):
             assert log[f"{name}/explained"] == explained
-            # the built-in evaluations too, though not of the model's own with another output
-            assert f"{name}/model_performance_preservation/ce_loss_score" in log
+            # the built-in evaluations too, of the same SAE: SAELens reports percentages of its own
+            assert "ce_loss_score" in log[f"{name}/model_performance_preservation"]
     steps = [log for log in wandb_log if "white/metrics/explained_variance" in log]
     # in the space of the activations, as the evaluator measures it
     for log, values in zip(steps[1::2], (seen[:4], seen[4:]), strict=True):

@@ -120,11 +120,12 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             saes = super().run()
         failures = self.trainer.failures
         if failures:
-            listed = "; ".join(f"{name}: {error}" for name, error in failures.items())
-            others = ", ".join(name for name in saes if name not in failures) or "there are none"
-            where = self.cfg.output_path or "the runner's `saes`"
-            error = FoldError(f"{listed}. The other SAEs ({others}) are in {where}.")
-            raise error from next(iter(failures.values()))
+            message = "; ".join(f"{name}: {error}" for name, error in failures.items())
+            others = ", ".join(name for name in saes if name not in failures)
+            if others:
+                message += f". The other SAEs ({others}) are in "
+                message += self.cfg.output_path or "the runner's `saes`"
+            raise FoldError(message) from next(iter(failures.values()))
         return saes
 
     def _run_with_interruption_handling(
