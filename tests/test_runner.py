@@ -475,3 +475,24 @@ def test_a_dataset_that_repeats_while_estimating_is_warned_about(caplog):
         override_model=tiny_model(),
     ).run()
     assert "repetitions say nothing new" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "enough"),
+    [
+        ({"n_batches_in_buffer": 3}, 4),
+        ({"n_batches_in_buffer": 12, "seqpos_slice": (2, 12)}, 13),
+        ({"n_batches_in_buffer": 2, "train_batch_size_tokens": 65}, 3),
+    ],
+)
+def test_a_buffer_smaller_than_a_batch_is_refused_before_the_model_is_loaded(
+    options: dict[str, Any], enough: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("sae_lens.llm_sae_training_runner.load_model", refuse)
+    with pytest.raises(ValueError, match=f"set n_batches_in_buffer to at least {enough},"):
+        WhiteningTrainingRunner(runner_config(**options))
+    with pytest.raises(AssertionError, match="loaded"):
+        WhiteningTrainingRunner(runner_config(**{**options, "n_batches_in_buffer": enough}))

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -521,3 +522,21 @@ def test_activations_that_do_not_vary_are_one_clear_error():
     data = (torch.ones(BATCH, D) for _ in range(100))
     with pytest.raises(ValueError, match="do not vary at all"):
         fit(data=data)
+
+
+@pytest.mark.parametrize(
+    ("provider", "message"),
+    [
+        (torch.zeros(64, 32), r"got Tensor: pass iter\(x\.split\(batch_size\)\)"),
+        ([torch.zeros(64, 32)], r"got list: pass iter\(\.\.\.\) of it"),
+        (None, "got NoneType: pass one"),
+    ],
+)
+def test_a_provider_that_is_no_iterator_is_refused_by_its_type(provider: Any, message: str) -> None:
+    # without the check of annotations that tests run with, as users have it
+    construct = inspect.unwrap(WhiteningTrainer.__init__)
+    sae = training_sae("topk")
+    before = type(sae)
+    with pytest.raises(TypeError, match=message):
+        construct(object.__new__(WhiteningTrainer), trainer_config(), sae, data_provider=provider)
+    assert type(sae) is before

@@ -1,6 +1,7 @@
 """SAELens' activations store, able to continue exactly where a checkpoint left it."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +16,36 @@ from tqdm.auto import tqdm
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 
-__all__ = ["ResumableActivationsStore"]
+__all__ = ["ResumableActivationsStore", "check_buffer"]
 
 logger = logging.getLogger(__name__)
 
 _KIND = "activations_store_state"
 _MAX_USELESS_PASSES = 100
 _ANCHOR_FIELDS = ("n_batches", "position", "n_epochs", "n_dataset_processed")
+
+
+def check_buffer(n_batches_in_buffer: int, n_positions: int, train_batch_size_tokens: int) -> None:
+    """Refuse a mixing buffer that cannot hold a training batch.
+
+    Args:
+        n_batches_in_buffer: As in SAELens' `LanguageModelSAERunnerConfig`, in sequences.
+        n_positions: Positions of a sequence that are trained on: its length, or what
+            `seqpos_slice` leaves of it.
+        train_batch_size_tokens: As there.
+
+    Raises:
+        ValueError: The batch is larger than the buffer; says what to set.
+    """
+    size = n_batches_in_buffer * n_positions
+    if size < train_batch_size_tokens:
+        raise ValueError(
+            f"the activation buffer holds n_batches_in_buffer={n_batches_in_buffer} sequences of "
+            f"{n_positions} activations, {size} in all, fewer than a training batch "
+            f"(train_batch_size_tokens={train_batch_size_tokens}): set n_batches_in_buffer to at "
+            f"least {math.ceil(train_batch_size_tokens / max(n_positions, 1))}, or a smaller "
+            "train_batch_size_tokens"
+        )
 
 
 class ResumableActivationsStore(ActivationsStore):
@@ -236,11 +260,7 @@ class ResumableActivationsStore(ActivationsStore):
         buffer_size = self.n_batches_in_buffer * self.training_context_size
         batch_size = self.train_batch_size_tokens
         mix_fraction = self.activations_mixing_fraction
-        if buffer_size < batch_size:
-            raise ValueError(
-                f"n_batches_in_buffer * context_size = {buffer_size} must be at least "
-                f"train_batch_size_tokens = {batch_size}"
-            )
+        check_buffer(self.n_batches_in_buffer, self.training_context_size, batch_size)
         if not 0 <= mix_fraction <= 1:
             raise ValueError(f"activations_mixing_fraction={mix_fraction}: must be in [0, 1]")
         fresh = self._iterate_filtered_activations()

@@ -16,7 +16,7 @@ from sae_lens.training.types import DataProvider
 from transformer_lens import HookedRootModule
 
 from sae_whiten.config import WhiteningConfig
-from sae_whiten.saelens.activations_store import ResumableActivationsStore
+from sae_whiten.saelens.activations_store import ResumableActivationsStore, check_buffer
 from sae_whiten.saelens.running import (
     WHITENING_FILENAME,
     check_hook,
@@ -56,7 +56,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         trainer: The trainer, once `run` has made it; it holds the whitening and the statistics.
 
     Raises:
-        ValueError: The config does not ask for whitening.
+        ValueError: The config does not ask for whitening, its buffer is smaller than a batch, or
+            the model has no such hook.
         FoldError: No whitening can be folded into this architecture.
     """
 
@@ -76,6 +77,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
                 f"the SAE's config has normalize_activations={wanted!r}: set it to "
                 "'covariance_whitening', or use SAELens' LanguageModelSAETrainingRunner"
             )
+        # before the model is loaded
+        n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+        check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
         self.whitening_config = whitening
         super().__init__(
             copy.deepcopy(cfg),

@@ -66,7 +66,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         cfg: SAELens' trainer config.
         sae: Any stock training SAE with `normalize_activations="covariance_whitening"` in its
             config, which is copied, never changed.
-        data_provider: Yields activations, shape (n, d_in) or (n, n_heads, d_head); or a stream.
+        data_provider: An iterator of activations, shape (n, d_in) or (n, n_heads, d_head), such as
+            a generator; or a stream.
         whitening: How to whiten; the default configuration if None.
         evaluator: As for `SAETrainer`.
         save_checkpoint_fn: As for `SAETrainer`; called while the directory is being written.
@@ -80,6 +81,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         stream: The data provider, as training sees it.
 
     Raises:
+        TypeError: `data_provider` is not an iterator.
         ValueError: The SAE's config does not ask for whitening.
         FoldError: No whitening can be folded into this architecture.
     """
@@ -94,6 +96,15 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         save_checkpoint_fn: Callable[..., None] | None = None,
         start_from_folded: bool = False,
     ) -> None:
+        if not hasattr(data_provider, "__next__"):
+            kind = type(data_provider).__name__
+            remedy = "iter(...) of it" if hasattr(data_provider, "__iter__") else "one"
+            if isinstance(data_provider, Tensor):
+                remedy = "iter(x.split(batch_size)), or a generator if training needs more"
+            raise TypeError(
+                "data_provider must be an iterator that yields batches of activations, shape "
+                f"(n, d_in); got {kind}: pass {remedy}"
+            )
         expected = "none" if start_from_folded else "covariance_whitening"
         if sae.cfg.normalize_activations != expected:
             raise ValueError(
