@@ -37,8 +37,8 @@ class WhiteningConfig:
         loss_space: "original" takes every reconstruction error in the space of the original
             activations (the paper's objective), "whitened" in whitened space (the built-in's).
             Both are scaled such that predicting the mean costs d_in.
-        n_samples: Number of activations (tokens) to estimate the statistics from. None: as many as
-            `tolerance` needs. Batches are not split: there may be a few more.
+        n_samples: Number of activations (tokens) to estimate the statistics from, rounded up to
+            whole batches. None: as many as `tolerance` needs.
         tolerance: Relative excess variance of held-out activations under the estimated whitening,
             measured from two halves of the samples, at which the estimation ends. 2% takes 51
             activations per dimension of Gaussian data (d / (n - d)) and, because tokens of one
@@ -67,7 +67,9 @@ class WhiteningConfig:
         "original", "where the reconstruction error is taken: original (the paper) or whitened"
     )
     n_samples: int | None = _option(
-        None, "activations to estimate the statistics from; none: as many as tolerance needs"
+        None,
+        "activations to estimate the statistics from, rounded up to whole batches; none: as many "
+        "as tolerance needs",
     )
     tolerance: float = _option(
         0.02, "excess variance of held-out activations at which the estimation ends"
