@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 
-__all__ = ["ResumableActivationsStore", "check_buffer"]
+__all__ = ["PackedActivationsStore", "ResumableActivationsStore", "check_buffer"]
 
 logger = logging.getLogger(__name__)
 
