@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hook-head-index", type=int, help="one head of hooks with a head dimension")
     add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")
     add(
+        "--push-to-hub",
+        metavar="USER/NAME",
+        help="upload the result to this repo of the Hugging Face hub too, which is made if need be",
+    )
+    add(
         "--tolerance",
         type=float,
         default=0.02,
@@ -142,8 +147,14 @@ def run(args: argparse.Namespace) -> int:
             f"{hook_name}: {found.n_samples} activations of width {found.d_in}, held-out excess "
             f"variance {'unknown' if excess is None else f'{excess:.2%}'}"
         )
+    source = str(args.out)
+    if args.push_to_hub is not None:
+        from sae_whiten.hub import push_folder
+
+        source = args.push_to_hub
+        print(f"\nuploaded: {push_folder(args.out, source)}")
     print(f"\nsaved in {args.out}. Next:\n  sae-whiten inspect {args.out}")
-    print(f"  sae-whiten train --whitening.statistics {args.out} ...")
+    print(f"  sae-whiten train --whitening.statistics {source} ...")
     return 0
 
 
