@@ -105,7 +105,7 @@ def plot_spectra(
         white = {name: _float64(pair[1]) for name, pair in held_out.items()}
         figures["held_out"] = [
             ("held-out eigenvalue (mean: 1)", raw),
-            ("held-out eigenvalue after whitening", white),
+            ("whitened held-out eigenvalue", white),
         ]
     written = []
     for name, panels in figures.items():
