@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.distributed import Processes
-from sae_whiten.saelens.provenance import statistics_file
+from sae_whiten.saelens.provenance import statistics_file, without_secrets
 from sae_whiten.saelens.sources import ActivationSource, CachedActivations, Model, ModelActivations
 from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
 from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError
@@ -147,7 +147,7 @@ def fit_statistics(
         **reading,
         "exclude_special_tokens": exclude_special_tokens,
         "hook_head_index": hook_head_index,
-        **(provenance or {}),
+        **without_secrets(provenance or {}),
     }
     fit = _Fit(source, processes, on_nonfinite)
     progress = None

@@ -1,6 +1,7 @@
 """Whether statistics were estimated from what an SAE is trained on."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from sae_lens.saes.sae import SAEConfig
 from sae_whiten.hub import find_statistics, statistics_file
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["load_statistics", "provenance_of", "statistics_file"]
+__all__ = ["load_statistics", "provenance_of", "statistics_file", "without_secrets"]
 
 _FIELDS = (
     "model_name",
@@ -29,7 +30,18 @@ _FIELDS = (
 
 def provenance_of(cfg: SAEConfig) -> dict[str, Any]:
     """What SAELens' runner wrote into an SAE's metadata about where its activations come from."""
-    return {name: cfg.metadata[name] for name in _FIELDS if name in cfg.metadata}
+    found = {name: cfg.metadata[name] for name in _FIELDS if name in cfg.metadata}
+    return without_secrets(found)
+
+
+def without_secrets(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance as it may be written into a file that is shared: without access tokens."""
+    kept = dict(provenance)
+    if kwargs := kept.get("model_from_pretrained_kwargs"):
+        kept["model_from_pretrained_kwargs"] = {
+            name: value for name, value in kwargs.items() if "token" not in name
+        }
+    return kept
 
 
 def load_statistics(

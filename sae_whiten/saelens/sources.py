@@ -114,6 +114,11 @@ class ModelActivations:
         def hand_over(name: str, acts: Tensor, hook: Any) -> None:
             acts = acts[:, self._slice]
             if self._head is not None:
+                if acts.ndim != 4 or self._head >= acts.shape[2]:
+                    raise ValueError(
+                        f"hook_head_index={self._head}, but {name} has activations of shape "
+                        f"{tuple(acts.shape)}, not (batch, seq, n_heads > {self._head}, d_head)"
+                    )
                 acts = acts[:, :, self._head]
             receive(name, acts.flatten(2), None if mask is None else mask.to(acts.device))
 
