@@ -332,7 +332,8 @@ def at_l0(rows: Sequence[Mapping[str, float]], target: float) -> tuple[dict[str,
         nearest = min(rows, key=distance)
         return dict(nearest), distance(nearest) < 0.02
     weight = math.log(target / below["l0"]) / math.log(above["l0"] / below["l0"])
-    return {key: below[key] + weight * (above[key] - below[key]) for key in below}, True
+    scores = {key: below[key] + weight * (above[key] - below[key]) for key in below}
+    return {**scores, "l0": target}, True
 
 
 def run_all(

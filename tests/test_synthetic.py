@@ -1,0 +1,259 @@
+"""The synthetic experiment: its activations, its bookkeeping, and three arms with a sign."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_whiten.cli import main
+from sae_whiten.experiments import synthetic, synthetic_data
+from sae_whiten.experiments.synthetic import (
+    CHANCE,
+    SyntheticRun,
+    at_l0,
+    grid,
+    markdown_table,
+    next_coefficient,
+    parse_condition,
+    read_rows,
+    run_all,
+    run_one,
+    summarise,
+)
+from sae_whiten.experiments.synthetic_data import SyntheticActivations, SyntheticDataConfig
+
+SMALL = SyntheticDataConfig(d_signal=16, n_features=48, l0=3.0)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthetic_data, "_N_CHUNKS_TRAINING", 2)
+    monkeypatch.setattr(synthetic_data, "_N_CHUNKS_STATISTICS", 2)
+
+
+def spectrum(x: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.eigvalsh(torch.cov(x.double().T))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_activations_are_what_the_config_says():
+    data = SyntheticActivations(SMALL)
+    x, fires = data.held_out(30_000)
+    eigenvalues = spectrum(x)
+    assert float(eigenvalues[-1] / eigenvalues[0]) == pytest.approx(1e4, rel=0.1)
+    assert float(eigenvalues.sum()) == pytest.approx(16, rel=0.1)
+    assert float(x.mean(0).norm() / eigenvalues.sum().sqrt()) == pytest.approx(2, rel=0.05)
+    assert float((fires > 0).sum(1).float().mean()) == pytest.approx(3, rel=0.05)
+    # the features and a constant explain everything
+    rest = x.double() - fires.double() @ data.features.double()
+    assert float(rest.std(0).max()) < 1e-4
+    W = data.whitening_matrix
+    assert torch.allclose(spectrum(x.double() @ W), torch.ones(16).double(), atol=0.1)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_junk_and_nuisance_are_beside_and_among_the_features():
+    config = replace(SMALL, n_junk=3, junk_variance=1e-6, condition=10.0)
+    data = SyntheticActivations(config)
+    x, fires = data.held_out(20_000)
+    assert data.d_in == x.shape[1] == 19
+    junk = spectrum(x)[:3]
+    assert torch.allclose(junk, torch.full((3,), 1e-6).double(), rtol=0.1)
+    assert torch.linalg.matrix_rank(data.features.double(), rtol=1e-5) == 16
+
+    data = SyntheticActivations(replace(SMALL, n_nuisance=2, nuisance_share=0.75))
+    x, fires = data.held_out(20_000)
+    rest = spectrum(x.double() - fires.double() @ data.features.double()).flip(0)
+    assert float(rest.sum() / spectrum(x).sum()) == pytest.approx(0.75, abs=0.05)
+    assert float(rest[2] / rest[1]) < 1e-4
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_batches_are_the_same_each_time_and_come_again_in_another_order():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one, two = (SyntheticActivations(SMALL).batches(4096) for _ in range(2))
+    first = [next(one) for _ in range(8)]  # all there are
+    torch.randn(10)
+    assert all(torch.equal(a, next(two)) for a in first)
+    again = torch.cat([next(one) for _ in range(8)])
+    assert not torch.equal(again, torch.cat(first))
+    assert torch.equal(again[:, 0].sort().values, torch.cat(first)[:, 0].sort().values)
+    other = next(SyntheticActivations(replace(SMALL, seed=1)).batches(4096))
+    assert not torch.equal(other, first[0])
+    torch.set_rng_state(state)
+
+
+def test_conditions_are_names_with_settings():
+    condition = parse_condition("whitened:shrinkage=oas,eps=0.01")
+    assert condition.whitening is not None
+    assert condition.whitening.loss_space == "whitened"
+    assert (condition.whitening.shrinkage, condition.whitening.eps) == ("oas", 0.01)
+    assert parse_condition("none").whitening is None
+    for wrong, match in (
+        ("black", "no condition 'black'"),
+        ("none:eps=1", "does not whiten"),
+        ("whitened:epsilon=1", "no field epsilon"),
+        ("whitened:eps", "setting=value"),
+        ("whitened:eps=-1", "eps"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            parse_condition(wrong)
+
+
+@given(scale=st.floats(0.1, 1000), slope=st.floats(0.3, 2), start=st.floats(0.01, 100))
+def test_a_few_coefficients_come_to_the_l0_wanted(scale, slope, start):
+    tried: dict[float, float] = {}
+    while (coefficient := next_coefficient(tried, 6.0, start)) is not None:
+        assert coefficient not in tried
+        tried[coefficient] = scale * coefficient**-slope
+    assert len(tried) <= 8
+    rows = [{"l0": l0, "score": 1 + l0} for l0 in tried.values()]
+    scores, matched = at_l0(rows, 6.0)
+    reached = min(tried.values()) <= 6 <= max(tried.values())
+    assert matched == (reached or any(abs(l0 / 6 - 1) < 0.02 for l0 in tried.values()))
+    if matched:
+        assert scores["l0"] == pytest.approx(6, rel=0.02)
+        # linear in log L0 between two L0 that are near: not far off
+        assert scores["score"] == pytest.approx(7, rel=0.05) or len(tried) == 8
+
+
+def test_scores_between_two_runs_are_interpolated_in_log_l0():
+    rows = [{"l0": 3.0, "f1": 0.2}, {"l0": 12.0, "f1": 0.6}, {"l0": 100.0, "f1": 0.0}]
+    scores, matched = at_l0(rows, 6.0)
+    assert matched
+    assert scores == pytest.approx({"l0": 6.0, "f1": 0.4})
+    scores, matched = at_l0(rows[1:], 6.0)
+    assert (scores["f1"], matched) == (0.6, False)
+
+
+def fake(run: SyntheticRun, device: str) -> dict[str, Any]:
+    l0 = 6.0 if run.coefficient is None else 20 / run.coefficient
+    value = 0.1 * run.data.seed
+    names = ("f1", "mcc", "raw_mcc", "explained_variance", "dead")
+    return {"run": run.to_dict(), "scores": {"l0": l0, **dict.fromkeys(names, value)}}
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[SyntheticRun]:
+    """Trainings done, by a stand-in and in threads."""
+    runs: list[SyntheticRun] = []
+
+    def run_one(run: SyntheticRun, device: str) -> dict[str, Any]:
+        runs.append(run)
+        return fake(run, device)
+
+    monkeypatch.setattr(synthetic, "run_one", run_one)
+    monkeypatch.setattr(
+        synthetic,
+        "ProcessPoolExecutor",
+        lambda jobs, context, initializer: ThreadPoolExecutor(jobs),
+    )
+    return runs
+
+
+def test_trainings_that_were_done_are_not_done_again(tmp_path: Path, done: list[SyntheticRun]):
+    results = tmp_path / "out" / "results.jsonl"
+    runs = grid(["topk", "standard"], ["none", "whitened"], [0, 1], SyntheticRun())
+    first = run_all(runs, results, jobs=2)
+    n = len(done)
+    # chance and two topk for each seed; several coefficients for each standard
+    assert sum(run.architecture == "topk" for run in done) == 2 * 3
+    assert len({run.coefficient for run in done if run.architecture == "standard"}) >= 2
+    assert len(read_rows(results)) == n == len(first)
+
+    lines = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(lines[:-2]) + lines[-2][:40])  # killed while writing
+    assert run_all(runs, results, jobs=1) == first
+    assert len(done) == n + 2
+    assert len(read_rows(results)) == n
+    run_all(runs, results)
+    assert len(done) == n + 2
+
+    # another grid in the same file is not in this one's table
+    rows = run_all(grid(["topk"], ["half"], [0], SyntheticRun()), results)
+    assert {row["run"]["condition"] for row in rows} == {"half", CHANCE}
+
+
+def test_a_training_that_fails_ends_the_comparison_and_keeps_the_others(
+    tmp_path: Path, done: list[SyntheticRun], monkeypatch: pytest.MonkeyPatch
+):
+    def breaks(run: SyntheticRun, device: str) -> dict[str, Any]:
+        if run.condition == "original":
+            raise RuntimeError("no memory")
+        return fake(run, device)
+
+    monkeypatch.setattr(synthetic, "run_one", breaks)
+    runs = grid(["topk"], ["none", "original"], [0], SyntheticRun())
+    with pytest.raises(RuntimeError, match="no memory"):
+        run_all(runs, tmp_path / "results.jsonl")
+    assert len(read_rows(tmp_path / "results.jsonl")) == 2
+
+
+def test_the_table_holds_mean_and_deviation_over_seeds(tmp_path: Path, done: list[SyntheticRun]):
+    runs = grid(["topk", "jumprelu"], ["none"], [0, 1, 2], SyntheticRun())
+    table = markdown_table(summarise(run_all(runs, tmp_path / "results.jsonl")))
+    topk, jumprelu = table.strip().split("\n\n")
+    assert topk.splitlines()[2].startswith("| none | 0.100 ± 0.100 |")
+    assert topk.splitlines()[-1].startswith("| chance |")
+    assert "| 6.0 ± 0.0 |" in jumprelu.splitlines()[2]
+
+
+def test_whitening_recovers_features_that_are_lost_without():
+    run = SyntheticRun(data=SMALL, d_sae=48, k=3, steps=600, batch_size=256, lr=2e-3)
+    scores = {
+        condition: run_one(replace(run, condition=condition))["scores"]
+        for condition in ("none", "centred", "whitened")
+    }
+    chance = run_one(replace(run, condition=CHANCE, steps=0))["scores"]
+    for score in ("f1", "mcc"):
+        found = {condition: row[score] for condition, row in scores.items()}
+        assert found["whitened"] > max(found["none"], found["centred"], chance[score]) + 0.1
+    # which raw cosines do not show
+    assert chance["raw_mcc"] > 0.7
+    assert all(row["l0"] == pytest.approx(3, abs=0.05) for row in scores.values())
+    assert all(row["explained_variance"] > 0.5 for row in scores.values())
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "standard", "jumprelu"])
+def test_every_architecture_trains_in_every_condition(architecture):
+    coefficient = None if architecture == "batchtopk" else 1.0
+    run = SyntheticRun(architecture, data=SMALL, d_sae=48, k=3, steps=30, coefficient=coefficient)
+    for condition in ("none", "expected_average_only_in", "half"):
+        row = run_one(replace(run, condition=condition))
+        assert SyntheticRun.from_dict(json.loads(json.dumps(row["run"]))).condition == condition
+        assert all(torch.isfinite(torch.tensor(v)) for v in row["scores"].values())
+
+
+def test_equal_runs_give_equal_scores():
+    run = SyntheticRun(data=SMALL, d_sae=48, k=3, steps=20, condition="whitened")
+    torch.manual_seed(1)
+    first = run_one(run)
+    torch.manual_seed(2)
+    synthetic._data.cache_clear()
+    assert run_one(run) == first
+    assert run_one(replace(run, data=replace(SMALL, seed=1))) != first
+
+
+def test_the_command_writes_results_table_and_figure(
+    tmp_path: Path, done: list[SyntheticRun], capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("matplotlib")
+    command = ["synthetic", "--out", str(tmp_path), "--conditions", "none", "whitened:eps=0.1"]
+    assert main([*command, "--architectures", "topk", "standard", "--junk", "4"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.jsonl",
+        "results.md",
+        "results.png",
+    }
+    assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
+    assert all(run.data.n_junk == 4 for run in done)
+    assert main([*command, "--conditions", "nothing"]) == 2
+    assert main([*command, "--architectures", "gated"]) == 2
+    assert main([*command, "--seeds", "0"]) == 2
