@@ -37,6 +37,12 @@ class WhiteningConfig:
         loss_space: "original" takes every reconstruction error in the space of the original
             activations (the paper's objective), "whitened" in whitened space (the built-in's).
             Both are scaled such that predicting the mean costs d_in.
+        sparsity_norms: In which space the length of a latent's decoder row is taken, where sparsity
+            is charged by it: in the ranking of the topk family (rescale_acts_by_decoder_norm) and
+            in the L1 penalty of standard and gated. "whitened" charges directions of large and of
+            small variance alike, "original" in proportion to what a latent adds to the original
+            activations, scaled such that an average direction weighs the same. Architectures that
+            do not charge by length refuse "original".
         n_samples: Number of activations (tokens) to estimate the statistics from, rounded up to
             whole batches. None: as many as `tolerance` needs.
         tolerance: Relative excess variance of held-out activations under the estimated whitening,
@@ -66,6 +72,9 @@ class WhiteningConfig:
     loss_space: Literal["original", "whitened"] = _option(
         "original", "where the reconstruction error is taken: original (the paper) or whitened"
     )
+    sparsity_norms: Literal["whitened", "original"] = _option(
+        "whitened", "where decoder norms are taken that topk ranks and l1 charges by"
+    )
     n_samples: int | None = _option(
         None,
         "activations to estimate the statistics from, rounded up to whole batches; none: as many "
@@ -90,6 +99,7 @@ class WhiteningConfig:
         _choice("kind", self.kind, ("pca", "zca"))
         _choice("eps_mode", self.eps_mode, ("relative", "absolute"))
         _choice("loss_space", self.loss_space, ("original", "whitened"))
+        _choice("sparsity_norms", self.sparsity_norms, ("whitened", "original"))
         _choice("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
         _number("eps", self.eps, 0.0, float("inf"))
         _number("strength", self.strength, 0.0, 1.0)

@@ -218,6 +218,7 @@ def test_every_whitening_flag(runner: type[FakeRunner]) -> None:
         "shrinkage": 0.25,
         "strength": 0.5,
         "loss_space": "whitened",
+        "sparsity_norms": "original",
         "n_samples": 5000,
         "tolerance": 0.01,
         "statistics": "gpt2-stats",

@@ -65,6 +65,7 @@ CONDITIONS: dict[str, str | dict[str, Any]] = {
     "expected_average_only_in": "expected_average_only_in",
     "whitened": {"loss_space": "whitened"},
     "original": {"loss_space": "original"},
+    "original_norms": {"loss_space": "original", "sparsity_norms": "original"},
     "original_zca": {"loss_space": "original", "kind": "zca"},
     "half": {"loss_space": "whitened", "strength": 0.5},
 }
@@ -272,7 +273,10 @@ def grid(
     seeds: Sequence[int],
     template: SyntheticRun,
 ) -> list[SyntheticRun]:
-    """Every combination, and chance for every seed; seeds outermost, for they share activations."""
+    """Every combination, and chance for every seed; seeds outermost, for they share activations.
+
+    Left out is what means nothing: sparsity by original norms, for jumprelu.
+    """
     runs = []
     for seed in seeds:
         data = replace(template.data, seed=seed)
@@ -280,8 +284,14 @@ def grid(
         runs += [
             replace(template, architecture=architecture, condition=condition, data=data)
             for architecture, condition in itertools.product(architectures, conditions)
+            if architecture != "jumprelu" or not _by_original_norms(condition)
         ]
     return runs
+
+
+def _by_original_norms(condition: str) -> bool:
+    whitening = parse_condition(condition).whitening
+    return whitening is not None and whitening.sparsity_norms == "original"
 
 
 def next_coefficient(tried: Mapping[float, float], target: float, start: float) -> float | None:

@@ -314,9 +314,7 @@ def _weights(sae: SAE[Any]) -> AffineWeights:
         encoder_biases={name: getattr(sae, name).data for name in names},
         gains={} if r_mag is None else {"b_mag": r_mag.data.double().exp()},
         subtracts_b_dec=sae.cfg.apply_b_dec_to_input and not isinstance(sae, Transcoder),
-        decoder_norms=torch.linalg.vector_norm(sae.W_dec.data, dim=1, dtype=torch.float64).clamp(
-            min=1e-8  # as SAE.get_W_dec_norm
-        )
+        decoder_norms=_ranking_norms(sae).clamp(min=1e-8)  # as SAE.get_W_dec_norm
         if _ranks_by_decoder_norm(sae)
         else None,
         W_skip=sae.W_skip.data if has_skip else None,
@@ -327,9 +325,21 @@ def _ranks_by_decoder_norm(sae: SAE[Any]) -> bool:
     return bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
 
 
-def _with_parameters(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
-    """A copy of `sae` with other values for some parameters and its own cfg; modules are shared."""
-    cls = getattr(type(sae), "stock_class", type(sae))
+def _ranking_norms(sae: SAE[Any]) -> Tensor:
+    """The norms that latents are ranked by, shape (d_sae,), float64."""
+    W_dec = sae.W_dec.data
+    in_original_space = getattr(sae, "sparsity_norms", None)
+    if in_original_space is None:
+        return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
+    return in_original_space(W_dec.to(torch.promote_types(W_dec.dtype, torch.float32))).double()
+
+
+def _with_parameters(sae: SAE[Any], parameters: dict[str, Tensor], plain: bool = True) -> SAE[Any]:
+    """A copy of `sae` with other values for some parameters and its own cfg; modules are shared.
+
+    `plain` copies are stock SAEs, others belong to the class of `sae` and rank as it does.
+    """
+    cls = getattr(type(sae), "stock_class", type(sae)) if plain else type(sae)
     copied = cls.__new__(cls)
     state = dict(sae.__dict__)
     state["_buffers"] = dict(sae._buffers)
@@ -357,6 +367,8 @@ def _with_parameters(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
     # training in whitened coordinates
     for name in ("training_forward_pass", "whitening", "trainer"):
         state.pop(name, None)
+    if plain:
+        state.pop("sparsity_norms", None)
     if "mse_loss_fn" in state:
         state["mse_loss_fn"] = mse_loss
     object.__setattr__(copied, "__dict__", state)
@@ -393,7 +405,9 @@ def _compare(
     dtype = folded.W_enc.dtype
     x = activations.to(folded.W_enc.device, dtype)
     reference = _with_parameters(
-        sae, {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None}
+        sae,
+        {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None},
+        plain=False,
     )
     # heads are flat already; and the closures that flatten them belong to `sae`
     for copied in (reference, folded):
@@ -410,7 +424,7 @@ def _compare(
 
     # sums of squares and counts: a few activations at a time, for latents are many
     sums: dict[str, float] = defaultdict(float)
-    norms = reference.get_W_dec_norm() if _ranks_by_decoder_norm(sae) else None
+    norms = _ranking_norms(reference).to(dtype) if _ranks_by_decoder_norm(sae) else None
     with full_precision(x.device):
         for rows in x.split(64):
             pre, latents = _encode(reference, whitening.whiten(rows))

@@ -4,8 +4,12 @@ The SAE works in whitened coordinates. With e = z_hat - z the error there, the s
 original space is |e @ W_inv|^2; for pca that is sum_i l~_i^a e_i^2, an elementwise weight. Every
 reconstruction term takes it: the main loss, the inner losses of Matryoshka SAEs, and the auxiliary
 ones. A residual is mapped without the mean. Saraswatula & Klindt, arXiv 2511.13981.
+
+Sparsity is charged by the norms of decoder rows in whitened coordinates, as SAELens does it, or, if
+`sparsity_norms` is "original", by |d_j @ W_inv|, their norms once the whitening is folded in.
 """
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +17,7 @@ from jaxtyping import Float
 from sae_lens import (
     GatedTrainingSAE,
     MatryoshkaBatchTopKTrainingSAE,
+    StandardTrainingSAE,
     TopKTrainingSAE,
 )
 from sae_lens.saes.abstopk_sae import calculate_abstopk_aux_acts
@@ -22,7 +27,7 @@ from torch import Tensor
 
 from sae_whiten.whitening import Whitening, full_precision
 
-__all__ = ["ReconstructionMetric", "losses_for"]
+__all__ = ["ReconstructionMetric", "SparsityNorms", "losses_for", "why_not_original_norms"]
 
 
 class ReconstructionMetric:
@@ -80,15 +85,65 @@ class ReconstructionMetric:
             return (error @ residual_map.to(dtype)).square()
 
 
+class SparsityNorms:
+    """Norms of decoder rows in the space of the original activations, |d_j @ W_inv|.
+
+    Scaled by the root of d / tr(W_inv W_inv^T), so that the mean square over all directions is the
+    square of the norm in whitened space: penalties keep their order of magnitude.
+
+    Args:
+        whitening: The transform.
+    """
+
+    def __init__(self, whitening: Whitening) -> None:
+        gains = whitening.eigenvalues.pow(whitening.strength / 2)
+        scale = gains.square().mean().rsqrt()
+        # the rotation of pca does not change lengths
+        self._map = scale * (gains if whitening.kind == "pca" else whitening.W_inv)
+        self._casts: dict[Any, Tensor] = {}
+
+    def __call__(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae"]:
+        """The norms, shape (d_sae,), in the dtype of `W_dec`, shape (d_sae, d_in), whitened."""
+        dtype = torch.promote_types(W_dec.dtype, torch.float32)
+        key = (W_dec.device, dtype)
+        if key not in self._casts:
+            self._casts[key] = self._map.to(dtype).to(W_dec.device)
+        to_original = self._casts[key]
+        with full_precision(W_dec.device):
+            rows = W_dec.to(dtype)
+            rows = rows * to_original if to_original.ndim == 1 else rows @ to_original
+            return torch.linalg.vector_norm(rows, dim=-1).to(W_dec.dtype)
+
+
+def why_not_original_norms(sae: Any) -> str | None:
+    """The reason why `sparsity_norms="original"` means nothing for this SAE; None if it does."""
+    name = sae.cfg.architecture()
+    if isinstance(sae, TopKTrainingSAE):
+        if sae.cfg.rescale_acts_by_decoder_norm:
+            return None
+        return f"{name} with rescale_acts_by_decoder_norm=False ranks latents without their norms"
+    if isinstance(sae, (StandardTrainingSAE, GatedTrainingSAE)):
+        return None
+    return f"{name} does not charge latents by the norms of their decoder rows"
+
+
+class _SparsityByNorm:
+    sparsity_norms: SparsityNorms | None
+
+
 if TYPE_CHECKING:
-    _TopKBase, _MatryoshkaBase, _GatedBase = (
-        TopKTrainingSAE,
-        MatryoshkaBatchTopKTrainingSAE,
-        GatedTrainingSAE,
-    )
+
+    class _StandardBase(_SparsityByNorm, StandardTrainingSAE): ...
+
+    class _TopKBase(_SparsityByNorm, TopKTrainingSAE): ...
+
+    class _MatryoshkaBase(_SparsityByNorm, MatryoshkaBatchTopKTrainingSAE): ...
+
+    class _GatedBase(_SparsityByNorm, GatedTrainingSAE): ...
+
 else:
     # mixed into the class of the SAE at hand, in front of it
-    _TopKBase = _MatryoshkaBase = _GatedBase = object
+    _StandardBase = _TopKBase = _MatryoshkaBase = _GatedBase = object
 
 
 def losses_for(sae_class: type[Any]) -> tuple[type[Any], ...]:
@@ -99,11 +154,45 @@ def losses_for(sae_class: type[Any]) -> tuple[type[Any], ...]:
         return (_TopKLosses,)
     if issubclass(sae_class, GatedTrainingSAE):
         return (_GatedLosses,)
-    return ()  # standard and jumprelu have no reconstruction term besides the main one
+    if issubclass(sae_class, StandardTrainingSAE):
+        return (_StandardLosses,)
+    return ()  # jumprelu has no reconstruction term besides the main one
+
+
+class _StandardLosses(_StandardBase):
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """The sparsity penalty, as SAELens has it but for the norms."""
+        if self.sparsity_norms is None:
+            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        charged = feature_acts * self.sparsity_norms(self.W_dec)
+        sparsity = charged.norm(p=self.cfg.lp_norm, dim=-1)
+        return {"l1_loss": (step_input.coefficients["l1"] * sparsity).mean()}
 
 
 class _TopKLosses(_TopKBase):
-    """topk, abstopk, batchtopk: dead latents reconstruct the residual of the living."""
+    """topk, abstopk, batchtopk: dead latents reconstruct the residual of the living.
+
+    Latents are in units of the norms that they are ranked by, and are brought to SAELens' units,
+    those of the norms in whitened space, wherever SAELens decodes them.
+    """
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """SAELens' own, but for the norms."""
+        if self.sparsity_norms is None:
+            return super().encode_with_hidden_pre(x)
+        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        hidden_pre = hidden_pre * self.sparsity_norms(self.W_dec)
+        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """SAELens' own, of latents in the units of this SAE."""
+        return super().decode(_in_stock_units(self, feature_acts))
 
     def calculate_topk_aux_loss(
         self,
@@ -129,6 +218,11 @@ class _TopKLosses(_TopKBase):
 
 
 class _MatryoshkaLosses(_MatryoshkaBase):
+    def _iterable_decode(
+        self, feature_acts: Tensor, include_outer_loss: bool = False
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        return super()._iterable_decode(_in_stock_units(self, feature_acts), include_outer_loss)
+
     def calculate_matryoshka_aux_loss(
         self,
         sae_in: Tensor,
@@ -141,8 +235,12 @@ class _MatryoshkaLosses(_MatryoshkaBase):
         total = sae_out.new_tensor(0.0)
         if dead_neuron_mask is None or not dead_neuron_mask.any():
             return total
-        norms = self.W_dec.norm(dim=-1, keepdim=True)
-        W_dec = self.W_dec / norms if self.cfg.rescale_acts_by_decoder_norm else self.W_dec
+        W_dec = self.W_dec
+        if self.cfg.rescale_acts_by_decoder_norm:
+            norms = W_dec.norm(dim=-1)
+            if self.sparsity_norms is not None:
+                norms = self.sparsity_norms(W_dec)
+            W_dec = W_dec / norms[:, None]
         start = 0
         for width, level_out in self._iterable_decode(feature_acts, include_outer_loss=True):
             level = slice(start, width)
@@ -171,7 +269,10 @@ class _GatedLosses(_GatedBase):
         centred = sae_in.to(self.W_enc.dtype) - self.b_dec * self.cfg.apply_b_dec_to_input
         gate = centred @ self.W_enc + self.b_gate
         gate = torch.relu(gate)
-        l1 = (gate * self.W_dec.norm(dim=1)).sum(dim=-1).mean()
+        norms = self.W_dec.norm(dim=1)
+        if self.sparsity_norms is not None:
+            norms = self.sparsity_norms(self.W_dec)
+        l1 = (gate * norms).sum(dim=-1).mean()
         reconstruction = self.mse_loss_fn(gate @ self.W_dec + self.b_dec, sae_in)
         return {
             "l1_loss": step_input.coefficients["l1"] * l1,
@@ -179,8 +280,14 @@ class _GatedLosses(_GatedBase):
         }
 
 
+def _in_stock_units(sae: "_TopKBase | _MatryoshkaBase", acts: Tensor) -> Tensor:
+    if sae.sparsity_norms is None:
+        return acts
+    return acts * (sae.W_dec.norm(dim=-1) / sae.sparsity_norms(sae.W_dec))
+
+
 def _dead_latents_loss(
-    sae: TopKTrainingSAE,
+    sae: _TopKBase,
     sae_in: Tensor,
     sae_out: Tensor,
     hidden_pre: Tensor,
@@ -195,7 +302,9 @@ def _dead_latents_loss(
         hidden_pre,
         dead_neuron_mask,
         select,
-        lambda acts: act_times_W_dec(acts, sae.W_dec, sae.cfg.rescale_acts_by_decoder_norm),
+        lambda acts: act_times_W_dec(
+            _in_stock_units(sae, acts), sae.W_dec, sae.cfg.rescale_acts_by_decoder_norm
+        ),
     )
     return sae.cfg.aux_loss_coefficient * loss
 

@@ -96,7 +96,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         for name, sae in self.saes.items():
             sae.cfg = copy.deepcopy(sae.cfg)
             if name in self.whitening_configs:
-                enter_whitened_space(sae)
+                enter_whitened_space(sae, self.whitening_configs[name])
         self._requested = self.cfg
         self.activations_store = PackedActivationsStore.adopt(self.activations_store)
         self.evaluator.activations_store = self.activations_store

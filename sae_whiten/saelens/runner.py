@@ -56,8 +56,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         trainer: The trainer, once `run` has made it; it holds the whitening and the statistics.
 
     Raises:
-        ValueError: The config does not ask for whitening, its buffer is smaller than a batch, or
-            the model has no such hook.
+        ValueError: The config does not ask for whitening, its buffer is smaller than a batch, the
+            model has no such hook, or the architecture does not go with
+            `whitening.sparsity_norms`.
         FoldError: No whitening can be folded into this architecture.
     """
 
@@ -93,7 +94,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         self._requested = self.cfg
         self._start_from_folded = override_sae is None and self._check_pretrained()
         # before SAELens compiles the training step, for it is compiled with its losses
-        enter_whitened_space(self.sae)
+        enter_whitened_space(self.sae, whitening)
         self.activations_store = ResumableActivationsStore.adopt(self.activations_store)
         self.evaluator.activations_store = self.activations_store
 

@@ -82,7 +82,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
 
     Raises:
         TypeError: `data_provider` is not an iterator.
-        ValueError: The SAE's config does not ask for whitening.
+        ValueError: The SAE's config does not ask for whitening, or its architecture does not go
+            with `whitening.sparsity_norms`.
         FoldError: No whitening can be folded into this architecture.
     """
 
@@ -115,7 +116,15 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         if cfg.lr_end is None:
             # as SAELens' runner has it; its trainer asserts that somebody has set it
             cfg = replace(cfg, lr_end=cfg.lr / 10)
-        enter_whitened_space(sae)
+        ranks_by_norm = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+        by_original = whitening is not None and whitening.sparsity_norms == "original"
+        if start_from_folded and ranks_by_norm and by_original:
+            raise ValueError(
+                "WhiteningConfig.sparsity_norms='original' does not go with start_from_folded for "
+                f"{sae.cfg.architecture()}: unfolding takes its decoder norms into the encoder, "
+                "and there are none left to rank by"
+            )
+        enter_whitened_space(sae, whitening)
         sae.cfg = copy.deepcopy(sae.cfg)
         super().__init__(cfg, sae, data_provider, self._evaluate, save_checkpoint_fn)
         self._given_evaluator = evaluator

@@ -18,13 +18,19 @@ from sae_lens.saes.sae import TrainingSAEConfig, mse_loss
 from torch import Tensor
 
 from sae_whiten._files import load_tensors, save_tensors
+from sae_whiten.config import WhiteningConfig
 from sae_whiten.saelens.folding import (
     FoldError,
     fold_whitening_into_weights,
     folded_copy,
     why_not_foldable,
 )
-from sae_whiten.saelens.losses import ReconstructionMetric, losses_for
+from sae_whiten.saelens.losses import (
+    ReconstructionMetric,
+    SparsityNorms,
+    losses_for,
+    why_not_original_norms,
+)
 from sae_whiten.whitening import Whitening
 
 __all__ = [
@@ -71,6 +77,7 @@ class _WhitenedTrainingSAE(_Base):
     stock_class: type[TrainingSAE[Any]]
     whitening: Whitening | None
     trainer: "weakref.ref[FoldingTrainer] | None"
+    sparsity_norms: SparsityNorms | None
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save a folded copy: a plain SAE for raw activations.
@@ -120,7 +127,7 @@ class _WhitenedTrainingSAE(_Base):
     def leave_whitened_space(self) -> None:
         """Become a stock SAE again; the weights must be plain by now."""
         # a training step that was compiled belongs to this class too
-        for name in ("whitening", "trainer", "training_forward_pass"):
+        for name in ("whitening", "trainer", "sparsity_norms", "training_forward_pass"):
             vars(self).pop(name, None)
         self.mse_loss_fn = mse_loss
         self.__class__ = self.stock_class  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,13 +144,20 @@ def _whitened_class(stock_class: type[TrainingSAE[Any]]) -> type[Any]:
     return type(f"Whitened{stock_class.__name__}", bases, {"stock_class": stock_class})
 
 
-def enter_whitened_space(sae: TrainingSAE[Any]) -> None:
+def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None = None) -> None:
     """Guard an SAE whose weights are, from now on, in whitened coordinates.
+
+    Args:
+        sae: The SAE.
+        config: How it is going to be whitened, if that is known.
 
     Raises:
         FoldError: No whitening can be folded into it.
-        ValueError: Its training step was compiled before, and would keep its losses.
+        ValueError: Its training step was compiled before, and would keep its losses; or `config`
+            asks for what its architecture cannot do.
     """
+    if config is not None:
+        _check_sparsity_norms(sae, config)
     if isinstance(sae, _WhitenedTrainingSAE):
         return
     reason = why_not_foldable(sae)
@@ -156,7 +170,7 @@ def enter_whitened_space(sae: TrainingSAE[Any]) -> None:
         )
     sae.__class__ = _whitened_class(type(sae))
     assert isinstance(sae, _WhitenedTrainingSAE)
-    sae.whitening = sae.trainer = None
+    sae.whitening = sae.trainer = sae.sparsity_norms = None
 
 
 def set_whitening(
@@ -168,12 +182,27 @@ def set_whitening(
         sae: An SAE after `enter_whitened_space`.
         whitening: The whitening of the activations that it is trained on.
         trainer: Folds it at the end of training, in place of a fold without proof.
+
+    Raises:
+        ValueError: The whitening's config asks for what the SAE's architecture cannot do.
     """
     assert isinstance(sae, _WhitenedTrainingSAE)
+    _check_sparsity_norms(sae, whitening.config)
     sae.whitening = whitening
     # weak, for the SAE is copied, and its trainer holds what cannot be
     sae.trainer = None if trainer is None else weakref.ref(trainer)
     sae.mse_loss_fn = ReconstructionMetric(whitening, sae.device)
+    by_original = whitening.config.sparsity_norms == "original"
+    sae.sparsity_norms = SparsityNorms(whitening) if by_original else None
+
+
+def _check_sparsity_norms(sae: TrainingSAE[Any], config: WhiteningConfig) -> None:
+    reason = None if config.sparsity_norms == "whitened" else why_not_original_norms(sae)
+    if reason is not None:
+        raise ValueError(
+            f"WhiteningConfig.sparsity_norms={config.sparsity_norms!r}: {reason}; leave it at "
+            "'whitened'"
+        )
 
 
 def leave_whitened_space(sae: TrainingSAE[Any]) -> None:
