@@ -26,6 +26,7 @@ from sae_whiten._files import CorruptFileError, load_tensors, save_tensors
 __all__ = ["ActivationStatistics", "NonFiniteActivationsError", "finite_rows"]
 
 _KIND = "activation_statistics"
+_CHUNK = 512  # rows that stay in a CPU's cache between being centred and being multiplied out
 
 
 class NonFiniteActivationsError(ValueError):
@@ -103,21 +104,26 @@ class ActivationStatistics:
         name = f"batch {self.n_batches if number is None else number}"
         rows, n_bad = finite_rows(rows, self.on_nonfinite, name)
         self.n_skipped += n_bad
-        rows = rows.to(torch.float64)
         self.n_batches += 1
-        n = rows.shape[0]
-        if n == 0:
+        if len(rows) == 0:
             return
         self.resolution = max(self.resolution, torch.finfo(batch.dtype).eps)
         self._to(device)
-        mean = rows.mean(0)
+        size = min(len(rows), _CHUNK if device.type == "cpu" else len(rows))
+        centred = torch.empty(size + 1, self.d_in, dtype=torch.float64, device=device)
+        for chunk in rows.split(size):
+            self._add(chunk, centred[: len(chunk) + 1])
+
+    def _add(self, rows: Tensor, centred: Tensor) -> None:
+        """Add rows; `centred` is memory for them in float64, and for one row more."""
+        n = len(rows)
+        values = centred[:n].copy_(rows)
+        mean = values.mean(0)
         # the term (n_a n_b / n) delta delta^T enters the product as one more row
         delta = mean - self._mean
         total = self.n_samples + n
-        weight = math.sqrt(self.n_samples * n / total)
-        centred = torch.empty(n + 1, self.d_in, dtype=torch.float64, device=device)
-        torch.sub(rows, mean, out=centred[:n])
-        torch.mul(delta, weight, out=centred[n])
+        values -= mean
+        torch.mul(delta, math.sqrt(self.n_samples * n / total), out=centred[n])
         _add_gram(self._scatter, centred)
         self._mean += delta * (n / total)
         self.n_samples = total
