@@ -102,6 +102,7 @@ def test_what_no_test_can_be_made_of() -> None:
     assert math.isnan(single.p_value)
     assert math.isnan(single.low)
     assert not single.significant
+    assert math.isnan(paired_difference([0.5], [0.5]).p_value)
     equal = paired_difference([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
     assert (equal.mean, equal.low, equal.high, equal.p_value) == (0, 0, 0, 1)
     # the same difference thrice, but for rounding: a t of 1e15 is no evidence

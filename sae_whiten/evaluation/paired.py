@@ -87,7 +87,7 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
         raise ValueError(f"{len(complete)} pairs, none of them with both values")
     difference = first - second
     mean = float(difference.mean())
-    if not difference.any():
+    if n > 1 and not difference.any():
         return PairedDifference(n, 0.0, 0.0, 0.0, 1.0, 1.0, "none")
     # what rounding of the values themselves can make of equal differences
     rounding = 4 * np.finfo(np.float64).eps * max(np.abs(first).max(), np.abs(second).max())
