@@ -4,20 +4,48 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_whiten.evaluation.metrics import null_directions
+from sae_whiten.evaluation.paired import PairedDifference
 from sae_whiten.evaluation.paper_style import new_figure as _new_figure
 from sae_whiten.evaluation.paper_style import paper_style as _paper_style
 from sae_whiten.evaluation.paper_style import save_figure as _save
 
-__all__ = ["plot_spectra", "plot_spectrum"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Point",
+    "plot_against_l0",
+    "plot_against_n_latents",
+    "plot_differences",
+    "plot_spectra",
+    "plot_spectrum",
+]
 
 _NAMES_IN_A_COLUMN = 26
+
+_PAGE_WIDTH = 7.0  # inches, both columns of a paper
+_MOST_TICKS = 7
+
+# told apart in black and white: cycles of lengths 9, 4 and 3 repeat together after 36 lines
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+_GREYS = ("0", "0.45", "0.65")
+
+
+class Point(NamedTuple):
+    """A mean and its standard deviations; NaN, where one is not known, draws no bar."""
+
+    x: float
+    y: float
+    x_sd: float = math.nan
+    y_sd: float = math.nan
 
 
 def plot_spectrum(
@@ -125,6 +153,185 @@ def plot_spectra(
                 _save(figure, path)
                 written.append(path)
     return written
+
+
+def plot_against_l0(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: str | Path) -> None:
+    """Draw metrics against L0: a panel for each metric, a line for each condition.
+
+    Args:
+        panels: `panels[metric][condition]`, points in ascending order of L0. The order of the
+            conditions chooses their styles; one without points keeps its place in that.
+        path: Where to write; its suffix is the format (.png, .pdf, .svg).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: There are no panels, or matplotlib does not know the format.
+    """
+    _plot_lines({title: ("L0", lines) for title, lines in panels.items()}, path, most_columns=4)
+
+
+def plot_against_n_latents(
+    panels: Mapping[str, tuple[str, Mapping[str, Sequence[Point]]]], path: str | Path
+) -> None:
+    """Draw metrics against the number of latents that they use or remove, K or N.
+
+    Args:
+        panels: By metric the name of the x axis, and by condition the points in ascending order.
+        path: Where to write; its suffix is the format (.png, .pdf, .svg).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: There are no panels, or matplotlib does not know the format.
+    """
+    _plot_lines(panels, path, most_columns=3)
+
+
+def plot_differences(
+    panels: Mapping[str, Mapping[tuple[str, str], PairedDifference]], path: str | Path
+) -> None:
+    """Draw differences from a baseline with their confidence intervals: a panel for each metric.
+
+    Markers are filled where the difference is significant.
+
+    Args:
+        panels: `panels[metric][group, condition]`. Rows are in the order in which they first occur,
+            and each group has a heading.
+        path: Where to write; its suffix is the format (.png, .pdf, .svg).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: There are no panels, or matplotlib does not know the format.
+    """
+    rows = list(dict.fromkeys(row for panel in panels.values() for row in panel))
+    heights: dict[tuple[str, str], float] = {}
+    headings: dict[str, float] = {}
+    y = 0.0
+    for group, condition in rows:
+        if group not in headings:
+            headings[group] = y + 0.3 * bool(headings)
+            y = headings[group] + 1
+        heights[group, condition] = y
+        y += 1
+    with _paper_style():
+        figure, all_axes = _panels(
+            list(panels), most_columns=4, height=0.55 + 0.14 * y, sharey=True
+        )
+        for axes, panel in zip(all_axes, panels.values(), strict=True):
+            axes.axvline(0, color="0.6", linewidth=0.6, zorder=1)
+            for row, difference in panel.items():
+                low, high = difference.low, difference.high
+                if math.isfinite(low) and math.isfinite(high):
+                    axes.plot([low, high], [heights[row]] * 2, color="black", linewidth=0.9)
+                axes.plot(
+                    difference.mean,
+                    heights[row],
+                    marker="o",
+                    markersize=4,
+                    color="black",
+                    markerfacecolor="black" if difference.significant else "white",
+                )
+            axes.set_ylim(y - 0.3, -0.7)
+            axes.tick_params(axis="y", length=0)
+            axes.locator_params(axis="x", nbins=3)
+        labels = {y: group for group, y in headings.items()}
+        labels |= {y: condition for (_, condition), y in heights.items()}
+        all_axes[0].set_yticks(list(labels), list(labels.values()))
+        for axes in all_axes:
+            for label in axes.get_yticklabels():
+                if label.get_text() in headings:
+                    label.set_fontweight("bold")
+        figure.supxlabel(
+            "difference with its 95% confidence interval; filled: significant", fontsize=8
+        )
+        _save(figure, path)
+
+
+def _plot_lines(
+    panels: Mapping[str, tuple[str, Mapping[str, Sequence[Point]]]],
+    path: str | Path,
+    most_columns: int,
+) -> None:
+    names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
+    with _paper_style():
+        figure, all_axes = _panels(list(panels), most_columns, height=1.75, sharey=False)
+        handles: dict[str, Any] = {}
+        for axes, (x_label, lines) in zip(all_axes, panels.values(), strict=True):
+            for name, points in lines.items():
+                if points:
+                    handles[name] = _draw_points(axes, points, names.index(name))
+            x = [point.x for points in lines.values() for point in points if point.x > 0]
+            _logarithmic_x(axes, x)
+            axes.set_xlabel(x_label)
+        shown = [name for name in names if name in handles]
+        width, height = figure.get_size_inches()
+        n_columns = _n_legend_columns(shown, width)
+        figure.set_size_inches(width, height + 0.18 * math.ceil(len(shown) / n_columns))
+        figure.legend(
+            [handles[name] for name in shown],
+            shown,
+            loc="outside lower center",
+            ncols=n_columns,
+            frameon=False,
+            handlelength=3.5,
+        )
+        _save(figure, path)
+
+
+def _n_legend_columns(names: Sequence[str], width: float) -> int:
+    """As many as fit side by side, if a letter of the legend is as wide as it is on average."""
+    column = 0.8 + 0.062 * max(map(len, names), default=0)  # inches
+    return max(1, min(len(names), int(width / column)))
+
+
+def _draw_points(axes: Any, points: Sequence[Point], i: int) -> Any:
+    """Points of line number `i` with their bars; returns what stands for them in a legend."""
+    grey = _GREYS[i % len(_GREYS)]
+    return axes.errorbar(
+        [point.x for point in points],
+        [point.y for point in points],
+        xerr=[0 if math.isnan(point.x_sd) else point.x_sd for point in points],
+        yerr=[0 if math.isnan(point.y_sd) else point.y_sd for point in points],
+        color=grey,
+        marker=_MARKERS[i % len(_MARKERS)],
+        markersize=4,
+        markerfacecolor=("white", grey)[i % 2],
+        markeredgewidth=0.9,
+        linestyle=_LINES[i % len(_LINES)],
+        linewidth=1.0,
+        elinewidth=0.7,
+        capsize=1.5,
+    )
+
+
+def _logarithmic_x(axes: Any, x: Sequence[float | int]) -> None:
+    """A logarithmic axis with plain numbers, if the values span more than a factor of 3."""
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+    if not x or max(x) <= 3 * min(x):
+        return
+    axes.set_xscale("log")
+    few = sorted(set(x)) if len(set(x)) <= _MOST_TICKS else None
+    axes.xaxis.set_major_locator(FixedLocator(few) if few else LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _panels(
+    titles: Sequence[str], most_columns: int, *, height: float, sharey: bool
+) -> "tuple[Figure, list[Any]]":
+    """A figure with a panel for each title, `height` inches each."""
+    if not titles:
+        raise ValueError("a figure needs at least one panel")
+    n_rows = math.ceil(len(titles) / most_columns)
+    n_columns = math.ceil(len(titles) / n_rows)
+    width = _PAGE_WIDTH if n_columns > 2 else 3.4 * n_columns
+    figure = _new_figure(width, height * n_rows)
+    grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=sharey).flatten().tolist()
+    for axes in grid[len(titles) :]:
+        axes.remove()
+    for axes, title in zip(grid, titles, strict=False):
+        axes.set_title(title, fontsize=8)
+    return figure, grid[: len(titles)]
 
 
 def _float64(values: Sequence[float]) -> Tensor:

@@ -1,0 +1,657 @@
+"""Reports of records whose means, interpolations and p-values are known by hand."""
+
+import base64
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae_whiten.evaluation import document, figures, report
+from sae_whiten.evaluation.comparison import Group, summarise
+from sae_whiten.evaluation.document import Code, Details, Heading, Paragraph, Table, code
+from sae_whiten.evaluation.figures import (
+    Point,
+    plot_against_l0,
+    plot_against_n_latents,
+    plot_differences,
+)
+from sae_whiten.evaluation.paired import holm, paired_difference
+from sae_whiten.evaluation.report import (
+    comparison_markdown,
+    describe_difference,
+    evaluation_table,
+    write_report,
+)
+
+NAN = math.nan
+
+
+def record(condition: str, seed: int, k: float | None = 32, **metrics: Any) -> dict[str, Any]:
+    """A run of a topk SAE."""
+    return {
+        "architecture": "topk",
+        "condition": condition,
+        "sparsity": k,
+        "coefficient": None,
+        "seed": seed,
+        "hook_name": "blocks.0.hook_resid_pre",
+        "metrics": metrics,
+        "config": {"lr": 1e-4},
+    }
+
+
+def sweep_point(condition: str, seed: int, coefficient: float, **metrics: Any) -> dict[str, Any]:
+    """A run of an L1 sweep."""
+    run = record(condition, seed, None, **metrics)
+    return {**run, "architecture": "standard", "coefficient": coefficient}
+
+
+# explained variance differs by 0.010, 0.011, 0.012; dead latents by 1, -2, 4; KL by nothing
+NONE = [
+    {
+        "explained_variance": 0.80,
+        "l0": 32.0,
+        "dead_latents": 10,
+        "kl": 0.5,
+        "sparse_probing_top_2": 0.7,
+    },
+    {
+        "explained_variance": 0.82,
+        "l0": 32.0,
+        "dead_latents": 12,
+        "kl": 0.6,
+        "sparse_probing_top_2": 0.8,
+    },
+    {
+        "explained_variance": 0.84,
+        "l0": 32.0,
+        "dead_latents": 14,
+        "kl": 0.7,
+        "sparse_probing_top_2": 0.9,
+    },
+]
+ORIGINAL = [
+    {"explained_variance": 0.790, "l0": 32.0, "dead_latents": 11, "kl": 0.5},
+    {"explained_variance": 0.809, "l0": 32.0, "dead_latents": 10, "kl": 0.6},
+    {"explained_variance": 0.828, "l0": 32.0, "dead_latents": 18, "kl": 0.7},
+]
+RECORDS = [record("original", i, **m) for i, m in enumerate(ORIGINAL)]
+RECORDS += [record("none", i, **m) for i, m in enumerate(NONE)]
+
+
+def t_p_value(mean: float, sd: float) -> float:
+    """Of three differences: two degrees of freedom have a closed form."""
+    t = abs(mean) / (sd / 3**0.5)
+    return 1 - t / (2 + t**2) ** 0.5
+
+
+def tables(markdown: str) -> list[list[dict[str, str]]]:
+    """The tables of a Markdown document as rows of cells by header."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\|$\n?)+", markdown, re.MULTILINE):
+        lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.strip().split("\n")]
+        header, rule, *rows = ([cell.strip() for cell in line] for line in lines)
+        assert all(re.fullmatch(":?-+:?", cell) for cell in rule)
+        assert {len(line) for line in lines} == {len(header)}
+        found.append([dict(zip(header, row, strict=True)) for row in rows])
+    return found
+
+
+class Page(HTMLParser):
+    """Tags, their attributes, and the text of a page; every tag must be closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+# --- numbers
+
+
+def test_means_and_deviations_over_seeds() -> None:
+    comparison = summarise(RECORDS)
+    assert comparison.conditions == ("none", "original")  # the baseline first
+    (group,) = comparison.groups
+    assert (group.architecture, group.sparsity, group.interpolated) == ("topk", 32, False)
+    assert group.seeds == (0, 1, 2)
+    found = group.spread("none", "explained_variance")
+    assert found.n == 3
+    assert found.mean == pytest.approx(0.82)
+    assert found.sd == pytest.approx(0.02)
+    assert group.spread("original", "sparse_probing_top_2").n == 0
+    change = group.relative_change("original", "none", "explained_variance")
+    assert change == pytest.approx(-0.011 / 0.82)
+
+
+def test_differences_are_paired_and_corrected_over_the_tested_metrics() -> None:
+    (group,) = summarise(RECORDS[::-1]).groups  # the order of the records does not matter
+    found = group.differences["original", "none"]
+    # not L0, which was made equal, nor what only one of the two has
+    assert list(found) == ["explained_variance", "dead_latents", "kl"]
+    variance = found["explained_variance"]
+    assert variance.mean == pytest.approx(-0.011)
+    p = t_p_value(0.011, 0.001)
+    assert variance.p_value == pytest.approx(p)
+    assert variance.p_adjusted == pytest.approx(3 * p)
+    assert variance.significant
+    dead = found["dead_latents"]
+    p_dead = t_p_value(1, 3)
+    assert dead.p_value == pytest.approx(p_dead)
+    assert [d.p_adjusted for d in found.values()] == pytest.approx(holm([p, p_dead, 1.0]))
+    assert found["kl"].p_value == 1
+
+
+def test_seeds_that_only_one_condition_has_are_not_compared() -> None:
+    (group,) = summarise([*RECORDS, record("none", 7, explained_variance=0.1, l0=32)]).groups
+    assert group.seeds == (0, 1, 2, 7)
+    assert group.spread("none", "explained_variance").mean == pytest.approx((3 * 0.82 + 0.1) / 4)
+    assert group.differences["original", "none"]["explained_variance"].n_pairs == 3
+
+
+def test_every_condition_is_compared_with_both_baselines_once() -> None:
+    names = ("half", "centred", "none", "zca")
+    (group,) = summarise([record(n, s, l0=32, kl=0.1 * s) for n in names for s in (0, 1)]).groups
+    assert list(group.values) == ["none", "centred", "half", "zca"]
+    assert set(group.differences) == {
+        ("centred", "none"),
+        ("half", "none"),
+        ("zca", "none"),
+        ("half", "centred"),
+        ("zca", "centred"),
+    }
+
+
+def sweeps() -> list[dict[str, Any]]:
+    """At L0 20, in a logarithm the middle of 10 and 40: .60, .61 against .50; one ends at 19."""
+    runs = []
+    for condition, seed, low, high, l0 in [
+        ("none", 0, 0.5, 0.7, (10, 40)),
+        ("none", 1, 0.51, 0.71, (10, 40)),
+        ("whitened", 0, 0.4, 0.6, (10, 40)),
+        ("whitened", 1, 0.42, 0.62, (10, 19)),
+    ]:
+        runs.append(sweep_point(condition, seed, 2, explained_variance=low, l0=l0[0]))
+        runs.append(sweep_point(condition, seed, 1, explained_variance=high, l0=l0[1]))
+    return runs
+
+
+def test_sweeps_are_interpolated_for_every_seed() -> None:
+    at_20, at_99 = summarise(sweeps(), targets=[20, 99]).groups
+    assert at_20.interpolated
+    values = {name: metrics["explained_variance"] for name, metrics in at_20.values.items()}
+    assert values["none"] == pytest.approx({0: 0.6, 1: 0.61})
+    # not extrapolated
+    assert values["whitened"] == pytest.approx({0: 0.5})
+    assert at_20.values["none"]["l0"] == {0: 20, 1: 20}
+    assert at_20.differences["whitened", "none"]["explained_variance"].n_pairs == 1
+    assert at_99.values == {"none": {}, "whitened": {}}
+    assert at_99.swept == {"none": (10, 40), "whitened": (10, 40)}
+    assert at_99.differences["whitened", "none"] == {}
+
+
+def test_sweeps_are_compared_at_the_k_of_the_others_by_default() -> None:
+    comparison = summarise([*sweeps(), *RECORDS])
+    assert [(g.architecture, g.sparsity) for g in comparison.groups] == [
+        ("standard", 32),
+        ("topk", 32),
+    ]
+    assert summarise(sweeps()).groups == ()
+
+
+def test_hooks_are_not_mixed() -> None:
+    other = [{**run, "hook_name": "elsewhere"} for run in RECORDS]
+    comparison = summarise([*RECORDS, *other])
+    assert [group.hook_name for group in comparison.groups] == [
+        "blocks.0.hook_resid_pre",
+        "elsewhere",
+    ]
+    assert "## `topk`, `elsewhere`, k = 32" in comparison_markdown(comparison)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([*RECORDS, RECORDS[0]], "record 6 repeats topk, original"),
+        ([{"architecture": "topk", "condition": "none", "metrics": {}}], "record 0 has no 'seed'"),
+        ([{**RECORDS[0], "metrics": None}], "record 0 has no 'metrics'"),
+        ([record("none", 0, kl="low")], "record 0: metric 'kl' is 'low', not a number"),
+    ],
+)
+def test_records_that_cannot_be_right_are_refused(runs: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        summarise(runs)
+
+
+# --- tables and sentences
+
+
+def test_the_tables_have_the_numbers_in_the_right_cells() -> None:
+    markdown = comparison_markdown(summarise(RECORDS))
+    brief, means, differences, others, _paper = tables(markdown)
+    assert brief == [
+        {
+            "condition": "`original`",
+            "explained variance": "0 better, 1 worse of 1",
+            "dead latents": "0 better, 0 worse of 1",
+            "KL divergence": "0 better, 0 worse of 1",
+        }
+    ]
+    assert means == [
+        {
+            "condition": "`none`",
+            "explained variance": "**0.820 ± 0.020**",
+            "L0": "32.0 ± 0.0",
+            "dead latents": "12.0 ± 2.0",
+            "KL divergence": "0.600 ± 0.100",
+        },
+        {
+            "condition": "`original`",
+            "explained variance": "0.809 ± 0.019",
+            "L0": "32.0 ± 0.0",
+            "dead latents": "13.0 ± 4.4",
+            "KL divergence": "0.600 ± 0.100",
+        },
+    ]
+    (row,) = differences
+    # 4.303 / sqrt 3 = 2.484 standard deviations on either side
+    assert row["explained variance"] == "**-0.0110 [-0.0135, -0.0085] p = 0.008**"
+    assert row["dead latents"] == "+1.0 [-6.5, +8.5] p = 1.000"
+    assert row["KL divergence"] == "+0.000 [+0.000, +0.000] p = 1.000"
+    assert others[0]["`none`"] == "0.800 ± 0.100"
+    assert others[0]["`original`"] == "–"
+    assert "Not measured: CE loss score, sparse probing top 1, SCR top 20" in markdown
+
+
+def test_sentences_say_what_is_significant_and_what_is_not() -> None:
+    (group,) = summarise(RECORDS).groups
+    assert describe_difference(group, "original", "none") == (
+        "Over 3 seeds, `original` has, compared with `none`, lower explained variance by 0.0110 "
+        "(worse; 95% CI 0.0085 to 0.0135, p = 0.008). No significant difference in dead latents "
+        "and KL divergence."
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "sign", "words"),
+    [
+        ("explained_variance", 1, "higher explained variance by 0.110 (better"),
+        ("kl", 1, "higher KL divergence by 0.110 (worse"),
+        ("kl", -1, "lower KL divergence by 0.110 (better"),
+        ("dead_latents", -1, "fewer dead latents by 0.110 (better"),
+        ("dead_latents", 1, "more dead latents by 0.110 (worse"),
+    ],
+)
+def test_more_is_not_always_better(metric: str, sign: int, words: str) -> None:
+    runs = [record("none", i, **{metric: 1.0}) for i in range(3)]
+    runs += [record("half", i, **{metric: 1.0 + sign * (0.1 + 0.01 * i)}) for i in range(3)]
+    (group,) = summarise(runs).groups
+    assert words in describe_difference(group, "half", "none")
+    ends = group.differences["half", "none"][metric]
+    low, high = sorted(abs(end) for end in (ends.low, ends.high))
+    text = describe_difference(group, "half", "none")
+    found = [float(x) for x in re.findall(r"CI ([\d.]+) to ([\d.]+)", text)[0]]
+    assert found == pytest.approx([low, high], abs=0.01)
+
+
+def test_the_best_is_bold_only_where_that_is_significant() -> None:
+    def bold(values: Mapping[str, Sequence[float]]) -> list[str]:
+        runs = [
+            record(name, seed, kl=kl) for name, kls in values.items() for seed, kl in enumerate(kls)
+        ]
+        means = tables(comparison_markdown(summarise(runs)))[1]
+        return [row["condition"] for row in means if "**" in row["KL divergence"]]
+
+    none, worse, better = [0.5, 0.6, 0.7], [0.6, 0.701, 0.799], [0.4, 0.501, 0.599]
+    noisy = [0.3, 0.9, 0.8]
+    assert bold({"none": none, "zca": better}) == ["`zca`"]
+    assert bold({"none": none, "zca": better, "half": worse}) == ["`zca`"]
+    assert bold({"none": none, "half": worse}) == ["`none`"]
+    # best, but not surely so
+    assert bold({"none": none, "half": worse, "original": noisy}) == []
+    assert bold({"none": none, "original": [0.1, 0.7, 0.6]}) == []
+    # without the baseline nothing is known
+    assert bold({"centred": none, "half": worse}) == []
+
+
+def test_what_was_not_tested_is_said() -> None:
+    runs = [record("none", i, kl=math.inf, dead_latents=i, tpp_top_20=0.1) for i in range(3)]
+    runs += [record("half", i, kl=0.1, dead_latents=i + 5, scr_top_20=NAN) for i in range(3)]
+    (group,) = summarise(runs).groups
+    assert describe_difference(group, "half", "none") == (
+        "`half` and `none`: nothing could be tested. Not tested: dead latents (+5.0 in every seed, "
+        "which leaves nothing to judge chance by), KL divergence (infinite in some runs) and TPP "
+        "top 20 (no seed has it in both)."
+    )
+    means = tables(comparison_markdown(summarise(runs)))[1]
+    assert [row["KL divergence"] for row in means] == ["inf", "0.100 ± 0.000"]
+    assert [row["TPP top 20"] for row in means] == ["0.100 ± 0.000", "–"]
+
+
+def test_a_sweep_that_does_not_reach_the_sparsity_is_marked() -> None:
+    runs = [run for run in sweeps() if (run["condition"], run["seed"]) != ("none", 1)]
+    markdown = comparison_markdown(summarise(runs, targets=[20, 99]))
+    assert "`whitened` reaches it in 1 of 2 seeds (its sweep covers 10 to 40)" in markdown
+    at_20, at_99 = (t for t in tables(markdown) if "L0" in t[0])
+    assert at_20[1]["explained variance"] == "0.500 (1 of 2)"
+    assert [row["explained variance"] for row in at_99] == ["outside the sweep"] * 2
+    assert "no sweep of `whitened` reaches L0 = 99" in markdown
+
+
+def test_unequal_sparsity_at_equal_k_is_said() -> None:
+    equal = comparison_markdown(summarise(RECORDS))
+    assert "not equally sparse" not in equal
+    runs = [record("none", 0, l0=32.0), record("half", 0, l0=40.0)]
+    assert "L0 is 32 for `none` and 40 for `half`" in comparison_markdown(summarise(runs))
+
+
+def test_one_seed_one_condition_and_nothing_at_all() -> None:
+    single = comparison_markdown(summarise([run for run in RECORDS if run["seed"] == 0]))
+    assert "One seed: nothing can be tested." in single
+    means, differences, *_ = tables(single)
+    assert means[0]["explained variance"] == "0.800"
+    assert differences[0]["explained variance"] == "-0.010"
+    assert "**" not in single
+    assert "p = " not in single
+    alone = comparison_markdown(summarise(RECORDS[:3]))
+    assert "No differences: none of the conditions is a baseline" in alone
+    assert len(tables(alone)) == 1
+    assert "there is no condition but `none`" in comparison_markdown(summarise(RECORDS[3:]))
+    empty = comparison_markdown(summarise([record("none", 0, l0=None)]))
+    assert tables(empty)[0] == [{"condition": "`none`"}]
+
+
+def test_many_seeds_are_tested_by_ranks_and_the_table_says_so() -> None:
+    runs = [record("none", i, kl=0.1 * i) for i in range(7)]
+    runs += [record("half", i, kl=0.1 * i + 0.01 * (i + 1)) for i in range(7)]
+    markdown = comparison_markdown(summarise(runs))
+    assert "Wilcoxon's signed-rank test." in markdown
+    assert "t-test" not in markdown
+    assert "p = 0.016" in markdown  # 2^-6
+    assert "normal differences" not in markdown
+
+
+def test_our_changes_stand_beside_those_of_the_paper() -> None:
+    settings = {"model_name": "gpt2", "training_tokens": 2_000_000}
+    markdown = comparison_markdown(summarise(RECORDS), settings)
+    (row,) = (t for t in tables(markdown) if "paper: standard" in t[0])
+    # explained variance only: of the rest the paper has no figures
+    assert len(row) == 1
+    assert row[0]["paper: standard"] == "0.837"
+    assert row[0]["ours: `none`"] == "0.820 ± 0.020"
+    # the last of the columns called "change" is ours: -0.011 / 0.82
+    assert row[0]["change"] == "-1.3%"
+    assert row[0]["adjusted p"] == "0.008"
+    assert "Ours: `gpt2`, `blocks.0.hook_resid_pre`, `2,000,000 training tokens`." in markdown
+    assert "Pythia-160M" in markdown
+    others = [{**run, "architecture": "jumprelu"} for run in RECORDS]
+    assert "Pythia" not in comparison_markdown(summarise(others))
+
+
+# --- documents
+
+
+def test_texts_are_escaped() -> None:
+    name = "<script>alert('`x`')</script> | **y** & z"
+    blocks = [
+        Heading(f"about {code(name)}", 2),
+        Paragraph(f"**bold** <b> {code(name)}"),
+        Table(["a", "b"], [[code(name), "1\n2"]], f"caption {code(name)}"),
+        Details("more", [Code(name)]),
+    ]
+    page = Page(document.to_html(name, blocks))
+    tags = [tag for tag, _ in page.tags]
+    assert "script" not in tags
+    assert "b" not in tags
+    assert tags.count("strong") == 1
+    assert page.text.count("<script>alert('") == 6
+    ((cells,),) = tables(document.to_markdown(blocks, "."))
+    assert list(cells) == ["a", "b"]
+    assert cells["a"] == r"`<script>alert('x')</script> \| **y** & z`".replace("'x'", "''x''")
+    assert cells["b"] == "1 2"
+
+
+def test_code_is_fenced_by_more_backticks_than_it_holds() -> None:
+    text = "a\n````\nb"
+    assert document.to_markdown([Code(text)], ".") == f"`````\n{text}\n`````\n"
+
+
+def test_a_report_is_one_self_contained_page(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    evil = '"><img src=http://example.com/x.png>'
+    runs = [*RECORDS, *({**run, "condition": evil} for run in RECORDS[:3])]
+    command = "sae-whiten compare \\\n  --out <there>"
+    settings = {"model_name": "gpt2 & co", "steps": 100, "flags": {"eps": 1e-3}, "command": command}
+    written = write_report(runs, tmp_path / "new", settings)
+    assert sorted(p for p in (tmp_path / "new").rglob("*") if p.is_file()) == sorted(written)
+    names = [path.name for path in written]
+    assert names == [
+        "table.md",
+        "topk-l0.png",
+        "topk-l0.pdf",
+        "topk-differences-from-none.png",
+        "topk-differences-from-none.pdf",
+        "topk-latents.png",
+        "topk-latents.pdf",
+        "report.html",
+    ]
+    html = written[-1].read_text(encoding="utf-8")
+    page = Page(html)
+    # no scripts, style sheets, fonts or images from anywhere
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"url\(|@import", html)
+    links = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset")]
+    prefix = "data:image/png;base64,"
+    pictures = [base64.b64decode((link or "").removeprefix(prefix)) for link in links]
+    assert all((link or "").startswith(prefix) for link in links)
+    assert pictures == [path.read_bytes() for path in written if path.suffix == ".png"]
+    assert all(attributes["alt"] for tag, attributes in page.tags if tag == "img")
+    for text in ("gpt2 & co", command, '{"eps": 0.001}', evil, "has, compared with none, lower"):
+        assert text in page.text
+    # every run can be read back
+    lines = page.text[page.text.index('{"architecture"') :].split("\n")
+    assert [json.loads(line) for line in lines if line.startswith("{")] == runs
+    # the Markdown shows the same figures
+    markdown = written[0].read_text(encoding="utf-8")
+    targets = re.findall(r"!\[.*?\]\((.*?)\)\n", markdown)
+    assert [tmp_path / "new" / target for target in targets] == [
+        path for path in written if path.suffix == ".png"
+    ]
+
+
+def test_without_matplotlib_the_table_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
+        write_report(RECORDS, tmp_path, {})
+    assert tables((tmp_path / "table.md").read_text(encoding="utf-8"))
+
+
+SAES = [
+    {"name": "user/sae|1", "metrics": {"explained_variance": 0.9, "l0": 30.25, "kl": None}},
+    {"name": "b", "metrics": {"explained_variance": NAN, "l0": 60, "sparse_probing_top_5": 0.5}},
+]
+
+
+def test_an_evaluation_has_a_row_for_every_sae(tmp_path: Path) -> None:
+    first, others = tables(evaluation_table(SAES))
+    assert first == [
+        {"SAE": r"`user/sae\|1`", "explained variance": "0.900", "L0": "30.2"},
+        {"SAE": "`b`", "explained variance": "–", "L0": "60.0"},
+    ]
+    assert others == [
+        {"metric": "sparse probing top 5", r"`user/sae\|1`": "–", "`b`": "0.500"},
+    ]
+    pytest.importorskip("matplotlib")
+    written = write_report(SAES, tmp_path, {})
+    assert [path.name for path in written] == ["table.md", "l0.png", "l0.pdf", "report.html"]
+    assert "user/sae|1" in Page(written[-1].read_text(encoding="utf-8")).text
+
+
+def test_records_of_neither_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to report"):
+        write_report([], tmp_path, {})
+    with pytest.raises(ValueError, match="2 of 8 records have a name and no condition"):
+        write_report([*RECORDS, *SAES], tmp_path, {})
+    with pytest.raises(ValueError, match="record 0 has no 'name'"):
+        evaluation_table(RECORDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- figures
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn, instead of files."""
+    pytest.importorskip("matplotlib")
+    figures_drawn: list[Any] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: figures_drawn.append(figure))
+    return figures_drawn
+
+
+def assert_nothing_overlaps_or_is_clipped(figure: Any) -> None:
+    figure.draw_without_rendering()
+    extents = [axes.get_tightbbox() for axes in figure.axes]
+    extents += [key.get_window_extent() for key in figure.legends]
+    page = figure.bbox
+    for i, extent in enumerate(extents):
+        assert page.x0 - 1 <= extent.x0 < extent.x1 <= page.x1 + 1
+        assert page.y0 - 1 <= extent.y0 < extent.y1 <= page.y1 + 1
+        assert not any(extent.overlaps(other) for other in extents[:i])
+
+
+CONDITIONS = ["none", "centred", "expected_average_only_in", *(f"c{i}" for i in range(6))]
+
+
+@pytest.mark.parametrize("n_panels", [1, 2, 7])
+def test_metrics_against_l0_are_drawn_with_error_bars(drawn: list[Any], n_panels: int) -> None:
+    lines = {
+        name: [Point(16, 0.5 + i, 1.0, 0.1), Point(64, 0.7 + i, NAN, NAN)]
+        for i, name in enumerate(CONDITIONS)
+    }
+    plot_against_l0({f"metric {i} ↑": {**lines, "c2": []} for i in range(n_panels)}, "unused")
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == [f"metric {i} ↑" for i in range(n_panels)]
+    (key,) = figure.legends
+    shown = [name for name in CONDITIONS if name != "c2"]
+    assert [text.get_text() for text in key.get_texts()] == shown
+    axes = figure.axes[0]
+    assert len(axes.containers) == len(shown)
+    for container, name in zip(axes.containers, shown, strict=True):
+        line, _, (across, upright) = container
+        assert list(line.get_xdata()) == [16, 64]
+        assert list(line.get_ydata()) == [point.y for point in lines[name]]
+        first = lines[name][0]
+        bars = [across.get_segments()[0][:, 0], upright.get_segments()[0][:, 1]]
+        assert list(bars[0]) == [15, 17]
+        assert list(bars[1]) == pytest.approx([first.y - 0.1, first.y + 0.1])
+    assert axes.get_xscale() == "log"
+    assert_nothing_overlaps_or_is_clipped(figure)
+
+
+def test_lines_differ_without_colour_and_keep_their_style(drawn: list[Any]) -> None:
+    def styles(conditions: Sequence[str], empty: Sequence[str] = ()) -> dict[str, tuple[Any, ...]]:
+        drawn.clear()
+        points = [Point(16, 0.5), Point(32, 0.6)]
+        plot_against_l0({"m": {n: [] if n in empty else points for n in conditions}}, "unused")
+        shown = [n for n in conditions if n not in empty]
+        found = {}
+        for name, (line, *_) in zip(shown, drawn[0].axes[0].containers, strict=True):
+            grey = line.get_color()
+            assert re.fullmatch(r"0(\.\d+)?", grey)
+            assert float(grey) < 0.7
+            found[name] = (line.get_marker(), line.get_markerfacecolor())
+        return found
+
+    all_styles = styles(CONDITIONS)
+    assert len({marker for marker, *_ in all_styles.values()}) == len(CONDITIONS)
+    # neighbours are filled or not
+    filled = [face == "white" for _, face in all_styles.values()]
+    assert all(a != b for a, b in itertools.pairwise(filled))
+    without = styles(CONDITIONS, empty=["centred"])
+    assert without == {name: s for name, s in all_styles.items() if name != "centred"}
+
+
+def test_differences_are_drawn_with_intervals_and_filled_if_significant(drawn: list[Any]) -> None:
+    clear = paired_difference([1.0, 2.0, 3.0], [0.9, 1.91, 2.89])
+    unclear = paired_difference([1.0, 2.0, 3.0], [0.0, 3.0, 1.0])
+    single = paired_difference([1.0], [0.5])
+    assert clear.significant
+    assert not unclear.significant
+    rows = {("k = 16", "half"): clear, ("k = 16", "zca"): unclear, ("k = 32", "half"): single}
+    plot_differences({"metric ↑": rows, "other ↓": {("k = 32", "zca"): unclear}}, "unused")
+    (figure,) = drawn
+    axes, other = figure.axes
+    labels = {label.get_position()[1]: label.get_text() for label in axes.get_yticklabels()}
+    assert [text for _, text in sorted(labels.items())] == [
+        "k = 16", "half", "zca", "k = 32", "half", "zca",
+    ]  # fmt: skip
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first row on top
+    _zero, *lines = axes.lines
+    markers = [line for line in lines if line.get_marker() == "o"]
+    bars = [line for line in lines if line.get_marker() != "o"]
+    assert [line.get_xdata()[0] for line in markers] == [clear.mean, unclear.mean, single.mean]
+    assert [labels[line.get_ydata()[0]] for line in markers] == ["half", "zca", "half"]
+    assert [line.get_markerfacecolor() for line in markers] == ["black", "white", "white"]
+    assert [list(b.get_xdata()) for b in bars] == [[d.low, d.high] for d in (clear, unclear)]
+    assert len(other.lines) == 3
+    assert_nothing_overlaps_or_is_clipped(figure)
+
+
+def test_probing_scr_and_tpp_are_drawn_against_the_number_of_latents(
+    drawn: list[Any],
+) -> None:
+    numbers = {"sparse_probing": (1, 5), "residual_sparse_probing": (1, 5), "tpp": (2, 100)}
+    metrics = {f"{name}_top_{n}": n / 100 for name, ns in numbers.items() for n in ns}
+    plot_against_n_latents({"TPP": ("N", {"none": [Point(2, 0.1), Point(100, 0.2)]})}, "unused")
+    assert drawn[0].axes[0].get_xlabel() == "N"
+    drawn.clear()
+    (_, _, draw, panels) = report._comparison_figures(
+        summarise([record("none", s, l0=32, **metrics) for s in (0, 1)])
+    )[-1]
+    assert draw is plot_against_n_latents
+    assert list(panels) == ["sparse probing, k = 32", "TPP, k = 32"]
+    label, lines = panels["sparse probing, k = 32"]
+    assert label == "latents used, K"
+    assert {name: [(p.x, p.y) for p in points] for name, points in lines.items()} == {
+        "none": [(1, 0.01), (5, 0.05)],
+        "residual channels": [(1, 0.01), (5, 0.05)],
+    }
+    draw(panels, Path("unused"))
+    assert_nothing_overlaps_or_is_clipped(drawn[0])
+
+
+def test_a_figure_of_nothing_is_refused() -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="at least one panel"):
+        plot_against_l0({}, "unused.png")
+
+
+def test_a_group_is_what_its_description_says() -> None:
+    group: Group = summarise(RECORDS).groups[0]
+    assert math.isnan(group.relative_change("original", "none", "scr_top_20"))
+    assert math.isnan(group.relative_change("original", "absent", "kl"))
