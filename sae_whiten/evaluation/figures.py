@@ -213,9 +213,7 @@ def plot_differences(
         heights[group, condition] = y
         y += 1
     with _paper_style():
-        figure, all_axes = _panels(
-            list(panels), most_columns=4, height=0.55 + 0.14 * y, sharey=True
-        )
+        figure, all_axes = _panels(list(panels), most_columns=4, height=0.7 + 0.16 * y, sharey=True)
         for axes, panel in zip(all_axes, panels.values(), strict=True):
             axes.axvline(0, color="0.6", linewidth=0.6, zorder=1)
             for row, difference in panel.items():
@@ -310,8 +308,12 @@ def _logarithmic_x(axes: Any, x: Sequence[float | int]) -> None:
     if not x or max(x) <= 3 * min(x):
         return
     axes.set_xscale("log")
-    few = sorted(set(x)) if len(set(x)) <= _MOST_TICKS else None
-    axes.xaxis.set_major_locator(FixedLocator(few) if few else LogLocator(subs=(1, 2, 5)))
+    ticks = sorted(set(x))
+    # chosen numbers, such as k, not measured ones
+    chosen = all(value == round(value) for value in ticks)
+    apart = all(b > 1.5 * a for a, b in itertools.pairwise(ticks))
+    fixed = chosen and apart and len(ticks) <= _MOST_TICKS
+    axes.xaxis.set_major_locator(FixedLocator(ticks) if fixed else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
 

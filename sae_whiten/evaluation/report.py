@@ -89,7 +89,6 @@ _SERIES = {
 _AT_N = re.compile(rf"({'|'.join(_SERIES)})_top_(\d+)")
 
 _L0_TOLERANCE = 0.05  # relative; beyond it, SAEs are said not to be equally sparse
-_FEW_SEEDS = 5
 _MOST_NAMES_IN_A_FIGURE = 12
 
 # name of the file, caption, the function that draws it, and what that draws
@@ -262,10 +261,16 @@ def _brief_blocks(comparison: Comparison) -> list[Block]:
         f"corrected across families. Confidence intervals are not corrected. Significant means an "
         f"adjusted p below 0.05; no significant difference does not mean no difference."
     )
-    if n_seeds <= _FEW_SEEDS:
+    tests = {
+        d.test
+        for g in comparison.groups
+        for by_key in g.differences.values()
+        for d in by_key.values()
+    }
+    if "t" in tests:
         notes += (
-            f" With {n_seeds} seeds tests rest on the assumption of normal differences and find "
-            "only differences that are large beside their spread."
+            " Where ranks of so few seeds could not be significant, the test is a t-test, which "
+            "takes the differences to be normal and finds those that are large beside their spread."
         )
     return [
         Table(
@@ -528,12 +533,12 @@ def _paper_blocks(comparison: Comparison, settings: Mapping[str, Any]) -> list[B
     for name in ours:
         header += [f"ours: {code(name)}", "change", "adjusted p"]
     hooks = dict.fromkeys(str(g.hook_name) for g in comparison.groups if g.hook_name is not None)
-    setup = [str(settings[key]) for key in ("model_name",) if settings.get(key)]
-    setup += [str(settings["hook_name"])] if settings.get("hook_name") else list(hooks)
+    setup = [code(settings["model_name"])] if settings.get("model_name") else []
+    setup += [code(settings["hook_name"])] if settings.get("hook_name") else map(code, hooks)
     if settings.get("training_tokens"):
         setup.append(f"{settings['training_tokens']:,} training tokens")
     caption = (
-        f"Paper: {_PAPER_SETUP}. Ours: {', '.join(map(code, setup)) or 'see the settings'}. "
+        f"Paper: {_PAPER_SETUP}. Ours: {', '.join(setup) or 'see the settings'}. "
         f"Changes are relative to the unwhitened SAE; {code('original')} has the paper's loss, "
         f"{code('whitened')} that of SAELens. Other models, data, sizes and label sets: only signs "
         "and orders of magnitude can be compared."
