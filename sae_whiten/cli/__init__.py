@@ -22,6 +22,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "watch whitening at work on a small pretrained model, without a network",
+    "evaluate": "what any SAEs are worth: reconstruction, loss of the model, probing",
     "fit": "estimate the statistics of many hooks in one pass over a dataset",
     "inspect": "what statistics say: anisotropy, outliers, how well they were estimated",
     "landscape": "draw where sparsity leads in two dimensions, before and after whitening",

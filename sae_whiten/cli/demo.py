@@ -7,7 +7,6 @@ and evaluated, on text that neither was trained on, by a process that does not k
 """
 
 import argparse
-import ast
 import contextlib
 import hashlib
 import importlib.util
@@ -18,13 +17,14 @@ import random
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sae_whiten.experiments import source_code
 
 if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig
@@ -270,23 +270,17 @@ def _docstrings(seed: int) -> Iterator[list[str]]:
     """
     from tqdm import tqdm
 
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    paths = sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
+    root = source_code.stdlib_root()
+    paths = source_code.shuffled(source_code.source_files(root), seed)
     if not paths:
         raise DemoError(f"there are no sources of the Python standard library in {root}")
-    random.Random(seed).shuffle(paths)
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     seen: set[str] = set()
     for path in tqdm(paths, desc="Reading the standard library", unit=" modules", leave=False):
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # templates and the like, which are no modules
-            continue
-        found = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, documented)]
-        new = [text for text in dict.fromkeys(found) if text and text not in seen]
-        seen.update(new)
-        yield new
+        tree = source_code.parse(path)
+        if tree is not None:
+            new = [text for text in dict.fromkeys(source_code.docstrings(tree)) if text not in seen]
+            seen.update(new)
+            yield new
 
 
 def _read_text(model: Path, seed: int) -> Text:
@@ -313,7 +307,7 @@ def _read_text(model: Path, seed: int) -> Text:
     text = Text(sequences(train), sequences(held_out)[:_N_HELD_OUT], tokenizer.all_special_ids)
     if len(text.train) < _N_HELD_OUT:
         raise DemoError(
-            f"the docstrings of the standard library in {sysconfig.get_path('stdlib')} are only "
+            f"the docstrings of the standard library in {source_code.stdlib_root()} are only "
             f"{len(train) + len(held_out)} tokens: too few to train on. Another Python may have "
             "its sources in full."
         )

@@ -1,1 +1,1 @@
-"""Experiments with a known answer: synthetic activations, and the paper's 2-D landscape."""
+"""What makes data, trains and evaluates: SAEs on a model, and experiments with a known answer."""

@@ -19,7 +19,15 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
 
-__all__ = ["ActivationSource", "CachedActivations", "Model", "ModelActivations", "match_hooks"]
+__all__ = [
+    "ActivationSource",
+    "CachedActivations",
+    "Model",
+    "ModelActivations",
+    "match_hooks",
+    "stopping_after",
+    "token_store",
+]
 
 Model: TypeAlias = HookedRootModule | TransformerBridge
 """What SAELens takes for a model; its own wrapper of Hugging Face models is a HookedRootModule."""
@@ -93,10 +101,10 @@ class ModelActivations:
         self._autocast = autocast_lm
         self._slice = slice(*options["seqpos_slice"])
         self._special = _special_tokens(model, exclude_special_tokens)
-        self._run_options = _stopping_after(model, self.hook_names)
+        self._run_options = stopping_after(model, self.hook_names)
         if isinstance(dataset, str) and split != "train":
             dataset = datasets.load_dataset(dataset, split=split, streaming=options["streaming"])
-        store = _token_store(model, dataset, self.hook_names[0], options)
+        store = token_store(model, dataset, self.hook_names[0], options)
         store.dataset = _shard(store.dataset, *shard)
         self._sequences: Iterator[Tensor] = iter(store.iterable_sequences)
 
@@ -229,7 +237,7 @@ def _shard(dataset: Any, rank: int, world_size: int) -> Any:
     return split_dataset_by_node(dataset, rank, world_size)
 
 
-def _token_store(
+def token_store(
     model: Model, dataset: HfDataset | str, hook_name: str, options: dict[str, Any]
 ) -> ActivationsStore:
     """A store of which only the tokens are used."""
@@ -260,7 +268,7 @@ def _special_tokens(model: Model, exclude: bool | list[int]) -> Tensor | None:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def _stopping_after(model: Model, names: Sequence[str]) -> dict[str, Any]:
+def stopping_after(model: Model, names: Sequence[str]) -> dict[str, Any]:
     """Arguments that end the forward pass after the last hook, as SAELens' store has it."""
     layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
     known = [layer for layer in layers if layer is not None]

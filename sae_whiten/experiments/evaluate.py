@@ -1,0 +1,375 @@
+"""Evaluate SAEs on a model: one pass over tokens and one over labelled texts for all of them.
+
+SAEs are taken as they are: any that SAELens loads, for raw activations, however they were trained.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from glob import escape
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from sae_lens.config import HfDataset
+from sae_lens.saes.sae import SAE
+from sae_lens.saes.transcoder import Transcoder
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+
+from sae_whiten.evaluation.core import ce_loss_score, kl_divergence
+from sae_whiten.evaluation.metrics import (
+    ExplainedVariance,
+    LatentActivity,
+    dead_latents,
+    dense_latents,
+)
+from sae_whiten.experiments.labels import LabelledTexts
+from sae_whiten.experiments.model import (
+    View,
+    encode_decode,
+    run,
+    why_no_next_token_loss,
+    worse_than_guessing,
+)
+from sae_whiten.experiments.probing import probe_saes
+from sae_whiten.saelens.sources import Model, match_hooks, token_store
+
+__all__ = ["evaluate_saes", "markdown_table"]
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def evaluate_saes(
+    saes: Mapping[str, SAE[Any]],
+    model: Model,
+    dataset: HfDataset | str,
+    labels: LabelledTexts | None = None,
+    *,
+    n_tokens: int = 65_536,
+    context_size: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size_prompts: int = 16,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Core metrics, loss of the model, sparse probing, TPP and SCR of SAEs on one model.
+
+    Every SAE sees the same tokens and the same texts, at the hook and with the special tokens left
+    out that its metadata say. A record has the SAE's `name`, `architecture`, `d_in`, `d_sae`,
+    `model_name`, `hook_name` and whole `config`; `n_tokens` that it was evaluated on,
+    `context_size`, `prepend_bos`, `excluded_tokens`, `labels` (where the texts come from) and
+    `probing_seed`; and its `metrics`, numbers by name:
+
+    - `explained_variance`, `l0`, `dead_latents`, `dense_latents` (active in more than a tenth of
+      the tokens; both are numbers of latents): of activations in their own space.
+    - `ce_loss_score` and `kl`, with reconstructions in the place of activations; and what the score
+      comes from: `ce_loss`, `ce_loss_with_sae`, `ce_loss_ablated` (activations at the hook zero at
+      every token, as in SAELens and SAEBench), like the KL divergence in nats per token.
+    - `sparse_probing_top_K`, the mean over the attributes of the texts, `sparse_probing_NAME_top_K`
+      for each; `residual_sparse_probing_...` with channels of the activations instead of latents,
+      and `full_probe_accuracy` with all of these.
+    - `tpp_top_N` and `tpp_probe_accuracy`, on the first attribute.
+    - `scr_top_N`, `scr_denominator`, `scr_base_accuracy`, `scr_clean_accuracy`: means over disjoint
+      pairs of values of the first attribute, with the second as the other attribute;
+      `scr_min_denominator` is the smallest of the pairs'.
+
+    What would mean nothing is not among the metrics: `absent` has the reason under `ce_loss` (which
+    stands for the KL divergence too), `tpp` or `scr`.
+
+    Args:
+        saes: SAEs for raw activations, by the names they get in the records.
+        model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
+            Hugging Face models.
+        dataset: Tokens or text that the SAEs were not trained on, as for SAELens.
+        labels: Texts to probe with; None leaves probing out.
+        n_tokens: Tokens to be read from the dataset, special ones included.
+        context_size: Tokens per sequence; None takes the smallest of the SAEs' metadata.
+        prepend_bos: Whether sequences start with BOS; None takes it from the SAEs' metadata.
+        batch_size_prompts: Sequences per pass of the model.
+        seed: Of the rows drawn for probing.
+
+    Returns:
+        A record for each SAE, in their order.
+
+    Raises:
+        ValueError: An SAE is of another model or hook, is not for raw activations, or the SAEs'
+            metadata contradict each other; or the dataset is shorter than one batch.
+    """
+    if not saes:
+        raise ValueError("no SAEs to evaluate")
+    for name, sae in saes.items():
+        _check(name, sae, model)
+    if context_size is None:
+        sizes = (sae.cfg.metadata.context_size for sae in saes.values())
+        context_size = min((int(size) for size in sizes if size is not None), default=128)
+    if prepend_bos is None:
+        prepend_bos = bool(_common(saes, "prepend_bos", True))
+    views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
+    records: dict[str, dict[str, Any]] = {
+        name: {
+            "name": name,
+            "architecture": sae.cfg.architecture(),
+            "d_in": sae.cfg.d_in,
+            "d_sae": sae.cfg.d_sae,
+            "model_name": sae.cfg.metadata.model_name,
+            "hook_name": views[name].hook_name,
+            "context_size": context_size,
+            "prepend_bos": prepend_bos,
+            "excluded_tokens": list(views[name].special),
+            "probing_seed": seed,
+            "metrics": {},
+            "absent": {},
+        }
+        for name, sae in saes.items()
+    }
+    with _flat_heads(saes.values()):
+        tokens = _token_batches(
+            saes, model, dataset, n_tokens, context_size, prepend_bos, batch_size_prompts
+        )
+        for name, n, metrics, absent in _core(saes, views, model, tokens):
+            records[name]["n_tokens"] = n
+            records[name]["metrics"].update(metrics)
+            records[name]["absent"].update(absent)
+        if labels is not None:
+            for name, metrics, absent in probe_saes(
+                saes, views, model, labels, context_size, prepend_bos, batch_size_prompts, seed
+            ):
+                records[name]["labels"] = dict(labels.source)
+                records[name]["metrics"].update(metrics)
+                records[name]["absent"].update(absent)
+    for name, sae in saes.items():
+        records[name]["config"] = sae.cfg.to_dict()
+    return list(records.values())
+
+
+def markdown_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The main metrics as a Markdown table, and below it why there are no others."""
+    shown = [key for key in _COLUMNS if any(key in record["metrics"] for record in records)]
+    rows = [["SAE", *(_COLUMNS[key][0] for key in shown)], ["---", *("---:" for _ in shown)]]
+    reasons: dict[str, list[str]] = {}
+    for record in records:
+        metrics = record["metrics"]
+        figures = [format(metrics[k], _COLUMNS[k][1]) if k in metrics else "-" for k in shown]
+        rows.append([record["name"], *figures])
+        for key, why in record["absent"].items():
+            reasons.setdefault(f"No {_ABSENT[key]}: {why}.", []).append(record["name"])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    for reason, names in reasons.items():
+        lines += ["", reason if len(names) == len(records) else f"{reason} ({', '.join(names)})"]
+    return "\n".join(lines) + "\n"
+
+
+_COLUMNS = {
+    "explained_variance": ("explained variance", ".3f"),
+    "l0": ("L0", ".1f"),
+    "dead_latents": ("dead", "d"),
+    "dense_latents": ("dense", "d"),
+    "ce_loss_score": ("CE loss score", ".3f"),
+    "kl": ("KL", ".3f"),
+    "sparse_probing_top_1": ("probing, K=1", ".3f"),
+    "sparse_probing_top_5": ("K=5", ".3f"),
+    "tpp_top_20": ("TPP, N=20", ".3f"),
+    "scr_top_20": ("SCR, N=20", ".3f"),
+    "scr_denominator": ("denominator", ".3f"),
+}
+_ABSENT = {"ce_loss": "CE loss score and KL", "tpp": "TPP", "scr": "SCR"}
+
+
+# --- tokens: core metrics and the loss of the model
+
+
+class _Loss:
+    """Mean cross-entropy of the next token, and mean KL divergence from other logits, in nats."""
+
+    def __init__(self) -> None:
+        self._ce, self._kl, self._n_ce, self._n_kl = 0.0, 0.0, 0, 0
+
+    def update(
+        self,
+        tokens: Integer[Tensor, "batch seq"],
+        kept: Bool[Tensor, "batch seq"],
+        logits: Float[Tensor, "batch seq vocab"],
+        clean: Float[Tensor, "batch seq vocab"] | None = None,
+    ) -> None:
+        """Add the tokens that count; a token's loss is that of predicting the next from it."""
+        # one sequence at a time, for logits are many
+        for i in range(len(tokens)):
+            rows = logits[i, :-1][kept[i, :-1]].float()
+            self._ce += float(cross_entropy(rows, tokens[i, 1:][kept[i, :-1]], reduction="sum"))
+            self._n_ce += len(rows)
+            if clean is not None:
+                self._kl += float(kl_divergence(clean[i][kept[i]], logits[i][kept[i]]).sum())
+                self._n_kl += int(kept[i].sum())
+
+    @property
+    def ce(self) -> float:
+        return self._ce / max(self._n_ce, 1)
+
+    @property
+    def kl(self) -> float:
+        return self._kl / max(self._n_kl, 1)
+
+
+def _core(
+    saes: Mapping[str, SAE[Any]],
+    views: Mapping[str, View],
+    model: Model,
+    batches: Iterator[Integer[Tensor, "batch seq"]],
+) -> Iterator[tuple[str, int, dict[str, float], dict[str, str]]]:
+    """Explained variance, activity of the latents, and loss of the model; one pass over tokens.
+
+    Yields:
+        The SAE's name, how many tokens it was evaluated on, its metrics, and for metrics that are
+        absent why.
+    """
+    hooks = {view.hook_name for view in views.values()}
+    variance = {name: ExplainedVariance() for name in saes}
+    activity = {name: LatentActivity() for name in saes}
+    spliced = {name: _Loss() for name in saes}
+    clean = {view: _Loss() for view in views.values()}
+    ablated = {view: _Loss() for view in views.values()}
+    d_vocab = 0
+    absent: str | None = None
+    for i, tokens in enumerate(batches):
+        if i == 0:
+            absent = why_no_next_token_loss(model, tokens)
+        logits, activations = run(model, tokens, hooks, logits=absent is None)
+        for name, sae in saes.items():
+            view = views[name]
+            kept = view.kept(tokens)
+            x = view.seen(activations[view.hook_name])
+            view.check_width(name, sae, x)
+            x_hat = torch.empty_like(x, dtype=torch.promote_types(x.dtype, sae.dtype))
+            for rows, latents, output in encode_decode(sae, x):
+                x_hat[rows] = output.to(x_hat.device)
+                activity[name].update(latents[kept[rows].to(latents.device)])
+            variance[name].update(x[kept], x_hat[kept])
+            if absent is None:
+                replace = partial(view.with_replaced, x_hat=x_hat, kept=kept)
+                new = _logits_with(model, tokens, view, replace)
+                spliced[name].update(tokens, kept, new, logits)
+        if absent is None:
+            for view in ablated:
+                kept = view.kept(tokens)
+                clean[view].update(tokens, kept, logits)
+                ablated[view].update(tokens, kept, _logits_with(model, tokens, view, view.ablated))
+            d_vocab = logits.shape[-1]
+
+    for name, view in views.items():
+        rates = activity[name].firing_rates
+        figures = {
+            "explained_variance": variance[name].compute(),
+            "l0": activity[name].l0,
+            "dead_latents": dead_latents(rates),
+            "dense_latents": dense_latents(rates),
+        }
+        why = absent or worse_than_guessing(clean[view].ce, d_vocab)
+        if why is None and not ablated[view].ce > clean[view].ce:
+            why = "zeros at the hook do not raise the model's loss: there is none to recover"
+        if why is None:
+            figures.update(
+                ce_loss=clean[view].ce,
+                ce_loss_with_sae=spliced[name].ce,
+                ce_loss_ablated=ablated[view].ce,
+                ce_loss_score=ce_loss_score(clean[view].ce, spliced[name].ce, ablated[view].ce),
+                kl=spliced[name].kl,
+            )
+        yield name, variance[name].n_samples, figures, {} if why is None else {"ce_loss": why}
+
+
+def _logits_with(
+    model: Model, tokens: Tensor, view: View, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    def hook(activations: Tensor, hook: Any) -> Tensor:
+        return change(activations)
+
+    return model.run_with_hooks(tokens, fwd_hooks=[(view.hook_name, hook)])
+
+
+def _token_batches(
+    saes: Mapping[str, SAE[Any]],
+    model: Model,
+    dataset: HfDataset | str,
+    n_tokens: int,
+    context_size: int,
+    prepend_bos: bool,
+    batch_size: int,
+) -> Iterator[Integer[Tensor, "batch seq"]]:
+    """Batches of tokens, cut out of the dataset as SAELens does for training."""
+    options = {
+        "streaming": True,
+        "context_size": context_size,
+        "prepend_bos": prepend_bos,
+        "seqpos_slice": (None,),
+        "disable_concat_sequences": bool(_common(saes, "disable_concat_sequences", False)),
+        "sequence_separator_token": _common(saes, "sequence_separator_token", "bos"),
+    }
+    with warnings.catch_warnings():
+        # that the dataset is not tokenized, or has longer sequences
+        warnings.simplefilter("ignore")
+        store = token_store(
+            model, dataset, next(iter(saes.values())).cfg.metadata.hook_name, options
+        )
+    n_sequences = -(-n_tokens // context_size)
+    sequences = islice(store.iterable_sequences, n_sequences)
+    device = next(model.parameters()).device
+    with tqdm(desc="Evaluating on tokens", total=n_sequences * context_size, unit=" tokens") as bar:
+        while rows := list(islice(sequences, batch_size)):
+            yield torch.stack(rows).to(device)
+            bar.update(len(rows) * context_size)
+        if bar.n == 0:
+            raise ValueError(f"the dataset is shorter than one sequence, {context_size} tokens")
+        if bar.n < n_sequences * context_size:
+            logger.warning("the dataset ended after %d of %d tokens", bar.n, bar.total)
+
+
+# --- checks
+
+
+def _check(name: str, sae: SAE[Any], model: Model) -> None:
+    hook_name = sae.cfg.metadata.hook_name
+    if hook_name is None:
+        raise ValueError(f"{name}: its metadata have no hook_name; set sae.cfg.metadata.hook_name")
+    try:
+        match_hooks(model.hook_dict, escape(hook_name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if isinstance(sae, Transcoder):
+        raise ValueError(f"{name} is a transcoder, which reconstructs another hook than it reads")
+    if sae.cfg.normalize_activations in ("covariance_whitening", "expected_average_only_in"):
+        raise ValueError(
+            f"{name} has normalize_activations={sae.cfg.normalize_activations!r}: its weights are "
+            "for normalised activations and mean nothing on raw ones. SAELens folds the "
+            "normalisation into the weights at the end of training; is this a checkpoint?"
+        )
+
+
+def _common(saes: Mapping[str, SAE[Any]], field: str, default: Any) -> Any:
+    """What the SAEs' metadata say of a setting that all of them have to share here."""
+    found = {n: v for n, sae in saes.items() if (v := sae.cfg.metadata[field]) is not None}
+    values = list(dict.fromkeys(found.values()))
+    if len(values) > 1:
+        listed = ", ".join(f"{value!r} ({name})" for name, value in found.items())
+        raise ValueError(
+            f"the SAEs were trained with different {field}: {listed}; evaluate them apart"
+            + (", or give prepend_bos" if field == "prepend_bos" else "")
+        )
+    return values[0] if values else default
+
+
+@contextmanager
+def _flat_heads(saes: Iterable[SAE[Any]]) -> Iterator[None]:
+    """Let SAEs of hook_z take activations whose heads are flat, as `View` gives them."""
+    reshaping = [sae for sae in saes if sae.hook_z_reshaping_mode]
+    for sae in reshaping:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        for sae in reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()

