@@ -1,0 +1,136 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from sae_whiten.experiments.compare import CONDITIONS, Comparison, compare
+from tests.support import tiny_dataset, tiny_model
+
+SMALL = Comparison(
+    hook_name="blocks.1.hook_resid_pre",
+    conditions=("none", "centred", "original", "half"),
+    architectures=("topk", "standard"),
+    sparsity=(8,),
+    coefficients=(0.5, 2.0),
+    seeds=(0, 1),
+    d_sae=64,
+    training_tokens=128 * 30,
+    train_batch_size_tokens=128,
+    lr=1e-3,
+    context_size=32,
+    store_batch_size_prompts=8,
+    held_out_sequences=16,
+    tolerance=0.1,
+)
+
+
+def run(out, comparison=SMALL, **options):
+    return compare(comparison, tiny_model(), tiny_dataset(600), out, model_name="tiny", **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison")
+    return out, run(out)
+
+
+def test_every_arm_of_every_seed_is_trained_and_evaluated(finished):
+    out, records = finished
+    assert len(records) == 2 * (4 + 4 * 2)
+    assert len({(record["name"], record["seed"]) for record in records}) == len(records)
+    for record in records:
+        assert record["metrics"]["explained_variance"] <= 1
+        if record["architecture"] == "topk":
+            assert record["metrics"]["l0"] == pytest.approx(8, abs=0.5)
+    lines = (out / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == [r["name"] for r in records]
+    assert not (out / "checkpoints" / "seed-0").exists()
+
+
+def test_saes_differ_in_their_condition_only(finished):
+    out, _ = finished
+    saes = {
+        name: SAE.load_from_disk(out / "saes" / "seed-0" / f"topk-{name}-k8")
+        for name in SMALL.conditions
+    }
+    for sae in saes.values():
+        assert sae.cfg.normalize_activations == "none"  # folded: right on raw activations
+    described = {name: sae.cfg.metadata.get("whitening") for name, sae in saes.items()}
+    assert described["none"] is None
+    samples = {d["n_samples"] for d in described.values() if d is not None}
+    assert len(samples) == 1  # one set of statistics
+    # what an SAE without whitening is trained on does not depend on the others
+    weights = SAE.load_from_disk(out / "saes" / "seed-1" / "topk-none-k8").state_dict()
+    assert not torch.equal(weights["W_enc"], saes["none"].state_dict()["W_enc"])
+
+
+def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, monkeypatch):
+    out, records = finished
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_whiten.experiments.compare._train", None)
+        assert run(out) == records
+        (out / "results.jsonl").unlink()  # as if killed before the evaluation
+        again = run(out)
+    assert [r["metrics"] for r in again] == [r["metrics"] for r in records]
+    more = run(out, dataclasses.replace(SMALL, seeds=(0, 1, 2)))
+    assert len(more) == len(records) * 3 // 2
+    assert more[: len(records)] == again
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished):
+    out, _ = finished
+    with pytest.raises(ValueError, match=r"holds a comparison with lr=0.001 \(now 0.01\)"):
+        run(out, dataclasses.replace(SMALL, lr=0.01))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"conditions": ("none", "white")}, "no condition white; there are none, centred"),
+        ({"conditions": ("none",)}, "nothing is whitened; add one of centred"),
+        ({"seeds": (0, 0)}, "none twice"),
+        ({"sparsity": ()}, "at least one"),
+        ({"architectures": ("matching_pursuit",)}, "has neither k nor an L1 or L0 coefficient"),
+    ],
+)
+def test_comparisons_that_make_no_sense_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(SMALL, **options)
+
+
+def test_a_killed_comparison_ends_with_the_same_saes(finished, tmp_path, monkeypatch):
+    out, _ = finished
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    step, n_steps = SAETrainer.step, 0
+
+    class Killed(BaseException):
+        """Stands for a signal that ends the process."""
+
+    def die(self, *args, **options):
+        nonlocal n_steps
+        n_steps += 1
+        if n_steps == 12 * 25:
+            raise Killed
+        return step(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SAETrainer, "step", die)
+        with pytest.raises(Killed):
+            run(tmp_path, dataclasses.replace(SMALL, seeds=(0,)))
+    assert any((tmp_path / "checkpoints" / "seed-0").iterdir())
+    run(tmp_path, dataclasses.replace(SMALL, seeds=(0,)))
+    for path in (out / "saes" / "seed-0").iterdir():
+        if path.is_dir():
+            whole = SAE.load_from_disk(path).state_dict()
+            resumed = SAE.load_from_disk(tmp_path / "saes" / "seed-0" / path.name).state_dict()
+            assert all(torch.equal(whole[name], resumed[name]) for name in whole), path.name
+
+
+def test_every_condition_can_be_trained(tmp_path):
+    comparison = dataclasses.replace(
+        SMALL, conditions=tuple(CONDITIONS), architectures=("topk",), seeds=(0,)
+    )
+    assert len(run(tmp_path, comparison)) == len(CONDITIONS)
