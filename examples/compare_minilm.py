@@ -68,7 +68,7 @@ def main() -> None:
         labels=library_texts(),
     )
     settings = json.loads((args.out / "settings.json").read_text())
-    write_report(records, args.out, settings)
+    write_report(records, args.out, settings, targets=comparison.sparsity)
 
 
 def sequences(tokenizer: AutoTokenizer) -> Dataset:

@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         labels=labels,
     )
     settings = json.loads((args.out / "settings.json").read_text())
-    write_report(records, args.out, settings)
+    write_report(records, args.out, settings, targets=args.sparsity)
     print((args.out / "table.md").read_text())
     print(f"\nsaved in {args.out}: report.html is the whole report in one file")
     return 0

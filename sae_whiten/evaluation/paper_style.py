@@ -42,9 +42,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'figures need matplotlib: pip install "sae-whiten[demo]"'
-        ) from error
+        raise ModuleNotFoundError("figures need matplotlib: pip install matplotlib") from error
     return matplotlib
 
 
