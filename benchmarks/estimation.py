@@ -176,7 +176,8 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
         f"  built-in: {slope / 1e6:.1f} MB per batch (4 hooks x 4096 x {args.d_in} float32 are "
         f"{expected / 1e6:.1f}), computed for {BUILT_IN_BATCHES} batches: {built_in / 1e9:.1f} GB\n"
         f"  ours: {own / 1e9:.3f} GB for {ours['n_samples']} activations per hook, of which it "
-        f"hands on all\n  ours / built-in: 1/{built_in / own:.0f}"
+        f"hands on all\n  ours / built-in: 1/{built_in / own:.0f}, and "
+        f"1/{BUILT_IN_BATCHES * expected / own:.0f} of the bytes of its batches alone"
     )
     return {"built-in": built_in, "slope": slope, "ours": own, "n_samples": ours["n_samples"]}
 
