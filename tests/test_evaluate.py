@@ -20,8 +20,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeo
 
 from sae_whiten import fold_whitening_into_weights, unfold_whitening_from_weights
 from sae_whiten.cli import main
+from sae_whiten.evaluation import probing as evaluation_probing
 from sae_whiten.evaluation.metrics import explained_variance, firing_rates, l0
-from sae_whiten.evaluation.probing import sparse_probing
+from sae_whiten.evaluation.probing import (
+    sparse_probing,
+    spurious_correlation_removal,
+    targeted_probe_perturbation,
+)
+from sae_whiten.experiments import probing as experiments_probing
 from sae_whiten.experiments.evaluate import evaluate_saes, markdown_table
 from sae_whiten.experiments.labels import LabelledTexts, Split
 from sae_whiten.experiments.model import View, why_no_next_token_loss
@@ -90,14 +96,18 @@ def zero(**metadata: Any) -> SAE[Any]:
 
 
 def labelled(n: int = 50, seed: int = 0) -> LabelledTexts:
-    """Words of two languages, in lower or upper case; `n` texts of each combination and split."""
+    """Words of three languages, in lower or upper case; `n` texts of each combination and split."""
     rng = random.Random(seed)
-    words = {"p": ["def", "self", "return", "import"], "q": ["wald", "baum", "blatt", "wurzel"]}
+    words = {
+        "python": ["def", "self", "return", "import"],
+        "german": ["wald", "baum", "blatt", "wurzel"],
+        "zahlen": ["123", "77", "1024", "90210"],
+    }
     splits = []
     for _ in range(2):
         rows = [
             (" ".join(rng.choices(words[a], k=rng.randint(2, 5))), a, b)
-            for a in "pq" for b in ("lower", "upper") for _ in range(n)
+            for a in words for b in ("lower", "upper") for _ in range(n)
         ]  # fmt: skip
         rng.shuffle(rows)
         texts = tuple(text.upper() if b == "upper" else text for text, _, b in rows)
@@ -296,8 +306,10 @@ def test_a_dataset_that_ends_early_is_used_to_its_end(model, text, caplog):
 # --- probing
 
 
-def test_probing_is_that_of_latents_averaged_over_each_text(model, text):
+def test_probing_is_that_of_latents_averaged_over_each_text(model, text, monkeypatch):
     texts = labelled(n=12)
+    for module in (experiments_probing, evaluation_probing):  # fewer texts than make sense
+        monkeypatch.setattr(module, "MIN_CELL", 6)
     sae = sae_of(config=TOPK)
     (result,) = evaluate_saes({"sae": sae}, model, text, texts, n_tokens=64)
 
@@ -324,7 +336,31 @@ def test_probing_is_that_of_latents_averaged_over_each_text(model, text):
     assert result["metrics"]["sparse_probing_top_5"] == pytest.approx(np.mean(of_each))
     assert result["metrics"]["sparse_probing_top_20"] > 0.8
     assert result["labels"] == {"made": "up"}
-    assert "there are as few as 12 and 12" in result["absent"]["scr"]
+
+    x, f = arrays["x"], arrays["f"]
+    names = ["german", "python", "zahlen"]
+    decoder = (sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True)).detach().numpy()
+    (language, case), (language_test, case_test) = (
+        (
+            np.array([names.index(value) for value in split.labels["language"]]),
+            np.array([value == "upper" for value in split.labels["case"]]),
+        )
+        for split in (texts.train, texts.test)
+    )
+    tpp = targeted_probe_perturbation(
+        x[:n], f[:n], language, x[n:], f[n:], language_test, decoder, seed=0
+    )
+    some, some_test = language < 2, language_test < 2
+    scr = spurious_correlation_removal(
+        x[:n][some], f[:n][some], language[some], case[some],
+        x[n:][some_test], f[n:][some_test], language_test[some_test], case_test[some_test],
+        decoder, seed=0,
+    )  # fmt: skip
+    for number in (20, 100):
+        assert result["metrics"][f"tpp_top_{number}"] == pytest.approx(tpp.scores[number], abs=0.02)
+        assert result["metrics"][f"scr_top_{number}"] == pytest.approx(scr.scores[number], abs=0.02)
+    assert scr.direction is not None
+    assert result["metrics"]["scr_denominator"] == pytest.approx(scr.direction.denominator)
 
 
 def test_texts_begin_with_bos_if_the_sae_was_trained_so_and_it_does_not_count(model, text):
@@ -376,13 +412,21 @@ def test_folding_a_whitening_changes_no_figure(model, text):
 
 def test_what_cannot_be_computed_is_absent_with_the_reason(model, text):
     texts = labelled()
-    train, test = (
-        Split(split.texts, {"language": split.labels["language"]})
-        for split in (texts.train, texts.test)
+    languages, cases = (
+        LabelledTexts(
+            Split(texts.train.texts, {name: texts.train.labels[name]}),
+            Split(texts.test.texts, {name: texts.test.labels[name]}),
+            {},
+        )
+        for name in ("language", "case")
     )
-    one = LabelledTexts(train, test, {})
     saes = {"sae": sae_of(), "scaled": sae_of(config={"normalize_activations": "layer_norm"})}
-    linear, scaled = evaluate_saes(saes, model, text, one, n_tokens=64)
+    linear, scaled = evaluate_saes(saes, model, text, languages, n_tokens=64)
+    (result,) = evaluate_saes({"sae": sae_of()}, model, text, cases, n_tokens=64)
+    assert "case has two values" in result["absent"]["tpp"]
+    assert "tpp_top_2" not in result["metrics"]
+    (result,) = evaluate_saes({"sae": sae_of()}, model, text, labelled(n=12), n_tokens=64)
+    assert "there are as few as 12 and 12" in result["absent"]["scr"]
     assert "tpp_top_5" in linear["metrics"]
     assert "SCR needs two" in linear["absent"]["scr"]
     assert "own norm" in scaled["absent"]["tpp"]

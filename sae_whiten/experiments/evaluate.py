@@ -73,7 +73,7 @@ def evaluate_saes(
     - `sparse_probing_top_K`, the mean over the attributes of the texts, `sparse_probing_NAME_top_K`
       for each; `residual_sparse_probing_...` with channels of the activations instead of latents,
       and `full_probe_accuracy` with all of these.
-    - `tpp_top_N` and `tpp_probe_accuracy`, on the first attribute.
+    - `tpp_top_N` and `tpp_probe_accuracy`, on the first attribute if it has three values or more.
     - `scr_top_N`, `scr_denominator`, `scr_base_accuracy`, `scr_clean_accuracy`: means over disjoint
       pairs of values of the first attribute, with the second as the other attribute;
       `scr_min_denominator` is the smallest of the pairs'.

@@ -73,12 +73,14 @@ def probe_saes(
                 absent = {"tpp": latents.not_linear, "scr": latents.not_linear}
             else:
                 arrays = residuals[views[name]], latents.values, _decoder(sae)
-                figures.update(_tpp(*arrays, labels, seed))
-                why = _why_no_scr(labels)
-                if why is None:
-                    figures.update(_scr(*arrays, labels, seed))
-                else:
-                    absent["scr"] = why
+                for metric, why, compute in (
+                    ("tpp", _why_no_tpp(labels), _tpp),
+                    ("scr", _why_no_scr(labels), _scr),
+                ):
+                    if why is None:
+                        figures.update(compute(*arrays, labels, seed))
+                    else:
+                        absent[metric] = why
             yield name, figures, absent
 
 
@@ -191,6 +193,16 @@ def _probe_columns(
             figures[f"sparse_probing_{attribute}_top_{k}"].append(accuracy)
         figures["full_probe_accuracy"].append(full_probe_accuracy(*split, seed))
     return {name: float(np.mean(found)) for name, found in figures.items()}
+
+
+def _why_no_tpp(labels: LabelledTexts) -> str | None:
+    attribute = next(iter(labels.train.labels))
+    if len(_encoded(labels, attribute)[0]) < 3:
+        return (
+            f"{attribute} has two values, whose probes tell the same apart, so that they fall "
+            "together; it needs three"
+        )
+    return None
 
 
 def _tpp(
