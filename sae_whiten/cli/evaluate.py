@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     from sae_lens.load_model import load_model
 
     from sae_whiten._files import atomic_path
-    from sae_whiten.experiments.evaluate import evaluate_saes, markdown_table
+    from sae_whiten.evaluation.report import write_report
+    from sae_whiten.experiments.evaluate import evaluate_saes
     from sae_whiten.experiments.labels import open_dataset
 
     saes = {path.rstrip("/"): _load_sae(path, args.device) for path in args.saes}
@@ -140,13 +141,19 @@ def run(args: argparse.Namespace) -> int:
         record.update(
             model_name=model_name, dataset_path=dataset_path, dataset_split=args.dataset_split
         )
-    table = markdown_table(records)
-    lines = "".join(json.dumps(record, default=str) + "\n" for record in records)
-    for name, content in (("results.jsonl", lines), ("table.md", table)):
-        with atomic_path(args.out / name) as partial:
-            partial.write_text(content)
-    print(table)
-    print(f"saved in {args.out}: results.jsonl, table.md")
+    with atomic_path(args.out / "results.jsonl") as partial:
+        partial.write_text("".join(json.dumps(r, default=str) + "\n" for r in records))
+    settings = {
+        "model_name": model_name,
+        "dataset_path": dataset_path,
+        "dataset_split": args.dataset_split,
+        "labels": None if labels is None else dict(labels.source),
+    }
+    write_report(records, args.out, settings)
+    print((args.out / "table.md").read_text())
+    for why in dict.fromkeys(why for record in records for why in record["absent"].values()):
+        print(f"Not measured: {why}")
+    print(f"saved in {args.out}: report.html is the whole report in one file")
     return 0
 
 

@@ -88,6 +88,8 @@ _SERIES = {
 }
 _AT_N = re.compile(rf"({'|'.join(_SERIES)})_top_(\d+)")
 
+_ABSENT = {"ce_loss": "CE loss score and KL", "tpp": "TPP", "scr": "SCR"}
+
 _L0_TOLERANCE = 0.05  # relative; beyond it, SAEs are said not to be equally sparse
 _MOST_NAMES_IN_A_FIGURE = 12
 
@@ -576,6 +578,7 @@ def _evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
             "Single SAEs: differences between them include those of sparsity and of chance.",
         )
     ]
+    blocks += _why_absent(records)
     others = [key for key in keys if key not in {metric.key for metric in shown}]
     if others:
         table = [
@@ -585,6 +588,18 @@ def _evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
         header = ["metric", *(code(name) for name, _ in saes)]
         blocks.append(Details("All other metrics", [Table(header, table)]))
     return blocks
+
+
+def _why_absent(records: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What was not measured because it would mean nothing, with the SAEs concerned."""
+    reasons: dict[str, list[str]] = {}
+    for record in records:
+        for key, why in (record.get("absent") or {}).items():
+            reasons.setdefault(f"No {_ABSENT.get(key, key)}: {why}", []).append(str(record["name"]))
+    return [
+        Paragraph(why + ("." if len(set(names)) == len(records) else f" ({', '.join(names)})."))
+        for why, names in reasons.items()
+    ]
 
 
 def _named_metrics(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict[str, float]]]:

@@ -5,7 +5,7 @@ SAEs are taken as they are: any that SAELens loads, for raw activations, however
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from glob import escape
@@ -39,7 +39,7 @@ from sae_whiten.experiments.model import (
 from sae_whiten.experiments.probing import probe_saes
 from sae_whiten.saelens.sources import Model, match_hooks, token_store
 
-__all__ = ["evaluate_saes", "markdown_table"]
+__all__ = ["evaluate_saes"]
 
 logger = logging.getLogger(__name__)
 
@@ -145,39 +145,6 @@ def evaluate_saes(
     for name, sae in saes.items():
         records[name]["config"] = sae.cfg.to_dict()
     return list(records.values())
-
-
-def markdown_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The main metrics as a Markdown table, and below it why there are no others."""
-    shown = [key for key in _COLUMNS if any(key in record["metrics"] for record in records)]
-    rows = [["SAE", *(_COLUMNS[key][0] for key in shown)], ["---", *("---:" for _ in shown)]]
-    reasons: dict[str, list[str]] = {}
-    for record in records:
-        metrics = record["metrics"]
-        figures = [format(metrics[k], _COLUMNS[k][1]) if k in metrics else "-" for k in shown]
-        rows.append([record["name"], *figures])
-        for key, why in record["absent"].items():
-            reasons.setdefault(f"No {_ABSENT[key]}: {why}.", []).append(record["name"])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    for reason, names in reasons.items():
-        lines += ["", reason if len(names) == len(records) else f"{reason} ({', '.join(names)})"]
-    return "\n".join(lines) + "\n"
-
-
-_COLUMNS = {
-    "explained_variance": ("explained variance", ".3f"),
-    "l0": ("L0", ".1f"),
-    "dead_latents": ("dead", "d"),
-    "dense_latents": ("dense", "d"),
-    "ce_loss_score": ("CE loss score", ".3f"),
-    "kl": ("KL", ".3f"),
-    "sparse_probing_top_1": ("probing, K=1", ".3f"),
-    "sparse_probing_top_5": ("K=5", ".3f"),
-    "tpp_top_20": ("TPP, N=20", ".3f"),
-    "scr_top_20": ("SCR, N=20", ".3f"),
-    "scr_denominator": ("denominator", ".3f"),
-}
-_ABSENT = {"ce_loss": "CE loss score and KL", "tpp": "TPP", "scr": "SCR"}
 
 
 # --- tokens: core metrics and the loss of the model
