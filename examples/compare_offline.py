@@ -13,6 +13,7 @@ which library a docstring or a function is from. The same command continues a ru
 import argparse
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--training-tokens", type=int, default=150_000)
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--sparsity", type=int, default=32)
-    parser.add_argument("--coefficients", type=float, nargs="+", default=[1.0, 4.0, 16.0])
+    parser.add_argument("--coefficients", type=float, nargs="+", default=[3.0, 10.0, 30.0])
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -66,7 +67,7 @@ def main() -> None:
         seeds=range(args.seeds),
         d_sae=args.d_sae,
         training_tokens=args.training_tokens,
-        train_batch_size_tokens=1024,
+        train_batch_size_tokens=512,
         lr=1e-3,
         context_size=CONTEXT_SIZE,
         prepend_bos=False,
@@ -86,7 +87,7 @@ def main() -> None:
         labels=library_texts(),
     )
     settings = json.loads((args.out / "settings.json").read_text())
-    settings["command"] = f"python examples/compare_offline.py {args.model} --out {args.out}"
+    settings["command"] = f"python examples/compare_offline.py {' '.join(sys.argv[1:])}"
     write_report(records, args.out, settings, targets=comparison.sparsity)
 
 
