@@ -39,10 +39,12 @@ class WhiteningConfig:
             Both are scaled such that predicting the mean costs d_in.
         sparsity_norms: In which space the length of a latent's decoder row is taken, where sparsity
             is charged by it: in the ranking of the topk family (rescale_acts_by_decoder_norm) and
-            in the L1 penalty of standard and gated. "whitened" charges directions of large and of
-            small variance alike, "original" in proportion to what a latent adds to the original
-            activations, scaled such that an average direction weighs the same. Architectures that
-            do not charge by length refuse "original".
+            in the penalty of standard, gated and jumprelu (tanh mode; other architectures refuse
+            "original"). "whitened" charges directions of large and of small variance alike,
+            "original" in proportion to what a latent adds to the original activations, scaled such
+            that an average direction weighs the same. With both spaces "original" the objective is
+            that of training without whitening; what is left of it are the mean, the initial
+            weights and the coordinates in which the optimizer steps.
         n_samples: Number of activations (tokens) to estimate the statistics from, rounded up to
             whole batches. None: as many as `tolerance` needs.
         tolerance: Relative excess variance of held-out activations under the estimated whitening,

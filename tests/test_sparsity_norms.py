@@ -18,6 +18,8 @@ from tests.test_trainer import batches, equal, state, trainer_config
 D, D_SAE, N = 16, 64, 128
 CHARGED = ("standard", "gated", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
 
+TANH = {"jumprelu_sparsity_loss_mode": "tanh", "pre_act_loss_coefficient": 1e-2}
+
 
 def scale_of(whitening: Whitening) -> float:
     return float((D / whitening.W_inv.square().sum()).sqrt())
@@ -81,6 +83,7 @@ def test_norms_are_those_of_the_folded_decoder_up_to_one_factor(kind, strength):
         *((architecture, {}) for architecture in CHARGED),
         ("matryoshka_batchtopk", {"use_matryoshka_aux_loss": True}),
         ("standard", {"lp_norm": 0.5}),
+        ("jumprelu", TANH),
     ],
 )
 def test_training_is_that_of_a_stock_sae_in_the_original_space(architecture, options, kind, n_dead):
@@ -88,9 +91,11 @@ def test_training_is_that_of_a_stock_sae_in_the_original_space(architecture, opt
     x = friendly(N, D).double()
     whitening = whitening_of(x, config)
     sae, plain = in_whitened_space(architecture, whitening, **options)
+    scale, metric = scale_of(whitening), D / float(whitening.eigenvalues.sum())
+    if architecture == "jumprelu":
+        plain.cfg.jumprelu_tanh_scale *= scale  # pyright: ignore[reportAttributeAccessIssue]
     ours, stock = step(sae, whitening.whiten(x), n_dead), step(plain, x, n_dead)
 
-    scale, metric = scale_of(whitening), D / float(whitening.eigenvalues.sum())
     in_units_of_norms = "topk" in architecture
     acts = stock.feature_acts * (scale if in_units_of_norms else 1)
     assert torch.equal(ours.feature_acts != 0, acts != 0)
@@ -98,7 +103,7 @@ def test_training_is_that_of_a_stock_sae_in_the_original_space(architecture, opt
     assert torch.allclose(whitening.dewhiten(ours.sae_out), stock.sae_out, atol=1e-9)
     assert ours.losses.keys() == stock.losses.keys()
     for name, loss in stock.losses.items():
-        factor = scale if name == "l1_loss" else metric
+        factor = {"l0_loss": 1.0, "l1_loss": scale, "pre_act_loss": scale}.get(name, metric)
         # the metric's weights are float32
         assert torch.allclose(ours.losses[name], loss * factor, rtol=1e-6), name
 
@@ -108,7 +113,8 @@ def test_training_is_that_of_a_stock_sae_in_the_original_space(architecture, opt
     if in_units_of_norms:
         assert not torch.equal(default.feature_acts != 0, acts != 0)
     else:
-        assert not torch.allclose(default.losses["l1_loss"], ours.losses["l1_loss"], rtol=1e-3)
+        name = "l0_loss" if architecture == "jumprelu" else "l1_loss"
+        assert not torch.allclose(default.losses[name], ours.losses[name], rtol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", CHARGED)

@@ -7,7 +7,7 @@ results.jsonl (a line for each training; those it has are not done again), resul
 
 conditions: none, expected_average_only_in (SAELens' own); centred (mean subtracted only); whitened,
 original (whitening with the loss in that space); original_norms (and sparsity charged by decoder
-norms of that space, not for jumprelu); original_zca; half (strength 0.5, loss in its own space).
+norms of that space); original_zca; half (strength 0.5, loss in its own space).
 Settings of the whitening may follow a name: whitened:shrinkage=0.1,eps=0.01
 """
 

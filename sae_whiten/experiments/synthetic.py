@@ -72,7 +72,15 @@ CONDITIONS: dict[str, str | dict[str, Any]] = {
 
 _N_HELD_OUT = 20_000
 # where sparsity is set by a coefficient: its name, and where to begin
-_COEFFICIENTS = {"standard": ("l1_coefficient", 3.0), "jumprelu": ("l0_coefficient", 1.0)}
+_COEFFICIENTS = {"standard": ("l1_coefficient", 10.0), "jumprelu": ("l0_coefficient", 1.0)}
+# its default lets gradients reach the threshold alone, which a short training hardly moves
+_JUMPRELU = {
+    "jumprelu_sparsity_loss_mode": "tanh",
+    "jumprelu_ste_to_input": True,
+    "jumprelu_bandwidth": 2.0,
+    "jumprelu_init_threshold": 0.1,
+    "pre_act_loss_coefficient": 3e-6,
+}
 _FACTOR = 3.0  # between coefficients, as long as the L0 wanted is not between two of them
 _CLOSE = 1.5  # ratio of two L0 between which scores may be interpolated
 _MAX_TRIES = 8
@@ -232,6 +240,8 @@ def _trained(
         }
     elif "topk" in run.architecture:
         options = {"k": run.k}
+    if run.architecture == "jumprelu":
+        options |= _JUMPRELU
     sae = TrainingSAE.from_dict(
         {
             "architecture": run.architecture,
@@ -273,10 +283,7 @@ def grid(
     seeds: Sequence[int],
     template: SyntheticRun,
 ) -> list[SyntheticRun]:
-    """Every combination, and chance for every seed; seeds outermost, for they share activations.
-
-    Left out is what means nothing: sparsity by original norms, for jumprelu.
-    """
+    """Every combination, and chance for every seed; seeds outermost, for they share activations."""
     runs = []
     for seed in seeds:
         data = replace(template.data, seed=seed)
@@ -284,14 +291,8 @@ def grid(
         runs += [
             replace(template, architecture=architecture, condition=condition, data=data)
             for architecture, condition in itertools.product(architectures, conditions)
-            if architecture != "jumprelu" or not _by_original_norms(condition)
         ]
     return runs
-
-
-def _by_original_norms(condition: str) -> bool:
-    whitening = parse_condition(condition).whitening
-    return whitening is not None and whitening.sparsity_norms == "original"
 
 
 def next_coefficient(tried: Mapping[float, float], target: float, start: float) -> float | None:
@@ -309,16 +310,30 @@ def next_coefficient(tried: Mapping[float, float], target: float, start: float) 
         return start
     if len(tried) >= _MAX_TRIES or any(abs(l0 / target - 1) < 0.02 for l0 in tried.values()):
         return None
-    above = [c for c, l0 in tried.items() if l0 > target]  # coefficients that are too small
-    below = [c for c, l0 in tried.items() if l0 <= target]
-    if not below:
-        return max(above) * _FACTOR
-    if not above:
-        return min(below) / _FACTOR
-    low, high = max(above), min(below)
-    if tried[low] <= _CLOSE * tried[high]:
+    at = {math.log(c): math.log(max(l0, 0.01) / target) for c, l0 in tried.items()}
+    too_small = sorted(c for c, excess in at.items() if excess > 0)
+    too_large = sorted(c for c, excess in at.items() if excess <= 0)
+    if not too_small:
+        return math.exp(too_large[0] - _step(at, too_large[:2]))
+    if not too_large:
+        return math.exp(too_small[-1] + _step(at, too_small[-2:]))
+    low, high = too_small[-1], too_large[0]
+    if at[low] - at[high] <= math.log(_CLOSE):
         return None
-    return math.sqrt(low * high)
+    # where the line between them crosses zero, but so that either side shrinks
+    share = min(max(at[low] / (at[low] - at[high]), 0.2), 0.8)
+    return math.exp(low + share * (high - low))
+
+
+def _step(at: Mapping[float, float], nearest: Sequence[float]) -> float:
+    """How far to go on, in logarithms, where L0 is too large, or too small, so far."""
+    if len(nearest) < 2:
+        return math.log(_FACTOR)
+    one, two = nearest
+    slope = max((at[one] - at[two]) / (two - one), 1e-6)
+    wanted = min(abs(at[one]), abs(at[two])) / slope
+    # a little beyond, for the sake of a run on the other side
+    return min(max(1.2 * wanted, math.log(_FACTOR) / 2), 2 * math.log(_FACTOR))
 
 
 def at_l0(rows: Sequence[Mapping[str, float]], target: float) -> tuple[dict[str, float], bool]:

@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float
 from sae_lens import (
     GatedTrainingSAE,
+    JumpReLUTrainingSAE,
     MatryoshkaBatchTopKTrainingSAE,
     StandardTrainingSAE,
     TopKTrainingSAE,
 )
 from sae_lens.saes.abstopk_sae import calculate_abstopk_aux_acts
+from sae_lens.saes.jumprelu_sae import calculate_pre_act_loss
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
@@ -124,7 +126,12 @@ def why_not_original_norms(sae: Any) -> str | None:
         return f"{name} with rescale_acts_by_decoder_norm=False ranks latents without their norms"
     if isinstance(sae, (StandardTrainingSAE, GatedTrainingSAE)):
         return None
-    return f"{name} does not charge latents by the norms of their decoder rows"
+    if isinstance(sae, JumpReLUTrainingSAE) and sae.cfg.jumprelu_sparsity_loss_mode == "tanh":
+        return None
+    return (
+        f"{name} does not charge latents by the norms of their decoder rows (jumprelu does with "
+        "jumprelu_sparsity_loss_mode='tanh')"
+    )
 
 
 class _SparsityByNorm:
@@ -135,6 +142,8 @@ if TYPE_CHECKING:
 
     class _StandardBase(_SparsityByNorm, StandardTrainingSAE): ...
 
+    class _JumpReLUBase(_SparsityByNorm, JumpReLUTrainingSAE): ...
+
     class _TopKBase(_SparsityByNorm, TopKTrainingSAE): ...
 
     class _MatryoshkaBase(_SparsityByNorm, MatryoshkaBatchTopKTrainingSAE): ...
@@ -143,7 +152,7 @@ if TYPE_CHECKING:
 
 else:
     # mixed into the class of the SAE at hand, in front of it
-    _StandardBase = _TopKBase = _MatryoshkaBase = _GatedBase = object
+    _StandardBase = _JumpReLUBase = _TopKBase = _MatryoshkaBase = _GatedBase = object
 
 
 def losses_for(sae_class: type[Any]) -> tuple[type[Any], ...]:
@@ -156,7 +165,9 @@ def losses_for(sae_class: type[Any]) -> tuple[type[Any], ...]:
         return (_GatedLosses,)
     if issubclass(sae_class, StandardTrainingSAE):
         return (_StandardLosses,)
-    return ()  # jumprelu has no reconstruction term besides the main one
+    if issubclass(sae_class, JumpReLUTrainingSAE):
+        return (_JumpReLULosses,)
+    return ()
 
 
 class _StandardLosses(_StandardBase):
@@ -173,6 +184,31 @@ class _StandardLosses(_StandardBase):
         charged = feature_acts * self.sparsity_norms(self.W_dec)
         sparsity = charged.norm(p=self.cfg.lp_norm, dim=-1)
         return {"l1_loss": (step_input.coefficients["l1"] * sparsity).mean()}
+
+
+class _JumpReLULosses(_JumpReLUBase):
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """The penalties of the tanh mode, as SAELens has them but for the norms."""
+        if self.sparsity_norms is None:
+            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        norms = self.sparsity_norms(self.W_dec)
+        charged = torch.tanh(self.cfg.jumprelu_tanh_scale * feature_acts * norms).sum(dim=-1)
+        losses = {"l0_loss": (step_input.coefficients["l0"] * charged).mean()}
+        if self.cfg.pre_act_loss_coefficient is not None:
+            losses["pre_act_loss"] = calculate_pre_act_loss(
+                self.cfg.pre_act_loss_coefficient,
+                self.threshold.to(hidden_pre.dtype),
+                hidden_pre,
+                step_input.dead_neuron_mask,
+                norms,
+            )
+        return losses
 
 
 class _TopKLosses(_TopKBase):
