@@ -57,7 +57,7 @@ def plot_recovery(
                 )
             if chance is not None and score != "explained_variance":
                 axes.axvline(chance.mean(score), color="0.4", linewidth=0.8, linestyle=":")
-            axes.set_xlabel(title)
+            axes.set_xlabel(title if score == "explained_variance" else f"{title} (dotted: chance)")
             axes.grid(axis="y", color="0.9", linewidth=0.5)
             axes.set_axisbelow(True)
         panels[0].set_yticks(range(len(conditions)), conditions)
