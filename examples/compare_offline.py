@@ -51,7 +51,7 @@ def main() -> None:
         hook_name = "bert.encoder.layer.2"
     else:
         path, name = str(BYTE_TRANSFORMER), "byte-transformer"
-        hook_name = "transformer.h.0"
+        hook_name = "gpt_neox.layers.0"
     tokenizer = AutoTokenizer.from_pretrained(path)
     ends = (
         ([tokenizer.cls_token_id], [tokenizer.sep_token_id])
