@@ -16,6 +16,7 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import HookedProxyLM, load_model
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig
 
 from sae_whiten import fold_whitening_into_weights, unfold_whitening_from_weights
@@ -437,6 +438,22 @@ def test_what_cannot_be_computed_is_absent_with_the_reason(model, text):
     assert "No TPP: the SAE scales every activation by its own norm" in table
 
 
+def test_models_of_all_classes_of_saelens_serve(text):
+    hf_model: Any = AutoModelForCausalLM.from_pretrained(BYTE_TRANSFORMER)
+    proxy = HookedProxyLM(hf_model, AutoTokenizer.from_pretrained(BYTE_TRANSFORMER))
+    (expected,) = evaluate_saes({"sae": sae_of()}, proxy, text, labelled(), n_tokens=640)
+    bridge = TransformerBridge.boot_transformers(
+        "EleutherAI/pythia-14m",
+        hf_model=AutoModelForCausalLM.from_pretrained(BYTE_TRANSFORMER),
+        tokenizer=AutoTokenizer.from_pretrained(BYTE_TRANSFORMER),
+        device="cpu",
+    )
+    sae = sae_of(D, 256, "blocks.0.hook_resid_post")
+    (result,) = evaluate_saes({"sae": sae}, bridge, text, labelled(), n_tokens=640)
+    assert result["metrics"] == pytest.approx(expected["metrics"], rel=1e-3, abs=2e-3)
+    assert "ce_loss_score" in result["metrics"]
+
+
 # --- what is refused
 
 
@@ -506,3 +523,24 @@ def test_the_command_writes_results_and_table(tmp_path, text, capsys):
     assert results[1]["metrics"]["l0"] <= 9
     assert main(["evaluate", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "no cfg.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("release", "sae_id"),
+    [
+        ("gpt2-small-res-jb", "blocks.6.hook_resid_pre"),
+        ("gemma-scope-2b-pt-res", "layer_1/width_16k"),
+        ("someone/their-saes", "layer_3/k_32"),
+    ],
+)
+def test_saes_of_the_hub_are_named_by_release_and_id(monkeypatch, capsys, release, sae_id):
+    asked = []
+
+    def from_pretrained(*names: str, device: str) -> None:
+        asked.append(names)
+        raise OSError("no network")
+
+    monkeypatch.setattr(SAE, "from_pretrained", from_pretrained)
+    assert main(["evaluate", f"{release}/{sae_id}", "--out", "never"]) == 2
+    assert asked == [(release, sae_id)]
+    assert "no network" in capsys.readouterr().err
