@@ -8,7 +8,7 @@ seeds with confidence intervals and corrected tests, and figures.
 conditions: none (SAELens without normalisation), centred (only the mean removed),
 expected_average_only_in (SAELens), whitened (loss in whitened space, as the SAELens built-in),
 original (loss in the original space, the paper's), original_norms (the same, and sparsity charged
-by decoder norms of the original space), zca (as original, in the ZCA basis), half (strength 0.5,
+by decoder norms of the original space), original_zca (as original, by ZCA), half (strength 0.5,
 loss in its own space).
 
 Killed, it goes on from its last checkpoint when the same command is repeated; with more --seeds it

@@ -56,7 +56,7 @@ _CONDITIONS = {
     "whitened": "whitened, reconstruction loss in whitened space (SAELens' built-in)",
     "original": "whitened, reconstruction loss in the space of the activations (the paper)",
     "half": "whitened with strength 0.5, reconstruction loss in that space",
-    "zca": "whitened by ZCA instead of PCA",
+    "original_zca": "as `original`, whitened by ZCA instead of PCA",
     "original_norms": "as `original`, sparsity charged by decoder norms of the original space",
 }
 

@@ -44,7 +44,7 @@ CONDITIONS: dict[str, WhiteningConfig | None] = {
     "original": WhiteningConfig(loss_space="original"),
     "original_norms": WhiteningConfig(loss_space="original", sparsity_norms="original"),
     "half": WhiteningConfig(strength=0.5, loss_space="whitened"),
-    "zca": WhiteningConfig(kind="zca", loss_space="original"),
+    "original_zca": WhiteningConfig(kind="zca", loss_space="original"),
 }
 """How each condition whitens; those without a `WhiteningConfig` are SAELens' own
 `normalize_activations`."""
