@@ -4,9 +4,12 @@ import json
 import pytest
 import torch
 from sae_lens import SAE
+from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_whiten.experiments.compare import CONDITIONS, Comparison, compare
-from tests.support import tiny_dataset, tiny_model
+from sae_whiten import ActivationStatistics, Whitening
+from sae_whiten.experiments.compare import CONDITIONS, Comparison, _unit, compare
+from sae_whiten.saelens.losses import ReconstructionMetric
+from tests.support import nasty, tiny_dataset, tiny_model
 
 SMALL = Comparison(
     hook_name="blocks.1.hook_resid_pre",
@@ -20,6 +23,7 @@ SMALL = Comparison(
     train_batch_size_tokens=128,
     lr=1e-3,
     context_size=32,
+    exclude_special_tokens=False,  # the tiny model has no tokenizer to name them
     store_batch_size_prompts=8,
     held_out_sequences=16,
     tolerance=0.1,
@@ -61,9 +65,53 @@ def test_saes_differ_in_their_condition_only(finished):
     assert described["none"] is None
     samples = {d["n_samples"] for d in described.values() if d is not None}
     assert len(samples) == 1  # one set of statistics
-    # what an SAE without whitening is trained on does not depend on the others
-    weights = SAE.load_from_disk(out / "saes" / "seed-1" / "topk-none-k8").state_dict()
-    assert not torch.equal(weights["W_enc"], saes["none"].state_dict()["W_enc"])
+
+
+def test_conditions_share_initial_weights_and_data_and_seeds_do_not(tmp_path, monkeypatch):
+    weights: dict[tuple[int, str], torch.Tensor] = {}
+    batches: dict[int, list[torch.Tensor]] = {}
+    step = SAETrainer.step
+    seed = -1
+
+    def spy(self, batch):
+        if len(batches.setdefault(seed, [])) < len(SMALL.conditions):
+            batches[seed].append(batch.clone())
+            weights[seed, str(len(batches[seed]))] = self.sae.W_enc.detach().clone()
+        return step(self, batch)
+
+    monkeypatch.setattr(SAETrainer, "step", spy)
+    comparison = dataclasses.replace(SMALL, architectures=("topk",), training_tokens=256)
+    for seed in (0, 1):
+        run(tmp_path / str(seed), dataclasses.replace(comparison, seeds=(seed,)))
+    for seed in (0, 1):
+        first, *others = batches[seed]
+        assert len(others) == len(SMALL.conditions) - 1
+        assert all(torch.equal(first, other) for other in others)
+        found = [value for (s, _), value in weights.items() if s == seed]
+        assert all(torch.equal(found[0], other) for other in found)
+    assert not torch.equal(batches[0][0], batches[1][0])
+    assert not torch.equal(weights[0, "1"], weights[1, "1"])
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("name", [n for n in CONDITIONS if n != "expected_average_only_in"])
+def test_coefficients_weigh_the_same_in_every_space_and_unit(name, scale):
+    x = scale * nasty(5000, 16, dtype=torch.float64)
+    statistics = ActivationStatistics(16)
+    statistics.update(x)
+    config = CONDITIONS[name]
+    if config is None:
+        z, loss = x, float((x - x.mean(0)).square().sum(-1).mean())
+    else:
+        whitening = Whitening.from_statistics(statistics, config)
+        z = whitening.whiten(x)
+        metric = ReconstructionMetric(whitening, torch.device("cpu"))
+        # of predicting the mean
+        loss = float(metric(torch.zeros_like(z), z).sum(-1).mean())
+    rms = float((z - z.mean(0)).square().mean().sqrt())
+    l1, l0 = (_unit(name, statistics, f"{kind}_coefficient") for kind in ("l1", "l0"))
+    assert l1 * rms / (loss / 16) == pytest.approx(1, abs=0.35)  # eps shrinks small directions
+    assert l0 / (loss / 16) == pytest.approx(1, abs=0.35)
 
 
 def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, monkeypatch):
@@ -102,8 +150,6 @@ def test_comparisons_that_make_no_sense_are_refused(options, said):
 
 def test_a_killed_comparison_ends_with_the_same_saes(finished, tmp_path, monkeypatch):
     out, _ = finished
-    from sae_lens.training.sae_trainer import SAETrainer
-
     step, n_steps = SAETrainer.step, 0
 
     class Killed(BaseException):
@@ -129,8 +175,13 @@ def test_a_killed_comparison_ends_with_the_same_saes(finished, tmp_path, monkeyp
             assert all(torch.equal(whole[name], resumed[name]) for name in whole), path.name
 
 
-def test_every_condition_can_be_trained(tmp_path):
+def test_every_condition_can_be_trained_by_every_kind_of_architecture(tmp_path):
     comparison = dataclasses.replace(
-        SMALL, conditions=tuple(CONDITIONS), architectures=("topk",), seeds=(0,)
+        SMALL,
+        conditions=tuple(CONDITIONS),
+        architectures=("batchtopk", "gated", "jumprelu"),
+        # such as leave no latent active: their fold has to be provable too
+        coefficients=(1.0, 1000.0),
+        seeds=(0,),
     )
-    assert len(run(tmp_path, comparison)) == len(CONDITIONS)
+    assert len(run(tmp_path, comparison)) == len(CONDITIONS) * (1 + 2 + 2)

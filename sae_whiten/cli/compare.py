@@ -17,6 +17,8 @@ adds those that are missing.
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +87,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, default=3e-4, help="learning rate (default: %(default)s)")
     add("--context-size", type=int, default=128, help="(default: %(default)s)")
     add("--prepend-bos", action=argparse.BooleanOptionalAction, default=True)
-    add(
+    special = parser.add_mutually_exclusive_group()
+    special.add_argument(
         "--exclude-special-tokens",
-        nargs="*",
+        nargs="+",
         type=int,
         metavar="ID",
-        help="leave out the activations at tokens with these ids, or, without any, those that the "
-        "tokenizer names",
+        help="leave out the activations at tokens with these ids (default: those that the "
+        "tokenizer names; in many models they hold most of the variance)",
+    )
+    special.add_argument(
+        "--include-special-tokens", action="store_true", help="leave out none, as SAELens does"
     )
     add("--batch-size-prompts", type=int, default=16, help="sequences per pass of the model")
     add(
         "--held-out-sequences",
         type=int,
         default=256,
-        help="rows of the dataset to evaluate on instead of training (default: %(default)s)",
+        help="rows of the dataset to evaluate on instead of training; of long texts only the "
+        "beginning (default: %(default)s)",
     )
     add("--device", default="cpu", help="(default: %(default)s)")
     add("--no-probing", action="store_true", help="leave out sparse probing, TPP and SCR")
@@ -141,16 +148,18 @@ def run(args: argparse.Namespace) -> int:
         lr=args.lr,
         context_size=args.context_size,
         prepend_bos=args.prepend_bos,
-        exclude_special_tokens=False if exclude is None else (exclude or True),
+        exclude_special_tokens=not args.include_special_tokens if exclude is None else exclude,
         store_batch_size_prompts=args.batch_size_prompts,
         held_out_sequences=args.held_out_sequences,
         device=args.device,
     )
-    labels: Any = None
-    if args.labels_dataset is not None:
+    labels: Any
+    if args.no_probing:
+        labels = None
+    elif args.labels_dataset is not None:
         texts = open_dataset(args.labels_dataset)
         labels = dataset_texts(texts, args.label_column, args.text_column)
-    elif not args.no_probing:
+    else:
         labels = library_texts()
     kwargs = args.model_from_pretrained_kwargs
     if kwargs is None:  # as in SAELens' runner
@@ -169,10 +178,12 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         model_name=args.model_name,
         model_class_name=args.model_class_name,
+        model_from_pretrained_kwargs=kwargs,
         dataset_path=args.dataset_path,
         labels=labels,
     )
     settings = json.loads((args.out / "settings.json").read_text())
+    settings["command"] = shlex.join(["sae-whiten", *sys.argv[1:]])
     write_report(records, args.out, settings, targets=args.sparsity)
     print((args.out / "table.md").read_text())
     print(f"\nsaved in {args.out}: report.html is the whole report in one file")

@@ -362,7 +362,13 @@ def _sparsity_warning(group: Group) -> str | None:
                     f"{code(name)} reaches it in {n_inside} of {len(group.seeds)} seeds "
                     f"(its sweep covers {low:.3g} to {high:.3g})"
                 )
-        return f"Not all sweeps reach {_sparsity(group)}: {'; '.join(gaps)}." if gaps else None
+        said = (
+            "Read off each seed's sweep, linear in log L0 between the two nearest SAEs: coarse "
+            "where these are far apart in the figure against L0."
+        )
+        if gaps:
+            said += f" Not all sweeps reach {_sparsity(group)}: {'; '.join(gaps)}."
+        return said
     l0s = {name: group.spread(name, "l0").mean for name in group.values}
     l0s = {name: mean for name, mean in l0s.items() if not math.isnan(mean)}
     if not l0s or max(l0s.values()) <= (1 + _L0_TOLERANCE) * min(l0s.values()):

@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sae_whiten.experiments.evaluate import evaluate_saes
 from sae_whiten.experiments.labels import LabelledTexts
 from sae_whiten.saelens.collect import fit_statistics
 from sae_whiten.saelens.multi_runner import WhiteningMultiSAETrainingRunner
-from sae_whiten.saelens.provenance import statistics_file
+from sae_whiten.saelens.provenance import statistics_file, without_secrets
 from sae_whiten.statistics import ActivationStatistics
 
 __all__ = ["CONDITIONS", "Comparison", "compare"]
@@ -70,10 +71,13 @@ class Comparison:
         seeds: Of the data order and the initial weights.
         d_sae: Number of latents; None: 8 times the width.
         training_tokens: Activations that every SAE is trained on.
-        train_batch_size_tokens, lr: As in SAELens.
+        train_batch_size_tokens, lr: As in SAELens. none and centred leave activations in the
+            model's own unit, and half does in part, to which the learning rate is not adapted:
+            where the variance is far from 1, some of a difference to other conditions is of scale.
         context_size, prepend_bos, exclude_special_tokens, store_batch_size_prompts: As in SAELens.
-        held_out_sequences: Sequences, from the beginning of the dataset, that the SAEs are
-            evaluated on instead of being trained on.
+        held_out_sequences: Rows, from the beginning of the dataset, that the SAEs are evaluated
+            on instead of being trained on; as many sequences of the context size are read from
+            them, and of a long text only the beginning.
         tolerance: Of the statistics, as in `WhiteningConfig`.
         device: Where everything runs.
     """
@@ -90,7 +94,7 @@ class Comparison:
     lr: float = 3e-4
     context_size: int = 128
     prepend_bos: bool = True
-    exclude_special_tokens: bool | list[int] = False
+    exclude_special_tokens: bool | list[int] = True
     store_batch_size_prompts: int = 16
     held_out_sequences: int = 256
     tolerance: float = 0.02
@@ -114,6 +118,8 @@ class Comparison:
             )
         for architecture in self.architectures:
             _sparsity_field(architecture)
+            if architecture == "matryoshka_batchtopk":
+                raise ValueError("matryoshka_batchtopk needs widths, which a comparison has not")
 
     @property
     def n_steps(self) -> int:
@@ -145,6 +151,7 @@ def compare(
     *,
     model_name: str,
     model_class_name: str = "HookedTransformer",
+    model_from_pretrained_kwargs: Mapping[str, Any] | None = None,
     dataset_path: str = "local",
     labels: LabelledTexts | None = None,
 ) -> list[dict[str, Any]]:
@@ -158,8 +165,8 @@ def compare(
         model: As SAELens loads it, on the device of the comparison.
         dataset: With tokens or with text.
         out: Folder to write to.
-        model_name, model_class_name, dataset_path: What the model and the dataset are called in the
-            metadata of the SAEs.
+        model_name, model_class_name, model_from_pretrained_kwargs, dataset_path: What the model
+            and the dataset are called in the metadata of the SAEs.
         labels: Texts to probe with; None leaves probing out.
 
     Returns:
@@ -170,9 +177,14 @@ def compare(
         ValueError: `out` holds a comparison with other settings; or as training and evaluation do.
     """
     out = Path(out)
+    names: dict[str, Any] = {
+        "model_name": model_name,
+        "model_class_name": model_class_name,
+        "model_from_pretrained_kwargs": dict(model_from_pretrained_kwargs or {}),
+    }
     settings = {
         **dataclasses.asdict(comparison),
-        "model_name": model_name,
+        **without_secrets(names),
         "dataset_path": dataset_path,
         "labels": None if labels is None else dict(labels.source),
         "conditions": {
@@ -181,8 +193,8 @@ def compare(
         },
     }
     _claim(out, settings)
-    held_out, rest = _divided(dataset, comparison.held_out_sequences)
-    statistics = _statistics(comparison, model, rest, out, model_name, model_class_name)
+    held_out, rest = _divided(dataset, comparison)
+    statistics = _statistics(comparison, model, rest, out, names)
     arms = _arms(comparison)
     records = _read(out / _RESULTS)
     for seed in comparison.seeds:
@@ -200,11 +212,7 @@ def compare(
                 model,
                 _shuffled(rest, seed),
                 out,
-                {
-                    "model_name": model_name,
-                    "model_class_name": model_class_name,
-                    "dataset_path": dataset_path,
-                },
+                {**names, "dataset_path": dataset_path},
             )
         logger.info("evaluating the SAEs of seed %d", seed)
         missing = {arm.name: arm for arm in arms if arm.name not in done}
@@ -223,7 +231,7 @@ def compare(
             arm = missing[found["name"]]
             records.append({**found, **dataclasses.asdict(arm), "seed": seed})
         _write(out / _RESULTS, records)
-    return records
+    return [record for record in records if record["seed"] in comparison.seeds]
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -232,6 +240,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings, default=str))
     if path.is_file():
         before = json.loads(path.read_text())
+        # whichever have been asked for so far
+        settings["seeds"] = sorted({*before.get("seeds", []), *settings["seeds"]})
         different = [
             f"{name}={before.get(name)!r} (now {settings.get(name)!r})"
             for name in {**before, **settings}
@@ -247,15 +257,27 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         partial.write_text(json.dumps(settings, indent=1))
 
 
-def _divided(dataset: Any, n_held_out: int) -> tuple[Any, Any]:
+def _divided(dataset: Any, comparison: Comparison) -> tuple[Any, Any]:
     """The first rows, to evaluate on, and the rest, to train on."""
+    n_held_out = comparison.held_out_sequences
     if isinstance(dataset, datasets.IterableDataset):
-        return dataset.take(n_held_out), dataset.skip(n_held_out)
-    if len(dataset) < 2 * n_held_out:
+        held_out, rest = dataset.take(n_held_out), dataset.skip(n_held_out)
+    elif len(dataset) < 2 * n_held_out:
         raise ValueError(
             f"the dataset has {len(dataset)} rows, too few to hold {n_held_out} of them out"
         )
-    return dataset.select(range(n_held_out)), dataset.select(range(n_held_out, len(dataset)))
+    else:
+        held_out = dataset.select(range(n_held_out))
+        rest = dataset.select(range(n_held_out, len(dataset)))
+    return held_out.map(partial(_beginning, 8 * comparison.context_size)), rest
+
+
+def _beginning(n_characters: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The beginning of a document, so that all of them are evaluated on and not the first few."""
+    return {
+        name: value[:n_characters] if isinstance(value, str) else value
+        for name, value in row.items()
+    }
 
 
 def _shuffled(dataset: Any, seed: int) -> Any:
@@ -269,8 +291,7 @@ def _statistics(
     model: HookedRootModule,
     dataset: Any,
     out: Path,
-    model_name: str,
-    model_class_name: str,
+    names: Mapping[str, Any],
 ) -> ActivationStatistics:
     path = statistics_file(out / "statistics", comparison.hook_name)
     if path.is_file():
@@ -286,7 +307,7 @@ def _statistics(
         batch_size_prompts=comparison.store_batch_size_prompts,
         prepend_bos=comparison.prepend_bos,
         exclude_special_tokens=comparison.exclude_special_tokens,
-        provenance={"model_name": model_name, "model_class_name": model_class_name},
+        provenance=names,
     )
     return found[comparison.hook_name]
 
@@ -321,7 +342,7 @@ def _train(
     model: HookedRootModule,
     dataset: Any,
     out: Path,
-    names: Mapping[str, str],
+    names: Mapping[str, Any],
 ) -> None:
     saes: dict[str, TrainingSAE[Any]] = {}
     whitening: dict[str, WhiteningConfig] = {}
@@ -338,7 +359,7 @@ def _train(
     cfg = MultiSAETrainingRunnerConfig(
         saes={name: sae.cfg for name, sae in saes.items()},
         hook_names=comparison.hook_name,
-        **names,  # pyright: ignore[reportArgumentType]
+        **names,
         streaming=isinstance(dataset, datasets.IterableDataset),
         context_size=comparison.context_size,
         prepend_bos=comparison.prepend_bos,
@@ -391,6 +412,18 @@ def _sae_options(
     else:
         assert arm.coefficient is not None
         options[name] = arm.coefficient * _unit(arm.condition, statistics, name)
+    if arm.architecture == "jumprelu":
+        seen, loss = _scales(arm.condition, statistics)
+        # SAELens' defaults are for latents of about 1, and reach the threshold alone, which a
+        # short training hardly moves
+        options |= {
+            "jumprelu_sparsity_loss_mode": "tanh",
+            "jumprelu_ste_to_input": True,
+            "jumprelu_bandwidth": 2.0 * seen,
+            "jumprelu_init_threshold": 0.1 * seen,
+            "jumprelu_tanh_scale": 4.0 / seen,
+            "pre_act_loss_coefficient": 3e-6 * loss**2 / seen,
+        }
     _, config_class = get_sae_training_class(arm.architecture)
     if "topk_threshold_lr" in {field.name for field in dataclasses.fields(config_class)}:
         # 0.01, SAELens' default, has not converged after a few hundred steps
@@ -404,6 +437,12 @@ def _unit(condition: str, statistics: ActivationStatistics, coefficient: str) ->
     With s the root mean variance of what the SAE sees and S that of what its loss is taken of, an
     L1 penalty grows like s, an L0 penalty not at all, and the loss like S^2.
     """
+    seen, loss = _scales(condition, statistics)
+    return loss**2 if coefficient == "l0_coefficient" else loss**2 / seen
+
+
+def _scales(condition: str, statistics: ActivationStatistics) -> tuple[float, float]:
+    """s and S of `_unit`."""
     eigenvalues = torch.linalg.eigvalsh(statistics.covariance).clamp(min=0)
     rms = float(eigenvalues.mean().sqrt())
     config = CONDITIONS[condition]
@@ -416,8 +455,9 @@ def _unit(condition: str, statistics: ActivationStatistics, coefficient: str) ->
     else:
         kept = float(eigenvalues.pow(1 - config.strength).mean().sqrt())
         seen = 1.0 if config.strength == 1 else kept
-        loss = seen if config.loss_space == "whitened" and config.strength < 1 else 1.0
-    return loss**2 if coefficient == "l0_coefficient" else loss**2 / seen
+        # `ReconstructionMetric`: d for the mean's prediction, whatever the space
+        loss = 1.0
+    return seen, loss
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -271,7 +271,13 @@ def _trained(
     )
     batches = data.batches(run.batch_size)
     if whitening is None:
-        return SAETrainer(cfg, sae, batches).fit()
+        trainer = SAETrainer(cfg, sae, batches)
+        if condition.normalize_activations == "expected_average_only_in":
+            # from a stream of its own: fit() would take batches that the others train on
+            trainer.activation_scaler.estimate_scaling_factor(
+                data.d_in, data.batches(run.batch_size), cfg.n_batches_for_norm_estimate
+            )
+        return trainer.fit()
     trainer = WhiteningTrainer(cfg, sae, batches, condition.whitening)
     trainer.scaler.whitening = whitening
     return trainer.fit()

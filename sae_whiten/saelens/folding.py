@@ -436,11 +436,12 @@ def _compare(
             for name, value in (
                 ("pre", pre),
                 ("pre_error", new_pre - pre),
-                ("spread", output - out.mean.to(output)),
                 ("decoder_error", folded.decode(latents) + new_skip - output),
                 ("reconstruction_error", folded.decode(new_latents) + new_skip - output),
             ):
                 sums[name] += float(torch.linalg.vector_norm(value)) ** 2
+            # of the activations, not of the output: an SAE without an active latent has none
+            sums["spread"] += len(rows) * float(out.covariance_eigenvalues.sum())
             sums["changed"] += int((active ^ new_active).sum())
             sums["active"] += int((active | new_active).sum())
     return FoldCheck(
