@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from sae_whiten.cli import main
 from tests.support import friendly
 
 
-def save(path: Path, x: torch.Tensor, **provenance: str) -> str:
+def save(path: Path, x: torch.Tensor, **provenance: Any) -> str:
     statistics = ActivationStatistics(x.shape[-1])
     if len(x):
         statistics.update(x)
@@ -64,6 +65,30 @@ def test_shards_that_are_alike_but_not_the_same_are_merged(tmp_path: Path) -> No
     merged, rows = ActivationStatistics.load(out), torch.cat(parts).double()
     assert merged.n_samples == len(rows)
     torch.testing.assert_close(merged.covariance, torch.cov(rows.T), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("hook_name", ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre")),
+        ("model_name", ("gpt2", "pythia-70m")),
+        ("seqpos_slice", ([None], [1, None])),
+        ("exclude_special_tokens", (False, [0])),
+    ],
+)
+def test_shards_of_different_things_are_refused_even_with_one_between_that_says_nothing(
+    name: str, values: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, out = friendly(300, 4), tmp_path / "whole"
+    first = save(tmp_path / "a", x[:100], **{name: values[0]})
+    silent = save(tmp_path / "b", x[100:200])
+    other = save(tmp_path / "c", x[200:], **{name: values[1]})
+    assert main(["merge", first, silent, other, "--out", str(out)]) == 2
+    message = capsys.readouterr().err
+    assert f"{first} and {other} do not belong together: {name} is {values[0]!r}" in message
+    assert not out.exists()
+    texts = [save(tmp_path / text, x[i::2], dataset_path=text) for i, text in enumerate("de")]
+    assert main(["merge", *texts, "--out", str(out)]) == 0
 
 
 def test_the_digest_is_of_the_numbers_alone(tmp_path: Path) -> None:

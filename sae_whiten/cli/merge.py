@@ -1,16 +1,36 @@
 """Combine statistics of several shards of a dataset: the result is that of one pass over all.
 
-Takes files, or folders with one file per hook. What the provenance of all agrees on is kept. The
-same statistics given twice are an error: their activations would count double.
+Takes files, or folders with one file per hook. What the provenance of all agrees on is kept. Shards
+of another model, hook or context are an error, and so are the same statistics given twice: their
+activations would count double.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sae_whiten.statistics import ActivationStatistics
+
+# shards may differ in the texts that they are of, and in nothing that decides the activations
+_MUST_AGREE = (
+    "hook_name",
+    "hook_head_index",
+    "model_name",
+    "model_class_name",
+    "model_from_pretrained_kwargs",
+    "model_commit",
+    "dtype",
+    "autocast_lm",
+    "context_size",
+    "prepend_bos",
+    "seqpos_slice",
+    "exclude_special_tokens",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+    "use_chat_formatting",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +65,7 @@ def _merge(shards: Sequence[Path]) -> "ActivationStatistics":
 
     whole: ActivationStatistics | None = None
     paths: dict[str, Path] = {}
+    known: dict[str, tuple[Path, Any]] = {}
     for shard in shards:
         found = ActivationStatistics.load(shard)
         # by content, whatever the name; empty shards are alike and do no harm
@@ -54,6 +75,16 @@ def _merge(shards: Sequence[Path]) -> "ActivationStatistics":
                 f"{twin} and {shard} hold the same statistics, whose activations would count "
                 "twice: leave one out"
             )
+        for name in _MUST_AGREE:
+            if name not in found.provenance:
+                continue
+            value = found.provenance[name]
+            first, wanted = known.setdefault(name, (shard, value))
+            if value != wanted:
+                raise ValueError(
+                    f"{first} and {shard} do not belong together: {name} is {wanted!r} in one and "
+                    f"{value!r} in the other"
+                )
         whole = found if whole is None else whole.merge(found)
     assert whole is not None
     return whole
