@@ -134,7 +134,7 @@ class Killed(BaseException):
     """Stands for a signal that ends the process."""
 
 
-def fit_killed_at(n_passes: int, out, monkeypatch) -> None:
+def fit_killed_at(n_passes: int, out, monkeypatch, dataset=None) -> None:
     model = tiny_model()
     passes = 0
 
@@ -148,7 +148,7 @@ def fit_killed_at(n_passes: int, out, monkeypatch) -> None:
     model.hook_dict[HOOKS[0]].add_perma_hook(die)
     monkeypatch.setattr("sae_whiten.saelens.collect._SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(Killed):
-        fit_statistics(model, tiny_dataset(3000), HOOKS, out=out, **ADAPTIVE)
+        fit_statistics(model, dataset or tiny_dataset(3000), HOOKS, out=out, **ADAPTIVE)
 
 
 ADAPTIVE = {"tolerance": 0.03, "context_size": 32, "batch_size_prompts": 4}
@@ -181,10 +181,30 @@ def test_the_progress_of_another_fit_is_refused_and_left_alone(tmp_path, monkeyp
         fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, out=tmp_path, **other)
     with pytest.raises(ValueError, match="dataset="):
         fit_statistics(tiny_model(), tiny_dataset(3000, 1), HOOKS, out=tmp_path, **ADAPTIVE)
+    with pytest.raises(ValueError, match=r"weights=.*\(now"):
+        fit_statistics(tiny_model(1), tiny_dataset(3000), HOOKS, out=tmp_path, **ADAPTIVE)
     assert file.read_bytes() == content
     file.rename(file.with_name(file.name.replace("of-1", "of-4")))
     with pytest.raises(ValueError, match="progress of 4 processes, and now there are 1"):
         fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, out=tmp_path, **ADAPTIVE)
+
+
+def test_the_progress_of_another_stream_or_of_a_folder_that_changed_is_refused(
+    tmp_path, monkeypatch
+):
+    def dataset(seed: int, n: int = 3000):
+        if kind == "stream":
+            return tiny_dataset(n, seed).to_iterable_dataset()
+        tiny_dataset(n, seed).to_json(tmp_path / "data" / "data.jsonl")
+        return str(tmp_path / "data")
+
+    for kind in ("stream", "folder"):
+        out = tmp_path / kind
+        fit_killed_at(6, out, monkeypatch, dataset(0))
+        with pytest.raises(ValueError, match=r"beginning=.*\(now"):
+            fit_statistics(tiny_model(), dataset(1), HOOKS, out=out, **ADAPTIVE)
+        with pytest.raises(ValueError, match="shorter than when this estimation was begun"):
+            fit_statistics(tiny_model(), dataset(0, n=2), HOOKS, out=out, **ADAPTIVE)
 
 
 def test_cached_activations_are_a_source_too(tmp_path):

@@ -5,6 +5,7 @@ to. Several processes each take their shard of the dataset and decide together w
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import logging
 import math
@@ -157,8 +158,10 @@ def fit_statistics(
             "hooks": source.hook_names,
             "batch_size_prompts": batch_size_prompts,
             "on_nonfinite": on_nonfinite,
-            # of a dataset in memory, content is all there is to know it by
-            "dataset": dataset if isinstance(dataset, str) else getattr(dataset, "_fingerprint", 0),
+            # whatever has the same name, or none, is told apart by its content
+            "weights": None if model is None else _weights(model),
+            "dataset": getattr(dataset, "_fingerprint", None),
+            "beginning": source.beginning,
         }
         progress = _Progress(Path(out) / _PROGRESS_DIR, identity, processes)
         progress.restore(fit)
@@ -381,6 +384,15 @@ class _Progress:
                 old.unlink()
         seconds = time.monotonic() - now
         self._next_save = now + max(_SAVE_EVERY_SECONDS, 20 * seconds)
+
+
+def _weights(model: Model) -> str:
+    """A checksum of the first numbers of every parameter, to tell one model from another."""
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sha.update(name.encode())
+        sha.update(parameter.detach().reshape(-1)[:64].cpu().double().numpy().data)
+    return sha.hexdigest()
 
 
 def _describe(model: Model) -> dict[str, Any]:

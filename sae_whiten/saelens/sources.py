@@ -1,6 +1,7 @@
 """Where the activations of several hooks come from, batch by batch: a model, or a cache on disk."""
 
 import fnmatch
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -44,10 +45,13 @@ class ActivationSource(Protocol):
     Attributes:
         hook_names: The hooks.
         n_sequences: How many sequences were read.
+        beginning: Checksum by which one source is told from another: that of the first sequence,
+            or None if there is none.
     """
 
     hook_names: list[str]
     n_sequences: int
+    beginning: str | None
 
     def read(self, receive: Receiver) -> bool:
         """Hand the next batch of every hook to `receive`; False where there is none left."""
@@ -106,7 +110,10 @@ class ModelActivations:
             dataset = datasets.load_dataset(dataset, split=split, streaming=options["streaming"])
         store = token_store(model, dataset, self.hook_names[0], options)
         store.dataset = _shard(store.dataset, *shard)
-        self._sequences: Iterator[Tensor] = iter(store.iterable_sequences)
+        sequences: Iterator[Tensor] = iter(store.iterable_sequences)
+        first = list(itertools.islice(sequences, 1))
+        self.beginning = _checksum(first[0]) if first else None
+        self._sequences = itertools.chain(first, sequences)
 
     def read(self, receive: Receiver) -> bool:
         """Run the model on the next sequences."""
@@ -139,7 +146,8 @@ class ModelActivations:
     def skip(self, n_sequences: int) -> None:
         """Pass over sequences; text is tokenised again, for they may span several documents."""
         for _ in tqdm(range(n_sequences), desc="Skipping to the place in the dataset", leave=False):
-            next(self._sequences)
+            if next(self._sequences, None) is None:
+                raise ValueError("the dataset is shorter than when this estimation was begun")
         self.n_sequences += n_sequences
 
 
@@ -187,6 +195,8 @@ class CachedActivations:
         dataset = _shard(dataset, *shard)
         needed = [*self.hook_names, *(["token_ids"] if self._special is not None else [])]
         self._dataset = dataset.with_format("torch", columns=needed)
+        first = self._dataset[:1][self.hook_names[0]]
+        self.beginning = _checksum(first) if len(first) else None
 
     def read(self, receive: Receiver) -> bool:
         """Read the next sequences."""
@@ -203,6 +213,10 @@ class CachedActivations:
     def skip(self, n_sequences: int) -> None:
         """Pass over sequences."""
         self.n_sequences += n_sequences
+
+
+def _checksum(values: Tensor) -> str:
+    return hashlib.sha256(values.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
