@@ -234,8 +234,23 @@ def test_cached_activations_are_a_source_too(tmp_path):
     torch.testing.assert_close(statistics.covariance, torch.cov(x.T), rtol=1e-12, atol=1e-15)
     with pytest.raises(ValueError, match="no hook matches"):
         fit_statistics(None, None, "ln", cached_activations=tmp_path / "cache")
+    for option in ({"hook_head_index": 0}, {"seqpos_slice": (1, None)}):
+        with pytest.raises(ValueError, match="cannot be applied to cached_activations"):
+            fit_statistics(None, None, "*", cached_activations=tmp_path / "cache", **option)
     with pytest.raises(ValueError, match="not both"):
         fit_statistics(model, dataset, HOOKS[0], cached_activations=tmp_path / "cache")
+
+
+def test_options_that_mean_nothing_for_cached_activations_are_refused_in_the_shell(
+    tmp_path, capsys
+):
+    arguments = ["fit", "--cached-activations", "cache", "--hook-name", "*", "--out", str(tmp_path)]
+    idle = ["--context-size", "128", "--no-prepend-bos", "--seqpos-slice", "1", "none"]
+    assert main([*arguments, *idle, "--no-streaming", "--device", "cpu"]) == 2
+    said = "--device, --context-size, --prepend-bos, --seqpos-slice, --streaming"
+    assert f"leave out {said}" in capsys.readouterr().err
+    assert main([*arguments, "--batch-size-prompts", "8"]) == 2
+    assert "cache" in capsys.readouterr().err  # there is no such directory
 
 
 def test_the_users_dataset_and_model_are_left_as_they_were():

@@ -408,6 +408,9 @@ def test_every_sae_has_a_folder_as_the_single_runner_writes_it(uninterrupted, tm
             whitening = Whitening.load(path / name / "whitening.safetensors")
             assert torch.equal(whitening.W, Whitening.from_statistics(statistics, FEW).W)
             assert metadata["whitening"]["n_samples"] == statistics.n_samples == 1024
+            # which SAELens does not write
+            assert statistics.provenance["autocast_lm"] is False
+            assert statistics.provenance["use_chat_formatting"] is False
 
 
 def test_what_was_given_is_not_changed_and_serves_a_second_run(uninterrupted):

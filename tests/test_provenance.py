@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -36,15 +38,68 @@ def test_training_takes_given_statistics_and_estimates_nothing(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("model_name", "gpt2"), ("hook_name", "blocks.0"), ("context_size", 64), ("prepend_bos", 0)],
+    [
+        ("model_name", "gpt2"),
+        ("hook_name", "blocks.0"),
+        ("context_size", 64),
+        ("prepend_bos", 0),
+        ("seqpos_slice", [1, None]),
+        ("exclude_special_tokens", [0]),
+        ("split", "test[:50%]"),
+        ("autocast_lm", True),
+        ("use_chat_formatting", True),
+    ],
 )
 def test_statistics_of_something_else_are_refused_by_name_unless_allowed(tmp_path, name, value):
     estimated(tmp_path, **{name: value})
     path = str(tmp_path / "stats")
-    with pytest.raises(ValueError, match=f"{name}={value!r} .training has"):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} (training has")):
         runner(WhiteningConfig(statistics=path)).run()
     allowed = WhiteningConfig(statistics=path, allow_other_statistics=True)
     runner(allowed, training_tokens=128).run()
+
+
+@pytest.mark.parametrize(
+    ("given", "trained"),
+    [
+        ({"seqpos_slice": [1, 32]}, {"seqpos_slice": (1, None)}),
+        ({"exclude_special_tokens": [2, 1, 1]}, {"exclude_special_tokens": [1, 2]}),
+        ({"exclude_special_tokens": []}, {}),
+        ({"split": "train[:50%]"}, {}),
+    ],
+    ids=str,
+)
+def test_what_is_written_otherwise_but_means_the_same_is_taken(tmp_path, given, trained):
+    estimated(tmp_path, **given)
+    path = str(tmp_path / "stats")
+    runner(WhiteningConfig(statistics=path), training_tokens=128, **trained).run()
+
+
+@pytest.mark.parametrize("name", ["autocast_lm", "use_chat_formatting"])
+def test_what_saelens_does_not_record_of_reading_is_checked_too(tmp_path, name):
+    estimated(tmp_path, **{name: False})
+    made = runner(WhiteningConfig(statistics=str(tmp_path / "stats")))
+    setattr(made.cfg, name, True)
+    with pytest.raises(ValueError, match=re.escape(f"{name}=False (training has True)")):
+        made.run()
+
+
+def test_a_path_of_a_dataset_is_recorded_with_its_split_and_a_dataset_in_memory_has_neither(
+    tmp_path,
+):
+    tiny_dataset(40).to_json(tmp_path / "data" / "data.jsonl")
+    path = str(tmp_path / "data")
+    for dataset, known in ((path, (path, "train[:50%]")), (tiny_dataset(40), (None, None))):
+        found = fit_statistics(
+            tiny_model(),
+            dataset,
+            HOOK,
+            n_samples=100,
+            context_size=32,
+            split="train[:50%]",
+            streaming=False,
+        )[HOOK].provenance
+        assert (found.get("dataset_path"), found.get("split")) == known
 
 
 def test_statistics_that_do_not_fit_are_one_clear_error(tmp_path):

@@ -12,6 +12,7 @@ by torchrun, every process takes its share of the dataset, and the result is tha
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +28,27 @@ examples:
 """
 
 
+# by the names that they have in Python; what is not given is left to the defaults there
+_LOADING = ("model_class_name", "model_from_pretrained_kwargs", "device")
+_READING = (
+    "split",
+    "context_size",
+    "prepend_bos",
+    "seqpos_slice",
+    "hook_head_index",
+    "disable_concat_sequences",
+    "sequence_separator_token",
+    "use_chat_formatting",
+    "streaming",
+    "autocast_lm",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the estimation, with SAELens' names and defaults."""
     add = parser.add_argument
     add("--model-name", help="model to load, as in SAELens")
-    add(
-        "--model-class-name",
-        default="HookedTransformer",
-        help="HookedTransformer, or AutoModelForCausalLM for any model of transformers "
-        "(default: %(default)s)",
-    )
-    add(
-        "--model-from-pretrained-kwargs",
-        type=json.loads,
-        metavar="JSON",
-        help="further arguments for loading the model, as in SAELens, such as a revision",
-    )
     add("--dataset-path", help="dataset to load: a name on the hub, or a folder")
-    add("--split", default="train", help="its split; training takes train (default: %(default)s)")
     add(
         "--cached-activations",
         metavar="DIRECTORY",
@@ -58,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="hooks, or glob patterns in quotes such as 'blocks.*.hook_resid_pre'",
     )
-    add("--hook-head-index", type=int, help="one head of hooks with a head dimension")
     add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")
     add(
         "--push-to-hub",
@@ -73,26 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--n-samples", type=_count, help="take so many activations per hook instead")
     add("--max-samples", type=_count, help="take at most so many (default: 2000 per dimension)")
-    add(
-        "--context-size",
-        type=_count,
-        default=128,
-        help="tokens per sequence (default: %(default)s)",
-    )
     add("--batch-size-prompts", type=_count, default=32, help="sequences per pass of the model")
-    add(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="put the beginning-of-sequence token in front, as training will",
-    )
-    add(
-        "--seqpos-slice",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="positions to take, as training will: stop, or start stop, or start stop step",
-    )
     add(
         "--exclude-special-tokens",
         nargs="*",
@@ -102,30 +86,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or, without any, those that the tokenizer names (BOS, EOS, PAD, SEP)",
     )
     add(
-        "--disable-concat-sequences",
-        action="store_true",
-        help="one document per sequence, and shorter ones dropped, as training will",
-    )
-    add(
-        "--sequence-separator-token",
-        type=_separator,
-        default="bos",
-        metavar="bos|eos|sep|none|ID",
-        help="between documents, as in training (default: %(default)s)",
-    )
-    add("--no-streaming", action="store_true", help="download the dataset first")
-    add("--device", default="cpu", help="where the model runs (default: %(default)s)")
-    add(
-        "--autocast-lm",
-        action="store_true",
-        help="run the model in bfloat16 autocast, as training will",
-    )
-    add(
         "--on-nonfinite",
         choices=("raise", "skip"),
         default="raise",
         help="activations with NaN or infinity (default: %(default)s)",
     )
+    model = parser.add_argument_group(
+        "running the model",
+        "As training will. These do not go with --cached-activations, which are taken as they are.",
+    )
+    add = partial(model.add_argument, default=argparse.SUPPRESS)
+    add(
+        "--model-class-name",
+        help="HookedTransformer, or AutoModelForCausalLM for any model of transformers "
+        "(default: HookedTransformer)",
+    )
+    add(
+        "--model-from-pretrained-kwargs",
+        type=json.loads,
+        metavar="JSON",
+        help="further arguments for loading the model, as in SAELens, such as a revision",
+    )
+    add("--device", help="where the model runs (default: cpu)")
+    add("--autocast-lm", action="store_true", help="run the model in bfloat16 autocast")
+    add("--split", help="split of the dataset; training takes train (default: train)")
+    add(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        help="do not download the dataset first (default: yes)",
+    )
+    add("--context-size", type=_count, help="tokens per sequence (default: 128)")
+    add(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="put the beginning-of-sequence token in front (default: yes)",
+    )
+    add(
+        "--disable-concat-sequences",
+        action="store_true",
+        help="one document per sequence, and shorter ones dropped",
+    )
+    add(
+        "--sequence-separator-token",
+        type=_separator,
+        metavar="bos|eos|sep|none|ID",
+        help="between documents (default: bos)",
+    )
+    add("--use-chat-formatting", action="store_true", help="tokenise with the chat template")
+    add(
+        "--seqpos-slice",
+        type=_index,
+        nargs="+",
+        metavar="N",
+        help="positions to take: stop, or start stop, or start stop step; none for an open end",
+    )
+    add("--hook-head-index", type=int, help="one head of hooks with a head dimension")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,6 +150,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give --model-name and --dataset-path, or --cached-activations")
     if args.cached_activations is not None and given != [None, None]:
         raise ValueError("--cached-activations takes the place of --model-name and --dataset-path")
+    idle = [name for name in (*_LOADING, *_READING) if hasattr(args, name)]
+    if args.cached_activations is not None and idle:
+        listed = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise ValueError(f"cached activations are taken as they are: leave out {listed}")
     from sae_whiten.distributed import Processes, joined_processes
 
     with joined_processes():
@@ -177,37 +196,24 @@ def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
 
     from sae_lens.load_model import load_model
 
-    kwargs = args.model_from_pretrained_kwargs
+    class_name = getattr(args, "model_class_name", "HookedTransformer")
+    kwargs = getattr(args, "model_from_pretrained_kwargs", None)
     if kwargs is None:  # as in SAELens' runner
-        hooked = args.model_class_name == "HookedTransformer"
-        kwargs = {"center_writing_weights": False} if hooked else {}
-    device = args.device
+        kwargs = {"center_writing_weights": False} if class_name == "HookedTransformer" else {}
+    device = getattr(args, "device", "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # from torchrun: one GPU per process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     model = load_model(
-        args.model_class_name, args.model_name, device=device, model_from_pretrained_kwargs=kwargs
+        class_name, args.model_name, device=device, model_from_pretrained_kwargs=kwargs
     )
     provenance: dict[str, Any] = {
         "model_from_pretrained_kwargs": kwargs,
         "model_name": args.model_name,
-        "model_class_name": args.model_class_name,
-        "dataset_path": args.dataset_path,
+        "model_class_name": class_name,
     }
+    options |= {name: getattr(args, name) for name in _READING if hasattr(args, name)}
     return fit_statistics(
-        model,
-        args.dataset_path,
-        args.hook_name,
-        split=args.split,
-        context_size=args.context_size,
-        prepend_bos=args.prepend_bos,
-        seqpos_slice=(None,) if args.seqpos_slice is None else tuple(args.seqpos_slice),
-        hook_head_index=args.hook_head_index,
-        disable_concat_sequences=args.disable_concat_sequences,
-        sequence_separator_token=args.sequence_separator_token,
-        streaming=not args.no_streaming,
-        autocast_lm=args.autocast_lm,
-        provenance=provenance,
-        **options,
+        model, args.dataset_path, args.hook_name, provenance=provenance, **options
     )
 
 
@@ -216,6 +222,10 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
     return value
+
+
+def _index(text: str) -> int | None:
+    return None if text == "none" else int(text)
 
 
 def _separator(text: str) -> Any:

@@ -59,6 +59,7 @@ def fit_statistics(
     hook_head_index: int | None = None,
     disable_concat_sequences: bool = False,
     sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos",
+    use_chat_formatting: bool = False,
     streaming: bool = True,
     autocast_lm: bool = False,
     on_nonfinite: Literal["raise", "skip"] = "raise",
@@ -82,24 +83,30 @@ def fit_statistics(
         out: Folder to write one file per hook to, and meanwhile the progress: a call that was
             killed goes on from there when it is repeated, and ends with the same statistics.
         cached_activations: Directory of SAELens' `CacheActivationsRunner` to read instead of
-            running a model.
+            running a model. How they were made is not known: of the options of reading, all but
+            exclude_special_tokens (ids) are without meaning then.
         tolerance: Relative excess variance of held-out activations to be reached at every hook.
         n_samples: Take this many activations per hook instead, and the rest of the last batch.
         max_samples: Take at most this many; None: 2000 per dimension of the widest hook.
-        split: Split of the dataset, if it is a path. Training takes "train".
+        split: Split of the dataset, if it is a path. Training takes "train", and refuses statistics
+            of another split, but not of a part of it such as "train[:50%]".
         context_size, prepend_bos, seqpos_slice, exclude_special_tokens, hook_head_index,
-            disable_concat_sequences, sequence_separator_token, streaming, autocast_lm: As in
-            SAELens' `LanguageModelSAERunnerConfig`; use the values that training will use.
+            disable_concat_sequences, sequence_separator_token, use_chat_formatting, streaming,
+            autocast_lm: As in SAELens' `LanguageModelSAERunnerConfig`; use the values that
+            training will use, which refuses statistics made with others.
         batch_size_prompts: Sequences per forward pass.
         on_nonfinite: As for `ActivationStatistics`.
-        provenance: Further entries for the provenance of the statistics, such as model_name.
+        provenance: Further entries for the provenance of the statistics. Give model_name,
+            model_class_name and model_from_pretrained_kwargs as training will have them, for it
+            to check them too: a model does not tell what it was loaded by.
 
     Returns:
         Statistics by hook name, with `provenance["inflation"]`.
 
     Raises:
-        ValueError: A pattern matches no hook, the dataset has no tokens, there is not one
-            activation, or the progress in `out` is that of another estimation.
+        ValueError: Options contradict each other, a pattern matches no hook, the dataset has no
+            tokens, there is not one activation, or the progress in `out` is that of another
+            estimation.
         NonFiniteActivationsError: An activation is NaN or infinite; names hook and position.
         DistributedError: Another process failed or is gone.
     """
@@ -110,18 +117,26 @@ def fit_statistics(
         "seqpos_slice": list(seqpos_slice),
         "disable_concat_sequences": disable_concat_sequences,
         "sequence_separator_token": sequence_separator_token,
-        "split": split,
+        "use_chat_formatting": use_chat_formatting,
         "autocast_lm": autocast_lm,
+        "hook_head_index": hook_head_index,
     }
     if cached_activations is not None:
         if model is not None or dataset is not None:
             raise ValueError("give a model and a dataset, or cached_activations, not both")
+        if hook_head_index is not None or tuple(seqpos_slice) != (None,):
+            raise ValueError(
+                "hook_head_index and seqpos_slice cannot be applied to cached_activations, which "
+                "are taken as they are: leave them out"
+            )
         reading = {"cached_activations": str(cached_activations)}
         open_source = partial(CachedActivations, cached_activations, hook_names)
     elif model is None or dataset is None:
         raise ValueError("give a model and a dataset, or cached_activations")
     else:
         reading |= _describe(model)
+        if isinstance(dataset, str):
+            reading |= {"dataset_path": dataset, "split": split}
         open_source = partial(
             ModelActivations,
             model,
@@ -135,6 +150,7 @@ def fit_statistics(
             seqpos_slice=seqpos_slice,
             disable_concat_sequences=disable_concat_sequences,
             sequence_separator_token=sequence_separator_token,
+            use_chat_formatting=use_chat_formatting,
             streaming=streaming,
         )
     source: ActivationSource = processes.together(
@@ -147,7 +163,6 @@ def fit_statistics(
     record: dict[str, Any] = {
         **reading,
         "exclude_special_tokens": exclude_special_tokens,
-        "hook_head_index": hook_head_index,
         **without_secrets(provenance or {}),
     }
     fit = _Fit(source, processes, on_nonfinite)

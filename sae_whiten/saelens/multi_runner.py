@@ -28,6 +28,7 @@ from sae_whiten.saelens.running import (
     check_hook,
     connect,
     paused,
+    record_reading,
     save_runner_files,
     train_interruptibly,
     without_resuming,
@@ -156,6 +157,11 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         if resume_from is not None:
             store.load_from_checkpoint(resume_from)
         return train_interruptibly(self.trainer, stream, store, self.cfg)
+
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        for name in self.whitening_configs:
+            record_reading(self.saes[name], self.cfg)
 
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
         if checkpoint_path is None:

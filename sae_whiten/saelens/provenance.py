@@ -25,6 +25,8 @@ _FIELDS = (
     "sequence_separator_token",
     "disable_concat_sequences",
     "model_from_pretrained_kwargs",
+    "autocast_lm",
+    "use_chat_formatting",
 )
 
 
@@ -67,10 +69,12 @@ def load_statistics(
         raise ValueError(f"{source} is of width {statistics.d_in}, the SAE of width {cfg.d_in}")
     if not allow_other:
         wanted, found = provenance_of(cfg), statistics.provenance
+        if "dataset_path" in wanted:
+            wanted["split"] = "train"  # which is what SAELens trains on
         different = [
             f"{name}={found[name]!r} (training has {wanted[name]!r})"
             for name in wanted
-            if name in found and _as_json(found[name]) != _as_json(wanted[name])
+            if name in found and _canonical(name, found) != _canonical(name, wanted)
         ]
         if different:
             raise ValueError(
@@ -80,5 +84,13 @@ def load_statistics(
     return statistics
 
 
-def _as_json(value: Any) -> str:
+def _canonical(name: str, fields: Mapping[str, Any]) -> str:
+    """A field as JSON, the same for what means the same."""
+    value, context_size = fields[name], fields.get("context_size")
+    if name == "seqpos_slice" and value and context_size and context_size > 0:
+        value = list(range(context_size)[slice(*value)])
+    elif name == "exclude_special_tokens" and not isinstance(value, bool):
+        value = sorted(set(value or ())) or False
+    elif name == "split":
+        value = str(value).partition("[")[0]  # statistics of a part will do
     return json.dumps(value, sort_keys=True, default=str)

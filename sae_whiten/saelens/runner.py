@@ -21,6 +21,7 @@ from sae_whiten.saelens.running import (
     WHITENING_FILENAME,
     check_hook,
     connect,
+    record_reading,
     save_runner_files,
     train_interruptibly,
     without_resuming,
@@ -165,6 +166,10 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             self.cfg.logger.log(
                 self, weights, cfg, sparsity_path=sparsity, wandb_aliases=["final_model"]
             )
+
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        record_reading(self.sae, self.cfg)
 
     def _check_pretrained(self) -> bool:
         """Whether `self.sae` is plain and has to be brought into whitened coordinates."""

@@ -33,6 +33,7 @@ __all__ = [
     "check_hook",
     "connect",
     "paused",
+    "record_reading",
     "save_runner_files",
     "train_interruptibly",
     "without_resuming",
@@ -58,6 +59,14 @@ def check_hook(model: HookedRootModule, name: str) -> None:
     if name not in hooks:
         near = difflib.get_close_matches(name, hooks) or hooks[:3]
         raise ValueError(f"the model has no hook {name!r}; nearest: {', '.join(near)}")
+
+
+def record_reading(
+    sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
+) -> None:
+    """Add to an SAE's metadata what SAELens leaves out of how its activations are made."""
+    sae.cfg.metadata.autocast_lm = cfg.autocast_lm
+    sae.cfg.metadata.use_chat_formatting = cfg.use_chat_formatting
 
 
 @contextmanager
