@@ -73,6 +73,66 @@ def test_estimation_stops_by_itself_or_says_how_much_is_missing(caplog):
     assert "would do" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"exclude_special_tokens": list(range(100))}, {"seqpos_slice": (40, None)}],
+    ids=["all tokens excluded", "no position"],
+)
+@pytest.mark.parametrize("n_sequences", [40, 3000])
+def test_without_one_activation_there_are_no_statistics(n_sequences, options, tmp_path):
+    model, passes = tiny_model(), []
+    model.hook_dict[HOOKS[0]].add_perma_hook(lambda tensor, *, hook: passes.append(1))
+    with pytest.raises(ValueError, match="there is not one activation"):
+        fit_statistics(
+            model,
+            tiny_dataset(n_sequences),
+            HOOKS,
+            n_samples=10**6,
+            context_size=32,
+            batch_size_prompts=4,
+            out=tmp_path,
+            **options,
+        )
+    assert len(passes) == min(n_sequences // 4, 100)  # of an endless dataset, no more are tried
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_tolerance_that_cannot_be_reached_is_refused_before_a_token_is_read(tolerance):
+    with pytest.raises(ValueError, match="tolerance="):
+        fit_statistics(tiny_model(), "nowhere", HOOKS, tolerance=tolerance)
+
+
+def test_an_empty_dataset_and_a_hook_that_does_not_vary_are_named():
+    empty = datasets.Dataset.from_dict({"input_ids": []})
+    for dataset in (empty, tiny_dataset(4).to_iterable_dataset().take(0)):
+        with pytest.raises(ValueError, match="the dataset is empty"):
+            fit_statistics(tiny_model(), dataset, HOOKS, context_size=32)
+    model = tiny_model()
+    model.hook_dict[HOOKS[1]].add_perma_hook(lambda tensor, *, hook: torch.ones_like(tensor))
+    with pytest.raises(ValueError, match=rf"^{HOOKS[1]}: the activations do not vary"):
+        fit_statistics(model, tiny_dataset(), HOOKS[:2], n_samples=3000, context_size=32)
+
+
+def test_provenance_is_returned_as_files_have_it_and_what_they_cannot_hold_is_refused_at_once(
+    tmp_path, monkeypatch
+):
+    given = {"layers": (1, 2)}
+    fit_killed_at(6, tmp_path, monkeypatch, provenance=given)
+    options = {**ADAPTIVE, "out": tmp_path}
+    found = fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, provenance=given, **options)
+    saved = ActivationStatistics.load(statistics_file(tmp_path, HOOKS[0]))
+    assert found[HOOKS[0]].provenance == saved.provenance
+    passes = []
+    model = tiny_model()
+    model.hook_dict[HOOKS[0]].add_perma_hook(lambda tensor, *, hook: passes.append(1))
+    with pytest.raises(TypeError, match="dtype is not JSON serializable"):
+        fit_statistics(
+            model, tiny_dataset(), HOOKS, context_size=32, provenance={"dtype": torch.float16}
+        )
+    assert not passes
+
+
 def test_a_nan_names_the_hook_and_the_batch():
     model: HookedTransformer = tiny_model()
 
@@ -134,7 +194,7 @@ class Killed(BaseException):
     """Stands for a signal that ends the process."""
 
 
-def fit_killed_at(n_passes: int, out, monkeypatch, dataset=None) -> None:
+def fit_killed_at(n_passes: int, out, monkeypatch, dataset=None, **options) -> None:
     model = tiny_model()
     passes = 0
 
@@ -148,7 +208,7 @@ def fit_killed_at(n_passes: int, out, monkeypatch, dataset=None) -> None:
     model.hook_dict[HOOKS[0]].add_perma_hook(die)
     monkeypatch.setattr("sae_whiten.saelens.collect._SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(Killed):
-        fit_statistics(model, dataset or tiny_dataset(3000), HOOKS, out=out, **ADAPTIVE)
+        fit_statistics(model, dataset or tiny_dataset(3000), HOOKS, out=out, **ADAPTIVE, **options)
 
 
 ADAPTIVE = {"tolerance": 0.03, "context_size": 32, "batch_size_prompts": 4}

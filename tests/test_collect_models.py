@@ -201,6 +201,12 @@ def test_a_hook_that_nothing_passes_through_is_named(folder: Path, others: list[
         fitted(hooked_transformer(folder), texts(), [silent, *others])
 
 
+@pytest.mark.parametrize("name", ["blocks.0.attn.hook_pattern", "blocks.0.attn.hook_attn_scores"])
+def test_a_hook_without_a_vector_at_every_token_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} has activations of shape \(4, 2, 16, 16\)"):
+        fitted(hooked_transformer(folder), texts(), name)
+
+
 def hooks_of(model: Any) -> dict[str, int]:
     """How many functions hang on each hook of a model, and on its modules."""
     hanging = {

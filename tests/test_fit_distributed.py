@@ -18,11 +18,14 @@ HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.attn.hook_z"]
 ALL: dict[str, Any] = {"n_samples": 10**9, "context_size": 32}
 
 
-def fit_shards(rank: int, cases: list[tuple[Dataset, str]]) -> list[Any]:
+def fit_shards(rank: int, cases: list[tuple[Dataset, str]], blocked: str) -> list[Any]:
     results: list[Any] = []
     for dataset, out in cases:
         found = fit_statistics(tiny_model(), dataset, HOOKS, out=out, **ALL)
         results.append({name: (s.n_samples, s.covariance) for name, s in found.items()})
+    adaptive: dict[str, Any] = {"tolerance": 0.08, "context_size": 32, "batch_size_prompts": 8}
+    found = fit_statistics(tiny_model(), tiny_dataset(400), HOOKS, **adaptive)
+    results.append({n: (s.n_samples, s.provenance["inflation"]) for n, s in found.items()})
     model = tiny_model()
     passes = 0
 
@@ -38,13 +41,19 @@ def fit_shards(rank: int, cases: list[tuple[Dataset, str]]) -> list[Any]:
         fit_statistics(model, tiny_dataset(400), HOOKS, batch_size_prompts=8, **ALL)
     except Exception as error:
         results.append(f"{type(error).__name__}: {error}")
+    try:
+        fit_statistics(tiny_model(), tiny_dataset(40), HOOKS, out=blocked, **ALL)
+    except Exception as error:
+        results.append(f"{type(error).__name__}: {error}")
     return results
 
 
 def test_two_processes_fit_what_one_does_with_unequal_and_empty_shards(tmp_path):
     sizes = (101, 1)
     cases = [(tiny_dataset(n), str(tmp_path / f"two-{n}")) for n in sizes]
-    first, second = run_ranks(fit_shards, cases)
+    blocked = tmp_path / "blocked"
+    (blocked / f"{HOOKS[0]}.safetensors").mkdir(parents=True)
+    first, second = run_ranks(fit_shards, cases, str(blocked))
     for i, n in enumerate(sizes):
         alone = fit_statistics(tiny_model(), tiny_dataset(n), HOOKS, **ALL)
         for name in HOOKS:
@@ -57,9 +66,16 @@ def test_two_processes_fit_what_one_does_with_unequal_and_empty_shards(tmp_path)
             assert torch.equal(saved.covariance, first[i][name][1])
         files = sorted(p.name for p in (tmp_path / f"two-{n}").iterdir())
         assert files == sorted(f"{name}.safetensors" for name in HOOKS)
+    adaptive = first[len(sizes)]
+    assert adaptive == second[len(sizes)]
+    for n_samples, inflation in adaptive.values():
+        assert n_samples < 400 * 32  # enough before the data ended, for
+        assert inflation <= 0.08
     where = "hook blocks.0.hook_resid_pre, batch 2, sequence 16, position 1"
-    assert second[-1].startswith(f"NonFiniteActivationsError: {where}")
-    assert first[-1].startswith(f"DistributedError: process 1 failed: {where}")
+    assert second[-2].startswith(f"NonFiniteActivationsError: {where}")
+    assert first[-2].startswith(f"DistributedError: process 1 failed: {where}")
+    assert first[-1].startswith("IsADirectoryError")
+    assert second[-1].startswith("DistributedError: process 0 failed: [Errno 21]")
 
 
 def fit_until_one_is_killed(rank: int, out: str) -> Any:

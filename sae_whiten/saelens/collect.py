@@ -7,6 +7,7 @@ to. Several processes each take their shard of the dataset and decide together w
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import logging
 import math
 import shutil
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.distributed import Processes
+from sae_whiten.saelens.estimation import MAX_EMPTY_BATCHES, naming
 from sae_whiten.saelens.provenance import statistics_file, without_secrets
 from sae_whiten.saelens.sources import ActivationSource, CachedActivations, Model, ModelActivations
 from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
@@ -110,6 +112,10 @@ def fit_statistics(
         NonFiniteActivationsError: An activation is NaN or infinite; names hook and position.
         DistributedError: Another process failed or is gone.
     """
+    if not 0 < tolerance < math.inf:
+        raise ValueError(
+            f"tolerance={tolerance}: must be above 0; to take all there is, set n_samples"
+        )
     processes = Processes()
     reading: dict[str, Any] = {
         "context_size": context_size,
@@ -165,6 +171,8 @@ def fit_statistics(
         "exclude_special_tokens": exclude_special_tokens,
         **without_secrets(provenance or {}),
     }
+    # as a file has it: tuples are lists, and what JSON cannot hold is refused now, not at the end
+    record = json.loads(json.dumps(record))
     fit = _Fit(source, processes, on_nonfinite)
     progress = None
     if out is not None:
@@ -183,10 +191,13 @@ def fit_statistics(
     fit.run(n_samples, max_samples, tolerance, progress)
     found = _finished(fit, tolerance if n_samples is None else None, record)
     if out is not None:
-        if processes.rank == 0:
-            for name, statistics in found.items():
-                statistics.save(statistics_file(out, name))
-        processes.total(0)  # nobody forgets how far it was before the result is on disk
+
+        def save() -> None:
+            if processes.rank == 0:
+                for name, statistics in found.items():
+                    statistics.save(statistics_file(out, name))
+
+        processes.together(save)  # nobody forgets how far it was before the result is on disk
         shutil.rmtree(Path(out) / _PROGRESS_DIR, ignore_errors=True)
     return found
 
@@ -262,7 +273,15 @@ class _Fit:
             first, second = map(self.processes.union, halves.halves)
             union[name].halves = (first, second)
         own = self.source.hook_names[self.processes.rank :: self.processes.world_size]
-        found = self.processes.together(lambda: {name: union[name].inflation() for name in own})
+
+        def inflations() -> dict[str, float]:
+            found = {}
+            for name in own:
+                with naming(name):
+                    found[name] = union[name].inflation()
+            return found
+
+        found = self.processes.together(inflations)
         self.inflation = {}
         for part in self.processes.gather(found):
             self.inflation.update(part)
@@ -278,6 +297,11 @@ class _Fit:
                 raise ValueError("the dataset holds not one sequence of the context size")
             self._agree_on_widths()
         self.n_rounds += 1
+        if n == 0 and (not n_active or self.n_rounds >= MAX_EMPTY_BATCHES):
+            raise ValueError(
+                "there is not one activation at some hook: every token is excluded, seqpos_slice "
+                "takes no position, or none is finite"
+            )
         return n_active > 0, int(n)
 
     def _update(self, name: str, acts: Tensor, mask: Tensor | None) -> None:
@@ -334,6 +358,17 @@ class _Progress:
             ValueError: It is the progress of another estimation, or of more or fewer processes.
             CorruptFileError: The file is truncated, foreign or was changed.
         """
+        own = self._processes.together(self._rounds)
+        common = set.intersection(*map(set, self._processes.gather(set(own))))
+        if not common:
+            return
+        path = own[max(common)]
+        self._processes.together(lambda: self._load(path, fit))
+        if self._processes.rank == 0:
+            logger.info("continuing after %d batches, from %s", fit.n_rounds, self._directory)
+
+    def _rounds(self) -> dict[int, Path]:
+        """This process's files, by round."""
         files = {path: path.name.split(".") for path in self._directory.glob("rank-*-of-*")}
         own = {int(name[1].split("-")[1]): p for p, name in files.items() if name[0] == self._name}
         counts = {int(name[0].rsplit("-", 1)[1]) for name in files.values()}
@@ -343,10 +378,9 @@ class _Progress:
                 f"are {self._processes.world_size}. Continue with as many, or delete the folder to "
                 "begin anew."
             )
-        common = set.intersection(*map(set, self._processes.gather(set(own))))
-        if not common:
-            return
-        path = own[max(common)]
+        return own
+
+    def _load(self, path: Path, fit: _Fit) -> None:
         tensors, fields = load_tensors(path, _PROGRESS_KIND)
         different = [
             f"{name}={fields['identity'].get(name)!r} (now {self._identity.get(name)!r})"
@@ -368,8 +402,6 @@ class _Progress:
             fit.statistics[name] = statistics
         fit.n_rounds, fit.next_look = int(fields["n_rounds"]), int(fields["next_look"])
         fit.source.skip(int(fields["n_sequences"]))
-        if self._processes.rank == 0:
-            logger.info("continuing after %d batches, from %s", fit.n_rounds, self._directory)
 
     def save_if_due(self, fit: _Fit) -> None:
         """Save, unless that was done not long ago; the first process's clock decides."""
@@ -392,8 +424,8 @@ class _Progress:
             "next_look": fit.next_look,
             "n_sequences": fit.source.n_sequences,
         }
-        save_tensors(path, _PROGRESS_KIND, tensors, fields)
-        self._processes.total(0)  # until all have
+        # until all have
+        self._processes.together(lambda: save_tensors(path, _PROGRESS_KIND, tensors, fields))
         for old in self._directory.glob(f"{self._name}.*"):
             if old != path:
                 old.unlink()

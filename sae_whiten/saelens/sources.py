@@ -127,6 +127,11 @@ class ModelActivations:
             mask = ~torch.isin(tokens[:, self._slice], self._special.to(tokens.device))
 
         def hand_over(name: str, acts: Tensor, hook: Any) -> None:
+            if acts.ndim < 3 or acts.shape[:2] != tokens.shape:
+                raise ValueError(
+                    f"{name} has activations of shape {tuple(acts.shape)} for tokens of shape "
+                    f"{tuple(tokens.shape)}: statistics are of hooks with a vector at every token"
+                )
             acts = acts[:, self._slice]
             if self._head is not None:
                 if acts.ndim != 4 or self._head >= acts.shape[2]:
@@ -258,21 +263,24 @@ def token_store(
     if isinstance(dataset, datasets.Dataset):
         # the store sets the format of the dataset that it is given, and this one is the user's
         dataset = dataset.with_format(dataset.format["type"])
-    return ActivationsStore(
-        model=cast(HookedRootModule, model),
-        dataset=dataset,
-        hook_name=hook_name,
-        hook_head_index=None,
-        d_in=1,
-        n_batches_in_buffer=1,
-        total_training_tokens=0,
-        store_batch_size_prompts=1,
-        train_batch_size_tokens=1,
-        normalize_activations="none",
-        device=torch.device("cpu"),
-        dtype="float32",
-        **options,
-    )
+    try:
+        return ActivationsStore(
+            model=cast(HookedRootModule, model),
+            dataset=dataset,
+            hook_name=hook_name,
+            hook_head_index=None,
+            d_in=1,
+            n_batches_in_buffer=1,
+            total_training_tokens=0,
+            store_batch_size_prompts=1,
+            train_batch_size_tokens=1,
+            normalize_activations="none",
+            device=torch.device("cpu"),
+            dtype="float32",
+            **options,
+        )
+    except StopIteration:
+        raise ValueError("the dataset is empty") from None
 
 
 def _special_tokens(model: Model, exclude: bool | list[int]) -> Tensor | None:
