@@ -30,14 +30,18 @@ class DistributedError(RuntimeError):
 
 
 @contextmanager
-def joined_processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if it did, for as long as the block lasts."""
+def joined_processes() -> Iterator[int]:
+    """Join the processes that torchrun started, if it did, for as long as the block lasts.
+
+    Yields:
+        Number of this process, 0 for the first or only one.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield
+        yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         return
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield
+        yield dist.get_rank()
     finally:
         dist.destroy_process_group()
 

@@ -32,8 +32,9 @@ def find_statistics(source: str | Path, hook_name: str | None) -> Path:
     """The file of a hook's statistics, downloaded if need be.
 
     Args:
-        source: A file, a folder with one file for each hook, or a repo of the Hugging Face hub,
-            "user/name" or "user/name@revision". What exists on disk goes before the hub.
+        source: A file, a folder with one file for each hook, the folder that a training run wrote,
+            or a repo of the Hugging Face hub, "user/name" or "user/name@revision". What exists on
+            disk goes before the hub.
         hook_name: Name of the hook; None if it is not known, which a file does not mind.
 
     Raises:
@@ -48,6 +49,9 @@ def find_statistics(source: str | Path, hook_name: str | None) -> Path:
             return download_statistics(repo_id, hook_name, revision)
     if not path.is_dir():
         return path
+    of_a_run = statistics_file(path, "activation_statistics")
+    if of_a_run.is_file():
+        return of_a_run
     if hook_name is None:
         raise ValueError(f"{path} is a folder, and the hook is not known: give the file itself")
     file = statistics_file(path, hook_name)

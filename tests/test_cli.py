@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import sae_whiten
-from sae_whiten import WhiteningConfig
+from sae_whiten import ActivationStatistics, WhiteningConfig
 from sae_whiten.cli import COMMANDS, main, train
 
 TOPK = ["--architecture", "topk", "--d_in", "16", "--d_sae", "32"]
@@ -432,6 +432,38 @@ def test_train_from_files_to_a_plain_saelens_sae(
     saved = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]["whitening"]
     assert saved["config"]["n_samples"] == 2000
     assert f"fold error: {saved['fold']['check']['fold_error']:.2g}" in out
+
+
+def test_train_takes_what_fit_wrote_unless_it_was_fitted_otherwise(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise OSError("the hub does not answer")
+
+    monkeypatch.setattr("sae_whiten.hub.push_folder", refuse)
+    stats = str(tmp_path / "stats")
+    fit = [
+        *["fit", "--model-class-name", "AutoModelForCausalLM", "--model-name", f"{tmp_path}/model"],
+        *["--dataset-path", f"{tmp_path}/texts", "--hook-name", "transformer.h.*"],
+        *["--context-size", "16", "--seqpos-slice", "1", "none", "--exclude-special-tokens"],
+        *["--n-samples", "2000", "--batch-size-prompts", "8", "--out", stats],
+    ]
+    assert main(["--quiet", *fit, "--push-to-hub", "user/name"]) == 2
+    assert f"saved in {stats}" in capsys.readouterr().out  # before it was to be uploaded
+    train = ["--quiet", *arguments, "--whitening.statistics", stats]
+    same = ["--seqpos_slice", "1", "16", "--exclude_special_tokens", "True"]
+    assert main([*train, *same]) == 0
+    fitted = ActivationStatistics.load(Path(stats) / "transformer.h.0.safetensors")
+    trained = ActivationStatistics.load(tmp_path / "sae" / "activation_statistics.safetensors")
+    assert trained.digest == fitted.digest
+    capsys.readouterr()
+    assert main([*train, *same, "--autocast_lm", "True"]) == 2
+    assert "autocast_lm=False (training has True)" in capsys.readouterr().err
+    assert main(train) == 2
+    assert "seqpos_slice=[1, None] (training has" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

@@ -45,6 +45,12 @@ def test_statistics_are_of_exactly_what_training_sees_at_every_hook(options):
         assert statistics.provenance["hook_name"] == hook_name
 
 
+def test_a_limit_for_a_fixed_number_is_refused(tmp_path, capsys):
+    arguments = ["fit", "--cached-activations", "a", "--hook-name", "*", "--out", str(tmp_path)]
+    assert main([*arguments, "--n-samples", "10", "--max-samples", "20"]) == 2
+    assert "leave it out with --n-samples" in capsys.readouterr().err
+
+
 def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_what_there_is():
     names = list(tiny_model().hook_dict)
     assert match_hooks(names, "blocks.*.hook_resid_pre") == HOOKS[:2]

@@ -50,7 +50,8 @@ def test_the_union_of_shards_is_that_of_a_two_pass_reference():
 
 
 def test_a_process_alone_needs_no_group():
-    with joined_processes():
+    with joined_processes() as rank:
+        assert rank == 0
         processes = Processes()
         assert (processes.rank, processes.world_size) == (0, 1)
         assert processes.total(3, True) == [3, True]

@@ -126,6 +126,17 @@ def test_held_out_statistics_of_other_hooks_are_an_error(
     assert "none of these hooks, but blocks.5.mlp" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_file_without_a_covariance_is_named(
+    n: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, empty = tmp_path / "good", tmp_path / "empty"
+    statistics_of(friendly(100, 8)).save(good)
+    statistics_of(friendly(n, 8)).save(empty)
+    assert main(["inspect", str(good), str(empty)]) == 2
+    assert f"{empty} holds no covariance" in capsys.readouterr().err
+
+
 def test_one_hook_from_two_sources_is_shown_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,14 @@ def test_shards_of_different_things_are_refused_even_with_one_between_that_says_
     assert main(["merge", *texts, "--out", str(out)]) == 0
 
 
+def test_files_are_not_merged_into_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = [save(tmp_path / name, friendly(50, 4, seed)) for seed, name in enumerate("ab")]
+    assert main(["merge", *shards, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path} is a folder: give the file to write" in capsys.readouterr().err
+
+
 def test_the_digest_is_of_the_numbers_alone(tmp_path: Path) -> None:
     x = friendly(100, 4)
     a, b = ActivationStatistics(4), ActivationStatistics(4)

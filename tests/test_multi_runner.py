@@ -34,6 +34,7 @@ from sae_whiten import (
     WhiteningConfig,
     WhiteningMultiSAETrainingRunner,
     WhiteningTrainingRunner,
+    fit_statistics,
 )
 from sae_whiten.saelens import multi_trainer
 from sae_whiten.saelens.estimation import Requirement, estimate_statistics
@@ -360,6 +361,40 @@ def test_the_bar_names_the_worst_hook(monkeypatch):
     assert shown[-1].endswith("wanted 3.0%")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "autocast_lm"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)],
+)
+def test_the_resolution_is_that_of_the_model_whichever_way_statistics_are_estimated(
+    dtype, autocast_lm
+):
+    model = tiny_model().to(dtype)
+    options: dict[str, Any] = {"override_model": model, "autocast_lm": autocast_lm}
+    several = runner("white", training_tokens=BATCH, **options)
+    several.run()
+    cfg = runner_config(
+        hook_name=HOOKS["white"],
+        sae=copy.deepcopy(SAES["white"]),
+        training_tokens=128,
+        autocast_lm=autocast_lm,
+    )
+    one = WhiteningTrainingRunner(cfg, FEW, override_dataset=tiny_dataset(), override_model=model)
+    one.run()
+    fitted = fit_statistics(
+        model,
+        tiny_dataset(),
+        HOOKS["white"],
+        n_samples=100,
+        context_size=32,
+        autocast_lm=autocast_lm,
+    )
+    expected = torch.finfo(torch.bfloat16 if autocast_lm else dtype).eps
+    assert several.trainer.statistics["white"].resolution == expected
+    assert one.trainer.scaler.statistics is not None
+    assert one.trainer.scaler.statistics.resolution == expected
+    assert fitted[HOOKS["white"]].resolution == expected
+
+
 def test_given_statistics_are_taken_and_nothing_is_estimated(uninterrupted, tmp_path, monkeypatch):
     expected, _, path = uninterrupted
     folder = tmp_path / "statistics"
@@ -654,6 +689,7 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded():
             )
 
     refused("no SAE's config has normalize_activations='cov", names=("plain", "scaled"))
+    refused("set n_batches_in_buffer to at least 16,", n_batches_in_buffer=15, seqpos_slice=(8,))
     refused("given for typo, but the SAEs .* are white, batch", whitening={"typo": FEW})
     refused("given for plain, but", whitening={"plain": FEW})
     pursuit = MatchingPursuitTrainingSAEConfig(d_in=32, d_sae=64)
@@ -761,7 +797,7 @@ def test_stopping_in_an_evaluation_waits_for_its_end(tmp_path, wandb_log, monkey
 
 
 def test_messages_name_the_hooks(caplog, monkeypatch):
-    monkeypatch.setattr("sae_whiten.saelens.estimation._LIMIT_PER_DIMENSION", 25)
+    monkeypatch.setattr("sae_whiten.saelens.estimation.LIMIT_PER_DIMENSION", 25)
     with caplog.at_level(logging.WARNING):
         runner("white", "heads", whitening=WhiteningConfig(tolerance=1e-4)).run()
     for hook in (RESID, HEADS):

@@ -28,7 +28,7 @@ def test_training_takes_given_statistics_and_estimates_nothing(tmp_path, monkeyp
         raise AssertionError("estimated")
 
     monkeypatch.setattr(ActivationStatistics, "update", refuse)
-    for path in (tmp_path / "stats", statistics_file(tmp_path / "stats", HOOK)):
+    for path in (tmp_path / "stats", statistics_file(tmp_path / "stats", HOOK), tmp_path / "first"):
         made = runner(WhiteningConfig(statistics=str(path)), output_path=str(tmp_path / "second"))
         made.run()
         assert made.trainer.whitening is not None

@@ -75,7 +75,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="excess variance of held-out activations to reach (default: %(default)s)",
     )
     add("--n-samples", type=_count, help="take so many activations per hook instead")
-    add("--max-samples", type=_count, help="take at most so many (default: 2000 per dimension)")
+    add(
+        "--max-samples",
+        type=_count,
+        help="with --tolerance, take at most so many per hook (default: 1000 per dimension)",
+    )
     add("--batch-size-prompts", type=_count, default=32, help="sequences per pass of the model")
     add(
         "--exclude-special-tokens",
@@ -150,29 +154,34 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give --model-name and --dataset-path, or --cached-activations")
     if args.cached_activations is not None and given != [None, None]:
         raise ValueError("--cached-activations takes the place of --model-name and --dataset-path")
+    if args.n_samples is not None and args.max_samples is not None:
+        raise ValueError(
+            "--max-samples limits what --tolerance takes: leave it out with --n-samples"
+        )
     idle = [name for name in (*_LOADING, *_READING) if hasattr(args, name)]
     if args.cached_activations is not None and idle:
         listed = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise ValueError(f"cached activations are taken as they are: leave out {listed}")
-    from sae_whiten.distributed import Processes, joined_processes
+    from sae_whiten.distributed import joined_processes
 
-    with joined_processes():
+    with joined_processes() as rank:
         statistics = _fit(args)
-        if Processes().rank > 0:
-            return 0
+    if rank > 0:
+        return 0
     for hook_name, found in statistics.items():
         excess = found.provenance["inflation"]
         print(
             f"{hook_name}: {found.n_samples} activations of width {found.d_in}, held-out excess "
             f"variance {'unknown' if excess is None else f'{excess:.2%}'}"
         )
+    print(f"\nsaved in {args.out}")
     source = str(args.out)
     if args.push_to_hub is not None:
         from sae_whiten.hub import push_folder
 
         source = args.push_to_hub
-        print(f"\nuploaded: {push_folder(args.out, source)}")
-    print(f"\nsaved in {args.out}. Next:\n  sae-whiten inspect {args.out}")
+        print(f"uploaded: {push_folder(args.out, source)}")
+    print(f"\nNext:\n  sae-whiten inspect {args.out}")
     print(f"  sae-whiten train --whitening.statistics {source} ...")
     return 0
 
@@ -212,6 +221,8 @@ def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
         "model_class_name": class_name,
     }
     options |= {name: getattr(args, name) for name in _READING if hasattr(args, name)}
+    if "seqpos_slice" in options:
+        options["seqpos_slice"] = tuple(options["seqpos_slice"])
     return fit_statistics(
         model, args.dataset_path, args.hook_name, provenance=provenance, **options
     )

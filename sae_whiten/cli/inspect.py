@@ -102,6 +102,10 @@ def _read(sources: Iterable[str]) -> "dict[str, ActivationStatistics]":
         for file in find_all_statistics(source):
             statistics = ActivationStatistics.load(file)
             name = statistics.provenance.get("hook_name") or file.stem
+            if statistics.n_samples < 2:
+                raise ValueError(
+                    f"{file} holds no covariance: of {statistics.n_samples} activations"
+                )
             # two statistics of one hook, from two sources, are told apart by their files
             found[name if name not in found else str(file)] = statistics
     return found

@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         if not groups:
             raise ValueError(f"{args.shards[0]} holds no statistics")
     else:
+        if args.out.is_dir():
+            raise ValueError(f"{args.out} is a folder: give the file to write, as shards are files")
         groups = {args.out: args.shards}
     merged = {path: _merge(shards) for path, shards in groups.items()}
     for path, statistics in merged.items():

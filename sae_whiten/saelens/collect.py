@@ -24,18 +24,28 @@ from tqdm.auto import tqdm
 
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.distributed import Processes
-from sae_whiten.saelens.estimation import MAX_EMPTY_BATCHES, naming
+from sae_whiten.saelens.estimation import (
+    FIRST_LOOK_PER_DIMENSION,
+    LIMIT_PER_DIMENSION,
+    MAX_EMPTY_BATCHES,
+    naming,
+    too_inaccurate,
+)
 from sae_whiten.saelens.provenance import statistics_file, without_secrets
-from sae_whiten.saelens.sources import ActivationSource, CachedActivations, Model, ModelActivations
-from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
+from sae_whiten.saelens.sources import (
+    ActivationSource,
+    CachedActivations,
+    Model,
+    ModelActivations,
+    resolution_of,
+)
+from sae_whiten.split_half import SplitHalfStatistics
 from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError
 
 __all__ = ["fit_statistics"]
 
 logger = logging.getLogger(__name__)
 
-_FIRST_LOOK_PER_DIMENSION = 20
-_LIMIT_PER_DIMENSION = 2000
 _SAVE_EVERY_SECONDS = 60.0
 _PROGRESS_DIR = ".fit_progress"
 _PROGRESS_KIND = "fit_progress"
@@ -89,7 +99,7 @@ def fit_statistics(
             exclude_special_tokens (ids) are without meaning then.
         tolerance: Relative excess variance of held-out activations to be reached at every hook.
         n_samples: Take this many activations per hook instead, and the rest of the last batch.
-        max_samples: Take at most this many; None: 2000 per dimension of the widest hook.
+        max_samples: Take at most this many; None: 1000 per dimension of the widest hook.
         split: Split of the dataset, if it is a path. Training takes "train", and refuses statistics
             of another split, but not of a part of it such as "train[:50%]".
         context_size, prepend_bos, seqpos_slice, exclude_special_tokens, hook_head_index,
@@ -188,8 +198,12 @@ def fit_statistics(
         }
         progress = _Progress(Path(out) / _PROGRESS_DIR, identity, processes)
         progress.restore(fit)
-    fit.run(n_samples, max_samples, tolerance, progress)
-    found = _finished(fit, tolerance if n_samples is None else None, record)
+    union = fit.run(n_samples, max_samples, tolerance, progress)
+    found = _finished(fit, union, tolerance if n_samples is None else None, record)
+    if model is not None:
+        for statistics in found.values():
+            computed_in = resolution_of(model, autocast_lm)
+            statistics.resolution = max(statistics.resolution, computed_in)
     if out is not None:
 
         def save() -> None:
@@ -234,33 +248,33 @@ class _Fit:
         max_samples: int | None,
         tolerance: float,
         progress: "_Progress | None",
-    ) -> None:
-        """Read until it is enough, or until every shard is at its end."""
+    ) -> dict[str, SplitHalfStatistics]:
+        """Read until it is enough, or every shard is at its end; the statistics of all shards."""
         first = self.processes.rank == 0
         with tqdm(
             desc=f"Fitting {len(self.source.hook_names)} hooks", unit=" tokens", disable=not first
         ) as bar:
             while True:
-                more, n = self._round()
+                (more, n), union = self._round(), None
                 bar.update(n - bar.n)
                 widest = max(halves.d_in for halves in self.statistics.values())
                 if not more:
                     if first:
                         logger.warning("the dataset ended after %d activations per hook", n)
-                    return
+                    return self.look()
                 if n_samples is not None:
                     if n >= n_samples:
-                        return
-                elif n >= max(self.next_look, _FIRST_LOOK_PER_DIMENSION * widest):
-                    self.look()
+                        return self.look()
+                elif n >= max(self.next_look, FIRST_LOOK_PER_DIMENSION * widest):
+                    union = self.look()
                     worst = max(self.inflation.values())
-                    bar.set_postfix(inflation=f"{worst:.2%}", wanted=f"{tolerance:.2%}")
+                    bar.set_postfix_str(f"held-out excess {worst:.1%}, wanted {tolerance:.1%}")
                     # an inversion per hook costs as much as many updates
                     self.next_look = math.ceil(1.2 * n)
                     if worst <= tolerance:
-                        return
-                if n_samples is None and n >= (max_samples or _LIMIT_PER_DIMENSION * widest):
-                    return
+                        return union
+                if n_samples is None and n >= (max_samples or LIMIT_PER_DIMENSION * widest):
+                    return union or self.look()
                 if progress is not None:
                     progress.save_if_due(self)
 
@@ -464,9 +478,12 @@ def _half(
 
 
 def _finished(
-    fit: _Fit, tolerance: float | None, record: dict[str, Any]
+    fit: _Fit,
+    union: Mapping[str, SplitHalfStatistics],
+    tolerance: float | None,
+    record: dict[str, Any],
 ) -> dict[str, ActivationStatistics]:
-    """Merge shards and halves, warn where they are too few, record where they came from."""
+    """Merge halves, warn where they are too few, record where they came from."""
     record.setdefault("date", datetime.datetime.now(datetime.timezone.utc).isoformat())
     for package in ("sae-whiten", "sae-lens", "transformer-lens", "torch"):
         try:
@@ -474,19 +491,11 @@ def _finished(
         except importlib.metadata.PackageNotFoundError:
             continue
     found = {}
-    for name, halves in fit.look().items():
+    for name, halves in union.items():
         inflation = fit.inflation[name]
         if tolerance is not None and inflation > tolerance and fit.processes.rank == 0:
-            needed = samples_for_inflation(inflation, halves.n_samples, tolerance)
-            logger.warning(
-                "%s: inflation %.2f%% after %d activations, above the tolerance of %.2f%%; about "
-                "%d activations would do",
-                name,
-                100 * inflation,
-                halves.n_samples,
-                100 * tolerance,
-                needed,
-            )
+            message = too_inaccurate(inflation, halves.n_samples, tolerance)
+            logger.warning("%s: %s", name, message)
         if halves.n_skipped and fit.processes.rank == 0:
             logger.warning("%s: %d activations not finite, left out", name, halves.n_skipped)
         found[name] = halves.merged()

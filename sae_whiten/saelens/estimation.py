@@ -15,12 +15,21 @@ from sae_whiten.config import WhiteningConfig
 from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["MAX_EMPTY_BATCHES", "Requirement", "estimate_statistics", "flatten_heads", "naming"]
+__all__ = [
+    "FIRST_LOOK_PER_DIMENSION",
+    "LIMIT_PER_DIMENSION",
+    "MAX_EMPTY_BATCHES",
+    "Requirement",
+    "estimate_statistics",
+    "flatten_heads",
+    "naming",
+    "too_inaccurate",
+]
 
 logger = logging.getLogger(__name__)
 
 # of samples at which the inflation is looked at first, and at which the estimation gives up
-_FIRST_LOOK_PER_DIMENSION, _LIMIT_PER_DIMENSION = 20, 1000
+FIRST_LOOK_PER_DIMENSION, LIMIT_PER_DIMENSION = 20, 1000
 MAX_EMPTY_BATCHES = 100  # in a row; more is a source that has nothing to give
 
 
@@ -59,6 +68,7 @@ def estimate_statistics(
     batches: Iterator[Mapping[str, Tensor]],
     required: Mapping[str, Requirement],
     n_batches: int | None = None,
+    resolution: float = 0.0,
 ) -> dict[str, ActivationStatistics]:
     """Mean and covariance at every hook, from the first batches of a stream.
 
@@ -71,6 +81,8 @@ def estimate_statistics(
         required: What is needed, by hook. A hook that is alone may have the name "", which
             messages leave out.
         n_batches: Read at most this many batches, and warn if that is too few.
+        resolution: Machine epsilon of what the activations were computed in, which may be coarser
+            than the dtype they are given in.
 
     Returns:
         Statistics by hook, with `provenance["inflation"]`.
@@ -105,6 +117,7 @@ def estimate_statistics(
         with naming(name):
             hook.warn_if_too_few()
             statistics[name] = hook.statistics()
+            statistics[name].resolution = max(statistics[name].resolution, resolution)
     return statistics
 
 
@@ -117,8 +130,8 @@ class _Hook:
         self.inflation: float | None = None  # when it was last looked at, with `_n_looked_at`
         self.done = False
         self._n_looked_at = 0
-        self._limit = _LIMIT_PER_DIMENSION * required.d_in
-        self._next_look: float = _FIRST_LOOK_PER_DIMENSION * required.d_in
+        self._limit = LIMIT_PER_DIMENSION * required.d_in
+        self._next_look: float = FIRST_LOOK_PER_DIMENSION * required.d_in
         self._n_batches = self._n_empty = 0
         self._prefix = f"{name}: " if name else ""
 
@@ -203,18 +216,7 @@ class _Hook:
                 self._n_batches,
             )
         elif tolerance is not None and self._look() > tolerance:
-            inflation, about = self._look(), "many more"
-            if math.isfinite(inflation):
-                about = f"about {samples_for_inflation(inflation, n, tolerance)}"
-            logger.warning(
-                "%swhitening estimated from %d activations: held-out activations have %.1f%% too "
-                "much variance under it, more than the tolerance of %.1f%%; %s would do",
-                self._prefix,
-                n,
-                100 * inflation,
-                100 * tolerance,
-                about,
-            )
+            logger.warning("%s%s", self._prefix, too_inaccurate(self._look(), n, tolerance))
         if self.halves.n_skipped:
             logger.warning(
                 "%s%d activations with a NaN or an infinity were left out",
@@ -232,6 +234,18 @@ class _Hook:
             merged.n_samples / merged.d_in,
         )
         return merged
+
+
+def too_inaccurate(inflation: float, n_samples: int, tolerance: float) -> str:
+    """What to tell a user whose statistics did not reach the tolerance."""
+    about = "many more"
+    if math.isfinite(inflation):
+        about = f"about {samples_for_inflation(inflation, n_samples, tolerance)}"
+    return (
+        f"whitening estimated from {n_samples} activations: held-out activations have "
+        f"{inflation:.1%} too much variance under it, more than the tolerance of {tolerance:.1%}; "
+        f"{about} would do"
+    )
 
 
 @contextmanager

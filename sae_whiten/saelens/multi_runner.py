@@ -21,7 +21,7 @@ from sae_lens.training.types import MultiHookDataProvider
 from transformer_lens import HookedRootModule
 
 from sae_whiten.config import WhiteningConfig
-from sae_whiten.saelens.activations_store import PackedActivationsStore
+from sae_whiten.saelens.activations_store import PackedActivationsStore, check_buffer
 from sae_whiten.saelens.folding import FoldError, why_not_foldable
 from sae_whiten.saelens.multi_trainer import WhiteningMultiSAETrainer
 from sae_whiten.saelens.running import (
@@ -70,7 +70,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             names of the SAEs.
 
     Raises:
-        ValueError: No SAE asks for whitening, or a configuration is given for one that does not.
+        ValueError: No SAE asks for whitening, a configuration is given for one that does not, the
+            buffer is smaller than a batch, or the model has no such hook.
         FoldError: No whitening can be folded into an architecture.
     """
 
@@ -85,6 +86,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         override_saes: dict[str, TrainingSAE[Any]] | None = None,
     ) -> None:
         self.whitening_configs = _whitening_by_name(cfg, whitening, override_saes)
+        n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+        check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
         super().__init__(
             _copied(cfg),
             override_dataset=override_dataset,

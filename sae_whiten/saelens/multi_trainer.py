@@ -184,7 +184,9 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             )
             for hook_name, trainers in at.items()
         }
-        statistics = estimate_statistics(map(self.split, self.stream.lookahead()), required)
+        statistics = estimate_statistics(
+            map(self.split, self.stream.lookahead()), required, resolution=self.stream.resolution
+        )
         for hook_name, trainers in at.items():
             statistics[hook_name].provenance.update(provenance_of(trainers[0].sae.cfg))
         return statistics

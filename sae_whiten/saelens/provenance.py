@@ -52,8 +52,9 @@ def load_statistics(
     """Read the statistics that an SAE is to be whitened with.
 
     Args:
-        source: A file of statistics, a folder with one for each hook, or a repo of the Hugging Face
-            hub, "user/name" or "user/name@revision"; what exists on disk goes before the hub.
+        source: A file of statistics, a folder with one for each hook, the folder that a training
+            run wrote, or a repo of the Hugging Face hub, "user/name" or "user/name@revision"; what
+            exists on disk goes before the hub.
         cfg: Config of the SAE.
         allow_other: Take them even where their provenance contradicts the SAE's metadata.
 

@@ -23,6 +23,7 @@ from transformer_lens import HookedRootModule
 
 from sae_whiten._files import atomic_path
 from sae_whiten.saelens.activations_store import ResumableActivationsStore
+from sae_whiten.saelens.sources import resolution_of
 from sae_whiten.saelens.stream import ActivationStream, StopRequested
 from sae_whiten.saelens.trainer import STATISTICS_FILENAME, WhiteningTrainer
 from sae_whiten.statistics import NonFiniteActivationsError
@@ -87,6 +88,7 @@ def connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:
     """Let a stream and the store that it reads from know of each other."""
     store.training_position = lambda: stream.n_served
     stream.source_is_finite = True
+    stream.resolution = resolution_of(store.model, store.autocast_lm)
     stream.next_is = lambda: {0: "next cached", 1: "held-out"}.get(
         store.n_epochs, "next (of a dataset that was begun anew)"
     )

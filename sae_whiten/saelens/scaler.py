@@ -72,6 +72,7 @@ class CovarianceWhiteningScaler(ActivationScaler):
         d_in: int,
         data_provider: Iterator[Tensor],
         n_batches_for_norm_estimate: int | None = None,
+        resolution: float = 0.0,
     ) -> None:
         """Estimate the statistics from the first batches of `data_provider` and set `whitening`.
 
@@ -84,6 +85,8 @@ class CovarianceWhiteningScaler(ActivationScaler):
                 (n, n_heads, d_head); read until there are `config.n_samples` of them, or enough
                 for `config.tolerance`.
             n_batches_for_norm_estimate: Read at most this many batches.
+            resolution: Machine epsilon of what the activations were computed in, if that is
+                coarser than their dtype.
 
         Raises:
             ValueError: The provider ended too early, a shape does not fit, or an activation is not
@@ -93,7 +96,10 @@ class CovarianceWhiteningScaler(ActivationScaler):
             return
         required = Requirement.of(d_in, [self.config])
         (statistics,) = estimate_statistics(
-            ({"": batch} for batch in data_provider), {"": required}, n_batches_for_norm_estimate
+            ({"": batch} for batch in data_provider),
+            {"": required},
+            n_batches_for_norm_estimate,
+            resolution,
         ).values()
         self.whitening = Whitening.from_statistics(statistics, self.config)
         self.statistics = statistics

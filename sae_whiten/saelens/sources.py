@@ -26,6 +26,7 @@ __all__ = [
     "Model",
     "ModelActivations",
     "match_hooks",
+    "resolution_of",
     "stopping_after",
     "token_store",
 ]
@@ -288,6 +289,12 @@ def _special_tokens(model: Model, exclude: bool | list[int]) -> Tensor | None:
         return None
     ids = get_special_token_ids(model.tokenizer) if exclude is True else exclude  # pyright: ignore[reportArgumentType]
     return torch.tensor(ids, dtype=torch.long)
+
+
+def resolution_of(model: Model, autocast_lm: bool) -> float:
+    """Machine epsilon of what a model computes in, whatever its activations are cast to later."""
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return torch.finfo(torch.bfloat16 if autocast_lm else next(dtypes, torch.float64)).eps
 
 
 def stopping_after(model: Model, names: Sequence[str]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class ActivationStream(Iterator[Tensor]):
         n_skipped: Activations left out because they were not finite.
         source_is_finite: Whether the source has seen to that itself, and batches are not looked at
             again (which makes a GPU wait at every step).
+        resolution: Machine epsilon of what the activations were computed in, where that is coarser
+            than their dtype; 0 if it is not known.
         last: The batch served last.
         next_is: What the next batch is to be called in reports; a dataset that begins anew makes
             it one that was trained on before.
@@ -67,6 +69,7 @@ class ActivationStream(Iterator[Tensor]):
         self.n_served = 0
         self.n_skipped = 0
         self.source_is_finite = False
+        self.resolution = 0.0
         self.last: Tensor | None = None
         self.next_is: Callable[[], str] = lambda: "held-out"
         self._stop = self._stop_put_off = False

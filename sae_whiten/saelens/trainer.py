@@ -195,7 +195,9 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self.scaler.statistics = statistics
         if self.scaler.whitening is None:
             self.scaler.estimate_whitening(
-                d_in=self.sae.cfg.d_in, data_provider=self.stream.lookahead()
+                d_in=self.sae.cfg.d_in,
+                data_provider=self.stream.lookahead(),
+                resolution=self.stream.resolution,
             )
             assert self.scaler.statistics is not None
             self.scaler.statistics.provenance.update(provenance_of(self.sae.cfg))
