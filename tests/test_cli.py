@@ -447,7 +447,7 @@ def test_train_takes_what_fit_wrote_unless_it_was_fitted_otherwise(
     stats = str(tmp_path / "stats")
     fit = [
         *["fit", "--model-class-name", "AutoModelForCausalLM", "--model-name", f"{tmp_path}/model"],
-        *["--dataset-path", f"{tmp_path}/texts", "--hook-name", "transformer.h.*"],
+        *["--dataset-path", f"{tmp_path}/texts", "--hook-name", "transformer.h.?"],
         *["--context-size", "16", "--seqpos-slice", "1", "none", "--exclude-special-tokens"],
         *["--n-samples", "2000", "--batch-size-prompts", "8", "--out", stats],
     ]

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import datasets
 import pytest
@@ -300,7 +301,8 @@ def test_cached_activations_are_a_source_too(tmp_path):
     torch.testing.assert_close(statistics.covariance, torch.cov(x.T), rtol=1e-12, atol=1e-15)
     with pytest.raises(ValueError, match="no hook matches"):
         fit_statistics(None, None, "ln", cached_activations=tmp_path / "cache")
-    for option in ({"hook_head_index": 0}, {"seqpos_slice": (1, None)}):
+    refused: list[dict[str, Any]] = [{"hook_head_index": 0}, {"seqpos_slice": (1, None)}]
+    for option in refused:
         with pytest.raises(ValueError, match="cannot be applied to cached_activations"):
             fit_statistics(None, None, "*", cached_activations=tmp_path / "cache", **option)
     with pytest.raises(ValueError, match="not both"):
