@@ -313,7 +313,8 @@ def _logarithmic_x(axes: Any, x: Sequence[float | int]) -> None:
     chosen = all(value == round(value) for value in ticks)
     apart = all(b > 1.5 * a for a, b in itertools.pairwise(ticks))
     fixed = chosen and apart and len(ticks) <= _MOST_TICKS
-    axes.xaxis.set_major_locator(FixedLocator(ticks) if fixed else LogLocator(subs=(1, 2, 5)))
+    subs = (1, 2, 5) if ticks[-1] < 100 * ticks[0] else (1,)
+    axes.xaxis.set_major_locator(FixedLocator(ticks) if fixed else LogLocator(subs=subs))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
 
