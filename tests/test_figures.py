@@ -86,7 +86,7 @@ assert "matplotlib.pyplot" not in sys.modules
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "sae-whiten\[demo\]"'):
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
         plot_spectrum(BEFORE, AFTER, "unused.png")
 
 
