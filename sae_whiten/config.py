@@ -19,11 +19,11 @@ class WhiteningConfig:
     space of the original activations. `loss_space="whitened", eps_mode="absolute"` is what
     sae-lens >= 6.52 does under the name `covariance_whitening`.
 
-    Comparisons (docs/comparisons.md) gave no reason to depart from them: in two small models loss
-    in the original space cost no explained variance and loss in whitened space did, while no probe
-    preferred either; with known synthetic features loss in whitened space found far more of them
-    (`strength=0.5` lies between), and ZCA fewer than PCA. eps up to 1e-2 and shrinkage up to 0.01
-    changed little, more did harm.
+    Comparisons (docs/comparisons.md) gave no reason to depart from them: for TopK SAEs of two small
+    models, loss in the original space cost no explained variance and loss in whitened space did,
+    while no probe significantly preferred either; with known synthetic features loss in whitened
+    space found far more of them (`strength=0.5` lies between), and ZCA fewer than PCA. eps up to
+    1e-2 and shrinkage up to 0.01 changed little, more did harm.
 
     Attributes:
         kind: "pca" rotates into the eigenbasis of the covariance and rescales; "zca" rotates back,
