@@ -5,7 +5,7 @@ when held-out activations would have at most --tolerance too much variance under
 two halves of the samples tell of each other. The result is a folder with one file per hook, for
 sae-whiten train --whitening.statistics.
 
-Killed, it goes on from where it was (saved every minute) when the same command is repeated. Started
+Killed, it goes on from where it was last saved when the same command is repeated. Started
 by torchrun, every process takes its share of the dataset, and the result is that of all.
 """
 
