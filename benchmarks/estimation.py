@@ -1,11 +1,12 @@
 """Compare the estimation of a whitening with that of the covariance_whitening built into sae-lens.
 
-stream: both read the same activations (Gaussian times gamma, condition 1e4, a mean of twice the
-deviation). The built-in takes 1000 batches of 4096, as its defaults have it, and as many as ours
-took; ours ends by itself at 2% excess variance, and takes 1000 batches too. Printed are activations
-consumed, seconds spent (less those of drawing the activations), and the excess variance that the
-distribution itself, whose covariance is known, has under either whitening. Equal whiteness is to be
-read from rows of equal n.
+stream: both read the same activations (Gaussian times the root of an exponential variable, that is,
+heavier tails; condition 1e4, a mean of twice the deviation). The built-in takes 1000 batches of
+4096, as its defaults have it, and as many as ours took; ours ends by itself at 2% excess variance,
+and takes 1000 batches too. Printed are activations consumed, seconds spent (of the CPU where there
+is no GPU; less those of drawing the activations), and the excess variance that the distribution
+itself, whose covariance is known, has under either whitening. Equal whiteness is to be read from
+rows of equal n.
 
 update: throughput of an update of the statistics, counted as the 2 n d^2 operations of a full
 product, over that of x.T @ x of the same float64 matrix. Rounds alternate.
@@ -15,9 +16,9 @@ that of the same run without whitening; each run is a process of its own. The bu
 batch of every hook: it is measured at two small numbers of batches, which gives its slope, and
 computed for the 1000 of its defaults.
 
-end-to-end: seconds of a run of LanguageModelSAERunnerConfig's defaults (2 million tokens in batches
-of 4096, 1000 batches for the estimation) at one hook of a transformer with random weights, in
-processes of their own.
+end-to-end: seconds, of the same kind, of a run of LanguageModelSAERunnerConfig's defaults (2
+million tokens in batches of 4096, 1000 batches for the estimation) at one hook of a transformer
+with random weights, in processes of their own.
 """
 
 import argparse
