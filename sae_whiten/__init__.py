@@ -1,11 +1,13 @@
 """Covariance whitening for sparse autoencoders trained with SAELens (arXiv 2511.13981).
 
 Names are resolved on first use: statistics and transforms do not import sae_lens, which takes
-seconds.
+seconds. Once sae_lens is imported, by whomever, `sae_whiten.architectures` are in its registries.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+import wrapt
 
 __version__ = "0.1.0"
 
@@ -62,6 +64,14 @@ __all__ = [
     "fold_whitening_into_weights",
     "unfold_whitening_from_weights",
 ]
+
+
+def _register_architectures(sae_lens: Any) -> None:
+    importlib.import_module("sae_whiten.architectures")
+
+
+# so that SAE.load_from_disk knows them, without importing what statistics do not need
+wrapt.register_post_import_hook(_register_architectures, "sae_lens")
 
 
 def __getattr__(name: str) -> Any:

@@ -314,7 +314,7 @@ def next_coefficient(tried: Mapping[float, float], target: float, start: float) 
     """
     if not tried:
         return start
-    if len(tried) >= _MAX_TRIES or any(abs(l0 / target - 1) < 0.02 for l0 in tried.values()):
+    if len(tried) >= _MAX_TRIES or any(_hits(l0, target) for l0 in tried.values()):
         return None
     at = {math.log(c): math.log(max(l0, 0.01) / target) for c, l0 in tried.items()}
     too_small = sorted(c for c, excess in at.items() if excess > 0)
@@ -342,16 +342,22 @@ def _step(at: Mapping[float, float], nearest: Sequence[float]) -> float:
     return min(max(1.2 * wanted, math.log(_FACTOR) / 2), 2 * math.log(_FACTOR))
 
 
+def _hits(l0: float, target: float) -> bool:
+    return abs(l0 / target - 1) < 0.02
+
+
 def at_l0(rows: Sequence[Mapping[str, float]], target: float) -> tuple[dict[str, float], bool]:
-    """Scores at the L0 wanted: linear in log L0 between the two nearest on either side.
+    """Scores at the L0 wanted: of a run that hits it, or else linear in log L0 between the two
+    nearest on either side.
 
     Args:
         rows: Scores of runs that differ in their coefficient, with "l0" among them.
         target: The L0 wanted.
 
     Returns:
-        The scores, and whether there were runs on both sides (or one within 2%); otherwise the
-        scores are those of the nearest.
+        The scores, and whether there was a run within 2%, or runs on both sides; otherwise the
+        scores are those of the nearest. Of a run that hits the L0 they are taken as they are: the
+        nearest on the other side may be far.
     """
 
     def distance(row: Mapping[str, float]) -> float:
@@ -359,9 +365,10 @@ def at_l0(rows: Sequence[Mapping[str, float]], target: float) -> tuple[dict[str,
 
     above = min((r for r in rows if r["l0"] > target), key=distance, default=None)
     below = min((r for r in rows if r["l0"] <= target), key=distance, default=None)
-    if above is None or below is None or below["l0"] == 0:
-        nearest = min(rows, key=distance)
-        return dict(nearest), distance(nearest) < 0.02
+    nearest = min(rows, key=distance)
+    hit = _hits(nearest["l0"], target)
+    if hit or above is None or below is None or below["l0"] == 0:
+        return dict(nearest), hit
     weight = math.log(target / below["l0"]) / math.log(above["l0"] / below["l0"])
     scores = {key: below[key] + weight * (above[key] - below[key]) for key in below}
     return {**scores, "l0": target}, True

@@ -295,6 +295,18 @@ def _transformed(
     parameters = {"W_enc": new.W_enc, "W_dec": new.W_dec, "b_dec": new.b_dec, **new.encoder_biases}
     if new.W_skip is not None:
         parameters["W_skip"] = new.W_skip
+    for matrix, bias in getattr(sae, "further_encoders", {}).items():
+        if getattr(sae, matrix, None) is not None:
+            read_alike = replace(
+                weights,
+                W_enc=getattr(sae, matrix).data,
+                encoder_biases={bias: getattr(sae, bias).data},
+                decoder_norms=None,
+            )
+            read_alike = change(
+                read_alike, whitening, output_whitening, subtract_b_dec=not is_transcoder
+            )
+            parameters |= {matrix: read_alike.W_enc, **read_alike.encoder_biases}
     # aminmax, for isfinite makes a copy of what it looks at
     if not all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in parameters.values()):
         raise FoldError(

@@ -27,6 +27,7 @@ from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
 
+from sae_whiten.dead_latents import dead_latents_loss
 from sae_whiten.whitening import Whitening, full_precision
 
 __all__ = ["ReconstructionMetric", "SparsityNorms", "losses_for", "why_not_original_norms"]
@@ -120,6 +121,8 @@ class SparsityNorms:
 def why_not_original_norms(sae: Any) -> str | None:
     """The reason why `sparsity_norms="original"` means nothing for this SAE; None if it does."""
     name = sae.cfg.architecture()
+    if name == "topk_vsae":
+        return "topk_vsae compares its latents with a prior, in whitened coordinates"
     if isinstance(sae, TopKTrainingSAE):
         if sae.cfg.rescale_acts_by_decoder_norm:
             return None
@@ -237,7 +240,7 @@ class _TopKLosses(_TopKBase):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        return _dead_latents_loss(
+        return _topk_dead_latents_loss(
             self, sae_in, sae_out, hidden_pre, dead_neuron_mask, calculate_topk_aux_acts
         )
 
@@ -248,7 +251,7 @@ class _TopKLosses(_TopKBase):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        return _dead_latents_loss(
+        return _topk_dead_latents_loss(
             self, sae_in, sae_out, hidden_pre, dead_neuron_mask, calculate_abstopk_aux_acts
         )
 
@@ -281,7 +284,7 @@ class _MatryoshkaLosses(_MatryoshkaBase):
         for width, level_out in self._iterable_decode(feature_acts, include_outer_loss=True):
             level = slice(start, width)
             start = width
-            total = total + _residual_loss(
+            total = total + dead_latents_loss(
                 self.mse_loss_fn,
                 (sae_in - level_out).detach(),
                 hidden_pre[:, level],
@@ -322,7 +325,7 @@ def _in_stock_units(sae: "_TopKBase | _MatryoshkaBase", acts: Tensor) -> Tensor:
     return acts * (sae.W_dec.norm(dim=-1) / sae.sparsity_norms(sae.W_dec))
 
 
-def _dead_latents_loss(
+def _topk_dead_latents_loss(
     sae: _TopKBase,
     sae_in: Tensor,
     sae_out: Tensor,
@@ -332,7 +335,7 @@ def _dead_latents_loss(
 ) -> Tensor:
     if dead_neuron_mask is None:
         return sae_out.new_tensor(0.0)
-    loss = _residual_loss(
+    loss = dead_latents_loss(
         sae.mse_loss_fn,
         (sae_in - sae_out).detach(),
         hidden_pre,
@@ -343,22 +346,3 @@ def _dead_latents_loss(
         ),
     )
     return sae.cfg.aux_loss_coefficient * loss
-
-
-def _residual_loss(
-    metric: Any,
-    residual: Tensor,
-    hidden_pre: Tensor,
-    dead: Tensor,
-    select: Any,
-    decode: Any,
-) -> Tensor:
-    """Error of the dead latents' reconstruction of `residual`; Gao et al. 2024, appendix A.2."""
-    n_dead = int(dead.sum())
-    if n_dead == 0:
-        return residual.new_tensor(0.0)
-    k_aux = residual.shape[-1] // 2
-    acts = select(k_aux=min(k_aux, n_dead), hidden_pre=hidden_pre, dead_neuron_mask=dead)
-    # fewer dead latents than k_aux: a loss in proportion
-    share = min(n_dead / k_aux, 1.0)
-    return share * metric(decode(acts), residual).sum(dim=-1).mean()

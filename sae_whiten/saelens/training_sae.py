@@ -55,6 +55,7 @@ _DECIDES_WHAT_WEIGHTS_MEAN = (
     "rescale_acts_by_decoder_norm",
     "k",
     "matryoshka_widths",
+    "variance",
 )
 
 _Base = TrainingSAE[Any] if TYPE_CHECKING else object

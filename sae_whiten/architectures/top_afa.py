@@ -1,0 +1,319 @@
+"""top-AFA: the norm of the input decides how many latents are active.
+
+Lee et al., Evaluating and Designing Sparse Autoencoders by Approximating Quasi-Orthogonality,
+arXiv 2503.24277. Where decoder rows are nearly orthogonal, the norm of a sparse code approximates
+that of the vector it stands for. With a = ReLU((x - b_dec) @ W_enc), the latents with the largest
+contributions a_j |d_j| are kept, as many as bring the norm of the contributions nearest to
+|x - b_dec|; a loss draws the two together.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from sae_lens.saes.sae import (
+    SAE,
+    SAEConfig,
+    TrainCoefficientConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from sae_lens.saes.topk_sae import calculate_topk_aux_acts
+from torch import Tensor
+from typing_extensions import override
+
+from sae_whiten.dead_latents import dead_latents_loss
+
+__all__ = [
+    "TopAFASAE",
+    "TopAFASAEConfig",
+    "TopAFATrainingSAE",
+    "TopAFATrainingSAEConfig",
+    "keep_up_to_norm",
+]
+
+_WHY_NOT_FOLDABLE = (
+    "it selects latents by the norm of its input, which whitening does not preserve: no weights do "
+    "to raw activations what these do to whitened ones"
+)
+_BLOCK = 1 << 24  # sorted values at a time: 64 MiB of float32, and as many indices
+
+
+# --- inference ---
+
+
+@dataclass
+class TopAFASAEConfig(SAEConfig):
+    """
+    Configuration class for TopAFASAE inference.
+
+    Args:
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+        dtype (str): Data type for the SAE parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Must be True: the target is the norm of x - b_dec.
+        normalize_activations (str): Normalization of the input. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
+            SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE. Inherited from SAEConfig.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "top_afa"
+
+    def __post_init__(self) -> None:
+        _check(self)
+        super().__post_init__()
+
+
+class TopAFASAE(SAE[TopAFASAEConfig]):
+    """
+    An inference-only sparse autoencoder with as many latents as the norm of the input asks for.
+    """
+
+    whitening_not_foldable_because = _WHY_NOT_FOLDABLE
+
+    @override
+    def encode(self, x: Tensor) -> Tensor:
+        latents, _ = _encode(self, x, self.W_dec.norm(dim=-1))
+        return latents
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return _decode(self, feature_acts, self.W_dec)
+
+    @override
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        raise NotImplementedError(f"whitening cannot be folded into top_afa: {_WHY_NOT_FOLDABLE}")
+
+
+# --- training ---
+
+
+@dataclass
+class TopAFATrainingSAEConfig(TrainingSAEConfig):
+    """
+    Configuration class for training a TopAFATrainingSAE.
+
+    Args:
+        afa_coefficient (float): lambda, of the AFA loss, as the paper has it, relative to the mean
+            squared error per dimension (1/128 to 1/16 there, the least being poor); multiplied by
+            d_in here, for SAELens sums the squared error over dimensions.
+        afa_form (Literal["consistent", "published"]): What the loss compares. "consistent": what
+            the selection compares, the norm of the contributions with that of x - b_dec.
+            "published": as in the authors' code, with that of x.
+        aux_loss_coefficient (float): Of the loss that revives dead latents (AuxK).
+        decoder_init_norm (float | None): Must be 1: decoder rows are kept at norm 1.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+        dtype (str): Data type for the SAE parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Must be True: the target is the norm of x - b_dec.
+        normalize_activations (str): Normalization of the input; covariance_whitening is refused,
+            and "layer_norm" and "constant_norm_rescale" need aux_loss_coefficient=0, as in
+            SAELens' TopK. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
+            SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE. Inherited from SAEConfig.
+    """
+
+    afa_coefficient: float = 1 / 32
+    afa_form: Literal["consistent", "published"] = "consistent"
+    aux_loss_coefficient: float = 1 / 32
+    decoder_init_norm: float | None = 1.0
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "top_afa"
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.afa_form not in ("consistent", "published"):
+            raise ValueError(f"afa_form={self.afa_form!r}: one of consistent, published")
+        if not 0 <= self.afa_coefficient < float("inf"):
+            raise ValueError(f"afa_coefficient={self.afa_coefficient}: a number, 0 or more")
+        if self.decoder_init_norm != 1.0:
+            raise ValueError(
+                f"decoder_init_norm={self.decoder_init_norm}: top_afa keeps the rows of its "
+                "decoder at norm 1; leave it at 1.0"
+            )
+        in_other_units = self.normalize_activations in ("constant_norm_rescale", "layer_norm")
+        if in_other_units and self.aux_loss_coefficient != 0:
+            raise ValueError(
+                f"normalize_activations={self.normalize_activations!r}: the loss that revives dead "
+                "latents would compare reconstructions in normalized units with a residual in the "
+                "model's; set aux_loss_coefficient=0, or normalize with expected_average_only_in"
+            )
+        super().__post_init__()
+
+
+class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
+    """
+    top-AFA in training: rows of the decoder count as directions, and are kept at norm 1.
+
+    Besides SAELens' losses a step has `afa_loss`, with its coefficient, and the AuxK loss, and the
+    metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
+    """
+
+    whitening_not_foldable_because = _WHY_NOT_FOLDABLE
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return _encode(self, x, None)
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        return _decode(self, feature_acts, self._directions())
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        with torch.no_grad():
+            # the gradient with respect to directions has no part along them; the optimizer's step
+            # has, by its second order
+            self.W_dec.data.div_(self.get_W_dec_norm()[:, None])
+        return super().training_forward_pass(step_input)
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """The AFA loss and AuxK."""
+        with torch.no_grad():
+            target = self.process_sae_in(step_input.sae_in)
+            if self.cfg.afa_form == "published":
+                target = target + self.b_dec
+            target = torch.linalg.vector_norm(target, dim=-1)
+        # the rows have norm 1, so latents are what they contribute
+        norm = torch.linalg.vector_norm(feature_acts, dim=-1)
+        afa_loss = (norm - target).square().mean()
+        losses = {"afa_loss": step_input.coefficients["afa"] * self.cfg.d_in * afa_loss}
+        if self.cfg.aux_loss_coefficient != 0 and step_input.dead_neuron_mask is not None:
+            losses["auxiliary_reconstruction_loss"] = (
+                self.cfg.aux_loss_coefficient
+                * dead_latents_loss(
+                    self.mse_loss_fn,
+                    (step_input.sae_in - sae_out).detach(),
+                    hidden_pre,
+                    step_input.dead_neuron_mask,
+                    calculate_topk_aux_acts,
+                    lambda latents: latents @ self._directions(),
+                )
+            )
+        return losses
+
+    @override
+    def get_coefficients(self) -> dict[str, TrainCoefficientConfig | float]:
+        return {"afa": self.cfg.afa_coefficient}
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        state_dict["W_dec"] = self._directions().detach()
+
+    @override
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        raise NotImplementedError(f"whitening cannot be folded into top_afa: {_WHY_NOT_FOLDABLE}")
+
+    def _directions(self) -> Tensor:
+        return self.W_dec / self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+
+
+# --- shared ---
+
+
+def _check(cfg: SAEConfig) -> None:
+    if cfg.normalize_activations == "covariance_whitening":
+        raise ValueError(
+            "normalize_activations='covariance_whitening' is not possible with top_afa: "
+            f"{_WHY_NOT_FOLDABLE}. Train it with 'none' or 'expected_average_only_in'."
+        )
+    if not cfg.apply_b_dec_to_input:
+        raise ValueError(
+            "apply_b_dec_to_input=False: top_afa compares norms with that of x - b_dec; leave it "
+            "at True"
+        )
+
+
+def _encode(sae: SAE[Any], x: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Latents and pre-activations; `norms` of the decoder rows, if they are not 1."""
+    sae_in = sae.process_sae_in(x)
+    hidden_pre = sae.hook_sae_acts_pre(sae_in @ sae.W_enc)
+    latents = hidden_pre.relu()
+    with torch.no_grad():
+        contributions = latents if norms is None else latents * norms
+        kept = keep_up_to_norm(
+            contributions.flatten(0, -2),
+            torch.linalg.vector_norm(sae_in, dim=-1).flatten(),
+        )
+    return sae.hook_sae_acts_post(latents * kept.view_as(latents)), hidden_pre
+
+
+def _decode(sae: SAE[Any], latents: Tensor, rows: Tensor) -> Tensor:
+    decoded = sae.hook_sae_recons(latents @ rows + sae.b_dec)
+    return sae.reshape_fn_out(sae.run_time_activation_norm_fn_out(decoded), sae.d_head)
+
+
+@torch.no_grad()
+def keep_up_to_norm(
+    contributions: Float[Tensor, "batch d_sae"], norm: Float[Tensor, "batch"]
+) -> Float[Tensor, "batch d_sae"]:
+    """The largest contributions, as many as bring their l2 norm nearest to `norm`.
+
+    At least one is kept; of several numbers that are equally near the least is taken, so none that
+    are zero beyond the first. Only as many as are needed are sorted, and no more than a fixed
+    number of values at a time.
+
+    Args:
+        contributions: Shape (batch, d_sae), not negative: latents times norms of decoder rows.
+        norm: Shape (batch,).
+
+    Returns:
+        Shape (batch, d_sae), of the dtype of `contributions`: 1 where kept, 0 elsewhere.
+    """
+    batch, d_sae = contributions.shape
+    kept = torch.zeros_like(contributions)
+    n_sorted = d_sae
+    if batch > 512:
+        # what a few need, and a little more
+        some = _sorted(contributions[:: batch // 64], norm[:: batch // 64], d_sae)[1]
+        n_sorted = min(d_sae, int(1.2 * int(some.max())) + 8)
+    todo = torch.arange(batch, device=contributions.device)
+    while len(todo):
+        undecided = []
+        for rows in todo.split(max(1, _BLOCK // n_sorted)):
+            indices, number, decided = _sorted(contributions[rows], norm[rows], n_sorted)
+            rank = torch.arange(n_sorted, device=rows.device)
+            chosen = (rank < number[:, None]).to(kept.dtype)
+            # not decided: written again, in the next round
+            kept[rows] = torch.zeros_like(kept[rows]).scatter_(-1, indices, chosen)
+            undecided.append(rows[~decided])
+        todo = torch.cat(undecided)
+        n_sorted = min(d_sae, 4 * n_sorted)
+    return kept
+
+
+def _sorted(contributions: Tensor, norm: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The n largest: where they are, how many to keep, and whether more cannot be nearer."""
+    largest, indices = contributions.topk(n, dim=-1)
+    norms = largest.to(torch.promote_types(largest.dtype, torch.float32)).square_()
+    norms = norms.cumsum_(dim=-1).sqrt_()
+    decided = (norms[:, -1] >= norm) | (largest[:, -1] <= 0)
+    if n == contributions.shape[-1]:
+        decided = torch.ones_like(decided)
+    # argmin takes the first of equals
+    return indices, (norms - norm[:, None]).abs_().argmin(dim=-1) + 1, decided

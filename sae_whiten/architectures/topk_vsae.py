@@ -1,0 +1,409 @@
+"""TopK vSAE: a TopK SAE whose latents are sampled from a Gaussian posterior during training.
+
+Baker & Li, Analysis of Variational Sparse Autoencoders, arXiv 2509.22994. With x~ the input that
+the encoder sees, mu = x~ @ W_enc + b_enc and logvar fixed or x~ @ W_var + b_var, training selects
+the k largest of z = mu + exp(logvar / 2) * noise, decodes these, and adds to the loss the KL
+divergence of the posterior from a standard normal distribution,
+
+    0.5 * sum(mu^2 + exp(logvar) - 1 - logvar)        of each input, averaged over inputs.
+
+What is not training knows no noise: `encode` selects the k largest of mu. The trained SAE is
+therefore a TopK SAE, and is saved as one.
+
+Latents are in the units of SAELens' TopK SAE: with `rescale_acts_by_decoder_norm`, mu includes the
+norm of the decoder row, so that no latent evades the prior by a small mu and a large row. The
+authors' code multiplies the mean KL by the mean norm instead.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Integer
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.registry import get_sae_class
+from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
+from torch import Tensor, nn
+from typing_extensions import override
+
+__all__ = ["TopKVSAETrainingConfig", "TopKVSAETrainingSAE", "kl_to_standard_normal"]
+
+# where decoding k rows costs less than a product with the whole decoder
+_SPARSE_BELOW = 1 / 16
+
+
+@dataclass
+class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
+    """
+    Configuration class for training a TopKVSAETrainingSAE.
+
+    The models of the preprint (arXiv 2509.22994) were, by the authors' later account,
+    variance="none" with relu_mean=True and aux_loss_coefficient=0: TopK with a quadratic penalty,
+    never sampled. With sampling, noise changes which latents are selected, and reconstruction
+    suffers the more the larger the variance is: see selection_overlap among the metrics.
+
+    Args:
+        variance (Literal["none", "fixed", "learned"]): "none": nothing is sampled, and the KL
+            divergence is 0.5 * mu^2. "fixed": the same divergence, latents sampled with the log
+            variance initial_logvar. "learned": the log variance is an affine function of the input.
+        kl_coefficient (float): beta, of the KL divergence, which is summed over latents, as the
+            squared error is summed over d_in.
+        kl_warm_up_steps (int): Steps over which the coefficient rises linearly from 0. The paper
+            has a tenth of all steps.
+        kl_over (Literal["all", "selected"]): Whether all latents are charged, as in the paper, or
+            those that are selected.
+        initial_logvar (float): Log variance of the posterior, in the beginning ("learned") or
+            always ("fixed").
+        relu_mean (bool): Whether mu goes through a ReLU before it is sampled and charged, as in
+            the authors' code, but not in their paper. What is saved is the same kind of SAE.
+        k (int): Number of latents selected. Inherited from TopKTrainingSAEConfig.
+        aux_loss_coefficient (float): Of the loss that revives dead latents (AuxK). Inherited from
+            TopKTrainingSAEConfig; the default is the paper's.
+        use_sparse_activations (bool): Must stay False; where k is small, decoding is sparse anyway.
+        rescale_acts_by_decoder_norm (bool): Whether mu is in units of the decoder norms. Inherited
+            from TopKTrainingSAEConfig.
+        decoder_init_norm (float | None): Norm to initialize decoder weights to. Inherited from
+            TrainingSAEConfig.
+        d_in (int): Input dimension. Inherited from SAEConfig.
+        d_sae (int): Number of latents. Inherited from SAEConfig.
+        dtype (str): Data type for the SAE parameters. Inherited from SAEConfig.
+        device (str): Device to place the SAE on. Inherited from SAEConfig.
+        apply_b_dec_to_input (bool): Whether b_dec is subtracted from the input. Inherited from
+            SAEConfig.
+        normalize_activations (str): Normalization of the input. Inherited from SAEConfig.
+        reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
+            SAEConfig.
+        metadata (SAEMetadata): Metadata about the SAE. Inherited from SAEConfig.
+    """
+
+    variance: Literal["none", "fixed", "learned"] = "learned"
+    kl_coefficient: float = 1.0
+    kl_warm_up_steps: int = 0
+    kl_over: Literal["all", "selected"] = "all"
+    initial_logvar: float = 0.0
+    relu_mean: bool = False
+    aux_loss_coefficient: float = 1 / 32
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "topk_vsae"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (
+            ("variance", ("none", "fixed", "learned")),
+            ("kl_over", ("all", "selected")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)}")
+        if not 0 <= self.kl_coefficient < float("inf"):
+            raise ValueError(f"kl_coefficient={self.kl_coefficient}: a number, 0 or more")
+        if not -60 <= self.initial_logvar <= 60:
+            raise ValueError(
+                f"initial_logvar={self.initial_logvar}: between -60 and 60, beyond which float32 "
+                "has no such variance"
+            )
+        if self.use_sparse_activations:
+            raise ValueError(
+                "use_sparse_activations=True: topk_vsae decodes the selected latents alone where "
+                "that is faster, without sparse tensors; leave it at False"
+            )
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        """That of stock TopK: without noise it is one."""
+        return get_sae_class("topk")[1]
+
+
+@dataclass
+class _Posterior:
+    """What one training step knows of its latents."""
+
+    mu: Tensor
+    logvar: Tensor | float | None
+    kl: Tensor
+    indices: Tensor
+    values: Tensor
+    latents: Tensor
+
+
+class TopKVSAETrainingSAE(TopKTrainingSAE):
+    """
+    TopK SAE with a Gaussian posterior over its latents, sampled in training alone.
+
+    Besides SAELens' losses a step has `kl_loss`, with its coefficient, and the metrics `kl`, the
+    divergence in nats per input; and, on steps that are logged, `selection_overlap`, see there, and
+    `live_fraction`, of latents that are not dead.
+    """
+
+    cfg: TopKVSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    W_var: nn.Parameter
+    b_var: nn.Parameter
+
+    # for folding: matrices that read the input as W_enc does, and their biases
+    further_encoders: ClassVar[dict[str, str]] = {"W_var": "b_var"}
+
+    def __init__(self, cfg: TopKVSAETrainingConfig, use_error_term: bool = False):
+        self._step: _Posterior | None = None
+        self._in_training_step = False
+        super().__init__(cfg, use_error_term)
+
+    @override
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        if self.cfg.variance == "learned":
+            # the same for every input at first, so that `initial_logvar` is what it says
+            self.W_var = nn.Parameter(torch.zeros_like(self.W_enc.data))
+            self.b_var = nn.Parameter(torch.full_like(self.b_enc.data, self.cfg.initial_logvar))
+
+    @override
+    def get_coefficients(self) -> dict[str, TrainCoefficientConfig | float]:
+        return {
+            "kl": TrainCoefficientConfig(
+                value=self.cfg.kl_coefficient, warm_up_steps=self.cfg.kl_warm_up_steps
+            )
+        }
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        self._in_training_step = True
+        try:
+            output = super().training_forward_pass(step_input)
+            posterior = self._step
+            assert posterior is not None
+            output.metrics["kl"] = posterior.kl.detach()
+            if step_input.is_logging_step:
+                output.metrics.update(self._logged(posterior, step_input.dead_neuron_mask))
+            return output
+        finally:
+            self._in_training_step, self._step = False, None
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """In a training step the latents are sampled, otherwise those of stock TopK."""
+        if not self._in_training_step:
+            return super().encode_with_hidden_pre(x)
+        hidden_pre, mu, logvar = self._posterior_of(x)
+        indices, noise = _select(mu, logvar, self.cfg.k)
+        values = mu.gather(-1, indices)
+        logvars = logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
+        charged = (mu, logvar) if self.cfg.kl_over == "all" else (values, logvars)
+        kl = kl_to_standard_normal(charged[0], _if_learned(charged[1]))
+        if noise is not None:
+            values = values + noise * _deviation(logvars)
+        values = values.relu()
+        latents = torch.zeros_like(mu).scatter(-1, indices, values.to(mu.dtype))
+        latents = self.hook_sae_acts_post(latents)
+        self._step = _Posterior(mu, logvar, kl.mean(), indices, values, latents)
+        return latents, hidden_pre
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """SAELens' own; in a training step with few latents, the sum of their rows alone."""
+        step = self._step
+        sparse = (
+            step is not None
+            and feature_acts is step.latents
+            and feature_acts.ndim == 2
+            and self.W_dec.dtype == torch.float32
+            and self.W_dec.device.type in ("cpu", "cuda")
+            and self.cfg.k <= _SPARSE_BELOW * self.cfg.d_sae
+        )
+        if not sparse or step is None:
+            return super().decode(feature_acts)
+        rows = self.W_dec
+        if self.cfg.rescale_acts_by_decoder_norm:
+            rows = rows / rows.norm(dim=-1, keepdim=True)
+        decoded = nn.functional.embedding_bag(
+            step.indices, rows, per_sample_weights=step.values.to(rows.dtype), mode="sum"
+        )
+        decoded = self.hook_sae_recons(decoded + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(decoded), self.d_head)
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        losses = super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+        assert self._step is not None
+        return {**losses, "kl_loss": step_input.coefficients["kl"] * self._step.kl}
+
+    @torch.no_grad()
+    def selection_overlap(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch"]:
+        """How much of what is selected does not depend on the noise.
+
+        The Jaccard index, intersection over union, of the latents that are active in two samples of
+        the same input; 1 without sampling.
+
+        Args:
+            x: Shape (batch, d_in), as the SAE is trained on: whitened, if it is being trained
+                under whitening.
+
+        Returns:
+            Shape (batch,), in [0, 1].
+        """
+        _, mu, logvar = self._posterior_of(x)
+        return _overlap(mu, logvar, self.cfg.k)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        if self.cfg.variance == "learned":
+            self.W_var.data *= scaling_factor
+            if self.cfg.rescale_acts_by_decoder_norm:
+                # the rows of the decoder have shrunk, and with them the unit of mu
+                self.b_var.data -= 2 * math.log(scaling_factor)
+
+    @override
+    @torch.no_grad()
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        super().fold_activation_whitening(mean, whitening_matrix, unwhitening_matrix)
+        if self.cfg.variance == "learned":
+            dtype = torch.promote_types(self.W_var.dtype, whitening_matrix.dtype)
+            folded = whitening_matrix.to(self.device, dtype) @ self.W_var.data.to(dtype)
+            self.W_var.data.copy_(folded)
+            if not self.cfg.apply_b_dec_to_input:
+                self.b_var.data.sub_((mean.to(self.device, dtype) @ folded).to(self.b_var.dtype))
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_saving_inference(state_dict)
+        for name in ("W_var", "b_var"):
+            state_dict.pop(name, None)
+
+    def _posterior_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float | None]:
+        """Pre-activations, mean and log variance of the latents, shape (batch, d_sae)."""
+        sae_in = self.process_sae_in(x)
+        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and not x.requires_grad else None
+        hidden_pre = self.hook_sae_acts_pre(_affine(sae_in, self.W_enc, self.b_enc, b_dec))
+        if self.cfg.rescale_acts_by_decoder_norm:
+            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        mu = hidden_pre.relu() if self.cfg.relu_mean else hidden_pre
+        if self.cfg.variance == "learned":
+            return hidden_pre, mu, _affine(sae_in, self.W_var, self.b_var, b_dec)
+        return hidden_pre, mu, self.cfg.initial_logvar if self.cfg.variance == "fixed" else None
+
+    @torch.no_grad()
+    def _logged(self, step: _Posterior, dead: Tensor | None) -> dict[str, Tensor]:
+        devices = [step.mu.device] if step.mu.device.type == "cuda" else []
+        # what is trained must not depend on what is logged
+        with torch.random.fork_rng(devices=devices):
+            overlap = _overlap(step.mu, step.logvar, self.cfg.k)
+        found = {"selection_overlap": overlap.mean()}
+        if dead is not None:
+            found["live_fraction"] = 1 - dead.float().mean()
+        return found
+
+
+def kl_to_standard_normal(
+    mu: Float[Tensor, "batch latents"], logvar: Float[Tensor, "batch latents"] | None = None
+) -> Float[Tensor, "batch"]:
+    """KL divergence of normal distributions from the standard normal, summed over latents.
+
+    Args:
+        mu: Shape (batch, latents), means.
+        logvar: Shape (batch, latents), log variances; None leaves out what does not depend on the
+            means, which for a variance of 1 is nothing.
+
+    Returns:
+        Shape (batch,), in nats: 0.5 * sum(mu^2 + exp(logvar) - 1 - logvar), float32 at least.
+    """
+    if logvar is None:
+        return 0.5 * _sum_of_squares(mu)
+    return _KL.apply(mu, logvar)
+
+
+class _KL(torch.autograd.Function):
+    """In as few passes over (batch, d_sae) as there can be: the step is bound by them."""
+
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, logvar: Tensor) -> Tensor:
+        # expm1, for the log variance of most latents comes to be near 0
+        excess = logvar.expm1()
+        ctx.save_for_backward(mu, excess)
+        at_least = torch.promote_types(mu.dtype, torch.float32)
+        terms = excess.sum(dim=-1, dtype=at_least) - logvar.sum(dim=-1, dtype=at_least)
+        return 0.5 * (_sum_of_squares(mu) + terms)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        mu, excess = ctx.saved_tensors
+        grad = grads[0][..., None]
+        return mu * grad.to(mu.dtype), excess * (0.5 * grad).to(excess.dtype)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
+
+
+def _affine(x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor | None) -> Tensor:
+    """x @ W + b, where x is data minus b_dec, if that is given."""
+    if b_dec is None or torch.is_autocast_enabled(x.device.type):
+        return x @ W + b
+    return _CentredAffine.apply(x.detach(), W, b, b_dec)
+
+
+class _CentredAffine(torch.autograd.Function):
+    """The gradient of b_dec is a sum over the batch, taken before the product with W, not after."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W)
+        return x @ W + b
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        x, W = ctx.saved_tensors
+        (grad,) = grads
+        of_b = grad.flatten(0, -2).sum(dim=0)
+        of_W = x.flatten(0, -2).T @ grad.flatten(0, -2)
+        return None, of_W, of_b, -(W @ of_b)
+
+
+def _if_learned(logvar: Tensor | float | None) -> Tensor | None:
+    return logvar if isinstance(logvar, Tensor) else None
+
+
+def _deviation(logvar: Tensor | float | None) -> Tensor:
+    return (torch.as_tensor(logvar) / 2).exp_()
+
+
+@torch.no_grad()
+def _select(
+    mu: Tensor, logvar: Tensor | float | None, k: int
+) -> tuple[Integer[Tensor, "batch k"], Tensor | None]:
+    """The k largest of a sample, and the standard normal noise in them; gradients pass neither."""
+    if logvar is None:
+        return mu.topk(k, dim=-1, sorted=False).indices, None
+    noise = torch.randn_like(mu)
+    if isinstance(logvar, Tensor):
+        z = torch.addcmul(mu, noise, _deviation(logvar).to(mu.dtype))
+    else:
+        z = torch.add(mu, noise, alpha=float(_deviation(logvar)))
+    indices = z.topk(k, dim=-1, sorted=False).indices
+    return indices, noise.gather(-1, indices)
+
+
+def _overlap(mu: Tensor, logvar: Tensor | float | None, k: int) -> Tensor:
+    active = []
+    for _ in range(2):
+        indices, noise = _select(mu, logvar, k)
+        values = mu.gather(-1, indices)
+        if noise is not None:
+            chosen = logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
+            values = values + noise * _deviation(chosen)
+        active.append(torch.zeros_like(mu, dtype=torch.bool).scatter_(-1, indices, values > 0))
+    union = (active[0] | active[1]).sum(dim=-1)
+    both = (active[0] & active[1]).sum(dim=-1)
+    # no latent active in either: nothing differs
+    return torch.where(union > 0, both / union.clamp(min=1), torch.ones_like(both / union))
