@@ -1,0 +1,156 @@
+"""What commands on finished SAEs share: the SAEs, their model and the dataset, from their flags."""
+
+import argparse
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+__all__ = [
+    "add_dataset_arguments",
+    "add_model_arguments",
+    "add_saes_argument",
+    "dataset_path_of",
+    "load_model_of",
+    "load_saes",
+    "model_source",
+    "open_dataset_of",
+]
+
+logger = logging.getLogger("sae_whiten")
+
+
+def add_saes_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the SAEs."""
+    parser.add_argument(
+        "saes",
+        nargs="+",
+        metavar="SAE",
+        help="folder of an SAE, or release/sae_id as in SAE.from_pretrained",
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add which model to load, a group of its own in the help."""
+    group = parser.add_argument_group("model (default: what the SAEs were trained on)")
+    group.add_argument("--model-name", help="model to load, as in SAELens")
+    group.add_argument(
+        "--model-class-name", help="as in SAELens: HookedTransformer or AutoModelForCausalLM"
+    )
+    group.add_argument(
+        "--model-from-pretrained-kwargs",
+        type=json.loads,
+        metavar="JSON",
+        help="further arguments for loading the model, as in SAELens",
+    )
+
+
+def add_dataset_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add where tokens or texts come from."""
+    group.add_argument(
+        "--dataset-path", help="name on the hub or a folder (default: the SAEs' training data)"
+    )
+    group.add_argument(
+        "--dataset-split",
+        default="train",
+        metavar="SPLIT",
+        help="best one that the SAEs were not trained on: validation, or such as train[90%%:], for "
+        "which the dataset is downloaded (default: %(default)s)",
+    )
+    group.add_argument("--no-streaming", action="store_true", help="download the dataset first")
+
+
+def load_saes(paths: Iterable[str], device: str) -> "dict[str, SAE[Any]]":
+    """SAEs by their paths, each a folder or release/sae_id.
+
+    Raises:
+        ValueError: A path is neither.
+    """
+    return {path.rstrip("/"): _load_sae(path, device) for path in paths}
+
+
+def _load_sae(path: str, device: str) -> "SAE[Any]":
+    from sae_lens import SAE
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    if (Path(path) / "cfg.json").is_file():
+        return SAE.load_from_disk(path, device=device)
+    release, _, sae_id = path.partition("/")
+    if release not in get_pretrained_saes_directory():
+        # a repository on the hub, whose name has a slash of its own
+        owner, _, rest = path.partition("/")
+        repository, _, sae_id = rest.partition("/")
+        release = f"{owner}/{repository}"
+    if Path(path).exists() or not sae_id:
+        raise ValueError(
+            f"{path} is neither a folder with an SAE (there is no cfg.json) nor release/sae_id"
+        )
+    return SAE.from_pretrained(release, sae_id, device=device)
+
+
+def model_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> dict[str, Any]:
+    """Arguments of SAELens' `load_model`: from the flags, else what the SAEs agree on.
+
+    Raises:
+        ValueError: They do not agree, or do not say.
+    """
+    kwargs = args.model_from_pretrained_kwargs
+    if kwargs is None:
+        kwargs = _shared(saes, "model_from_pretrained_kwargs", "--model-from-pretrained-kwargs", {})
+    return {
+        "model_name": args.model_name or _shared(saes, "model_name", "--model-name"),
+        "model_class_name": args.model_class_name
+        or _shared(saes, "model_class_name", "--model-class-name", "HookedTransformer"),
+        "model_from_pretrained_kwargs": kwargs,
+    }
+
+
+def load_model_of(source: Mapping[str, Any], device: str) -> Any:
+    """The model of a `model_source`."""
+    from sae_lens.load_model import load_model
+
+    return load_model(**source, device=device)
+
+
+def dataset_path_of(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> str:
+    """The dataset, from the flag or what the SAEs agree on; warns of data they were trained on.
+
+    Raises:
+        ValueError: They do not agree, or do not say.
+    """
+    path = args.dataset_path or _shared(saes, "dataset_path", "--dataset-path")
+    trained_on = {sae.cfg.metadata.dataset_path for sae in saes.values()}
+    if path in trained_on and args.dataset_split == "train":
+        logger.warning(
+            "%s is what SAEs were trained on: the figures may be of tokens that they have seen. "
+            "--dataset-split or --dataset-path give others",
+            path,
+        )
+    return path
+
+
+def open_dataset_of(args: argparse.Namespace, path: str) -> Any:
+    """The dataset at a path, streamed where that is possible and not refused."""
+    from sae_whiten.experiments.labels import open_dataset
+
+    streaming = not args.no_streaming and "[" not in args.dataset_split
+    return open_dataset(path, args.dataset_split, streaming)
+
+
+def _shared(saes: "Mapping[str, SAE[Any]]", field: str, flag: str, default: Any = None) -> Any:
+    """What the metadata of all SAEs agree on."""
+    found = {name: sae.cfg.metadata[field] for name, sae in saes.items()}
+    values = [value for value in found.values() if value is not None]
+    if any(value != values[0] for value in values):
+        listed = ", ".join(f"{value!r} ({name})" for name, value in found.items())
+        raise ValueError(f"the SAEs do not agree in {field}: {listed}; give {flag}")
+    # "local": the usual name where a dataset is given as an object
+    if values and not (field == "dataset_path" and values[0] in ("", "local")):
+        return values[0]
+    if default is None:
+        raise ValueError(f"the SAEs' metadata do not tell {field}; give {flag}")
+    return default
