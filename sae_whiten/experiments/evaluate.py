@@ -5,10 +5,8 @@ SAEs are taken as they are: any that SAELens loads, for raw activations, however
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from glob import escape
 from itertools import islice
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from sae_lens.config import HfDataset
 from sae_lens.saes.sae import SAE
-from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -28,6 +25,7 @@ from sae_whiten.evaluation.metrics import (
     dead_latents,
     dense_latents,
 )
+from sae_whiten.experiments._saes import check_sae, common_setting, flat_heads
 from sae_whiten.experiments.labels import LabelledTexts
 from sae_whiten.experiments.model import (
     View,
@@ -37,7 +35,7 @@ from sae_whiten.experiments.model import (
     worse_than_guessing,
 )
 from sae_whiten.experiments.probing import probe_saes
-from sae_whiten.saelens.sources import Model, match_hooks, token_store
+from sae_whiten.saelens.sources import Model, token_store
 
 __all__ = ["evaluate_saes"]
 
@@ -103,12 +101,12 @@ def evaluate_saes(
     if not saes:
         raise ValueError("no SAEs to evaluate")
     for name, sae in saes.items():
-        _check(name, sae, model)
+        check_sae(name, sae, model)
     if context_size is None:
         sizes = (sae.cfg.metadata.context_size for sae in saes.values())
         context_size = min((int(size) for size in sizes if size is not None), default=128)
     if prepend_bos is None:
-        prepend_bos = bool(_common(saes, "prepend_bos", True))
+        prepend_bos = bool(common_setting(saes, "prepend_bos", True))
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     records: dict[str, dict[str, Any]] = {
         name: {
@@ -127,7 +125,7 @@ def evaluate_saes(
         }
         for name, sae in saes.items()
     }
-    with _flat_heads(saes.values()):
+    with flat_heads(saes.values()):
         tokens = _token_batches(
             saes, model, dataset, n_tokens, context_size, prepend_bos, batch_size_prompts
         )
@@ -273,8 +271,8 @@ def _token_batches(
         "context_size": context_size,
         "prepend_bos": prepend_bos,
         "seqpos_slice": (None,),
-        "disable_concat_sequences": bool(_common(saes, "disable_concat_sequences", False)),
-        "sequence_separator_token": _common(saes, "sequence_separator_token", "bos"),
+        "disable_concat_sequences": bool(common_setting(saes, "disable_concat_sequences", False)),
+        "sequence_separator_token": common_setting(saes, "sequence_separator_token", "bos"),
     }
     with warnings.catch_warnings():
         # that the dataset is not tokenized, or has longer sequences
@@ -293,50 +291,3 @@ def _token_batches(
             raise ValueError(f"the dataset is shorter than one sequence, {context_size} tokens")
         if bar.n < n_sequences * context_size:
             logger.warning("the dataset ended after %d of %d tokens", bar.n, bar.total)
-
-
-# --- checks
-
-
-def _check(name: str, sae: SAE[Any], model: Model) -> None:
-    hook_name = sae.cfg.metadata.hook_name
-    if hook_name is None:
-        raise ValueError(f"{name}: its metadata have no hook_name; set sae.cfg.metadata.hook_name")
-    try:
-        match_hooks(model.hook_dict, escape(hook_name))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    if isinstance(sae, Transcoder):
-        raise ValueError(f"{name} is a transcoder, which reconstructs another hook than it reads")
-    if sae.cfg.normalize_activations in ("covariance_whitening", "expected_average_only_in"):
-        raise ValueError(
-            f"{name} has normalize_activations={sae.cfg.normalize_activations!r}: its weights are "
-            "for normalised activations and mean nothing on raw ones. SAELens folds the "
-            "normalisation into the weights at the end of training; is this a checkpoint?"
-        )
-
-
-def _common(saes: Mapping[str, SAE[Any]], field: str, default: Any) -> Any:
-    """What the SAEs' metadata say of a setting that all of them have to share here."""
-    found = {n: v for n, sae in saes.items() if (v := sae.cfg.metadata[field]) is not None}
-    values = list(dict.fromkeys(found.values()))
-    if len(values) > 1:
-        listed = ", ".join(f"{value!r} ({name})" for name, value in found.items())
-        raise ValueError(
-            f"the SAEs were trained with different {field}: {listed}; evaluate them apart"
-            + (", or give prepend_bos" if field == "prepend_bos" else "")
-        )
-    return values[0] if values else default
-
-
-@contextmanager
-def _flat_heads(saes: Iterable[SAE[Any]]) -> Iterator[None]:
-    """Let SAEs of hook_z take activations whose heads are flat, as `View` gives them."""
-    reshaping = [sae for sae in saes if sae.hook_z_reshaping_mode]
-    for sae in reshaping:
-        sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        yield
-    finally:
-        for sae in reshaping:
-            sae.turn_on_forward_pass_hook_z_reshaping()

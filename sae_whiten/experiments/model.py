@@ -13,12 +13,15 @@ from sae_lens.saes.sae import SAE
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
+from sae_whiten.evaluation.metrics import _as_float64
 from sae_whiten.saelens.sources import Model, stopping_after
 
 __all__ = [
     "View",
     "batches_of_equal_length",
+    "decoder_norms",
     "encode_decode",
+    "latent_scale",
     "run",
     "text_tokens",
     "why_no_next_token_loss",
@@ -146,6 +149,24 @@ def encode_decode(
         latents = sae.encode(x[rows].to(sae.device, sae.dtype))
         x_hat = sae.decode(latents)
         yield rows, latents.to_dense() if latents.is_sparse else latents, x_hat
+
+
+@torch.no_grad()
+def decoder_norms(sae: SAE[Any]) -> Float[Tensor, "d_sae"]:
+    """Norms of the decoder's rows, float64."""
+    return torch.linalg.vector_norm(_as_float64(sae.W_dec), dim=1)
+
+
+def latent_scale(sae: SAE[Any]) -> Float[Tensor, "d_sae"]:
+    """What latents have to be multiplied by to be coefficients of unit-norm decoder rows, float64.
+
+    That is the norms of the rows, except for SAEs which decode by unit rows: TopK's family with
+    rescale_acts_by_decoder_norm.
+    """
+    norms = decoder_norms(sae)
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return torch.ones_like(norms)
+    return norms
 
 
 def text_tokens(

@@ -26,7 +26,9 @@ from sae_whiten.experiments.labels import LabelledTexts
 from sae_whiten.experiments.model import (
     View,
     batches_of_equal_length,
+    decoder_norms,
     encode_decode,
+    latent_scale,
     run,
     text_tokens,
 )
@@ -114,7 +116,7 @@ def _pooled(
     for i, (name, sae) in enumerate(saes.items()):
         shape = len(tokens), sae.cfg.d_sae
         pooled[name] = _Latents(np.memmap(directory / str(i), np.float32, "w+", shape=shape))
-    scales = {name: _latent_scale(sae) for name, sae in saes.items()}
+    scales = {name: latent_scale(sae).float().cpu().numpy() for name, sae in saes.items()}
     with tqdm(desc="Reading labelled texts", total=len(tokens), unit=" texts") as bar:
         for indices in batches_of_equal_length(tokens, batch_size):
             ids = torch.tensor([tokens[i] for i in indices], device=device)
@@ -149,16 +151,10 @@ def _mean(
     return torch.einsum("bsd,bs->bd", values.float(), weights).cpu().numpy()
 
 
-def _latent_scale(sae: SAE[Any]) -> Float[ndarray, "d_sae"]:
-    """What the decoder's rows have to be divided by, and latents multiplied by, for unit norms."""
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # SAELens decodes by unit rows
-        return np.ones(sae.cfg.d_sae, np.float32)
-    return sae.get_W_dec_norm().float().cpu().numpy()
-
-
 def _decoder(sae: SAE[Any]) -> Float[ndarray, "d_sae d"]:
     """Decoder rows of unit norm."""
-    return (sae.W_dec / sae.get_W_dec_norm()[:, None]).float().cpu().numpy()
+    norms = decoder_norms(sae).clamp(min=1e-8)
+    return (sae.W_dec.to(norms) / norms[:, None]).float().cpu().numpy()
 
 
 def _why_not_linear(
@@ -170,7 +166,7 @@ def _why_not_linear(
             f"the SAE scales every activation by its own norm (normalize_activations="
             f"{normalize!r}), so that averaged latents do not tell what removing them does"
         )
-    scale = torch.from_numpy(_latent_scale(sae)).to(latents)
+    scale = latent_scale(sae).to(latents)
     linear = (latents * scale) @ torch.from_numpy(_decoder(sae)).to(latents)
     offset = sae.decode(torch.zeros_like(latents[:1, :1]))
     error = torch.linalg.vector_norm(linear + offset - x_hat)
