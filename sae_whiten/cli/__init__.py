@@ -21,6 +21,7 @@ from sae_whiten import __version__
 __all__ = ["main"]
 
 COMMANDS = {
+    "afa": "are codes of SAEs as large as their inputs? eps-LBO and the ZF plot",
     "compare": "does whitening help? SAEs with and without it, all else equal, with statistics",
     "demo": "watch whitening at work on a small pretrained model, without a network",
     "evaluate": "what any SAEs are worth: reconstruction, loss of the model, probing",

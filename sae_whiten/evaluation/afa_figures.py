@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from sae_whiten.evaluation.afa import BANDS, AFASamples, band_slopes
-from sae_whiten.evaluation.figures import _MARKERS, _in_common, _n_legend_columns
+from sae_whiten.evaluation.figures import _MARKERS, _in_common, _n_equal, _n_legend_columns
 from sae_whiten.evaluation.paper_style import new_figure as _new_figure
 from sae_whiten.evaluation.paper_style import paper_style as _paper_style
 from sae_whiten.evaluation.paper_style import save_figure as _save
@@ -28,6 +28,7 @@ _WIDE_FROM = 5  # SAEs, which fit no more into a column of a paper
 _LOGARITHMIC_FROM = 10  # large values over typical ones
 _CUT = 0.01  # share of the samples that may lie beyond an axis
 _BAND_GREYS = ("0.80", "0.88", "0.95")
+_MOST_LETTERS = 32  # of a name
 _HALF_WIDTH = 0.42  # of a violin; SAEs are 1 apart
 
 
@@ -58,7 +59,7 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
     if logarithmic:
         low, high = float(np.quantile(values[values > 0], _CUT)) / 1.2, high * 1.2
     n_hidden = sum(int(((z < low) | (f < low)).sum()) for z, f in points.values())
-    pattern, labels = _in_common(list(points))
+    pattern, labels = _short_names(list(points))
     with _paper_style():
         figure = _new_figure(width=3.4, height=3.4)
         axes = figure.add_subplot()
@@ -70,7 +71,8 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
             axes.set_yscale("log")
         axes.set_xlim(low, high)
         axes.set_ylim(low, high)
-        axes.set_aspect("equal")
+        # what is left of the height goes below, between the axes and the names of the SAEs
+        axes.set_aspect("equal", anchor="N")
         axes.set_xlabel(
             "norm of the input, $\\|z\\|$" + f" (not shown: {n_hidden} points)" * (n_hidden > 0)
         )
@@ -136,6 +138,7 @@ def _add_keys(figure: "Figure", axes: Any, bands: list[Any], pattern: str | None
         "markerscale": 1.6,
         "handlelength": 1.5,
         "columnspacing": 1,
+        "borderpad": 0,
     }
     figure.legend(
         handles=bands,
@@ -149,7 +152,7 @@ def _add_keys(figure: "Figure", axes: Any, bands: list[Any], pattern: str | None
     width, height = figure.get_size_inches()
     n_columns = _n_legend_columns(labels, width)
     n_rows = math.ceil(len(labels) / n_columns) + (pattern is not None)
-    figure.set_size_inches(width, height + 0.18 * (n_rows + 2))
+    figure.set_size_inches(width, height + 0.18 * (n_rows + 2) + 0.1)
     figure.legend(
         handles=saes, loc="outside lower center", title=pattern, ncols=n_columns, **options
     )
@@ -172,9 +175,12 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: There are no samples, or matplotlib does not know the format.
     """
-    pattern, labels = _in_common(list(samples))
+    pattern, labels = _short_names(list(samples))
     with _paper_style():
-        figure = _new_figure(width=3.4 if len(samples) < _WIDE_FROM else 7.0, height=2.4)
+        long = max(map(len, labels), default=0) > 40 / max(len(labels), 1)
+        # names at an angle take height
+        height = 2.4 + long * 0.03 * max(map(len, labels), default=0)
+        figure = _new_figure(width=3.4 if len(samples) < _WIDE_FROM else 7.0, height=height)
         left = figure.add_subplot()
         right = left.twinx()
         right.spines["right"].set_visible(True)
@@ -184,7 +190,6 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         ):
             _draw_halves(axes, columns, side, title)
         left.set_xlim(-0.6, len(samples) - 0.4)
-        long = max(map(len, labels)) > 40 / len(labels)
         left.set_xticks(
             range(len(labels)),
             labels,
@@ -254,7 +259,19 @@ def _density(
     return heights, density / density.max()
 
 
-def _is_logarithmic(columns: Sequence[Float[ndarray, "n"]], upper: float) -> bool:
+def _short_names(names: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What hooks have in common, as a pattern, and the rest of each; paths without the folders that
+    all are in, and cut where they would leave no room for the axes."""
+    pattern, short = _in_common(names)
+    if pattern is None and len(names) > 1:
+        split = [name.split("/") for name in names]
+        n = min(_n_equal(split), min(map(len, split)) - 1)
+        short = ["/".join(parts[n:]) for parts in split]
+    cut = _MOST_LETTERS
+    return pattern, [name if len(name) <= cut else f"…{name[1 - cut :]}" for name in short]
+
+
+def _is_logarithmic(columns: Sequence[Float[ndarray, "_"]], upper: float) -> bool:
     """Whether the `upper` quantile of a column is far above what is typical of one."""
     positive = [column[column > 0] for column in columns if (column > 0).any()]
     if not positive:
@@ -263,6 +280,6 @@ def _is_logarithmic(columns: Sequence[Float[ndarray, "n"]], upper: float) -> boo
     return bool(largest > _LOGARITHMIC_FROM * min(np.median(column) for column in positive))
 
 
-def _check_not_empty(columns: Sequence[Float[ndarray, "n"]]) -> None:
+def _check_not_empty(columns: Sequence[Float[ndarray, "_"]]) -> None:
     if not columns or not all(len(column) for column in columns):
         raise ValueError("a figure needs at least one sample of every SAE")
