@@ -394,6 +394,17 @@ def test_rows_of_text_become_prompts_of_their_own():
         assert float(found.samples.z_norm[i]) == pytest.approx(float(x.norm()), rel=1e-4)
 
 
+def test_special_tokens_at_the_end_do_not_count_even_if_the_sae_was_trained_on_them():
+    from sae_lens.load_model import load_model
+
+    model: Any = load_model("AutoModelForCausalLM", str(BYTE_TRANSFORMER), device="cpu")
+    bos = model.tokenizer.bos_token_id
+    rows = Dataset.from_dict({"tokens": [[bos, 65, 66, bos], [bos, bos], [67]]})
+    sae = sae_of(128, 256, "gpt_neox.layers.0", exclude_special_tokens=False)
+    (found,) = evaluate_afa({"sae": sae}, model, rows)
+    assert (found.rows, found.positions, found.tokens) == ([0, 2], [2, 0], [66, 67])
+
+
 # --- what is refused
 
 

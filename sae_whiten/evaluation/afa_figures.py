@@ -67,8 +67,7 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         for i, (label, (z, f)) in enumerate(zip(labels, points.values(), strict=True)):
             _draw_samples(axes, z, f, i, len(points), label)
         if logarithmic:
-            axes.set_xscale("log")
-            axes.set_yscale("log")
+            _set_logarithmic(axes, low, high)
         axes.set_xlim(low, high)
         axes.set_ylim(low, high)
         # what is left of the height goes below, between the axes and the names of the SAEs
@@ -82,6 +81,19 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         axes.text(0.97, 0.03, "under-activated", ha="right", **corner)
         _add_keys(figure, axes, bands, pattern)
         _save(figure, path)
+
+
+def _set_logarithmic(axes: Any, low: float, high: float) -> None:
+    """Logarithmic axes with plain numbers, more of them on short ones."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    subs = (1, 2, 5) if high < 100 * low else (1,)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=subs))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
 
 
 def _draw_bands(axes: Any, low: float, high: float) -> list[Any]:
@@ -152,7 +164,7 @@ def _add_keys(figure: "Figure", axes: Any, bands: list[Any], pattern: str | None
     width, height = figure.get_size_inches()
     n_columns = _n_legend_columns(labels, width)
     n_rows = math.ceil(len(labels) / n_columns) + (pattern is not None)
-    figure.set_size_inches(width, height + 0.18 * (n_rows + 2) + 0.1)
+    figure.set_size_inches(width, height + 0.16 * n_rows + 0.5)
     figure.legend(
         handles=saes, loc="outside lower center", title=pattern, ncols=n_columns, **options
     )
@@ -177,10 +189,11 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
     """
     pattern, labels = _short_names(list(samples))
     with _paper_style():
-        long = max(map(len, labels), default=0) > 40 / max(len(labels), 1)
-        # names at an angle take height
-        height = 2.4 + long * 0.03 * max(map(len, labels), default=0)
-        figure = _new_figure(width=3.4 if len(samples) < _WIDE_FROM else 7.0, height=height)
+        width = 3.4 if len(samples) < _WIDE_FROM else 7.0
+        letters = max(map(len, labels), default=0)
+        # names at an angle, which takes height, where they do not fit side by side
+        long = 0.07 * letters * len(labels) > width - 1.2
+        figure = _new_figure(width, height=2.4 + 0.03 * letters * long)
         left = figure.add_subplot()
         right = left.twinx()
         right.spines["right"].set_visible(True)
