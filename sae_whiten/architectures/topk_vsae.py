@@ -16,7 +16,7 @@ authors' code multiplies the mean KL by the mean norm instead.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -255,11 +255,13 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
+        # where mu is in units of the decoder's rows, it has become smaller with them
+        shift = -2 * math.log(scaling_factor) if self.cfg.rescale_acts_by_decoder_norm else 0.0
         if self.cfg.variance == "learned":
             self.W_var.data *= scaling_factor
-            if self.cfg.rescale_acts_by_decoder_norm:
-                # the rows of the decoder have shrunk, and with them the unit of mu
-                self.b_var.data -= 2 * math.log(scaling_factor)
+            self.b_var.data += shift
+        else:
+            self.cfg = replace(self.cfg, initial_logvar=self.cfg.initial_logvar + shift)
 
     @override
     @torch.no_grad()
