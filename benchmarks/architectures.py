@@ -1,0 +1,156 @@
+"""Measure what topk_vsae and top_afa cost: time per training step, over that of SAELens' topk.
+
+Trainers of all variants stand side by side, topk twice, which shows the noise of the machine. Each
+round gives every one of them a turn, in random order, on the same batches: one
+`trainer.step(next(batches))`, which is what `fit()` does, optimizer included. Per round, each time
+is divided by the mean of the two topk trainers; the median of these ratios, with an interval that
+holds the true median with 95% probability, is what to read. The learning rate is small and the KL
+coefficient smaller, so that what is timed is one state of the SAEs: that after the warm-up.
+
+top_afa is timed at the number of latents that it comes to by itself, which is printed.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.training.sae_trainer import SAETrainer
+from step_and_fold import (
+    alternate,
+    describe_environment,
+    median_interval,
+    sample,
+    span,
+    stepper,
+    synthetic_distribution,
+)
+
+from sae_whiten.architectures import TopAFATrainingSAEConfig, TopKVSAETrainingConfig
+
+TOPK, AGAIN = "topk", "topk, again"
+AIMS = {"topk_vsae": 1.15, "top_afa": 1.5}
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    environment = describe_environment(args)
+    print("\n".join(f"{name}: {value}" for name, value in environment.items()))
+    result: dict[str, Any] = {"environment": environment, "arguments": vars(args).copy()}
+    result["steps"] = [benchmark(args, k) for k in args.k]
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1, default=str))
+        print(f"written: {args.json}")
+
+
+def benchmark(args: argparse.Namespace, k: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    mean, mixing = synthetic_distribution(args.d_in, condition=1e4)
+    scale = (mixing.square().sum() + mean.square().sum()).div(args.d_in).sqrt()
+    batches = [
+        (sample(args.batch_size, mean, mixing) / scale).float().to(args.device) for _ in range(4)
+    ]
+    common: dict[str, Any] = {"d_in": args.d_in, "d_sae": args.d_sae, "device": args.device}
+    vsae: dict[str, Any] = {**common, "k": k, "kl_coefficient": 1e-4, "initial_logvar": -6.0}
+    configs = {
+        TOPK: TopKTrainingSAEConfig(**common, k=k),
+        AGAIN: TopKTrainingSAEConfig(**common, k=k),
+        **{
+            f"topk_vsae, {variance}": TopKVSAETrainingConfig(**vsae, variance=variance)
+            for variance in ("none", "fixed", "learned")
+        },
+        "topk_vsae, learned, KL of selected": TopKVSAETrainingConfig(**vsae, kl_over="selected"),
+        "top_afa": TopAFATrainingSAEConfig(**common),
+    }
+    trainers: dict[str, SAETrainer[Any, Any]] = {}
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        sae = get_sae_training_class(config.architecture())[0](config)
+        cfg = SAETrainerConfig(
+            total_training_samples=args.batch_size * 1_000_000,
+            train_batch_size_samples=args.batch_size,
+            lr=1e-4,
+            lr_end=1e-5,
+            device=args.device,
+            autocast=args.autocast,
+        )
+        trainers[name] = SAETrainer(cfg, sae.to(args.device), itertools.cycle(batches))
+    print(
+        f"\nTime per training step, d_in={args.d_in}, d_sae={args.d_sae}, k={k}, batch "
+        f"{args.batch_size}{', autocast' if args.autocast else ''}: {args.rounds} rounds of "
+        f"{args.steps_per_turn} step(s) each, {args.clock} time"
+    )
+    times = alternate({n: stepper(t) for n, t in trainers.items()}, args, args.rounds)
+    with torch.no_grad():
+        l0 = float((trainers["top_afa"].sae.encode(batches[0]) != 0).sum(dim=-1).double().mean())
+    print(f"top_afa has {l0:.0f} latents active on average")
+    print(f"{'':36}{'ms per step':>12}{'min-max':>18}{'over topk':>11}{'95% interval':>16}")
+    both = [(a + b) / 2 for a, b in zip(times[TOPK], times[AGAIN], strict=True)]
+    arms: dict[str, Any] = {"k": k, "l0 of top_afa": l0}
+    for name in trainers:
+        base = times[TOPK] if name == AGAIN else both
+        ratios = [t / t0 for t, t0 in zip(times[name], base, strict=True)]
+        ratio, (low, high) = statistics.median(ratios), median_interval(ratios)
+        arms[name] = {"ms": [1e3 * t for t in times[name]], "ratio": ratio, "interval": (low, high)}
+        line = (
+            f"{name:36}{1e3 * statistics.median(times[name]):12.1f}"
+            f"{span([1e3 * t for t in times[name]]):>18}"
+        )
+        if name != TOPK:
+            line += f"{ratio:11.2f}{f'{low:.2f} to {high:.2f}':>16}"
+        aim = AIMS.get(name.split(",")[0])
+        if aim is not None and not args.quick:
+            verdict = "within" if high <= aim else "ABOVE" if low > aim else "not decided by this"
+            line += f"  aim at most {aim}: {verdict}"
+        print(line)
+    return arms
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="examples:\n"
+        "  python benchmarks/architectures.py --quick     to see that it works\n"
+        "  python benchmarks/architectures.py             a quarter of an hour on two idle cores\n"
+        "  python benchmarks/architectures.py --device cuda --d-in 768 --d-sae 24576",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--d-in", type=int, default=512, help="width of the activations (default: 512)")
+    add("--d-sae", type=int, default=None, help="latents (default: 8192)")
+    add("--k", type=int, nargs="+", default=[32, 256], help="active latents (default: 32 256)")
+    add("--batch-size", type=int, default=None, help="activations per step (default: 4096)")
+    add("--autocast", action="store_true", help="train in bfloat16 autocast")
+    add("--rounds", type=int, default=None, help="turns of every trainer (default: 12)")
+    add("--steps-per-turn", type=int, default=None, help="(default: 1; on CUDA 10)")
+    add("--warmup", type=int, default=3, help="rounds before those that count (default: 3)")
+    add("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="wall time, or CPU time of this "
+        "process, which others on a busy CPU disturb less (with --threads 1)")  # fmt: skip
+    add("--quick", action="store_true", help="small sizes and few rounds: measures nothing")
+    add("--json", type=Path, default=None, metavar="PATH", help="write all measurements here")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU on this machine")
+    defaults = {
+        "d_sae": 1024 if args.quick else 8192,
+        "batch_size": 256 if args.quick else 4096,
+        "rounds": 3 if args.quick else 12,
+        "steps_per_turn": 10 if args.device.startswith("cuda") else 1,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+if __name__ == "__main__":
+    main()
