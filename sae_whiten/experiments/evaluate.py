@@ -3,11 +3,8 @@
 SAEs are taken as they are: any that SAELens loads, for raw activations, however they were trained.
 """
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +13,6 @@ from sae_lens.config import HfDataset
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
 from sae_whiten.evaluation.core import ce_loss_score, kl_divergence
 from sae_whiten.evaluation.metrics import (
@@ -25,7 +21,8 @@ from sae_whiten.evaluation.metrics import (
     dead_latents,
     dense_latents,
 )
-from sae_whiten.experiments._saes import check_sae, common_setting, flat_heads
+from sae_whiten.experiments._saes import check_sae, flat_heads
+from sae_whiten.experiments._tokens import sequence_settings, token_batches
 from sae_whiten.experiments.labels import LabelledTexts
 from sae_whiten.experiments.model import (
     View,
@@ -35,11 +32,9 @@ from sae_whiten.experiments.model import (
     worse_than_guessing,
 )
 from sae_whiten.experiments.probing import probe_saes
-from sae_whiten.saelens.sources import Model, token_store
+from sae_whiten.saelens.sources import Model
 
 __all__ = ["evaluate_saes"]
-
-logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -102,11 +97,7 @@ def evaluate_saes(
         raise ValueError("no SAEs to evaluate")
     for name, sae in saes.items():
         check_sae(name, sae, model)
-    if context_size is None:
-        sizes = (sae.cfg.metadata.context_size for sae in saes.values())
-        context_size = min((int(size) for size in sizes if size is not None), default=128)
-    if prepend_bos is None:
-        prepend_bos = bool(common_setting(saes, "prepend_bos", True))
+    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     records: dict[str, dict[str, Any]] = {
         name: {
@@ -126,8 +117,15 @@ def evaluate_saes(
         for name, sae in saes.items()
     }
     with flat_heads(saes.values()):
-        tokens = _token_batches(
-            saes, model, dataset, n_tokens, context_size, prepend_bos, batch_size_prompts
+        tokens = token_batches(
+            saes,
+            model,
+            dataset,
+            n_tokens,
+            context_size,
+            prepend_bos,
+            batch_size_prompts,
+            "Evaluating on tokens",
         )
         for name, n, metrics, absent in _core(saes, views, model, tokens):
             records[name]["n_tokens"] = n
@@ -254,40 +252,3 @@ def _logits_with(
         return change(activations)
 
     return model.run_with_hooks(tokens, fwd_hooks=[(view.hook_name, hook)])
-
-
-def _token_batches(
-    saes: Mapping[str, SAE[Any]],
-    model: Model,
-    dataset: HfDataset | str,
-    n_tokens: int,
-    context_size: int,
-    prepend_bos: bool,
-    batch_size: int,
-) -> Iterator[Integer[Tensor, "batch seq"]]:
-    """Batches of tokens, cut out of the dataset as SAELens does for training."""
-    options = {
-        "streaming": True,
-        "context_size": context_size,
-        "prepend_bos": prepend_bos,
-        "seqpos_slice": (None,),
-        "disable_concat_sequences": bool(common_setting(saes, "disable_concat_sequences", False)),
-        "sequence_separator_token": common_setting(saes, "sequence_separator_token", "bos"),
-    }
-    with warnings.catch_warnings():
-        # that the dataset is not tokenized, or has longer sequences
-        warnings.simplefilter("ignore")
-        store = token_store(
-            model, dataset, next(iter(saes.values())).cfg.metadata.hook_name, options
-        )
-    n_sequences = -(-n_tokens // context_size)
-    sequences = islice(store.iterable_sequences, n_sequences)
-    device = next(model.parameters()).device
-    with tqdm(desc="Evaluating on tokens", total=n_sequences * context_size, unit=" tokens") as bar:
-        while rows := list(islice(sequences, batch_size)):
-            yield torch.stack(rows).to(device)
-            bar.update(len(rows) * context_size)
-        if bar.n == 0:
-            raise ValueError(f"the dataset is shorter than one sequence, {context_size} tokens")
-        if bar.n < n_sequences * context_size:
-            logger.warning("the dataset ended after %d of %d tokens", bar.n, bar.total)
