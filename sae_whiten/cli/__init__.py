@@ -28,6 +28,7 @@ COMMANDS = {
     "fit": "estimate the statistics of many hooks in one pass over a dataset",
     "inspect": "what statistics say: anisotropy, outliers, how well they were estimated",
     "landscape": "draw where sparsity leads in two dimensions, before and after whitening",
+    "latents": "draw where the latents of SAEs lie, and how often they fire",
     "merge": "combine statistics of several shards, exactly",
     "synthetic": "compare ways of whitening where the features are known",
     "train": "train an SAE under whitening: SAELens' command line plus --whitening.*",

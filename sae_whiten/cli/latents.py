@@ -1,0 +1,177 @@
+"""Draw where the latents of SAEs lie in the plane (t-SNE), and how often each of them fires.
+
+A panel for each SAE: a disc for each latent, coloured by the logarithm of its firing frequency, and
+hollow grey crosses for dead ones, which fired at no token. --of decoder places latents by the
+direction of their decoder rows: what they write. SAEs of one hook are embedded together, so that
+their panels can be compared; those of other hooks apart. --of activations places latents by their
+activations over the same tokens: when they fire. This compares SAEs of any hooks, and dead latents
+have no place in it: they are counted, and listed in the coordinates.
+
+Near each other means alike. Distances between clusters, and their sizes, mean nothing in t-SNE.
+
+Firing frequencies come from a run of the model. Only if --of decoder is to be drawn, neither model
+nor dataset are given, and all SAEs are folders with a sparsity.safetensors, in which SAELens leaves
+the frequencies of the end of training, these are taken, and no model is loaded. They can differ
+from those of the finished SAE: a TopK vSAE trains with noise, BatchTopK selects over a batch.
+
+Beside the figure, FILE with the suffix .json has the coordinates; Python draws them again by
+sae_whiten.evaluation.latent_space.LatentSpace.load and latent_space_figure.plot_latent_space.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_whiten.cli._saes import (
+    add_dataset_arguments,
+    add_model_arguments,
+    add_saes_argument,
+    dataset_path_of,
+    load_model_of,
+    load_saes,
+    model_source,
+    open_dataset_of,
+)
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from sae_whiten.evaluation.latent_space import LatentSpace
+    from sae_whiten.experiments.latent_space import Firing
+
+EPILOG = """\
+examples:
+  sae-whiten latents sae-topk sae-topk-vsae --out latents.pdf
+  sae-whiten latents gpt2-small-res-jb/blocks.6.hook_resid_pre --of activations \\
+    --dataset-path Skylion007/openwebtext --out latents.png
+"""
+
+_FORMATS = (".png", ".pdf", ".svg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the SAEs, what to draw, and where the model and the tokens come from."""
+    add_saes_argument(parser)
+    add = parser.add_argument
+    add("--out", required=True, type=Path, metavar="FILE", help="figure: .png, .pdf or .svg")
+    add(
+        "--of",
+        choices=("decoder", "activations"),
+        default="decoder",
+        help="by what latents are placed (default: %(default)s)",
+    )
+    add(
+        "--max-latents",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="most latents of each SAE to show, drawn at random, but so that dead ones keep their "
+        "share; 4000 in all take 20 s on one core (default: %(default)s)",
+    )
+    add(
+        "--perplexity",
+        type=float,
+        default=30.0,
+        help="of t-SNE, roughly the number of neighbours that a latent stays near to; few latents "
+        "lower it (default: %(default)g)",
+    )
+    add("--seed", type=int, default=0, help="of the picture (default: %(default)s)")
+    add("--device", default="cpu", help="of the model and the SAEs (default: %(default)s)")
+
+    add_model_arguments(parser)
+
+    group = parser.add_argument_group("tokens")
+    add_dataset_arguments(group)
+    add = group.add_argument
+    add(
+        "--n-tokens",
+        type=int,
+        default=65_536,
+        help="tokens to read; a latent that fires at none of them counts as dead "
+        "(default: %(default)s)",
+    )
+    add("--context-size", type=int, help="tokens per sequence (default: as in training)")
+    add(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="put the beginning-of-sequence token in front (default: as in training)",
+    )
+    add("--batch-size-prompts", type=int, default=16, help="sequences per pass of the model")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, measure, embed, draw, write the coordinates, and print a count."""
+    if args.out.suffix not in _FORMATS:
+        raise ValueError(f"--out {args.out}: a figure is one of {', '.join(_FORMATS)}")
+    saes = load_saes(args.saes, args.device)
+
+    from sae_whiten.evaluation.latent_space_figure import plot_latent_space
+    from sae_whiten.experiments.latent_space import latent_space
+
+    firing, source = _firing(args, saes)
+    found = latent_space(
+        saes,
+        firing,
+        of=args.of,
+        max_latents=args.max_latents,
+        perplexity=args.perplexity,
+        seed=args.seed,
+        source=source,
+    )
+    coordinates = args.out.with_suffix(".json")
+    found.save(coordinates)
+    plot_latent_space(found, args.out)
+    _print_counts(found)
+    print(f"\ndrawn: {args.out}; coordinates: {coordinates}")
+    return 0
+
+
+def _firing(
+    args: argparse.Namespace, saes: "dict[str, SAE[Any]]"
+) -> "tuple[dict[str, Firing], dict[str, Any]]":
+    """When latents fire, and where that comes from."""
+    import logging
+
+    from sae_whiten.experiments.latent_space import measure_firing, training_firing_rates
+
+    if args.of == "decoder" and args.model_name is None and args.dataset_path is None:
+        of_training = {name: training_firing_rates(name) for name in saes}
+        known = {name: firing for name, firing in of_training.items() if firing is not None}
+        if len(known) == len(saes):
+            return known, {"frequencies": "at the end of training (sparsity.safetensors)"}
+        logging.getLogger("sae_whiten").info(
+            "no firing frequencies from training beside %s: measuring them on the model",
+            ", ".join(name for name in saes if name not in known),
+        )
+    model_arguments = model_source(args, saes)
+    dataset_path = dataset_path_of(args, saes)
+    dataset = open_dataset_of(args, dataset_path)
+    firing = measure_firing(
+        saes,
+        load_model_of(model_arguments, args.device),
+        dataset,
+        activations=args.of == "activations",
+        n_tokens=args.n_tokens,
+        context_size=args.context_size,
+        prepend_bos=args.prepend_bos,
+        batch_size_prompts=args.batch_size_prompts,
+    )
+    n_tokens = {name: found.n_tokens for name, found in firing.items()}
+    counts = " or ".join(map(str, dict.fromkeys(n_tokens.values())))
+    return firing, {
+        "frequencies": f"over {counts} tokens of {dataset_path}",
+        "model_name": model_arguments["model_name"],
+        "dataset_path": dataset_path,
+        "dataset_split": args.dataset_split,
+        "n_tokens": n_tokens,
+    }
+
+
+def _print_counts(found: "LatentSpace") -> None:
+    columns = ("latents", "live", "dead", "shown", "no direction")
+    width = max(3, *(len(m.name) for m in found.maps))
+    print(f"{'SAE':{width}}  " + "  ".join(f"{column:>8}" for column in columns))
+    for m in found.maps:
+        counts = (m.d_sae, m.d_sae - m.n_dead, m.n_dead, len(m.latents), len(m.without_direction))
+        cells = (f"{n:>{max(8, len(c))}}" for n, c in zip(counts, columns, strict=True))
+        print(f"{m.name:{width}}  " + "  ".join(cells))

@@ -1,0 +1,326 @@
+"""Where the latents of SAEs lie: an embedding in the plane by t-SNE (van der Maaten & Hinton 2008).
+
+A latent is a vector, of which only the direction counts: its decoder row, or its activations over
+tokens. t-SNE gets vectors of unit length, whose squared Euclidean distance is 2 (1 - cos): cosine
+decides who is whose neighbour. (scikit-learn's own metric="cosine" would be squared once more.)
+
+Positions can be compared where they come from one embedding, and only there: SAEs whose vectors lie
+in one space are embedded together, those of another space apart. What t-SNE tells is which latents
+are near each other. The distance between clusters, their size and their density are no measures of
+anything.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+from numpy import ndarray
+from scipy.sparse import csr_array, issparse, vstack
+
+from sae_whiten._files import CorruptFileError, atomic_path
+
+__all__ = [
+    "ACTIVATIONS",
+    "DECODER",
+    "LatentMap",
+    "LatentSpace",
+    "LatentVectors",
+    "embed_latents",
+]
+
+logger = logging.getLogger(__name__)
+
+DECODER = "decoder directions"
+ACTIVATIONS = "latent activations"
+
+_FORMAT = "sae_whiten latent space 1"
+_FEWEST = 4  # points: with three neighbours each, the perplexity can be 1
+
+Vectors: TypeAlias = Float[ndarray, "d_sae d"] | csr_array
+
+
+@dataclass(frozen=True, eq=False)
+class LatentVectors:
+    """The latents of one SAE as vectors of some space.
+
+    Attributes:
+        name: Of the SAE.
+        space: Name of the space: vectors of SAEs that share it are comparable, coordinate by
+            coordinate. Decoder rows of one hook are, and activations over the same tokens.
+        vectors: A row for each latent, shape (d_sae, d), dense or sparse, any floating dtype.
+        firing_rates: Share of tokens in which each latent is active, shape (d_sae,), in [0, 1].
+
+    Raises:
+        ValueError: The shapes do not fit, a vector is not finite, or a rate is not in [0, 1].
+    """
+
+    name: str
+    space: str
+    vectors: Vectors
+    firing_rates: Float[ndarray, "_"]
+
+    def __post_init__(self) -> None:
+        rates, norms = self.firing_rates, _norms(self.vectors)
+        if len(rates) != len(norms):
+            raise ValueError(f"{self.name}: {len(norms)} vectors, but {len(rates)} firing rates")
+        if not ((rates >= 0) & (rates <= 1)).all():
+            wrong = int(np.flatnonzero(~((rates >= 0) & (rates <= 1)))[0])
+            raise ValueError(
+                f"{self.name}: the firing rate of latent {wrong} is {rates[wrong]}, not in [0, 1]"
+            )
+        if not np.isfinite(norms).all():
+            wrong = int(np.flatnonzero(~np.isfinite(norms))[0])
+            raise ValueError(f"{self.name}: the vector of latent {wrong} is not finite")
+
+
+@dataclass(frozen=True, eq=False)
+class LatentMap:
+    """The latents of one SAE in the plane.
+
+    Attributes:
+        name: Of the SAE.
+        space: Positions are comparable with those of other SAEs of this space.
+        d_sae: Number of its latents.
+        n_dead: Number of those that were never active, whether they have a place or not.
+        perplexity: That t-SNE was run with.
+        latents: Which latents have a place, ascending, shape (n,).
+        xy: Where, shape (n, 2), float64, without a unit.
+        firing_rates: Theirs, shape (n,), float64.
+        without_direction: Latents whose vector is zero, shape (m,): they have no place. With
+            activations these are all dead latents; with decoders, rows of norm zero.
+    """
+
+    name: str
+    space: str
+    d_sae: int
+    n_dead: int
+    perplexity: float
+    latents: Integer[ndarray, "n"]
+    xy: Float[ndarray, "n 2"]
+    firing_rates: Float[ndarray, "n"]
+    without_direction: Integer[ndarray, "m"]
+
+    @property
+    def dead(self) -> Bool[ndarray, "n"]:
+        """Which of the latents with a place were never active."""
+        return self.firing_rates == 0
+
+
+@dataclass(frozen=True, eq=False)
+class LatentSpace:
+    """Maps of the latents of one or several SAEs, and what they are of.
+
+    Attributes:
+        of: What the vectors are, in words: DECODER or ACTIVATIONS.
+        seed: Of the choice of latents and of t-SNE.
+        maps: One for each SAE.
+        source: Where the firing rates come from, values that JSON can hold; "frequencies" says it
+            in words.
+    """
+
+    of: str
+    seed: int
+    maps: Sequence[LatentMap]
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, atomically: for each SAE its fields, and `latent`, `x`, `y`,
+        `firing_rate` and `dead` of the latents with a place, as columns of equal length."""
+        content = {
+            "format": _FORMAT,
+            "of": self.of,
+            "seed": self.seed,
+            "source": dict(self.source),
+            "saes": [
+                {
+                    "name": m.name,
+                    "space": m.space,
+                    "d_sae": m.d_sae,
+                    "n_dead": m.n_dead,
+                    "perplexity": m.perplexity,
+                    "latent": m.latents.tolist(),
+                    "x": m.xy[:, 0].tolist(),
+                    "y": m.xy[:, 1].tolist(),
+                    "firing_rate": m.firing_rates.tolist(),
+                    "dead": m.dead.tolist(),
+                    "without_direction": m.without_direction.tolist(),
+                }
+                for m in self.maps
+            ],
+        }
+        with atomic_path(path) as partial:
+            partial.write_text(json.dumps(content) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LatentSpace":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CorruptFileError: It is not such a file.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["format"] != _FORMAT:
+                raise CorruptFileError(f"{path} has the format {content['format']!r}")
+            maps = [_map_from(sae) for sae in content["saes"]]
+            return cls(content["of"], content["seed"], maps, content["source"])
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CorruptFileError(
+                f"{path} holds no latent space that sae_whiten wrote ({error!r})"
+            ) from error
+
+
+def _map_from(sae: Mapping[str, Any]) -> LatentMap:
+    return LatentMap(
+        name=sae["name"],
+        space=sae["space"],
+        d_sae=sae["d_sae"],
+        n_dead=sae["n_dead"],
+        perplexity=sae["perplexity"],
+        latents=np.array(sae["latent"], np.int64),
+        xy=np.array([sae["x"], sae["y"]], np.float64).T,
+        firing_rates=np.array(sae["firing_rate"], np.float64),
+        without_direction=np.array(sae["without_direction"], np.int64),
+    )
+
+
+def embed_latents(
+    saes: Sequence[LatentVectors],
+    *,
+    max_latents: int = 2000,
+    perplexity: float | int = 30.0,
+    seed: int = 0,
+) -> list[LatentMap]:
+    """Embed the latents of SAEs in the plane, by one t-SNE for each space.
+
+    Latents with a zero vector have no direction, and get no place. Of an SAE with more than
+    `max_latents` others, that many are drawn, such that dead ones keep their share (but at least
+    one of either kind is shown). t-SNE starts from the first two principal components and uses the
+    Barnes-Hut approximation: about 10 s for 2000 latents on one core, growing a little faster than
+    their number.
+
+    Args:
+        saes: Their latents.
+        max_latents: Most latents of each SAE.
+        perplexity: Roughly the number of neighbours that a latent stays near to. n points allow at
+            most (n - 1) / 3; a larger value is lowered to that, with a warning.
+        seed: The same seed gives the same picture on one machine. Which latents of an SAE are drawn
+            does not depend on the other SAEs.
+
+    Returns:
+        A map for each SAE, in their order.
+
+    Raises:
+        ValueError: There are no SAEs, two have the same name, SAEs of one space have vectors of
+            different widths, a space has fewer than 4 latents with a direction, or max_latents or
+            the perplexity is less than 1.
+    """
+    if not saes:
+        raise ValueError("no SAEs to embed")
+    if max_latents < 1:
+        raise ValueError(f"max_latents={max_latents}: it must be 1 or more")
+    if not perplexity >= 1:
+        raise ValueError(f"perplexity={perplexity}: it must be 1 or more")
+    names = [sae.name for sae in saes]
+    if len(set(names)) < len(names):
+        raise ValueError(f"SAEs need names of their own, not {', '.join(names)}")
+    maps: dict[str, LatentMap] = {}
+    for space in dict.fromkeys(sae.space for sae in saes):
+        members = [sae for sae in saes if sae.space == space]
+        maps |= {m.name: m for m in _embed_together(members, max_latents, perplexity, seed)}
+    return [maps[name] for name in names]
+
+
+def _embed_together(
+    saes: Sequence[LatentVectors], max_latents: int, perplexity: float | int, seed: int
+) -> list[LatentMap]:
+    widths = {sae.name: np.shape(sae.vectors)[1] for sae in saes}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{width} ({name})" for name, width in widths.items())
+        raise ValueError(f"the vectors in {saes[0].space} differ in width: {listed}")
+    shown: list[ndarray] = []
+    without: list[ndarray] = []
+    directions: list[Any] = []
+    for sae in saes:
+        norms = _norms(sae.vectors)
+        directed = np.flatnonzero(norms)
+        latents = directed[_draw(sae.firing_rates[directed] == 0, max_latents, seed)]
+        shown.append(latents)
+        without.append(np.flatnonzero(norms == 0))
+        vectors: Any = sae.vectors[latents]
+        scale = 1 / norms[latents, None]
+        directions.append(vectors.multiply(scale).tocsr() if issparse(vectors) else vectors * scale)
+    sizes = [len(latents) for latents in shown]
+    if sum(sizes) < _FEWEST:
+        raise ValueError(
+            f"{', '.join(widths)}: only {sum(sizes)} latents to embed (vectors of zero length have "
+            f"no direction); t-SNE needs {_FEWEST}"
+        )
+    largest = (sum(sizes) - 1) / 3
+    if perplexity > largest:
+        logger.warning(
+            "perplexity %g lowered to %g for %d latents", perplexity, largest, sum(sizes)
+        )
+    used = float(min(perplexity, largest))
+    points = vstack(directions, "csr") if issparse(directions[0]) else np.concatenate(directions)
+    logger.info("t-SNE of %d latents in %s", sum(sizes), saes[0].space)
+    xy = np.split(_tsne(points, used, seed), np.cumsum(sizes)[:-1])
+    return [
+        LatentMap(
+            name=sae.name,
+            space=sae.space,
+            d_sae=len(sae.firing_rates),
+            n_dead=int((sae.firing_rates == 0).sum()),
+            perplexity=used,
+            latents=latents,
+            xy=positions,
+            firing_rates=sae.firing_rates[latents].astype(np.float64),
+            without_direction=undirected,
+        )
+        for sae, latents, positions, undirected in zip(saes, shown, xy, without, strict=True)
+    ]
+
+
+def _norms(vectors: Vectors) -> Float[ndarray, "d_sae"]:
+    """Lengths of the rows, in float64, of which there is no copy of everything."""
+    if isinstance(vectors, csr_array):
+        return np.sqrt(np.asarray(vectors.astype(np.float64).power(2).sum(axis=1)).ravel())
+    return np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+
+
+def _draw(dead: Bool[ndarray, "n"], size: int, seed: int) -> Integer[ndarray, "_"]:
+    """At most `size` of them, ascending, of which as large a share is dead as of all."""
+    if len(dead) <= size:
+        return np.arange(len(dead))
+    n_dead = round(size * float(dead.mean()))
+    if size > 1:
+        n_dead = min(max(n_dead, int(dead.any())), size - int(not dead.all()))
+    rng = np.random.default_rng(seed)
+    drawn = [
+        rng.choice(np.flatnonzero(kind), n, replace=False)
+        for kind, n in ((dead, n_dead), (~dead, size - n_dead))
+    ]
+    return np.sort(np.concatenate(drawn))
+
+
+def _tsne(points: Any, perplexity: float, seed: int) -> Float[ndarray, "n 2"]:
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    rng = np.random.default_rng(seed)
+    start = 1e-4 * rng.standard_normal((points.shape[0], 2))
+    if min(points.shape) > 2:
+        # not TSNE(init="pca"), which takes no sparse matrix
+        pca = PCA(2, svd_solver="arpack", random_state=seed).fit_transform(points)
+        scale = pca[:, 0].std()
+        if scale > 1e-6:  # otherwise all have one direction
+            start = 1e-4 * pca / scale
+    init: Any = start.astype(np.float32)
+    tsne = TSNE(perplexity=perplexity, init=init, random_state=seed)
+    return tsne.fit_transform(points).astype(np.float64)
