@@ -15,7 +15,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
@@ -240,7 +240,7 @@ def embed_latents(
 def _embed_together(
     saes: Sequence[LatentVectors], max_latents: int, perplexity: float | int, seed: int
 ) -> list[LatentMap]:
-    widths = {sae.name: np.shape(sae.vectors)[1] for sae in saes}
+    widths = {sae.name: cast(Any, sae.vectors).shape[1] for sae in saes}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{width} ({name})" for name, width in widths.items())
         raise ValueError(f"the vectors in {saes[0].space} differ in width: {listed}")
