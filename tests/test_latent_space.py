@@ -1,6 +1,7 @@
 """The latent-space view: the embedding, its figure, firing rates on a model, and the command."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,7 @@ def test_live_latents_are_coloured_by_frequency_and_dead_ones_hollow_crosses(dra
     # whole SAE in the legend, what is shown below
     legend = [entry.get_text() for entry in axes.get_legend().get_texts()]
     assert legend == ["live: 38", "dead: 12"]
-    assert "shown: 30 of 50 latents, 8 of them dead" in axes.get_xlabel()
+    assert "shown: 30 of 50 latents\n8 of them dead" in axes.get_xlabel()
     assert "without a direction: 2" in axes.get_xlabel()
 
 
@@ -327,6 +328,25 @@ def test_panels_of_one_space_have_the_same_axes_and_other_spaces_their_own(drawn
     assert len(norms) == 1
     said = drawn[0]._supxlabel.get_text().replace("\n", " ")
     assert "not comparable with each other: one (a, bb, dddd); two (ccc)" in said
+
+
+def test_nothing_outside_the_figure_and_no_text_over_another(drawn):
+    """Three panels, the narrowest there are, with long names."""
+    names = [f"runs/{i}-with-a-name-as-long-as-they-get-in-a-sweep-of-many/final" for i in range(3)]
+    maps = [made_up(name, "hook", d_sae=65536) for name in names]
+    plot_latent_space(LatentSpace(DECODER, 0, maps), "unused.png")
+    (figure,) = drawn
+    figure.canvas.draw()
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    # without the folder that all are in
+    assert [axes.get_title().replace("\n", "")[:2] for axes in panels] == ["0-", "1-", "2-"]
+    for text_of in (lambda a: a.title, lambda a: a.xaxis.label, lambda a: a.get_legend()):
+        boxes = [text_of(axes).get_window_extent() for axes in panels]
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+        assert all(figure.bbox.x0 <= box.x0 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert figure._supxlabel.get_window_extent().y1 < min(
+        axes.xaxis.label.get_window_extent().y0 for axes in panels
+    )
 
 
 def test_saes_without_live_or_without_dead_latents_are_drawn(tmp_path: Path):

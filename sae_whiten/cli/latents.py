@@ -8,6 +8,8 @@ activations over the same tokens: when they fire. This compares SAEs of any hook
 have no place in it: they are counted, and listed in the coordinates.
 
 Near each other means alike. Distances between clusters, and their sizes, mean nothing in t-SNE.
+Alike is meant by cosine. Where a few directions hold most of the variance of the activations, they
+can decide the cosines of decoder rows; --of activations is not affected.
 
 Firing frequencies come from a run of the model. Only if --of decoder is to be drawn, neither model
 nor dataset are given, and all SAEs are folders with a sparsity.safetensors, in which SAELens leaves
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   sae-whiten latents sae-topk sae-topk-vsae --out latents.pdf
+  sae-whiten latents sae-topk sae-topk-vsae --dataset-split 'train[99%:]' --out latents.pdf
   sae-whiten latents gpt2-small-res-jb/blocks.6.hook_resid_pre --of activations \\
     --dataset-path Skylion007/openwebtext --out latents.png
 """

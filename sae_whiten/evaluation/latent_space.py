@@ -7,7 +7,8 @@ decides who is whose neighbour. (scikit-learn's own metric="cosine" would be squ
 Positions can be compared where they come from one embedding, and only there: SAEs whose vectors lie
 in one space are embedded together, those of another space apart. What t-SNE tells is which latents
 are near each other. The distance between clusters, their size and their density are no measures of
-anything.
+anything. Cosines of decoder rows are of the space of the activations: where that is anisotropic, a
+few directions of large variance can decide them.
 """
 
 import json

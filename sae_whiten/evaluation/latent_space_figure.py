@@ -56,11 +56,13 @@ def plot_latent_space(latent_space: LatentSpace, path: str | Path) -> None:
         rates = np.concatenate([m.firing_rates[~m.dead] for m in maps])
         norm = LogNorm(*_decades(rates))
         colours = _colours()
+        titles = _titles([m.name for m in maps])
         for row, members in zip(grid, rows, strict=True):
             for axes in row[len(members) :]:
                 axes.remove()
             for axes, latent_map in zip(row, members, strict=False):
-                _draw(axes, latent_map, norm, colours)
+                title = textwrap.fill(titles[latent_map.name], int(13 * side))
+                _draw(axes, title, latent_map, norm, colours)
                 (x_low, x_high), (y_low, y_high) = limits[latent_map.space]
                 axes.set_xlim(x_low, x_high)
                 axes.set_ylim(y_low, y_high)
@@ -78,7 +80,7 @@ def plot_latent_space(latent_space: LatentSpace, path: str | Path) -> None:
         save_figure(figure, path)
 
 
-def _draw(axes: Any, latent_map: LatentMap, norm: Any, colours: Any) -> None:
+def _draw(axes: Any, title: str, latent_map: LatentMap, norm: Any, colours: Any) -> None:
     from matplotlib.lines import Line2D
 
     dead = latent_map.dead
@@ -109,7 +111,7 @@ def _draw(axes: Any, latent_map: LatentMap, norm: Any, colours: Any) -> None:
         handletextpad=0.1,
         columnspacing=1,
     )
-    axes.set_title(textwrap.fill(latent_map.name, 34), fontsize=8, pad=16)
+    axes.set_title(title, fontsize=8, pad=16)
     axes.set_xlabel(_shown(latent_map), fontsize=7)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -119,16 +121,31 @@ def _draw(axes: Any, latent_map: LatentMap, norm: Any, colours: Any) -> None:
         axes.spines[side].set_visible(True)
 
 
+def _titles(names: Sequence[str]) -> dict[str, str]:
+    """What tells names apart: paths without the folders that they all are in.
+
+    >>> _titles(["runs/topk/final", "runs/topk_vsae/final"])
+    {'runs/topk/final': 'topk/final', 'runs/topk_vsae/final': 'topk_vsae/final'}
+    """
+    parts = [name.split("/") for name in names]
+    n = 0
+    if len(names) > 1:
+        while all(len(p) > n + 1 and p[n] == parts[0][n] for p in parts):
+            n += 1
+    return {name: "/".join(p[n:]) for name, p in zip(names, parts, strict=True)}
+
+
 def _shown(latent_map: LatentMap) -> str:
     n, n_dead = len(latent_map.latents), int(latent_map.dead.sum())
     said = f"shown: {n} of {latent_map.d_sae} latents"
-    said += f", {n_dead} of them dead" if n_dead else ""
+    said += f"\n{n_dead} of them dead" if n_dead else ""
     if len(latent_map.without_direction):
         said += f"\nwithout a direction: {len(latent_map.without_direction)}"
     return said
 
 
 def _caption(latent_space: LatentSpace) -> str:
+    titles = _titles([m.name for m in latent_space.maps])
     perplexities = sorted({m.perplexity for m in latent_space.maps})
     said = (
         f"t-SNE of {latent_space.of} by cosine, perplexity "
@@ -142,7 +159,7 @@ def _caption(latent_space: LatentSpace) -> str:
     spaces = list(dict.fromkeys(m.space for m in latent_space.maps))
     if len(spaces) > 1:
         rows = "; ".join(
-            f"{space} ({', '.join(m.name for m in latent_space.maps if m.space == space)})"
+            f"{space} ({', '.join(titles[m.name] for m in latent_space.maps if m.space == space)})"
             for space in spaces
         )
         said += f" Embedded apart, not comparable with each other: {rows}."
