@@ -336,14 +336,14 @@ def test_nothing_outside_the_figure_and_no_text_over_another(drawn):
     maps = [made_up(name, "hook", d_sae=65536) for name in names]
     plot_latent_space(LatentSpace(DECODER, 0, maps), "unused.png")
     (figure,) = drawn
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.get_title()]
     # without the folder that all are in
     assert [axes.get_title().replace("\n", "")[:2] for axes in panels] == ["0-", "1-", "2-"]
     for text_of in (lambda a: a.title, lambda a: a.xaxis.label, lambda a: a.get_legend()):
         boxes = [text_of(axes).get_window_extent() for axes in panels]
         assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
-        assert all(figure.bbox.x0 <= box.x0 and box.y1 <= figure.bbox.y1 for box in boxes)
+        assert all(figure.bbox.x0 <= b.x0 and b.y1 <= figure.bbox.y1 for b in boxes)
     assert figure._supxlabel.get_window_extent().y1 < min(
         axes.xaxis.label.get_window_extent().y0 for axes in panels
     )
