@@ -1,6 +1,5 @@
 """Where the latents of SAEs lie and how often they fire: decoder directions, or activations."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,6 @@ from sae_whiten.experiments.model import View, encode_decode, run
 from sae_whiten.saelens.sources import Model
 
 __all__ = ["Firing", "latent_space", "measure_firing", "training_firing_rates"]
-
-logger = logging.getLogger(__name__)
 
 # SAELens writes log10(rate + 1e-10); the rate of a latent that fired is at least one over the
 # tokens of the window, 8e6 by SAELens' defaults
