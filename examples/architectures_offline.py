@@ -4,9 +4,11 @@
     python examples/architectures_offline.py minilm --out architectures-minilm
     python examples/architectures_offline.py byte --out architectures-byte
 
-Model and text are those of examples/compare_offline.py. For every seed all SAEs are trained in
-lockstep on one stream of activations, scaled by SAELens' expected_average_only_in, from the same
-initial weights, and evaluated on rows that none was trained on:
+Model and text are those of examples/compare_offline.py. Activations are scaled such that their mean
+square norm is 1, as the vSAE paper has it (SAELens' expected_average_only_in makes it
+d_in, in which unit noise and prior are of less weight). All SAEs of a seed are trained on the same
+batches, by SAELens' SAETrainer, from the same initial weights, and evaluated on rows that none was
+trained on:
 
 - sampling: topk_vsae with learned variance over initial log variances, and variance="none".
 - penalty: topk_vsae with variance="none" and relu_mean=True over beta (what the preprint ran), and
@@ -19,7 +21,6 @@ The same command continues a run that was stopped.
 import argparse
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,17 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_offline import BYTE_TRANSFORMER, CONTEXT_SIZE, sequences
-from sae_lens import (
-    LoggingConfig,
-    MultiSAETrainingRunner,
-    MultiSAETrainingRunnerConfig,
-    TopKTrainingSAEConfig,
-)
+from compare_offline import BYTE_TRANSFORMER, sequences
+from sae_lens import LoggingConfig, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
 from sae_lens.load_model import load_model
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig, TrainStepInput
+from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from sae_whiten._files import atomic_path
@@ -56,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 512
 N_HELD_OUT = 128  # rows
-LOGVARS = (-10.0, -8.0, -6.0, -4.0, -2.0, 0.0)
+LOGVARS = (-14.0, -12.0, -10.0, -8.0, -6.0, -4.0, -2.0)
 SMALL_BETA = 1e-4  # where noise and not the prior decides
 BETAS = (1e-4, 1e-2, 1.0, 100.0)
 LAMBDAS = (1 / 32, 1 / 128, 1 / 8)
@@ -69,7 +68,7 @@ def main() -> None:
     parser.add_argument("model", choices=("minilm", "byte"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--training-tokens", type=int, default=400_000)
+    parser.add_argument("--training-tokens", type=int, default=300_000)
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -90,8 +89,10 @@ def main() -> None:
     model = load_model("AutoModelForCausalLM", path, device=args.device)
     rows = sequences(tokenizer, *ends)
     special = torch.tensor(tokenizer.all_special_ids)
-    x = held_out_activations(model, rows.select(range(N_HELD_OUT)), hook_name, special)
-    training = rows.select(range(N_HELD_OUT, len(rows)))
+    x = activations_of(model, rows, hook_name, special)
+    x = x / x.double().square().sum(dim=-1).mean().sqrt().float()
+    n_held_out = N_HELD_OUT * len(x) // len(rows)
+    x, training = x[:n_held_out], x[n_held_out:]
 
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.json"
@@ -99,7 +100,7 @@ def main() -> None:
     base = {
         "d_in": x.shape[-1],
         "d_sae": args.d_sae,
-        "normalize_activations": "expected_average_only_in",
+        "normalize_activations": "none",
         "device": args.device,
     }
     for seed in range(args.seeds):
@@ -108,8 +109,8 @@ def main() -> None:
                 continue
             arms = dict(arms_of(part, base, args, records, seed))
             logger.info("seed %d, %s: %d SAEs", seed, part, len(arms))
-            saes = train(arms, seed, model, training, hook_name, special, args)
-            for name, sae in saes.items():
+            for name, config in arms.items():
+                sae = train(config, seed, training, args)
                 found = {"part": part, "name": name, "seed": seed, **measure(sae, x)}
                 logger.info("%s", found)
                 records.append(found)
@@ -154,53 +155,37 @@ def n_steps(args: argparse.Namespace) -> int:
 
 
 def train(
-    arms: dict[str, TrainingSAEConfig],
-    seed: int,
-    model: Any,
-    rows: Any,
-    hook_name: str,
-    special: Tensor,
-    args: argparse.Namespace,
-) -> dict[str, TrainingSAE[Any]]:
-    saes = {}
-    for name, cfg in arms.items():
-        torch.manual_seed(seed)
-        saes[name] = get_sae_training_class(cfg.architecture())[0](cfg)
-    cfg = MultiSAETrainingRunnerConfig(
-        saes={name: sae.cfg for name, sae in saes.items()},
-        hook_names=hook_name,
-        model_name=args.model,
-        model_class_name="AutoModelForCausalLM",
-        dataset_path="the standard library of Python",
-        streaming=False,
-        context_size=CONTEXT_SIZE,
-        prepend_bos=False,
-        exclude_special_tokens=special.tolist(),
-        store_batch_size_prompts=16,
-        n_batches_in_buffer=math.ceil(4 * BATCH_SIZE / CONTEXT_SIZE),
-        training_tokens=args.training_tokens,
-        train_batch_size_tokens=BATCH_SIZE,
+    config: TrainingSAEConfig, seed: int, x: Tensor, args: argparse.Namespace
+) -> TrainingSAE[Any]:
+    torch.manual_seed(seed)
+    sae = get_sae_training_class(config.architecture())[0](config)
+    cfg = SAETrainerConfig(
+        total_training_samples=n_steps(args) * BATCH_SIZE,
+        train_batch_size_samples=BATCH_SIZE,
         lr=args.lr,
+        lr_end=args.lr / 10,
         lr_warm_up_steps=n_steps(args) // 20,
         lr_decay_steps=n_steps(args) // 5,
         dead_feature_window=n_steps(args) // 3,
-        n_batches_for_norm_estimate=25,
         device=args.device,
-        seed=seed,
         logger=LoggingConfig(log_to_wandb=False),
-        output_path=None,
     )
-    torch.manual_seed(seed)
-    return MultiSAETrainingRunner(
-        cfg, override_dataset=rows.shuffle(seed=seed), override_model=model, override_saes=saes
-    ).run()
+    return SAETrainer(cfg, sae, batches(x, seed)).fit()
+
+
+def batches(x: Tensor, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for indices in torch.randperm(len(x), generator=generator).split(BATCH_SIZE):
+            if len(indices) == BATCH_SIZE:
+                yield x[indices.to(x.device)]
 
 
 @torch.no_grad()
-def held_out_activations(model: Any, rows: Any, hook_name: str, special: Tensor) -> Tensor:
-    """Shape (n, d_in)."""
+def activations_of(model: Any, rows: Any, hook_name: str, special: Tensor) -> Tensor:
+    """Shape (n, d_in), without those at special tokens."""
     found = []
-    for tokens in torch.tensor(rows["input_ids"]).split(16):
+    for tokens in tqdm(torch.tensor(rows["input_ids"]).split(16), desc="Activations"):
         tokens = tokens.to(next(model.parameters()).device)
         _, activations = run(model, tokens, [hook_name], logits=False)
         found.append(activations[hook_name][~torch.isin(tokens, special.to(tokens.device))])
