@@ -11,6 +11,7 @@ batches, by SAELens' SAETrainer, from the same initial weights, and evaluated on
 trained on:
 
 - sampling: topk_vsae with learned variance over initial log variances, and variance="none".
+- fixed: the same log variances, which stay as they are.
 - penalty: topk_vsae with variance="none" and relu_mean=True over beta (what the preprint ran), and
   plain topk with and without the loss that revives dead latents.
 - top_afa over lambda, and topk with as many latents as the first of these uses on average.
@@ -104,7 +105,7 @@ def main() -> None:
         "device": args.device,
     }
     for seed in range(args.seeds):
-        for part in ("sampling", "penalty", "top_afa", "topk"):
+        for part in ("sampling", "fixed", "penalty", "top_afa", "topk"):
             if any(r["part"] == part and r["seed"] == seed for r in records):
                 continue
             arms = dict(arms_of(part, base, args, records, seed))
@@ -228,6 +229,10 @@ TABLES = {
         f"topk_vsae with learned variance, beta {SMALL_BETA:g}, over initial log variances",
         ("overlap", "explained_variance_sampled", "explained_variance", "live"),
     ),
+    "fixed": (
+        f"topk_vsae with fixed variance, beta {SMALL_BETA:g}, over log variances",
+        ("overlap", "explained_variance_sampled", "explained_variance", "live"),
+    ),
     "penalty": (
         'topk_vsae with variance="none" and relu_mean=True, without AuxK, over beta; plain topk',
         ("live", "explained_variance"),
@@ -263,11 +268,12 @@ def tables(records: list[dict[str, Any]]) -> str:
                 cells.append(f"{values.mean:.{digits}f} ± {values.sd:.{digits}f}")
             text += f"| {name} | {' | '.join(cells)} |\n"
         text += "\n"
-    runs = [r for r in records if r["part"] == "sampling"]
-    for key in ("explained_variance_sampled", "explained_variance"):
-        pairs = torch.tensor([[r["overlap"] for r in runs], [r[key] for r in runs]])
-        r = torch.corrcoef(pairs.double())[0, 1]
-        text += f"Correlation of selection overlap and {HEADINGS[key]} over runs: {r:.3f}. "
+    text += "Correlation of selection overlap and explained variance (sampled) over runs:"
+    for part in ("sampling", "fixed"):
+        runs = [r for r in records if r["part"] == part and r["name"] != "none"]
+        pairs = [[r[key] for r in runs] for key in ("overlap", "explained_variance_sampled")]
+        r = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64))[0, 1]
+        text += f" {part} {r:.3f}."
     n_seeds = len({record["seed"] for record in records})
     return text + f"\n\nMean ± standard deviation over {n_seeds} seeds.\n"
 
@@ -284,12 +290,21 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     with paper_style():
         figure = new_figure(7.0, 2.3)
         sampling, penalty, afa = figure.subplots(1, 3)
-        names = [f"{value:g}" for value in LOGVARS] + ["none"]
-        for name in names:
-            x, dx = mean("sampling", name, "overlap")
-            y, dy = mean("sampling", name, "explained_variance_sampled")
-            sampling.errorbar(x, y, xerr=dx, yerr=dy, fmt="ko", ms=3, lw=0.8)
-            sampling.annotate(name, (x, y), xytext=(3, -8), textcoords="offset points", fontsize=6)
+        names = [f"{value:g}" for value in LOGVARS]
+        for part, fmt, fill in (("sampling", "ko-", "k"), ("fixed", "ks--", "w")):
+            points = [
+                (*mean(part, name, "overlap"), *mean(part, name, "explained_variance_sampled"))
+                for name in names
+            ]
+            x, dx, y, dy = zip(*points, strict=True)
+            label = part.replace("sampling", "learned")
+            sampling.errorbar(x, y, dy, dx, fmt, ms=3, lw=0.8, mfc=fill, label=label)
+            for name, *point in zip(names, x, y, strict=True):
+                sampling.annotate(
+                    name, point, xytext=(3, -6), textcoords="offset points", fontsize=6
+                )
+        sampling.legend(frameon=False, fontsize=6)
+        sampling.set_yscale("symlog", linthresh=1)
         sampling.set(
             xlabel="selection overlap (Jaccard)",
             ylabel="explained variance, sampled",
