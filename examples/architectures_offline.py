@@ -132,12 +132,14 @@ def arms_of(
         yield "none", replace(vsae, variance="none", kl_coefficient=SMALL_BETA)
         for logvar in LOGVARS:
             yield f"{logvar:g}", replace(vsae, initial_logvar=logvar, kl_coefficient=SMALL_BETA)
+    elif part == "fixed":
+        fixed = replace(vsae, variance="fixed", kl_coefficient=SMALL_BETA)
+        for logvar in LOGVARS:
+            yield f"{logvar:g}", replace(fixed, initial_logvar=logvar)
     elif part == "penalty":
-        yield "topk", TopKTrainingSAEConfig(**base, k=args.k, aux_loss_coefficient=0.0)
-        yield (
-            "topk, AuxK 1/32",
-            TopKTrainingSAEConfig(**base, k=args.k, aux_loss_coefficient=1 / 32),
-        )
+        topk = TopKTrainingSAEConfig(**base, k=args.k, aux_loss_coefficient=0.0)
+        yield "topk", topk
+        yield "topk, AuxK 1/32", replace(topk, aux_loss_coefficient=1 / 32)
         as_published = replace(vsae, variance="none", relu_mean=True, aux_loss_coefficient=0.0)
         for beta in BETAS:
             yield f"{beta:g}", replace(as_published, kl_coefficient=beta)
