@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import (
+    SAE,
     MatchingPursuitSAE,
     MatchingPursuitSAEConfig,
     SkipTranscoder,
@@ -323,3 +324,21 @@ def test_the_optimizer_keeps_its_parameters():
     identities = [id(p) for p in sae.parameters()]
     fold_whitening_into_weights(sae, whitening_of(friendly(N, D)))
     assert [id(p) for p in sae.parameters()] == identities
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+@pytest.mark.parametrize("architecture", ["top_afa", "topk_vsae"])
+def test_a_scaling_factor_is_folded_exactly_into_our_architectures(architecture, factor, tmp_path):
+    x = friendly(N, D)
+    options = {"k": 8} if architecture == "topk_vsae" else {}
+    normalize = "expected_average_only_in"
+    sae = training_sae(architecture, D, normalize_activations=normalize, **options)
+    with torch.no_grad():
+        latents = sae.encode(x * factor)
+        output = sae.decode(latents) / factor
+        sae.fold_activation_norm_scaling_factor(factor)
+        sae.save_inference_model(tmp_path)
+        saved = SAE.load_from_disk(tmp_path)
+        for plain in (sae, saved):
+            assert changed(plain.encode(x), latents) < 1e-3
+            assert relative(plain(x), output) < 100 * EPS32

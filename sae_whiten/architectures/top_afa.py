@@ -224,6 +224,13 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
         state_dict["W_dec"] = self._directions().detach()
 
     @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        # latents are of the unit of the input, for rows of norm 1 cannot be: W_enc and W_dec stay
+        self.b_dec.data /= scaling_factor
+        self.cfg.normalize_activations = "none"
+
+    @override
     def fold_activation_whitening(
         self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
     ) -> None:
