@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import logging
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -7,14 +10,22 @@ from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_whiten import ActivationStatistics, Whitening
-from sae_whiten.experiments.compare import CONDITIONS, Comparison, _unit, compare
+from sae_whiten.experiments.compare import (
+    CONDITIONS,
+    Comparison,
+    _arms,
+    _sae_config,
+    _scales,
+    _unit,
+    compare,
+)
 from sae_whiten.saelens.losses import ReconstructionMetric
 from tests.support import tiny_dataset, tiny_model
 
 SMALL = Comparison(
     hook_name="blocks.1.hook_resid_pre",
     conditions=("none", "centred", "original", "half"),
-    architectures=("topk", "standard"),
+    architectures=("topk", "standard", "topk_vsae", "top_afa"),
     sparsity=(8,),
     coefficients=(0.5, 2.0),
     seeds=(0, 1),
@@ -42,7 +53,7 @@ def finished(tmp_path_factory):
 
 def test_every_arm_of_every_seed_is_trained_and_evaluated(finished):
     out, records = finished
-    assert len(records) == 2 * (4 + 4 * 2)
+    assert len(records) == 2 * (4 + 4 * 2 + 4 + 1)
     assert len({(record["name"], record["seed"]) for record in records}) == len(records)
     for record in records:
         assert record["metrics"]["explained_variance"] <= 1
@@ -51,6 +62,80 @@ def test_every_arm_of_every_seed_is_trained_and_evaluated(finished):
     lines = (out / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["name"] for line in lines] == [r["name"] for r in records]
     assert not (out / "checkpoints" / "seed-0").exists()
+    (afa,) = [r for r in records if r["architecture"] == "top_afa" and r["seed"] == 0]
+    assert (afa["name"], afa["condition"]) == ("top_afa-none", "none")
+    assert afa["sparsity"] is afa["coefficient"] is None
+    stock = SAE.load_from_disk(out / "saes" / "seed-0" / "topk_vsae-half-k8")
+    assert stock.cfg.architecture() == "topk"
+
+
+def test_what_does_not_go_together_is_left_out_and_said(finished, caplog):
+    out, _ = finished
+    with caplog.at_level(logging.WARNING, "sae_whiten"):
+        run(out)  # done: only says it again
+    (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert said.startswith("top_afa is left out under centred, original, half: TopAFATrainingSAE")
+    left_out = json.loads((out / "settings.json").read_text())["left_out"]
+    assert list(left_out) == ["top_afa"]
+    assert "norm of its input" in left_out["top_afa"]["half"]
+    # what an option makes impossible
+    norms = dataclasses.replace(
+        SMALL,
+        conditions=("none", "original", "original_norms"),
+        architectures=("topk", "standard", "topk_vsae", "matching_pursuit"),
+        sae_options={"topk": {"rescale_acts_by_decoder_norm": False}},
+    )
+    assert {name: list(reasons) for name, reasons in norms.left_out.items()} == {
+        "topk": ["original_norms"],
+        "topk_vsae": ["original_norms"],
+        "matching_pursuit": ["original", "original_norms"],
+    }
+    names = [arm.name for arm in _arms(norms)]
+    assert "matching_pursuit-none" in names
+    assert "standard-original_norms-2" in names
+    assert "topk-original_norms-k8" not in names
+
+
+def test_options_go_into_the_configs_and_belong_to_the_comparison(finished):
+    out, _ = finished
+    given = {"topk_vsae": {"variance": "fixed", "initial_logvar": -5.0}, "top_afa": {}}
+    comparison = dataclasses.replace(SMALL, sae_options=given)
+    arms = {arm.name: arm for arm in _arms(comparison)}
+    cfg: Any = _sae_config(comparison, arms["topk_vsae-half-k8"])
+    assert (cfg.variance, cfg.initial_logvar, cfg.k) == ("fixed", -5, 8)
+    assert cfg.kl_warm_up_steps == 3  # a tenth of 30
+    with pytest.raises(ValueError, match=r"holds a comparison with sae_options=\{\} \(now"):
+        run(out, comparison)
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["sae_options"] == {}
+    # a folder of an earlier version
+    del settings["sae_options"], settings["left_out"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"holds a comparison with sae_options=\{\} \(now"):
+        run(out, comparison)
+    run(out)
+    assert json.loads((out / "settings.json").read_text())["sae_options"] == {}
+
+
+def test_noise_and_prior_keep_their_proportion_to_the_latents():
+    statistics = ActivationStatistics(16)
+    statistics.update(100 * torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)))
+    found: dict[str, Any] = {
+        arm.condition: _sae_config(SMALL, arm, statistics)
+        for arm in _arms(SMALL)
+        if arm.architecture == "topk_vsae"
+    }
+    assert found["original"].initial_logvar == 0
+    # activations 100 times as large, and 10 times for strength 0.5
+    deviation = {name: math.exp(cfg.initial_logvar / 2) for name, cfg in found.items()}
+    assert deviation["none"] == pytest.approx(100, rel=0.02)
+    assert deviation["centred"] == pytest.approx(100, rel=0.02)
+    assert deviation["half"] == pytest.approx(10, rel=0.02)
+    # the loss of none is as large as the squares of its latents, that of the others is not
+    beta = {name: cfg.kl_coefficient for name, cfg in found.items()}
+    assert (beta["none"], beta["original"]) == (1, 1)
+    assert beta["centred"] == pytest.approx(1e-4, rel=0.04)
+    assert beta["half"] == pytest.approx(1e-2, rel=0.04)
 
 
 def test_saes_differ_in_their_condition_only(finished):
@@ -80,7 +165,7 @@ def test_conditions_share_initial_weights_and_data_and_seeds_do_not(tmp_path, mo
         return step(self, batch)
 
     monkeypatch.setattr(SAETrainer, "step", spy)
-    comparison = dataclasses.replace(SMALL, architectures=("topk",), training_tokens=256)
+    comparison = dataclasses.replace(SMALL, architectures=("topk_vsae",), training_tokens=256)
     for seed in (0, 1):
         run(tmp_path / str(seed), dataclasses.replace(comparison, seeds=(seed,)))
     for seed in (0, 1):
@@ -111,9 +196,11 @@ def test_coefficients_weigh_the_same_in_every_space_and_unit(name, scale):
         # of predicting the mean
         loss = float(metric(torch.zeros_like(z), z).sum(-1).mean())
     rms = float((z - z.mean(0)).square().mean().sqrt())
-    l1, l0 = (_unit(name, statistics, f"{kind}_coefficient") for kind in ("l1", "l0"))
+    scales = _scales(name, statistics)
+    l1, l0, kl = (_unit(f"{kind}_coefficient", *scales) for kind in ("l1", "l0", "kl"))
     assert l1 * rms / (loss / 16) == pytest.approx(1, abs=0.025)
     assert l0 / (loss / 16) == pytest.approx(1, abs=0.025)
+    assert kl * rms**2 / (loss / 16) == pytest.approx(1, abs=0.05)
 
 
 def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, monkeypatch):
@@ -142,7 +229,16 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
         ({"conditions": ("none",)}, "nothing is whitened; add one of centred"),
         ({"seeds": (0, 0)}, "none twice"),
         ({"sparsity": ()}, "at least one"),
-        ({"architectures": ("matching_pursuit",)}, "has neither k nor an L1 or L0 coefficient"),
+        ({"architectures": ("topk", "nope")}, "no architecture nope; there are standard"),
+        ({"architectures": ("top_afa", "matching_pursuit")}, "nothing is whitened .TopAFA.* tied"),
+        ({"conditions": ("original", "half")}, "top_afa goes with none of the conditions original"),
+        ({"architectures": ("matryoshka_batchtopk",)}, "needs matryoshka_widths in sae_options"),
+        ({"sae_options": {"gated": {}}}, "gated, which is not compared; the architectures are top"),
+        ({"sae_options": {"topk": {"aux": 1}}}, "topk has no field aux; there are .*aux_loss_coef"),
+        ({"sae_options": {"topk": {"k": 1}}}, "k is set by the comparison itself; there are"),
+        ({"sae_options": {"top_afa": {"metadata": {}}}}, "metadata is set by the comparison"),
+        ({"sae_options": {"top_afa": {"afa_coefficient": -1}}}, "top_afa-none: afa_coefficient=-1"),
+        ({"sae_options": {"topk": 1}}, "fields of the training configs by architecture"),
     ],
 )
 def test_comparisons_that_make_no_sense_are_refused(options, said):
@@ -160,7 +256,7 @@ def test_a_killed_comparison_ends_with_the_same_saes(finished, tmp_path, monkeyp
     def die(self, *args, **options):
         nonlocal n_steps
         n_steps += 1
-        if n_steps == 12 * 25:
+        if n_steps == 17 * 25:
             raise Killed
         return step(self, *args, **options)
 

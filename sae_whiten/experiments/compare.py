@@ -5,6 +5,7 @@ seed decides the order of the data and the initial weights, which SAEs of one ar
 The statistics are estimated once, for all seeds.
 """
 
+import copy
 import dataclasses
 import json
 import logging
@@ -19,15 +20,18 @@ import datasets
 import torch
 from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunnerConfig
 from sae_lens.config import HfDataset
-from sae_lens.registry import get_sae_training_class
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from transformer_lens import HookedRootModule
 
 from sae_whiten._files import atomic_path
+from sae_whiten.architectures import TopKVSAETrainingConfig
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.experiments.evaluate import evaluate_saes
 from sae_whiten.experiments.labels import LabelledTexts
 from sae_whiten.saelens.collect import fit_statistics
+from sae_whiten.saelens.folding import why_not_foldable
+from sae_whiten.saelens.losses import why_not_original_norms
 from sae_whiten.saelens.multi_runner import WhiteningMultiSAETrainingRunner
 from sae_whiten.saelens.provenance import statistics_file, without_secrets
 from sae_whiten.statistics import ActivationStatistics
@@ -51,7 +55,12 @@ CONDITIONS: dict[str, WhiteningConfig | None] = {
 `normalize_activations`."""
 
 _RESULTS, _SETTINGS = "results.jsonl", "settings.json"
+# in one folder: seeds may be added to those that are done, and left_out follows from the rest
+_MAY_DIFFER = ("seeds", "device", "left_out")
 _ESTIMATION_BATCHES = 25  # of expected_average_only_in, which no SAE is trained on
+# fields of training configs that set the sparsity
+_SPARSITY_FIELDS = ("k", "l1_coefficient", "l0_coefficient")
+_OWN_FIELDS = ("d_in", "d_sae", "device", "normalize_activations", "metadata", *_SPARSITY_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +69,23 @@ class Comparison:
 
     Attributes:
         hook_name: The hook.
-        conditions: Names in `CONDITIONS`.
-        architectures: Names of SAELens' training architectures.
-        sparsity: k of each SAE, where the architecture has one; else the L0 at which metrics are
-            interpolated between SAEs of different `coefficients`.
+        conditions: Names in `CONDITIONS`. Those that an architecture cannot be trained under are
+            left out for it, see `left_out`.
+        architectures: Names of SAELens' training architectures, this package's among them.
+        sparsity: k of each SAE, where the architecture has one; where it has a sparsity coefficient
+            the L0 at which metrics are interpolated between SAEs of different `coefficients`. SAEs
+            that have neither, such as top_afa, are compared at the L0 that they come to.
         coefficients: Sparsity coefficients of architectures without k (l1_coefficient of standard
             and gated, l0_coefficient of jumprelu), as for activations of variance 1: they are
             multiplied by the root mean variance of the coordinates that the SAE sees, and divided
             by that of its loss, so that one sweep covers similar L0 under all conditions.
+        sae_options: Fields of the training configs, by architecture, for all its SAEs:
+            `{"topk_vsae": {"variance": "fixed"}}`. What is given replaces what the comparison would
+            choose and is, but for kl_coefficient, not adapted to the unit of the activations.
+            The kl_coefficient of topk_vsae is, like `coefficients`, as for activations of variance
+            1, and its initial_logvar, unless it is given, keeps the noise in proportion to the
+            latents; its prior keeps the variance 1 in the unit of the activations that the SAE
+            sees, so that where this is far from 1 the KL divergence weighs noise otherwise.
         seeds: Of the data order and the initial weights.
         d_sae: Number of latents; None: 8 times the width.
         training_tokens: Activations that every SAE is trained on.
@@ -87,6 +105,7 @@ class Comparison:
     architectures: Sequence[str] = ("topk", "standard")
     sparsity: Sequence[int] = (16, 32, 64)
     coefficients: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0)
+    sae_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     seeds: Sequence[int] = (0, 1, 2)
     d_sae: int | None = None
     training_tokens: int = 2_000_000
@@ -111,15 +130,63 @@ class Comparison:
             raise ValueError(
                 f"no condition {', '.join(sorted(unknown))}; there are {', '.join(CONDITIONS)}"
             )
+        for architecture in self.architectures:
+            if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+                raise ValueError(
+                    f"no architecture {architecture}; there are "
+                    + ", ".join(SAE_TRAINING_CLASS_REGISTRY)
+                )
+        object.__setattr__(self, "sae_options", _checked_options(self))
         if not any(CONDITIONS[name] is not None for name in self.conditions):
             raise ValueError(
                 f"conditions={', '.join(self.conditions)}: nothing is whitened; add one of "
                 + ", ".join(name for name, config in CONDITIONS.items() if config is not None)
             )
+        left_out = self.left_out
+        for architecture, reasons in left_out.items():
+            if len(reasons) == len(self.conditions):
+                raise ValueError(
+                    f"{architecture} goes with none of the conditions "
+                    f"{', '.join(self.conditions)}: {'; '.join(dict.fromkeys(reasons.values()))}"
+                )
+        arms = _arms(self)
+        if not any(CONDITIONS[arm.condition] is not None for arm in arms):
+            said = dict.fromkeys(r for reasons in left_out.values() for r in reasons.values())
+            raise ValueError(
+                f"architectures={', '.join(self.architectures)}: nothing is whitened "
+                f"({'; '.join(said)}); add an architecture that can be"
+            )
+        for arm in arms:
+            if arm.architecture == "matryoshka_batchtopk" and not (
+                self.sae_options.get(arm.architecture, {}).get("matryoshka_widths")
+            ):
+                raise ValueError("matryoshka_batchtopk needs matryoshka_widths in sae_options")
+            try:  # what a config refuses, it refuses before anything is trained
+                _sae_config(self, arm)
+            except ValueError as error:
+                raise ValueError(f"{arm.name}: {error}") from error
+
+    @property
+    def left_out(self) -> dict[str, dict[str, str]]:
+        """`left_out[architecture][condition]`: why the one cannot be trained under the other."""
+        found: dict[str, dict[str, str]] = {}
         for architecture in self.architectures:
-            _sparsity_field(architecture)
-            if architecture == "matryoshka_batchtopk":
-                raise ValueError("matryoshka_batchtopk needs widths, which a comparison has not")
+            for condition in self.conditions:
+                reason = self._why_not(architecture, condition)
+                if reason is not None:
+                    found.setdefault(architecture, {})[condition] = reason
+        return found
+
+    def _why_not(self, architecture: str, condition: str) -> str | None:
+        config = CONDITIONS[condition]
+        if config is None:
+            return None
+        sae_class, _ = get_sae_training_class(architecture)
+        reason = why_not_foldable(sae_class)
+        if reason is None and config.sparsity_norms == "original":
+            first = _of_every_sparsity(self, architecture, condition)[0]
+            reason = why_not_original_norms(sae_class, _sae_config(self, first))
+        return reason
 
     @property
     def n_steps(self) -> int:
@@ -139,8 +206,10 @@ class _Arm:
     @property
     def name(self) -> str:
         """Of its folder."""
-        amount = f"{self.coefficient:g}" if self.sparsity is None else f"k{self.sparsity}"
-        return f"{self.architecture}-{self.condition}-{amount}"
+        name = f"{self.architecture}-{self.condition}"
+        if self.sparsity is not None:
+            return f"{name}-k{self.sparsity}"
+        return name if self.coefficient is None else f"{name}-{self.coefficient:g}"
 
 
 def compare(
@@ -191,8 +260,13 @@ def compare(
             name: None if (config := CONDITIONS[name]) is None else config.to_dict()
             for name in comparison.conditions
         },
+        "left_out": comparison.left_out,
     }
     _claim(out, settings)
+    for architecture, reasons in comparison.left_out.items():
+        for reason in dict.fromkeys(reasons.values()):
+            under = ", ".join(name for name, other in reasons.items() if other == reason)
+            logger.warning("%s is left out under %s: %s", architecture, under, reason)
     held_out, rest = _divided(dataset, comparison)
     statistics = _statistics(comparison, model, rest, out, names)
     arms = _arms(comparison)
@@ -239,14 +313,13 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     path = out / _SETTINGS
     settings = json.loads(json.dumps(settings, default=str))
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = {"sae_options": {}, **json.loads(path.read_text())}
         # whichever have been asked for so far
         settings["seeds"] = sorted({*before.get("seeds", []), *settings["seeds"]})
         different = [
             f"{name}={before.get(name)!r} (now {settings.get(name)!r})"
             for name in {**before, **settings}
-            # more seeds may be added to those that are done
-            if name not in ("seeds", "device") and before.get(name) != settings.get(name)
+            if name not in _MAY_DIFFER and before.get(name) != settings.get(name)
         ]
         if different:
             raise ValueError(
@@ -313,25 +386,65 @@ def _statistics(
 
 
 def _arms(comparison: Comparison) -> list[_Arm]:
-    arms = []
-    for architecture in comparison.architectures:
-        with_k = _sparsity_field(architecture) == "k"
-        for condition in comparison.conditions:
-            if with_k:
-                arms += [_Arm(architecture, condition, k, None) for k in comparison.sparsity]
-            else:
-                arms += [_Arm(architecture, condition, None, c) for c in comparison.coefficients]
-    return arms
+    left_out = comparison.left_out
+    return [
+        arm
+        for architecture in comparison.architectures
+        for condition in comparison.conditions
+        if condition not in left_out.get(architecture, {})
+        for arm in _of_every_sparsity(comparison, architecture, condition)
+    ]
 
 
-def _sparsity_field(architecture: str) -> str:
-    """What sets the sparsity of an architecture."""
+def _of_every_sparsity(comparison: Comparison, architecture: str, condition: str) -> list[_Arm]:
+    match _sparsity_field(architecture):
+        case None:
+            return [_Arm(architecture, condition, None, None)]
+        case "k":
+            return [_Arm(architecture, condition, k, None) for k in comparison.sparsity]
+        case _:
+            return [_Arm(architecture, condition, None, c) for c in comparison.coefficients]
+
+
+def _sparsity_field(architecture: str) -> str | None:
+    """What sets the sparsity of an architecture; None if nothing does."""
+    names = _fields(architecture)
+    return next((name for name in _SPARSITY_FIELDS if name in names), None)
+
+
+def _fields(architecture: str) -> list[str]:
+    """Of its training config."""
     _, config_class = get_sae_training_class(architecture)
-    names = {field.name for field in dataclasses.fields(config_class)}
-    for name in ("k", "l1_coefficient", "l0_coefficient"):
-        if name in names:
-            return name
-    raise ValueError(f"{architecture} has neither k nor an L1 or L0 coefficient to compare at")
+    return [field.name for field in dataclasses.fields(config_class)]
+
+
+def _checked_options(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """`sae_options` as JSON gives them back."""
+    options = comparison.sae_options
+    if not isinstance(options, Mapping) or not all(
+        isinstance(fields, Mapping) for fields in options.values()
+    ):
+        raise ValueError(
+            f"sae_options={options!r}: fields of the training configs by architecture, such as "
+            "{'topk': {'aux_loss_coefficient': 0}}"
+        )
+    for architecture, given in options.items():
+        if architecture not in comparison.architectures:
+            raise ValueError(
+                f"sae_options for {architecture}, which is not compared; the architectures are "
+                + ", ".join(comparison.architectures)
+            )
+        fields = _fields(architecture)
+        free = ", ".join(name for name in fields if name not in _OWN_FIELDS)
+        for name in given:
+            if name not in fields:
+                said = f"{architecture} has no field {name}"
+            elif name in _OWN_FIELDS:
+                said = f"{name} is set by the comparison itself"
+            else:
+                continue
+            raise ValueError(f"sae_options for {architecture}: {said}; there are {free}")
+    return json.loads(json.dumps({name: dict(given) for name, given in options.items()}))
 
 
 def _train(
@@ -348,10 +461,10 @@ def _train(
     whitening: dict[str, WhiteningConfig] = {}
     path = str(statistics_file(out / "statistics", comparison.hook_name))
     for arm in arms:
-        sae_class, config_class = get_sae_training_class(arm.architecture)
+        sae_class, _ = get_sae_training_class(arm.architecture)
         # equal for all conditions of an architecture
         torch.manual_seed(seed)
-        saes[arm.name] = sae_class(config_class(**_sae_options(comparison, arm, statistics)))
+        saes[arm.name] = sae_class(_sae_config(comparison, arm, statistics))
         config = CONDITIONS[arm.condition]
         if config is not None:
             whitening[arm.name] = dataclasses.replace(config, statistics=path)
@@ -395,25 +508,28 @@ def _train(
     shutil.rmtree(checkpoints, ignore_errors=True)  # of many SAEs, which are saved now
 
 
-def _sae_options(
-    comparison: Comparison, arm: _Arm, statistics: ActivationStatistics
-) -> dict[str, Any]:
+def _sae_config(
+    comparison: Comparison, arm: _Arm, statistics: ActivationStatistics | None = None
+) -> TrainingSAEConfig:
+    """The training config of an SAE; without statistics, as for activations of width and variance
+    1, to see what it refuses."""
     config = CONDITIONS[arm.condition]
-    stock = arm.condition if config is None else "covariance_whitening"
+    d_in = 1 if statistics is None else statistics.d_in
+    seen, loss = (1.0, 1.0) if statistics is None else _scales(arm.condition, statistics)
+    _, config_class = get_sae_training_class(arm.architecture)
+    given = comparison.sae_options.get(arm.architecture, {})
     options: dict[str, Any] = {
-        "d_in": statistics.d_in,
-        "d_sae": comparison.d_sae or 8 * statistics.d_in,
-        "normalize_activations": stock,
+        "d_in": d_in,
+        "d_sae": comparison.d_sae or 8 * d_in,
+        "normalize_activations": arm.condition if config is None else "covariance_whitening",
         "device": comparison.device,
     }
     name = _sparsity_field(arm.architecture)
-    if name == "k":
+    if arm.sparsity is not None:
         options["k"] = arm.sparsity
-    else:
-        assert arm.coefficient is not None
-        options[name] = arm.coefficient * _unit(arm.condition, statistics, name)
+    elif name is not None and arm.coefficient is not None:
+        options[name] = arm.coefficient * _unit(name, seen, loss)
     if arm.architecture == "jumprelu":
-        seen, loss = _scales(arm.condition, statistics)
         # SAELens' defaults are for latents of about 1, and reach the threshold alone, which a
         # short training hardly moves
         options |= {
@@ -424,21 +540,31 @@ def _sae_options(
             "jumprelu_tanh_scale": 4.0 / seen,
             "pre_act_loss_coefficient": 3e-6 * loss**2 / seen,
         }
-    _, config_class = get_sae_training_class(arm.architecture)
-    if "topk_threshold_lr" in {field.name for field in dataclasses.fields(config_class)}:
+    if issubclass(config_class, TopKVSAETrainingConfig):
+        options |= {
+            "kl_warm_up_steps": comparison.n_steps // 10,  # as in the paper
+            # latents are in the unit of the activations
+            "initial_logvar": config_class.initial_logvar + 2 * math.log(seen),
+        }
+    if "topk_threshold_lr" in _fields(arm.architecture):
         # 0.01, SAELens' default, has not converged after a few hundred steps
         options["topk_threshold_lr"] = max(0.01, min(0.05, 20 / max(comparison.n_steps, 1)))
-    return options
+    options |= copy.deepcopy(dict(given))
+    if issubclass(config_class, TopKVSAETrainingConfig):
+        coefficient = given.get("kl_coefficient", config_class.kl_coefficient)
+        options["kl_coefficient"] = coefficient * _unit("kl_coefficient", seen, loss)
+    return config_class(**options)
 
 
-def _unit(condition: str, statistics: ActivationStatistics, coefficient: str) -> float:
+def _unit(coefficient: str, seen: float, loss: float) -> float:
     """What a coefficient for activations of variance 1 is multiplied by.
 
     With s the root mean variance of what the SAE sees and S that of what its loss is taken of, an
-    L1 penalty grows like s, an L0 penalty not at all, and the loss like S^2.
+    L1 penalty grows like s, an L0 penalty not at all, a KL divergence, but for the noise in it,
+    like s^2, and the loss like S^2.
     """
-    seen, loss = _scales(condition, statistics)
-    return loss**2 if coefficient == "l0_coefficient" else loss**2 / seen
+    power = {"l1_coefficient": 1, "l0_coefficient": 0, "kl_coefficient": 2}[coefficient]
+    return loss**2 / seen**power
 
 
 def _scales(condition: str, statistics: ActivationStatistics) -> tuple[float, float]:

@@ -118,18 +118,19 @@ class SparsityNorms:
             return torch.linalg.vector_norm(rows, dim=-1).to(W_dec.dtype)
 
 
-def why_not_original_norms(sae: Any) -> str | None:
-    """The reason why `sparsity_norms="original"` means nothing for this SAE; None if it does."""
-    name = sae.cfg.architecture()
+def why_not_original_norms(sae_class: type[Any], cfg: Any) -> str | None:
+    """The reason why `sparsity_norms="original"` means nothing for SAEs of a training class with
+    this config; None if it does."""
+    name = cfg.architecture()
     if name == "topk_vsae":
         return "topk_vsae compares its latents with a prior, in whitened coordinates"
-    if isinstance(sae, TopKTrainingSAE):
-        if sae.cfg.rescale_acts_by_decoder_norm:
+    if issubclass(sae_class, TopKTrainingSAE):
+        if cfg.rescale_acts_by_decoder_norm:
             return None
         return f"{name} with rescale_acts_by_decoder_norm=False ranks latents without their norms"
-    if isinstance(sae, (StandardTrainingSAE, GatedTrainingSAE)):
+    if issubclass(sae_class, (StandardTrainingSAE, GatedTrainingSAE)):
         return None
-    if isinstance(sae, JumpReLUTrainingSAE) and sae.cfg.jumprelu_sparsity_loss_mode == "tanh":
+    if issubclass(sae_class, JumpReLUTrainingSAE) and cfg.jumprelu_sparsity_loss_mode == "tanh":
         return None
     return (
         f"{name} does not charge latents by the norms of their decoder rows (jumprelu does with "

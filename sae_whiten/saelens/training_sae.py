@@ -198,7 +198,9 @@ def set_whitening(
 
 
 def _check_sparsity_norms(sae: TrainingSAE[Any], config: WhiteningConfig) -> None:
-    reason = None if config.sparsity_norms == "whitened" else why_not_original_norms(sae)
+    if config.sparsity_norms == "whitened":
+        return
+    reason = why_not_original_norms(type(sae), sae.cfg)
     if reason is not None:
         raise ValueError(
             f"WhiteningConfig.sparsity_norms={config.sparsity_norms!r}: {reason}; leave it at "
