@@ -221,6 +221,69 @@ def test_sweeps_are_compared_at_the_k_of_the_others_by_default() -> None:
     assert summarise(sweeps()).groups == ()
 
 
+def free(condition: str, seed: int, **metrics: Any) -> dict[str, Any]:
+    """A run whose sparsity nothing sets."""
+    return {**record(condition, seed, None, **metrics), "architecture": "top_afa"}
+
+
+def runs_at_their_own_l0() -> list[dict[str, Any]]:
+    """L0 is 20 and 30; topk is at 10 and 40, but with the second seed at 10 alone."""
+    runs = [free("none", s, explained_variance=0.7 + 0.1 * s, l0=20 + 10 * s) for s in (0, 1)]
+    runs += [free("scaled", s, explained_variance=0.6 + 0.1 * s, l0=25) for s in (0, 1)]
+    runs += [record("none", s, 10, explained_variance=0.5, l0=10) for s in (0, 1)]
+    return [*runs, record("none", 0, 40, explained_variance=0.7, l0=40)]
+
+
+def test_what_has_no_sparsity_is_compared_as_it_is_and_others_at_its_l0() -> None:
+    group = summarise(runs_at_their_own_l0()).groups[0]
+    assert (group.architecture, group.sparsity, group.interpolated) == ("top_afa", None, False)
+    assert group.values["none"]["l0"] == {0: 20, 1: 30}
+    assert group.values["none"]["explained_variance"] == pytest.approx({0: 0.7, 1: 0.8})
+    assert group.swept == {}
+    found = group.differences["scaled", "none"]["explained_variance"]
+    assert (found.n_pairs, found.mean) == (2, pytest.approx(-0.1))
+    # 20 is, in a logarithm, the middle; 30 is beyond the only SAE of that seed; of "scaled" topk
+    # has none at all
+    assert group.matched.keys() == {("none", "topk")}
+    matched = group.matched["none", "topk"]
+    assert matched["explained_variance"] == pytest.approx({0: 0.6})
+    assert matched["l0"] == {0: 20}
+    assert all(other.matched == {} for other in summarise(RECORDS).groups)
+
+
+def test_the_report_of_what_has_no_sparsity() -> None:
+    comparison = summarise(runs_at_their_own_l0(), targets=[])
+    markdown = comparison_markdown(comparison)
+    assert "## `top_afa`, L0 as it comes" in markdown
+    assert "`top_afa`: at the L0 that each SAE came to." in markdown
+    _, means, matched, *_ = tables(markdown)
+    assert [row["L0"] for row in means] == ["25.0 ± 7.1", "25.0 ± 0.0"]
+    assert [list(row.values())[:3] for row in matched] == [
+        ["`none`", "`top_afa`", "0.750 ± 0.071"],
+        ["`none`", "`topk`", "0.600 (1 of 2)"],
+        ["`scaled`", "`top_afa`", "0.650 ± 0.071"],
+    ]
+    drawings = {name: panels for name, _, _, panels in report._comparison_figures(comparison)}
+    lines = drawings["top_afa-l0"]["explained variance ↑"]
+    points = {name: [(p.x, p.y) for p in points] for name, points in lines.items()}
+    assert points["none"] == [(25, pytest.approx(0.75))]
+    assert lines["none"][0].x_sd == pytest.approx(50**0.5)
+    assert points["topk, none"] == [(10, 0.5), (40, 0.7)]
+    assert set(drawings["topk-l0"]["explained variance ↑"]) == {"none", "scaled"}
+    unequal = summarise([free("none", 0, l0=20), free("scaled", 0, l0=30)])
+    assert "Nothing sets their sparsity, and these SAEs are not" in comparison_markdown(unequal)
+    dead = summarise([free("none", 0, l0=0), record("none", 0, 10, l0=10, kl=1)])
+    assert dead.groups[0].matched == {("none", "topk"): {}}
+    assert "outside the sweep" in comparison_markdown(dead)
+
+
+def test_what_was_left_out_is_said_with_the_reason() -> None:
+    settings = {"left_out": {"top_afa": {"half": "it cannot", "original": "it cannot"}}}
+    markdown = comparison_markdown(summarise(RECORDS), settings)
+    assert "Left out: `top_afa` under `half` and `original` (it cannot)." in markdown
+    assert "Left out" not in comparison_markdown(summarise(RECORDS))
+
+
 def test_hooks_are_not_mixed() -> None:
     other = [{**run, "hook_name": "elsewhere"} for run in RECORDS]
     comparison = summarise([*RECORDS, *other])

@@ -9,7 +9,7 @@ conditions: none (SAELens without normalisation), centred (only the mean removed
 expected_average_only_in (SAELens), whitened (loss in whitened space, as the SAELens built-in),
 original (loss in the original space, the paper's), original_norms (the same, and sparsity charged
 by decoder norms of the original space), original_zca (as original, by ZCA), half (strength 0.5,
-loss in its own space).
+loss in its own space). Where an architecture cannot be trained under a condition it is left out.
 
 Killed, it goes on from its last checkpoint when the same command is repeated; with more --seeds it
 adds those that are missing.
@@ -63,14 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         default=["topk", "standard"],
         metavar="A,B,...",
-        help="SAELens' training architectures (default: topk,standard)",
+        help="SAELens' training architectures, topk_vsae and top_afa (default: topk,standard)",
     )
     add(
         "--sparsity",
         type=_integers,
         default=[16, 32, 64],
         metavar="N,N,...",
-        help="k, or the L0 at which sweeps of --coefficients are read off (default: 16,32,64)",
+        help="k, or the L0 at which sweeps of --coefficients are read off; top_afa has neither "
+        "and is compared at the L0 that it comes to (default: 16,32,64)",
     )
     add(
         "--coefficients",
@@ -79,6 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X,X,...",
         help="sparsity coefficients of architectures without k, as for activations of variance 1 "
         "(default: 0.5,1,2,4,8)",
+    )
+    add(
+        "--sae-options",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="further fields of the training configs by architecture, such as "
+        """'{"topk_vsae": {"variance": "fixed", "initial_logvar": -5}}'; kl_coefficient is as """
+        "for activations of variance 1, all others are taken as they are",
     )
     add("--seeds", type=int, default=3, help="how many, from 0 (default: %(default)s)")
     add("--d-sae", type=int, help="latents (default: 8 times the width)")
@@ -141,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
         architectures=args.architectures,
         sparsity=args.sparsity,
         coefficients=args.coefficients,
+        sae_options=args.sae_options,
         seeds=range(args.seeds),
         d_sae=args.d_sae,
         training_tokens=args.training_tokens,

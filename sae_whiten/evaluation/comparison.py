@@ -90,24 +90,29 @@ class Group:
     Attributes:
         hook_name: The activations, if the records say so.
         architecture: Name of the architecture.
-        sparsity: k, or the L0 at which sweeps were interpolated.
-        interpolated: Whether it is the latter.
+        sparsity: k, or the L0 at which sweeps were interpolated; None where nothing sets it, and
+            SAEs are compared at the L0 that they came to.
+        interpolated: Whether it is an L0.
         seeds: All seeds of the group, in ascending order.
         values: `values[condition][metric][seed]`; metrics and seeds without a value are absent.
             Conditions are in the order of the comparison.
         swept: For interpolated groups the lowest and highest L0 that any seed of a condition had.
         differences: `differences[condition, baseline][metric]`, `condition - baseline` over the
             seeds that both have, Holm's correction over the tested metrics.
+        matched: Where `sparsity` is None, `matched[condition, architecture][metric][seed]`: other
+            architectures under the same conditions, every seed's SAEs interpolated at the L0 that
+            this one's SAE of that seed and condition came to.
     """
 
     hook_name: str | None
     architecture: str
-    sparsity: float
+    sparsity: float | None
     interpolated: bool
     seeds: tuple[int, ...]
     values: dict[str, dict[str, dict[int, float]]]
     swept: dict[str, tuple[float, float]]
     differences: dict[tuple[str, str], dict[str, PairedDifference]]
+    matched: dict[tuple[str, str], dict[str, dict[int, float]]]
 
     def spread(self, condition: str, metric: str) -> Spread:
         """Over seeds; n is 0 if there is no value."""
@@ -152,14 +157,20 @@ class _Run(NamedTuple):
     seed: int
     metrics: dict[str, float]
 
+    @property
+    def is_as_it_comes(self) -> bool:
+        """Whether nothing sets its sparsity."""
+        return self.sparsity is None and self.coefficient is None
+
 
 def summarise(
     records: Sequence[Mapping[str, Any]], targets: Sequence[float | int] | None = None
 ) -> Comparison:
     """Summarise the runs of a comparison over seeds, at equal sparsity.
 
-    Runs with a k are compared at equal k. The others are sweeps over a coefficient: for every seed
-    each metric is interpolated at the target L0 first (`interpolate_at`), then compared.
+    Runs with a k are compared at equal k. Those with a coefficient are sweeps: for every seed each
+    metric is interpolated at the target L0 first (`interpolate_at`), then compared. Those with
+    neither are compared as they are.
 
     Args:
         records: One per run, with "architecture", "condition", "seed" and "metrics" (numbers by
@@ -190,11 +201,14 @@ def summarise(
     for hook_name, architecture in dict.fromkeys(run[:2] for run in runs):
         family = [run for run in runs if run[:2] == (hook_name, architecture)]
         for k in sorted({run.sparsity for run in family if run.sparsity is not None}):
-            at_k = [run for run in family if run.sparsity == k]
-            groups.append(_group(at_k, conditions, k, interpolated=False))
-        swept = [run for run in family if run.sparsity is None]
+            groups.append(_group([run for run in family if run.sparsity == k], conditions, k))
+        swept = [run for run in family if run.sparsity is None and run.coefficient is not None]
         if swept:
-            groups += [_group(swept, conditions, t, interpolated=True) for t in targets]
+            groups += [_group(swept, conditions, target) for target in targets]
+        as_they_are = [run for run in family if run.is_as_it_comes]
+        if as_they_are:
+            others = [run for run in runs if run.hook_name == hook_name and not run.is_as_it_comes]
+            groups.append(_group(as_they_are, conditions, None, others))
         sweeps[hook_name, architecture] = _sweep_points(family, conditions)
     metrics = dict.fromkeys(metric for run in runs for metric in run.metrics)
     return Comparison(tuple(conditions), tuple(metrics), tuple(groups), sweeps)
@@ -237,8 +251,13 @@ def _read_run(record: Mapping[str, Any], i: int) -> _Run:
 
 
 def _group(
-    runs: Sequence[_Run], conditions: Sequence[str], sparsity: float | int, *, interpolated: bool
+    runs: Sequence[_Run],
+    conditions: Sequence[str],
+    sparsity: float | int | None,
+    others: Sequence[_Run] = (),
 ) -> Group:
+    """Of runs that have a k, `sparsity`, or are interpolated at it, or, if it is None, neither."""
+    target = sparsity if runs[0].sparsity is None else None
     present = [name for name in conditions if any(run.condition == name for run in runs)]
     by_condition = {name: [run for run in runs if run.condition == name] for name in present}
     values: dict[str, dict[str, dict[int, float]]] = {}
@@ -247,17 +266,17 @@ def _group(
         values[name] = {}
         for seed in sorted({run.seed for run in members}):
             of_seed = [run for run in members if run.seed == seed]
-            found = _at_l0(of_seed, sparsity) if interpolated else of_seed[0].metrics
+            found = of_seed[0].metrics if target is None else _at_l0(of_seed, target)
             for metric, value in found.items():
                 values[name].setdefault(metric, {})[seed] = value
         l0s = [run.metrics["l0"] for run in members if "l0" in run.metrics]
-        if interpolated and l0s:
+        if target is not None and l0s:
             swept[name] = (min(l0s), max(l0s))
     return Group(
         hook_name=runs[0].hook_name,
         architecture=runs[0].architecture,
-        sparsity=float(sparsity),
-        interpolated=interpolated,
+        sparsity=None if sparsity is None else float(sparsity),
+        interpolated=target is not None,
         seeds=tuple(sorted({run.seed for run in runs})),
         values=values,
         swept=swept,
@@ -268,6 +287,7 @@ def _group(
             # the baselines themselves are compared once
             if baseline in present and name not in BASELINES[: BASELINES.index(baseline) + 1]
         },
+        matched=_matched(runs, others),
     )
 
 
@@ -282,6 +302,24 @@ def _at_l0(runs: Sequence[_Run], target: float | int) -> dict[str, float]:
             # a straight line in log L0 does not give back L0 itself
             at_target[metric] = float(target) if metric == "l0" else value
     return at_target
+
+
+def _matched(
+    runs: Sequence[_Run], others: Sequence[_Run]
+) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
+    """`Group.matched` of these runs; without values where no other run is on either side."""
+    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
+    for run in runs:
+        alike = [o for o in others if (o.condition, o.seed) == (run.condition, run.seed)]
+        for architecture in dict.fromkeys(other.architecture for other in alike):
+            values = found.setdefault((run.condition, architecture), {})
+            l0 = run.metrics.get("l0", math.nan)
+            if not 0 < l0 < math.inf:
+                continue
+            at_l0 = _at_l0([other for other in alike if other.architecture == architecture], l0)
+            for metric, value in at_l0.items():
+                values.setdefault(metric, {})[run.seed] = value
+    return found
 
 
 def _differences(

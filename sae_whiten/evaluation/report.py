@@ -21,6 +21,7 @@ from sae_whiten.evaluation.comparison import (
     Spread,
     SweepPoint,
     read_metrics,
+    spread,
     summarise,
 )
 from sae_whiten.evaluation.document import (
@@ -92,6 +93,7 @@ _ABSENT = {"ce_loss": "CE loss score and KL", "tpp": "TPP", "scr": "SCR"}
 
 _L0_TOLERANCE = 0.05  # relative; beyond it, SAEs are said not to be equally sparse
 _MOST_NAMES_IN_A_FIGURE = 12
+_SHOWN_ELSEWHERE = ("command", "left_out")  # of the settings
 
 # name of the file, caption, the function that draws it, and what that draws
 _Drawing: TypeAlias = tuple[str, str, Callable[[Any, Path], None], Any]
@@ -114,7 +116,8 @@ def write_report(
             "name" instead of "condition" and the rest, one per SAE.
         directory: Where to write; made if it does not exist.
         settings: What was run, shown as it is. "command" is shown as a command, "model_name",
-            "hook_name" and "training_tokens" also beside the paper's.
+            "hook_name" and "training_tokens" also beside the paper's; "left_out", reasons by
+            architecture and condition, below the conditions.
         targets: L0 at which sweeps are compared; the values of k in the records if None.
 
     Returns:
@@ -135,7 +138,7 @@ def write_report(
     elif not any(named):
         title = "Comparison of whitening"
         comparison = summarise(records, targets)
-        intro = _introduction_blocks(comparison)
+        intro = _introduction_blocks(comparison, settings)
         body = _comparison_blocks(comparison, settings)
         figures = _comparison_figures(comparison)
     else:
@@ -170,11 +173,12 @@ def write_report(
 
 def comparison_markdown(comparison: Comparison, settings: Mapping[str, Any] | None = None) -> str:
     """Tables and sentences of a comparison, without figures; settings as for `write_report`."""
-    blocks = [*_introduction_blocks(comparison), *_comparison_blocks(comparison, settings or {})]
+    settings = settings or {}
+    blocks = _introduction_blocks(comparison, settings) + _comparison_blocks(comparison, settings)
     return document.to_markdown(blocks, ".")
 
 
-def _introduction_blocks(comparison: Comparison) -> list[Block]:
+def _introduction_blocks(comparison: Comparison, settings: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Heading("Conditions", 2)]
     blocks.append(
         Items(
@@ -184,6 +188,10 @@ def _introduction_blocks(comparison: Comparison) -> list[Block]:
             ]
         )
     )
+    for architecture, reasons in (settings.get("left_out") or {}).items():
+        for reason in dict.fromkeys(reasons.values()):
+            under = _and([code(name) for name, other in reasons.items() if other == reason])
+            blocks.append(Paragraph(f"Left out: {code(architecture)} under {under} ({reason})."))
     absent = [m.name for m in MAIN_METRICS if m.key not in comparison.metrics]
     if absent:
         blocks.append(Paragraph(f"Not measured: {', '.join(absent)}."))
@@ -214,6 +222,8 @@ def _group_name(comparison: Comparison, group: Group) -> str:
 
 
 def _sparsity(group: Group) -> str:
+    if group.sparsity is None:
+        return "L0 as it comes"
     return f"{'L0' if group.interpolated else 'k'} = {group.sparsity:g}"
 
 
@@ -254,6 +264,13 @@ def _brief_blocks(comparison: Comparison) -> list[Block]:
             worse = sum(d.significant and d.mean * metric.better < 0 for d in found)
             cells.append(f"{better} better, {worse} worse of {len(found)}" if found else "–")
         rows.append(cells)
+    caption = (
+        f"Significantly better or worse than {code(baseline)}, in how many of the tested "
+        "combinations of architecture and sparsity."
+    )
+    free = dict.fromkeys(code(g.architecture) for g in comparison.groups if g.sparsity is None)
+    if free:
+        caption += f" {_and(list(free))}: at the L0 that each SAE came to."
     n_families = sum(len(group.differences) for group in comparison.groups)
     notes = (
         f"Differences are paired over seeds, which share data, order and initialisation. A family "
@@ -278,8 +295,7 @@ def _brief_blocks(comparison: Comparison) -> list[Block]:
         Table(
             ["condition", *(metric.name for metric in tested)],
             rows,
-            f"Significantly better or worse than {code(baseline)}, in how many of the tested "
-            "combinations of architecture and sparsity.",
+            caption,
         ),
         Paragraph(notes),
     ]
@@ -290,6 +306,8 @@ def _group_blocks(group: Group, shown: Sequence[Metric], comparison: Comparison)
     warning = _sparsity_warning(group)
     if warning:
         blocks.append(Paragraph(warning))
+    if group.matched:
+        blocks += [Heading("Other architectures at the same L0", 3), _matched_table(group, shown)]
     for baseline in BASELINES:
         pairs = [pair for pair in group.differences if pair[1] == baseline]
         if not pairs:
@@ -329,6 +347,34 @@ def _means_table(group: Group, shown: Sequence[Metric]) -> Table:
             "significant (where it is the baseline itself: from all others)."
         )
     return Table(["condition", *(metric.name for metric in shown)], rows, caption)
+
+
+def _matched_table(group: Group, shown: Sequence[Metric]) -> Table:
+    """The architecture itself and, condition by condition, the others."""
+    values = {}
+    for condition in group.values:
+        values[condition, group.architecture] = group.values[condition]
+        values |= {key: found for key, found in group.matched.items() if key[0] == condition}
+    columns = []
+    for metric in shown:
+        spreads = [spread(found.get(metric.key, {}).values()) for found in values.values()]
+        decimals = _column_decimals(metric.decimals, [found.sd for found in spreads])
+        columns.append(
+            [
+                _mean_and_sd(found, decimals, len(group.seeds)) if of else "outside the sweep"
+                for found, of in zip(spreads, values.values(), strict=True)
+            ]
+        )
+    rows = [
+        [code(condition), code(architecture), *(column[i] for column in columns)]
+        for i, (condition, architecture) in enumerate(values)
+    ]
+    caption = (
+        f"SAEs of the others, every seed's interpolated, linear in log L0, at the L0 that "
+        f"{code(group.architecture)} came to under the same condition; none is extrapolated. "
+        "Differences between architectures are not tested."
+    )
+    return Table(["condition", "architecture", *(metric.name for metric in shown)], rows, caption)
 
 
 def _outside(group: Group, condition: str) -> bool:
@@ -374,8 +420,9 @@ def _sparsity_warning(group: Group) -> str | None:
     if not l0s or max(l0s.values()) <= (1 + _L0_TOLERANCE) * min(l0s.values()):
         return None
     low, high = min(l0s, key=l0s.__getitem__), max(l0s, key=l0s.__getitem__)
+    why = "At equal k" if group.sparsity is not None else "Nothing sets their sparsity, and"
     return (
-        f"At equal k these SAEs are not equally sparse: L0 is {l0s[low]:.3g} for {code(low)} and "
+        f"{why} these SAEs are not equally sparse: L0 is {l0s[low]:.3g} for {code(low)} and "
         f"{l0s[high]:.3g} for {code(high)}, which by itself moves the other metrics."
     )
 
@@ -626,24 +673,32 @@ def _comparison_figures(comparison: Comparison) -> list[_Drawing]:
         several_hooks = len({hook for hook, _ in comparison.sweeps}) > 1
         label = code(architecture) + (f", {code(hook_name)}" if several_hooks else "")
         stem = _file_name(architecture + (f"-{hook_name}" if several_hooks else ""))
-        panels = {}
-        for metric in TESTED_METRICS:
-            lines = {
-                name: _points(sweeps.get(name, []), metric.key) for name in comparison.conditions
-            }
-            if any(lines.values()):
-                panels[_title(metric)] = lines
-        if panels:
-            caption = (
-                f"{label}: metrics against L0, with arrows to what is better. Bars: standard "
-                "deviations over seeds."
-            )
-            figures.append((f"{stem}-l0", caption, plot_against_l0, panels))
         groups = [
             group
             for group in comparison.groups
             if (group.hook_name, group.architecture) == (hook_name, architecture)
         ]
+        # what is at no sparsity of its own can be judged beside what is at several
+        beside = dict.fromkeys(pair for group in groups for pair in group.matched)
+        panels = {}
+        for metric in TESTED_METRICS:
+            lines = {
+                name: _points(sweeps.get(name, []), metric.key) for name in comparison.conditions
+            }
+            if not any(lines.values()):
+                continue
+            for name, other in beside:
+                found = comparison.sweeps[hook_name, other].get(name, [])
+                lines[f"{other}, {name}"] = _points(found, metric.key)
+            panels[_title(metric)] = lines
+        if panels:
+            caption = (
+                f"{label}: metrics against L0, with arrows to what is better. Bars: standard "
+                "deviations over seeds."
+            )
+            if beside:
+                caption += " Beside it, by name, other architectures under the same conditions."
+            figures.append((f"{stem}-l0", caption, plot_against_l0, panels))
         for baseline in BASELINES:
             panels = _difference_panels(groups, baseline)
             if panels:
@@ -746,7 +801,7 @@ def _evaluation_figures(
 
 def _settings_blocks(settings: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
-    shown = {key: value for key, value in settings.items() if key != "command"}
+    shown = {key: value for key, value in settings.items() if key not in _SHOWN_ELSEWHERE}
     if shown:
         rows = [
             [str(key).replace("_", " "), code(v if isinstance(v, str) else _json(v))]
