@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -296,11 +297,46 @@ def test_refused_with_one_line(
     assert err.count("\n") == 1
 
 
-def test_architecture_that_cannot_be_folded_is_refused(
+@pytest.mark.parametrize("flags", [[], ["--sae.normalize_activations=covariance_whitening"]])
+@pytest.mark.parametrize("architecture", ["matching_pursuit", "top_afa"])
+def test_architecture_that_cannot_be_folded_is_refused_unless_it_is_not_to_be_whitened(
+    architecture: str,
+    flags: list[str],
+    runner: type[FakeRunner],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", f"--architecture={architecture}", *flags]) == 2
+    err = capsys.readouterr().err
+    assert f"--architecture {architecture}: whitening cannot be folded into" in err
+    assert "To train it without, add --normalize_activations none" in err
+    assert err.count("\n") == 1
+
+    none = ["--normalize_activations", "none", "--whitening.eps", "0.1"]
+    assert main(["train", "--architecture", architecture, *none]) == 2
+    err = capsys.readouterr().err
+    assert "--whitening.eps is given, but with --normalize_activations none nothing is" in err
+
+
+def test_flags_of_our_architectures(
     runner: type[FakeRunner], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", "--architecture", "matching_pursuit"]) == 2
-    assert "cannot be folded" in capsys.readouterr().err
+    flags = ["--kl_coefficient", "0.1", "--sae.variance", "fixed", "--relu_mean", "True"]
+    assert main(["train", "--architecture", "topk_vsae", *flags]) == 0
+    sae = runner.cfg.sae
+    assert (sae.architecture(), sae.kl_coefficient) == ("topk_vsae", 0.1)
+    assert (sae.variance, sae.relu_mean) == ("fixed", True)
+    assert sae.normalize_activations == "covariance_whitening"
+    capsys.readouterr()
+    # where whitening is possible, nothing else is trained
+    none = ["--architecture", "topk_vsae", "--normalize_activations", "none"]
+    assert main(["train", *none]) == 2
+    assert "none contradicts" in capsys.readouterr().err
+    for architecture, said in (
+        ("topk_vsae", "Steps over which the coefficient rises linearly from"),
+        ("top_afa", 'What the loss compares. "consistent": what the'),
+    ):
+        assert main(["train", "--architecture", architecture, "--help"]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_saelens_flags_pass_through(runner: type[FakeRunner]) -> None:
@@ -432,6 +468,59 @@ def test_train_from_files_to_a_plain_saelens_sae(
     saved = json.loads((tmp_path / "sae" / "cfg.json").read_text())["metadata"]["whitening"]
     assert saved["config"]["n_samples"] == 2000
     assert f"fold error: {saved['fold']['check']['fold_error']:.2g}" in out
+
+
+def test_topk_vsae_is_trained_under_whitening_and_saved_as_topk(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    from sae_lens import SAE
+
+    arguments[arguments.index("topk")] = "topk_vsae"
+    flags = ["--variance", "learned", "--kl_coefficient", "0.01", "--kl_warm_up_steps", "2"]
+    assert main(["--quiet", *arguments, *flags]) == 0
+    sae = SAE.load_from_disk(str(tmp_path / "sae"))
+    assert sae.cfg.architecture() == "topk"
+    metadata = sae.cfg.metadata
+    assert metadata.whitening["fold"]["check"]["fold_error"] < 1e-5
+    assert metadata.training_architecture == "topk_vsae"
+    assert metadata.training_architecture_details["kl_warm_up_steps"] == 2
+
+
+def test_top_afa_is_trained_without_whitening_and_the_report_says_so(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag in ("--sae.k", "--whitening.n_samples"):
+        i = arguments.index(flag)
+        del arguments[i : i + 2]
+    arguments[arguments.index("topk")] = "top_afa"
+    assert main(["--quiet", *arguments, "--normalize_activations", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "not whitened, for whitening cannot be folded into TopAFATrainingSAE: it selects" in out
+    program = out[out.index("load it:") :].replace("load it:", "        ")
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(program), names)
+    assert names["sae"].cfg.architecture() == "top_afa"
+    assert "import sae_whiten" in program
+    assert not list(tmp_path.glob("sae/whitening*"))
+
+
+def test_ctrl_c_in_saelens_own_runner_is_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sae_lens
+    from sae_lens.llm_sae_training_runner import InterruptedException
+
+    class Interrupted:
+        def __init__(self, cfg: Any) -> None:
+            assert cfg.sae.normalize_activations == "expected_average_only_in"
+
+        def run(self) -> None:
+            raise InterruptedException
+
+    monkeypatch.setattr(sae_lens, "LanguageModelSAETrainingRunner", Interrupted)
+    scaled = ["--normalize_activations", "expected_average_only_in"]
+    assert main(["train", "--architecture", "top_afa", *scaled]) == 130
+    assert capsys.readouterr().err.endswith("sae-whiten train: interrupted\n")
 
 
 def test_train_takes_what_fit_wrote_unless_it_was_fitted_otherwise(

@@ -1,7 +1,9 @@
 """Train an SAE under whitening, fold the whitening into its weights and save it.
 
 Takes every flag of SAELens' own command line (python -m sae_lens.llm_sae_training_runner) and the
---whitening.* flags below. The saved SAE is an ordinary SAELens SAE for raw activations.
+--whitening.* flags below. The saved SAE is an ordinary SAELens SAE for raw activations. Beside
+SAELens' architectures there are topk_vsae, saved as an ordinary topk SAE, and top_afa, which no
+whitening can be folded into: with --normalize_activations none it is trained without.
 """
 
 import argparse
@@ -35,7 +37,8 @@ example (logging to Weights & Biases is on unless it is switched off, as in SAEL
 --architecture NAME --help shows the flags of that architecture. Nested flags may be written with
 their prefix (--sae.k, --logger.log_to_wandb) or as SAELens shows them. A flag shown as [str] is
 None when its value is left out: --checkpoint_path alone turns checkpoints off.
---normalize_activations is covariance_whitening here. More output: sae-whiten --verbose train ...
+--normalize_activations is covariance_whitening here; others are for architectures that no whitening
+can be folded into, which SAELens' own runner trains. More output: sae-whiten --verbose train ...
 """
 
 
@@ -64,6 +67,13 @@ def run(args: argparse.Namespace) -> int:
     given = given_fields(args)
     whitening = WhiteningConfig(**given)
     cfg = _saelens_config(args.arguments)
+    if cfg.sae.normalize_activations != "covariance_whitening":
+        if given:
+            raise ValueError(
+                f"{PREFIX}{next(iter(given))} is given, but with --normalize_activations "
+                f"{cfg.sae.normalize_activations} nothing is whitened; leave it out"
+            )
+        return _train_without(cfg)
     # a checkpoint is resumed with the whitening that it was trained under, unless told otherwise
     resumes_as_it_was = cfg.resume_from_checkpoint is not None and not given
 
@@ -75,20 +85,45 @@ def run(args: argparse.Namespace) -> int:
         f"fold error: {check['fold_error']:.2g} on {check['source']} activations "
         f"(tolerance {check['tolerance']:.2g})"
     )
+    _say_where(cfg)
+    return 0
+
+
+def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
+    """Train as SAELens does, and say that nothing was whitened."""
+    from sae_lens import LanguageModelSAETrainingRunner
+    from sae_lens.llm_sae_training_runner import InterruptedException
+    from sae_lens.registry import get_sae_training_class
+
+    from sae_whiten.saelens.folding import why_not_foldable
+
+    try:
+        LanguageModelSAETrainingRunner(cfg).run()
+    except InterruptedException as interruption:
+        raise KeyboardInterrupt from interruption
+    sae_class, _ = get_sae_training_class(cfg.sae.architecture())
+    print(f"not whitened, for whitening cannot be folded into {why_not_foldable(sae_class)}")
+    _say_where(cfg, ours=sae_class.__module__.startswith("sae_whiten."))
+    return 0
+
+
+def _say_where(cfg: "LanguageModelSAERunnerConfig[Any]", ours: bool = False) -> None:
     if cfg.output_path is None:
         print("not saved: --output_path was given without a path")
-    else:
-        print(f"saved in:   {cfg.output_path}")
-        print("load it:    from sae_lens import SAE")
-        print(f"            sae = SAE.load_from_disk({str(cfg.output_path)!r})")
-    return 0
+        return
+    lines = ["from sae_lens import SAE", f"sae = SAE.load_from_disk({str(cfg.output_path)!r})"]
+    if ours:
+        lines.insert(0, f"import sae_whiten  # SAELens then knows {cfg.sae.architecture()}")
+    print(f"saved in:   {cfg.output_path}")
+    print("load it:    " + "\n            ".join(lines))
 
 
 def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[Any]":
     """Parse SAELens' flags with SAELens' own parser, with whitening as the default.
 
     Raises:
-        ValueError: SAELens refuses the arguments, or they ask for another normalisation.
+        ValueError: SAELens refuses the arguments, or they ask for another normalisation than
+            whitening where that is possible, or for whitening where it is not.
         SystemExit: With status 0, after --help.
         RuntimeError: This version of SAELens has no such parser.
     """
@@ -109,11 +144,11 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
 
     runner_fields = dataclasses.fields(sae_lens.LanguageModelSAERunnerConfig)
     runner_flags = {field.name for field in runner_fields}
-    # in front, so that a value the user gives wins and can be refused below
-    arguments = [
-        "--normalize_activations=covariance_whitening",
-        *(_as_saelens_spells(argument, runner_flags) for argument in arguments),
-    ]
+    arguments = [_as_saelens_spells(argument, runner_flags) for argument in arguments]
+    reason = _why_not_whitened(arguments)
+    if reason is None:
+        # in front, so that a value the user gives wins and can be refused below
+        arguments.insert(0, "--normalize_activations=covariance_whitening")
     # SAELens puts a usage of a hundred lines before its error
     captured = io.StringIO()
     try:
@@ -126,12 +161,42 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         raise ValueError(message.strip() or usage) from None
     sys.stderr.write(captured.getvalue())
 
-    if cfg.sae.normalize_activations != "covariance_whitening":
+    if reason is None and cfg.sae.normalize_activations != "covariance_whitening":
         raise ValueError(
             f"--normalize_activations {cfg.sae.normalize_activations} contradicts this command, "
             "which trains under covariance_whitening. Leave the flag out, or train with SAELens."
         )
     return cfg
+
+
+def _why_not_whitened(arguments: Sequence[str]) -> str | None:
+    """Why no whitening can be folded into the architecture that the arguments name, if so.
+
+    Raises:
+        ValueError: So it is, and they do not ask for another normalisation.
+    """
+    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
+
+    from sae_whiten.saelens.folding import why_not_foldable
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--architecture")
+    parser.add_argument("--normalize_activations")
+    parser.add_argument("--help", "-h", action="store_true")
+    try:
+        named, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return None  # SAELens' parser says what is wrong
+    if named.architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        return None
+    reason = why_not_foldable(get_sae_training_class(named.architecture)[0])
+    asks_for_it = named.normalize_activations in (None, "covariance_whitening")
+    if reason is not None and asks_for_it and not named.help:
+        raise ValueError(
+            f"--architecture {named.architecture}: whitening cannot be folded into {reason}. To "
+            "train it without, add --normalize_activations none (or expected_average_only_in)."
+        )
+    return reason
 
 
 def _as_saelens_spells(argument: str, runner_flags: set[str]) -> str:
