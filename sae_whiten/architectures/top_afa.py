@@ -160,8 +160,8 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     """
     top-AFA in training: rows of the decoder count as directions, and are kept at norm 1.
 
-    Besides SAELens' losses a step has `afa_loss`, with its coefficient, and the AuxK loss, and the
-    metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
+    Besides SAELens' losses a step has `afa_loss`, with its coefficient, and the AuxK loss; and, if
+    it is logged, the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
     """
 
     whitening_not_foldable_because = _WHY_NOT_FOLDABLE
@@ -180,7 +180,13 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
             # the gradient with respect to directions has no part along them; the optimizer's step
             # has, by its second order
             self.W_dec.data.div_(self.get_W_dec_norm()[:, None])
-        return super().training_forward_pass(step_input)
+        output = super().training_forward_pass(step_input)
+        if step_input.is_logging_step:
+            with torch.no_grad():
+                norm = _norm(output.feature_acts)
+                target = _norm(self.process_sae_in(step_input.sae_in))
+                output.metrics["norm_ratio"] = (norm / target).mean()
+        return output
 
     @override
     def calculate_aux_loss(
@@ -195,10 +201,8 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
             target = self.process_sae_in(step_input.sae_in)
             if self.cfg.afa_form == "published":
                 target = target + self.b_dec
-            target = torch.linalg.vector_norm(target, dim=-1)
         # the rows have norm 1, so latents are what they contribute
-        norm = torch.linalg.vector_norm(feature_acts, dim=-1)
-        afa_loss = (norm - target).square().mean()
+        afa_loss = (_norm(feature_acts) - _norm(target)).square().mean()
         losses = {"afa_loss": step_input.coefficients["afa"] * self.cfg.d_in * afa_loss}
         if self.cfg.aux_loss_coefficient != 0 and step_input.dead_neuron_mask is not None:
             losses["auxiliary_reconstruction_loss"] = (
@@ -217,6 +221,19 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     @override
     def get_coefficients(self) -> dict[str, TrainCoefficientConfig | float]:
         return {"afa": self.cfg.afa_coefficient}
+
+    @override
+    @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:
+        """Rows have norm 1 already, but for what the last step of the optimizer did to them."""
+        self.W_dec.data.copy_(self._directions())
+
+    @override
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Rows keep their norm, so it is the latents that change their unit."""
+        self.b_dec.data /= scaling_factor
+        self.cfg.normalize_activations = "none"
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
@@ -264,10 +281,16 @@ def _encode(sae: SAE[Any], x: Tensor, norms: Tensor | None) -> tuple[Tensor, Ten
     with torch.no_grad():
         contributions = latents if norms is None else latents * norms
         kept = keep_up_to_norm(
-            contributions.flatten(0, -2),
-            torch.linalg.vector_norm(sae_in, dim=-1).flatten(),
+            contributions.reshape(-1, contributions.shape[-1]),
+            _norm(sae_in).reshape(-1),
         )
     return sae.hook_sae_acts_post(latents * kept.view_as(latents)), hidden_pre
+
+
+def _norm(x: Tensor) -> Tensor:
+    """In float32 at least: three digits of a norm do not tell one latent more from one less."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
 
 def _decode(sae: SAE[Any], latents: Tensor, rows: Tensor) -> Tensor:
@@ -297,7 +320,8 @@ def keep_up_to_norm(
     n_sorted = d_sae
     if batch > 512:
         # what a few need, and a little more
-        some = _sorted(contributions[:: batch // 64], norm[:: batch // 64], d_sae)[1]
+        few = slice(None, None, max(batch // 64, -(-batch * d_sae // _BLOCK)))
+        some = _sorted(contributions[few], norm[few], d_sae)[1]
         n_sorted = min(d_sae, int(1.2 * int(some.max())) + 8)
     todo = torch.arange(batch, device=contributions.device)
     while len(todo):
