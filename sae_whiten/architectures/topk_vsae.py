@@ -31,6 +31,7 @@ __all__ = ["TopKVSAETrainingConfig", "TopKVSAETrainingSAE", "kl_to_standard_norm
 
 # where decoding k rows costs less than a product with the whole decoder
 _SPARSE_BELOW = 1 / 16
+_MAX_LOGVAR = 60.0
 
 
 @dataclass
@@ -100,10 +101,12 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)}")
         if not 0 <= self.kl_coefficient < float("inf"):
             raise ValueError(f"kl_coefficient={self.kl_coefficient}: a number, 0 or more")
-        if not -60 <= self.initial_logvar <= 60:
+        if self.kl_warm_up_steps < 0:
+            raise ValueError(f"kl_warm_up_steps={self.kl_warm_up_steps}: a number of steps, or 0")
+        if not -_MAX_LOGVAR <= self.initial_logvar <= _MAX_LOGVAR:
             raise ValueError(
-                f"initial_logvar={self.initial_logvar}: between -60 and 60, beyond which float32 "
-                "has no such variance"
+                f"initial_logvar={self.initial_logvar}: between {-_MAX_LOGVAR:g} and "
+                f"{_MAX_LOGVAR:g}, beyond which float32 has no such variance"
             )
         if self.use_sparse_activations:
             raise ValueError(
@@ -191,13 +194,12 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         logvars = logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
         charged = (mu, logvar) if self.cfg.kl_over == "all" else (values, logvars)
         kl = kl_to_standard_normal(charged[0], _if_learned(charged[1]))
-        if noise is not None:
+        if noise is not None and logvars is not None:
             values = values + noise * _deviation(logvars)
         values = values.relu()
         latents = torch.zeros_like(mu).scatter(-1, indices, values.to(mu.dtype))
-        latents = self.hook_sae_acts_post(latents)
         self._step = _Posterior(mu, logvar, kl.mean(), indices, values, latents)
-        return latents, hidden_pre
+        return self.hook_sae_acts_post(latents), hidden_pre
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -205,7 +207,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         step = self._step
         sparse = (
             step is not None
-            and feature_acts is step.latents
+            and feature_acts is step.latents  # no hook has changed them
             and feature_acts.ndim == 2
             and self.W_dec.dtype == torch.float32
             and self.W_dec.device.type in ("cpu", "cuda")
@@ -260,8 +262,9 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         if self.cfg.variance == "learned":
             self.W_var.data *= scaling_factor
             self.b_var.data += shift
-        else:
-            self.cfg = replace(self.cfg, initial_logvar=self.cfg.initial_logvar + shift)
+        elif self.cfg.variance == "fixed":
+            logvar = min(max(self.cfg.initial_logvar + shift, -_MAX_LOGVAR), _MAX_LOGVAR)
+            self.cfg = replace(self.cfg, initial_logvar=logvar)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @override
     @torch.no_grad()
@@ -329,18 +332,20 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mu: Tensor, logvar: Tensor) -> Tensor:
+        ctx.dtype = logvar.dtype
+        logvar = logvar.to(torch.promote_types(logvar.dtype, torch.float32))
         # expm1, for the log variance of most latents comes to be near 0
         excess = logvar.expm1()
         ctx.save_for_backward(mu, excess)
-        at_least = torch.promote_types(mu.dtype, torch.float32)
-        terms = excess.sum(dim=-1, dtype=at_least) - logvar.sum(dim=-1, dtype=at_least)
+        terms = excess.sum(dim=-1) - logvar.sum(dim=-1)
         return 0.5 * (_sum_of_squares(mu) + terms)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         mu, excess = ctx.saved_tensors
         grad = grads[0][..., None]
-        return mu * grad.to(mu.dtype), excess * (0.5 * grad).to(excess.dtype)
+        of_logvar = excess * (0.5 * grad).to(excess.dtype)
+        return mu * grad.to(mu.dtype), of_logvar.to(ctx.dtype)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
@@ -376,8 +381,8 @@ def _if_learned(logvar: Tensor | float | None) -> Tensor | None:
     return logvar if isinstance(logvar, Tensor) else None
 
 
-def _deviation(logvar: Tensor | float | None) -> Tensor:
-    return (torch.as_tensor(logvar) / 2).exp_()
+def _deviation(logvar: Tensor | float) -> Any:
+    return (logvar / 2).exp_() if isinstance(logvar, Tensor) else math.exp(logvar / 2)
 
 
 @torch.no_grad()
@@ -391,7 +396,7 @@ def _select(
     if isinstance(logvar, Tensor):
         z = torch.addcmul(mu, noise, _deviation(logvar).to(mu.dtype))
     else:
-        z = torch.add(mu, noise, alpha=float(_deviation(logvar)))
+        z = torch.add(mu, noise, alpha=_deviation(logvar))
     indices = z.topk(k, dim=-1, sorted=False).indices
     return indices, noise.gather(-1, indices)
 
@@ -401,7 +406,7 @@ def _overlap(mu: Tensor, logvar: Tensor | float | None, k: int) -> Tensor:
     for _ in range(2):
         indices, noise = _select(mu, logvar, k)
         values = mu.gather(-1, indices)
-        if noise is not None:
+        if noise is not None and logvar is not None:
             chosen = logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
             values = values + noise * _deviation(chosen)
         active.append(torch.zeros_like(mu, dtype=torch.bool).scatter_(-1, indices, values > 0))
