@@ -232,6 +232,7 @@ def unfold_whitening_from_weights(
         FoldError: The architecture cannot be folded, the SAE normalises its activations, the widths
             differ or the weights are not finite. The SAE is left as it was.
     """
+    _require_foldable(sae)
     if sae.cfg.normalize_activations != "none":
         raise FoldError(
             f"cannot unfold an SAE with normalize_activations={sae.cfg.normalize_activations!r}: "
@@ -248,6 +249,7 @@ def folded_copy(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None = None
 ) -> tuple[SAE[Any], FoldReport]:
     """A folded SAE beside `sae`, which is not changed, and the report; errors as for folding."""
+    _require_foldable(sae)
     if sae.cfg.normalize_activations != "covariance_whitening":
         done = sae.cfg.metadata.whitening is not None
         raise FoldError(
@@ -270,13 +272,16 @@ def folded_copy(
     return folded, report
 
 
+def _require_foldable(sae: SAE[Any]) -> None:
+    reason = why_not_foldable(sae)
+    if reason is not None:
+        raise FoldError(f"whitening cannot be folded into {reason}")
+
+
 def _transformed(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None, change: Any
 ) -> SAE[Any]:
     """A copy of `sae` with `change` (fold or unfold) applied to its weights."""
-    reason = why_not_foldable(sae)
-    if reason is not None:
-        raise FoldError(f"whitening cannot be folded into {reason}")
     d_out = sae.W_dec.shape[1]
     is_transcoder = isinstance(sae, Transcoder)
     out = output_whitening or whitening

@@ -10,6 +10,7 @@ import wandb
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
@@ -17,6 +18,7 @@ from transformer_lens import HookedRootModule
 
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.saelens.activations_store import ResumableActivationsStore, check_buffer
+from sae_whiten.saelens.folding import FoldError, why_not_foldable
 from sae_whiten.saelens.running import (
     WHITENING_FILENAME,
     check_hook,
@@ -73,11 +75,14 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
-        wanted = (override_sae.cfg if override_sae is not None else cfg.sae).normalize_activations
-        if wanted != "covariance_whitening":
+        sae_cfg = override_sae.cfg if override_sae is not None else cfg.sae
+        reason = why_not_foldable(get_sae_training_class(sae_cfg.architecture())[0])
+        if reason is not None:
+            raise FoldError(f"cannot train under whitening: it cannot be folded into {reason}")
+        if sae_cfg.normalize_activations != "covariance_whitening":
             raise ValueError(
-                f"the SAE's config has normalize_activations={wanted!r}: set it to "
-                "'covariance_whitening', or use SAELens' LanguageModelSAETrainingRunner"
+                f"the SAE's config has normalize_activations={sae_cfg.normalize_activations!r}: "
+                "set it to 'covariance_whitening', or use SAELens' LanguageModelSAETrainingRunner"
             )
         # before the model is loaded
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
