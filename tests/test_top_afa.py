@@ -268,8 +268,8 @@ def test_loss_and_gradients_are_those_of_the_formulas(form):
     afa_loss = (latents.norm(dim=1) - target).square().mean()
     # lambda is relative to the error per dimension, of which there are D
     loss = (latents @ directions + b_dec - x).square().sum(dim=1).mean() + 0.3 * D * afa_loss
-    assert float(found.losses["afa_loss"]) == pytest.approx(float(0.3 * D * afa_loss))
-    assert float(found.loss) == pytest.approx(float(loss))
+    assert found.losses["afa_loss"].item() == pytest.approx((0.3 * D * afa_loss).item())
+    assert found.loss.item() == pytest.approx(loss.item())
     ratio = (latents.norm(dim=1) / (x - b_dec).norm(dim=1)).mean()
     assert float(found.metrics["norm_ratio"]) == pytest.approx(float(ratio))  # pyright: ignore[reportArgumentType]
     assert step(sae, x).metrics == {}

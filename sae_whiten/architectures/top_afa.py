@@ -39,7 +39,7 @@ _WHY_NOT_FOLDABLE = (
     "it selects latents by the norm of its input, which whitening does not preserve: no weights do "
     "to raw activations what these do to whitened ones"
 )
-_BLOCK = 1 << 24  # sorted values at a time: 64 MiB of float32, and as many indices
+_BLOCK = 1 << 24  # latents looked at at a time: 64 MiB of float32
 
 
 # --- inference ---
@@ -109,7 +109,8 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
             d_in here, for SAELens sums the squared error over dimensions.
         afa_form (Literal["consistent", "published"]): What the loss compares. "consistent": what
             the selection compares, the norm of the contributions with that of x - b_dec.
-            "published": as in the authors' code, with that of x.
+            "published": as in the authors' code, with that of x. Neither sends a gradient into
+            b_dec through what it compares with.
         aux_loss_coefficient (float): Of the loss that revives dead latents (AuxK).
         decoder_init_norm (float | None): Must be 1: decoder rows are kept at norm 1.
         d_in (int): Input dimension. Inherited from SAEConfig.
@@ -241,13 +242,6 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
         state_dict["W_dec"] = self._directions().detach()
 
     @override
-    @torch.no_grad()
-    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        # latents are of the unit of the input, for rows of norm 1 cannot be: W_enc and W_dec stay
-        self.b_dec.data /= scaling_factor
-        self.cfg.normalize_activations = "none"
-
-    @override
     def fold_activation_whitening(
         self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
     ) -> None:
@@ -305,8 +299,9 @@ def keep_up_to_norm(
     """The largest contributions, as many as bring their l2 norm nearest to `norm`.
 
     At least one is kept; of several numbers that are equally near the least is taken, so none that
-    are zero beyond the first. Only as many as are needed are sorted, and no more than a fixed
-    number of values at a time.
+    are zero beyond the first. (Equally near up to the rounding of norms in float32, which may leave
+    out the least of many contributions.) Only as many as are needed are sorted, and no more than a
+    fixed number of values is looked at at a time.
 
     Args:
         contributions: Shape (batch, d_sae), not negative: latents times norms of decoder rows.
@@ -326,7 +321,7 @@ def keep_up_to_norm(
     todo = torch.arange(batch, device=contributions.device)
     while len(todo):
         undecided = []
-        for rows in todo.split(max(1, _BLOCK // n_sorted)):
+        for rows in todo.split(max(1, _BLOCK // d_sae)):
             indices, number, decided = _sorted(contributions[rows], norm[rows], n_sorted)
             rank = torch.arange(n_sorted, device=rows.device)
             chosen = (rank < number[:, None]).to(kept.dtype)

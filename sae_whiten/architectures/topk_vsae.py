@@ -288,7 +288,10 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     def _posterior_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float | None]:
         """Pre-activations, mean and log variance of the latents, shape (batch, d_sae)."""
         sae_in = self.process_sae_in(x)
-        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and not x.requires_grad else None
+        hook = self.hook_sae_input
+        # unless what a hook put there wants a gradient too
+        only_b_dec = not (x.requires_grad or hook._forward_hooks or hook._backward_hooks)
+        b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and only_b_dec else None
         hidden_pre = self.hook_sae_acts_pre(_affine(sae_in, self.W_enc, self.b_enc, b_dec))
         if self.cfg.rescale_acts_by_decoder_norm:
             hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
@@ -299,10 +302,9 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @torch.no_grad()
     def _logged(self, step: _Posterior, dead: Tensor | None) -> dict[str, Tensor]:
-        devices = [step.mu.device] if step.mu.device.type == "cuda" else []
-        # what is trained must not depend on what is logged
-        with torch.random.fork_rng(devices=devices):
-            overlap = _overlap(step.mu, step.logvar, self.cfg.k)
+        # of its own, for what is trained must not depend on what is logged
+        generator = torch.Generator(step.mu.device).manual_seed(0)
+        overlap = _overlap(step.mu, step.logvar, self.cfg.k, generator)
         found = {"selection_overlap": overlap.mean()}
         if dead is not None:
             found["live_fraction"] = 1 - dead.float().mean()
@@ -387,12 +389,12 @@ def _deviation(logvar: Tensor | float) -> Any:
 
 @torch.no_grad()
 def _select(
-    mu: Tensor, logvar: Tensor | float | None, k: int
+    mu: Tensor, logvar: Tensor | float | None, k: int, generator: torch.Generator | None = None
 ) -> tuple[Integer[Tensor, "batch k"], Tensor | None]:
     """The k largest of a sample, and the standard normal noise in them; gradients pass neither."""
     if logvar is None:
         return mu.topk(k, dim=-1, sorted=False).indices, None
-    noise = torch.randn_like(mu)
+    noise = _normal(mu, generator)
     if isinstance(logvar, Tensor):
         z = torch.addcmul(mu, noise, _deviation(logvar).to(mu.dtype))
     else:
@@ -401,10 +403,16 @@ def _select(
     return indices, noise.gather(-1, indices)
 
 
-def _overlap(mu: Tensor, logvar: Tensor | float | None, k: int) -> Tensor:
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.empty_like(like).normal_(generator=generator)
+
+
+def _overlap(
+    mu: Tensor, logvar: Tensor | float | None, k: int, generator: torch.Generator | None = None
+) -> Tensor:
     active = []
     for _ in range(2):
-        indices, noise = _select(mu, logvar, k)
+        indices, noise = _select(mu, logvar, k, generator)
         values = mu.gather(-1, indices)
         if noise is not None and logvar is not None:
             chosen = logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
