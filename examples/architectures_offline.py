@@ -22,6 +22,7 @@ The same command continues a run that was stopped.
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -271,11 +272,11 @@ def tables(records: list[dict[str, Any]]) -> str:
             text += f"| {name} | {' | '.join(cells)} |\n"
         text += "\n"
     text += "Correlation of selection overlap and explained variance (sampled) over runs:"
-    for part in ("sampling", "fixed"):
+    for part, variance in (("sampling", "learned"), ("fixed", "fixed")):
         runs = [r for r in records if r["part"] == part and r["name"] != "none"]
         pairs = [[r[key] for r in runs] for key in ("overlap", "explained_variance_sampled")]
         r = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64))[0, 1]
-        text += f" {part} {r:.3f}."
+        text += f" {variance} {r:.3f}."
     n_seeds = len({record["seed"] for record in records})
     return text + f"\n\nMean ± standard deviation over {n_seeds} seeds.\n"
 
@@ -301,12 +302,14 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
             x, dx, y, dy = zip(*points, strict=True)
             label = part.replace("sampling", "learned")
             sampling.errorbar(x, y, dy, dx, fmt, ms=3, lw=0.8, mfc=fill, label=label)
+            shown: list[tuple[float, float]] = []
             for name, *point in zip(names, x, y, strict=True):
-                sampling.annotate(
-                    name, point, xytext=(3, -6), textcoords="offset points", fontsize=6
-                )
+                if all(math.dist(point, other) > 0.06 for other in shown):
+                    shown.append((point[0], point[1]))
+                    sampling.annotate(
+                        name, point, xytext=(3, -7), textcoords="offset points", fontsize=6
+                    )
         sampling.legend(frameon=False, fontsize=6)
-        sampling.set_yscale("symlog", linthresh=1)
         sampling.set(
             xlabel="selection overlap (Jaccard)",
             ylabel="explained variance, sampled",
@@ -345,7 +348,8 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
                 afa.annotate(
                     name, (l0, y_value), xytext=(3, 3), textcoords="offset points", fontsize=6
                 )
-        afa.set(xlabel="L0", ylabel="NMSE", title="adaptive against fixed L0", xscale="log")
+        afa.set(xlabel="L0", ylabel="NMSE", title="adaptive against fixed L0")
+        afa.set(xlim=(0, None), ylim=(0, None))
         afa.legend(frameon=False, fontsize=6)
         for axes in (sampling, penalty, afa):
             axes.title.set_fontsize(7)
