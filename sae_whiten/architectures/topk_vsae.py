@@ -291,13 +291,17 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     def _posterior_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float | None]:
         """Pre-activations, mean and log variance of the latents, shape (batch, d_sae)."""
         sae_in = self.process_sae_in(x)
-        hook = self.hook_sae_input
         # unless what a hook put there wants a gradient too
-        only_b_dec = not (x.requires_grad or hook._forward_hooks or hook._backward_hooks)
+        only_b_dec = not (x.requires_grad or _has_hooks(self.hook_sae_input))
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and only_b_dec else None
-        hidden_pre = self.hook_sae_acts_pre(_affine(sae_in, self.W_enc, self.b_enc, b_dec))
-        if self.cfg.rescale_acts_by_decoder_norm:
-            hidden_pre = hidden_pre * self.W_dec.norm(dim=-1)
+        norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        W_enc, b_enc = self.W_enc, self.b_enc
+        if norms is not None and not _has_hooks(self.hook_sae_acts_pre):
+            # cheaper than on the latents of a batch, which are more; but no hook may see it
+            W_enc, b_enc, norms = W_enc * norms, b_enc * norms, None
+        hidden_pre = self.hook_sae_acts_pre(_affine(sae_in, W_enc, b_enc, b_dec))
+        if norms is not None:
+            hidden_pre = hidden_pre * norms
         mu = hidden_pre.relu() if self.cfg.relu_mean else hidden_pre
         if self.cfg.variance == "learned":
             return hidden_pre, mu, _affine(sae_in, self.W_var, self.b_var, b_dec)
@@ -356,6 +360,10 @@ class _KL(torch.autograd.Function):
 def _sum_of_squares(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
+
+
+def _has_hooks(hook: nn.Module) -> bool:
+    return bool(hook._forward_hooks or hook._backward_hooks)
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor | None) -> Tensor:
