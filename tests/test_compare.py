@@ -216,6 +216,36 @@ def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, monkeyp
     assert more[: len(records)] == again
 
 
+def test_architectures_are_compared_without_whitening_and_k_can_be_added(
+    tmp_path, caplog, monkeypatch
+):
+    one = dataclasses.replace(
+        SMALL,
+        conditions=("none",),
+        architectures=("topk", "top_afa"),
+        sparsity=(2,),
+        seeds=(0,),
+        training_tokens=512,
+    )
+    both = dataclasses.replace(one, sparsity=(2, 16))
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_whiten.experiments.compare._train", None)
+        with pytest.raises(TypeError):
+            run(tmp_path / "a", dataclasses.replace(one, lr=5.0, context_size=16))
+    # nothing was trained, so nothing is lost
+    with caplog.at_level(logging.WARNING, "sae_whiten"):
+        first = run(tmp_path / "a", one)
+    assert [r["name"] for r in first] == ["topk-none-k2", "top_afa-none"]
+    (said,) = [r.getMessage() for r in caplog.records if "came to L0" in r.getMessage()]
+    assert "there are SAEs with k at 2 to 2: repeat this with k of" in said
+    more = run(tmp_path / "a", both)
+    assert more[:2] == first
+    assert [r["name"] for r in more[2:]] == ["topk-none-k16"]
+    assert json.loads((tmp_path / "a" / "settings.json").read_text())["sparsity"] == [2, 16]
+    together = {r["name"]: r["metrics"] for r in run(tmp_path / "b", both)}
+    assert together == {r["name"]: r["metrics"] for r in more}
+
+
 def test_other_settings_in_the_same_folder_are_refused(finished):
     out, _ = finished
     with pytest.raises(ValueError, match=r"holds a comparison with lr=0.001 \(now 0.01\)"):
@@ -226,11 +256,17 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
     ("options", "said"),
     [
         ({"conditions": ("none", "white")}, "no condition white; there are none, centred"),
-        ({"conditions": ("none",)}, "nothing is whitened; add one of centred"),
+        (
+            {"architectures": ("topk",), "conditions": ("none",)},
+            "nothing is whitened; add one of centred.* or another architecture",
+        ),
         ({"seeds": (0, 0)}, "none twice"),
         ({"sparsity": ()}, "at least one"),
         ({"architectures": ("topk", "nope")}, "no architecture nope; there are standard"),
-        ({"architectures": ("top_afa", "matching_pursuit")}, "nothing is whitened .TopAFA.* tied"),
+        ({"architectures": ("top_afa",)}, "nothing is whitened .TopAFA.*; add another arch"),
+        ({"sparsity": (8, 300), "d_sae": 256}, "sparsity=300 of d_sae=256 latents"),
+        ({"sae_options": {"topk_vsae": {"relu_mean": "no"}}}, "relu_mean='no': True or False"),
+        ({"sae_options": {"topk_vsae": {"kl_coefficient": None}}}, "kl_coefficient=None: must be"),
         ({"conditions": ("original", "half")}, "top_afa goes with none of the conditions original"),
         ({"architectures": ("matryoshka_batchtopk",)}, "needs matryoshka_widths in sae_options"),
         ({"sae_options": {"gated": {}}}, "gated, which is not compared; the architectures are top"),

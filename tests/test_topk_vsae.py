@@ -699,6 +699,11 @@ def test_a_copy_and_a_checkpoint_of_saelens_trainer_are_the_same_sae(tmp_path):
         ({"kl_coefficient": float("nan")}, "kl_coefficient=nan"),
         ({"kl_coefficient": float("inf")}, "kl_coefficient=inf"),
         ({"kl_warm_up_steps": -3}, "kl_warm_up_steps=-3"),
+        ({"kl_warm_up_steps": 0.1}, "kl_warm_up_steps=0.1: must be a whole number"),
+        ({"aux_loss_coefficient": -1.0}, "aux_loss_coefficient=-1.0"),
+        ({"relu_mean": "no"}, "relu_mean='no': True or False"),
+        ({"k": 0}, "k=0"),
+        ({"k": 10_000}, "k=10000: there are"),
         ({"initial_logvar": 100.0}, "between -60 and 60"),
         ({"initial_logvar": float("nan")}, "between -60 and 60"),
         ({"use_sparse_activations": True}, "leave it at False"),
@@ -706,7 +711,7 @@ def test_a_copy_and_a_checkpoint_of_saelens_trainer_are_the_same_sae(tmp_path):
 )
 def test_settings_that_mean_nothing_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        TopKVSAETrainingConfig(d_in=D, d_sae=D_SAE, k=SPARSE, **options)
+        TopKVSAETrainingConfig(**{"d_in": D, "d_sae": D_SAE, "k": SPARSE, **options})
 
 
 def test_sparsity_norms_of_the_original_space_are_refused_with_the_reason():

@@ -25,6 +25,7 @@ from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 from typing_extensions import override
 
+from sae_whiten.architectures._checks import require_number
 from sae_whiten.dead_latents import dead_latents_loss
 
 __all__ = [
@@ -140,8 +141,7 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
         _check(self)
         if self.afa_form not in ("consistent", "published"):
             raise ValueError(f"afa_form={self.afa_form!r}: one of consistent, published")
-        if not 0 <= self.afa_coefficient < float("inf"):
-            raise ValueError(f"afa_coefficient={self.afa_coefficient}: a number, 0 or more")
+        require_number(self, "afa_coefficient", "aux_loss_coefficient")
         if self.decoder_init_norm != 1.0:
             raise ValueError(
                 f"decoder_init_norm={self.decoder_init_norm}: top_afa keeps the rows of its "

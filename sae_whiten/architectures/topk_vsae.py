@@ -27,6 +27,8 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput,
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_whiten.architectures._checks import require_number
+
 __all__ = ["TopKVSAETrainingConfig", "TopKVSAETrainingSAE", "kl_to_standard_normal"]
 
 # where decoding k rows costs less than a product with the whole decoder
@@ -56,9 +58,9 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
             those that are selected.
         initial_logvar (float): Log variance of the posterior, in the beginning ("learned") or
             always ("fixed"), in the unit of the latents. At 0, as in the authors' code, the noise
-            drowns latents of inputs of unit norm: there -8 cost 5% of the explained variance, -4
-            20%, -2 half of it (docs/architectures.md). For inputs of norm sqrt(d_in) the same noise
-            is log(d_in) more.
+            drowns latents of inputs of unit norm: there -8 cost a twentieth of the explained
+            variance, -4 a fifth, -2 half of it (docs/architectures.md). For inputs of norm
+            sqrt(d_in) the same noise is log(d_in) more.
         relu_mean (bool): Whether mu goes through a ReLU before it is sampled and charged, as in
             the authors' code, but not in their paper. What is saved is the same kind of SAE.
         k (int): Number of latents selected. Inherited from TopKTrainingSAEConfig.
@@ -102,13 +104,17 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)}")
-        if not 0 <= self.kl_coefficient < float("inf"):
-            raise ValueError(f"kl_coefficient={self.kl_coefficient}: a number, 0 or more")
-        if self.kl_warm_up_steps < 0:
-            raise ValueError(f"kl_warm_up_steps={self.kl_warm_up_steps}: a number of steps, or 0")
-        if not -_MAX_LOGVAR <= self.initial_logvar <= _MAX_LOGVAR:
+        require_number(self, "kl_coefficient", "aux_loss_coefficient")
+        require_number(self, "kl_warm_up_steps", whole=True)
+        require_number(self, "k", whole=True, least=1)
+        if self.k > self.d_sae:
+            raise ValueError(f"k={self.k}: there are {self.d_sae} latents")
+        if not isinstance(self.relu_mean, bool):
+            raise ValueError(f"relu_mean={self.relu_mean!r}: True or False")
+        number = isinstance(self.initial_logvar, (int, float))
+        if not number or not -_MAX_LOGVAR <= self.initial_logvar <= _MAX_LOGVAR:
             raise ValueError(
-                f"initial_logvar={self.initial_logvar}: between {-_MAX_LOGVAR:g} and "
+                f"initial_logvar={self.initial_logvar!r}: between {-_MAX_LOGVAR:g} and "
                 f"{_MAX_LOGVAR:g}, beyond which float32 has no such variance"
             )
         if self.use_sparse_activations:
@@ -140,8 +146,9 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     TopK SAE with a Gaussian posterior over its latents, sampled in training alone.
 
     Besides SAELens' losses a step has `kl_loss`, with its coefficient, and the metrics `kl`, the
-    divergence in nats per input; and, on steps that are logged, `selection_overlap`, see there, and
-    `live_fraction`, of latents that are not dead.
+    divergence in nats per input, for a fixed variance without the part that no latent changes; and,
+    on steps that are logged, `selection_overlap`, see there, and `live_fraction`, of latents that
+    are not dead.
     """
 
     cfg: TopKVSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]

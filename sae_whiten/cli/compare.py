@@ -11,8 +11,8 @@ original (loss in the original space, the paper's), original_norms (the same, an
 by decoder norms of the original space), original_zca (as original, by ZCA), half (strength 0.5,
 loss in its own space). Where an architecture cannot be trained under a condition it is left out.
 
-Killed, it goes on from its last checkpoint when the same command is repeated; with more --seeds it
-adds those that are missing.
+Killed, it goes on from its last checkpoint when the same command is repeated; with more --seeds or
+another --sparsity, once it is done, it adds those that are missing.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import shlex
 import sys
 from pathlib import Path
 from typing import Any
+
+from sae_whiten.cli._values import json_object
 
 EPILOG = """\
 example:
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--model-from-pretrained-kwargs",
-        type=json.loads,
+        type=json_object,
         metavar="JSON",
         help="further arguments for loading the model, as in SAELens",
     )
@@ -83,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--sae-options",
-        type=json.loads,
+        type=json_object,
         default={},
         metavar="JSON",
         help="further fields of the training configs by architecture, such as "

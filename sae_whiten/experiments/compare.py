@@ -18,7 +18,7 @@ from typing import Any
 
 import datasets
 import torch
-from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunnerConfig
+from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
 from sae_lens.config import HfDataset
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
@@ -55,8 +55,8 @@ CONDITIONS: dict[str, WhiteningConfig | None] = {
 `normalize_activations`."""
 
 _RESULTS, _SETTINGS = "results.jsonl", "settings.json"
-# in one folder: seeds may be added to those that are done, and left_out follows from the rest
-_MAY_DIFFER = ("seeds", "device", "left_out")
+# in one folder; left_out follows from the rest
+_MAY_DIFFER = ("device", "left_out")
 _ESTIMATION_BATCHES = 25  # of expected_average_only_in, which no SAE is trained on
 # fields of training configs that set the sparsity
 _SPARSITY_FIELDS = ("k", "l1_coefficient", "l0_coefficient")
@@ -137,11 +137,16 @@ class Comparison:
                     + ", ".join(SAE_TRAINING_CLASS_REGISTRY)
                 )
         object.__setattr__(self, "sae_options", _checked_options(self))
-        if not any(CONDITIONS[name] is not None for name in self.conditions):
+        # architectures may be compared without any whitening
+        alone = len(self.architectures) == 1
+        if alone and not any(CONDITIONS[name] is not None for name in self.conditions):
             raise ValueError(
                 f"conditions={', '.join(self.conditions)}: nothing is whitened; add one of "
                 + ", ".join(name for name, config in CONDITIONS.items() if config is not None)
+                + ", or another architecture"
             )
+        if self.d_sae is not None and max(self.sparsity) > self.d_sae:
+            raise ValueError(f"sparsity={max(self.sparsity)} of d_sae={self.d_sae} latents")
         left_out = self.left_out
         for architecture, reasons in left_out.items():
             if len(reasons) == len(self.conditions):
@@ -150,11 +155,11 @@ class Comparison:
                     f"{', '.join(self.conditions)}: {'; '.join(dict.fromkeys(reasons.values()))}"
                 )
         arms = _arms(self)
-        if not any(CONDITIONS[arm.condition] is not None for arm in arms):
+        if alone and not any(CONDITIONS[arm.condition] is not None for arm in arms):
             said = dict.fromkeys(r for reasons in left_out.values() for r in reasons.values())
             raise ValueError(
                 f"architectures={', '.join(self.architectures)}: nothing is whitened "
-                f"({'; '.join(said)}); add an architecture that can be"
+                f"({'; '.join(said)}); add another architecture"
             )
         for arm in arms:
             if arm.architecture == "matryoshka_batchtopk" and not (
@@ -163,7 +168,7 @@ class Comparison:
                 raise ValueError("matryoshka_batchtopk needs matryoshka_widths in sae_options")
             try:  # what a config refuses, it refuses before anything is trained
                 _sae_config(self, arm)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{arm.name}: {error}") from error
 
     @property
@@ -276,11 +281,12 @@ def compare(
         if all(arm.name in done for arm in arms):
             continue
         folder = out / "saes" / f"seed-{seed}"
-        if not all((folder / arm.name / "cfg.json").is_file() for arm in arms):
-            logger.info("training %d SAEs with seed %d", len(arms), seed)
+        untrained = [arm for arm in arms if not (folder / arm.name / "cfg.json").is_file()]
+        if untrained:
+            logger.info("training %d SAEs with seed %d", len(untrained), seed)
             _train(
                 comparison,
-                arms,
+                untrained,
                 seed,
                 statistics,
                 model,
@@ -305,7 +311,32 @@ def compare(
             arm = missing[found["name"]]
             records.append({**found, **dataclasses.asdict(arm), "seed": seed})
         _write(out / _RESULTS, records)
-    return [record for record in records if record["seed"] in comparison.seeds]
+    records = [record for record in records if record["seed"] in comparison.seeds]
+    _say_what_is_beside(comparison, records)
+    return records
+
+
+def _say_what_is_beside(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> None:
+    """Warn where SAEs that choose their L0 have no others at it to be compared with."""
+    k = sorted(r["metrics"]["l0"] for r in records if r["sparsity"] is not None)
+    for name in comparison.architectures:
+        found = [
+            r["metrics"]["l0"]
+            for r in records
+            if r["architecture"] == name and r["sparsity"] is None and r["coefficient"] is None
+        ]
+        if found and k and not k[0] <= min(found) <= max(found) <= k[-1]:
+            wanted = {max(1, int(min(found) / 1.2)), math.ceil(max(found) * 1.2)}
+            logger.warning(
+                "%s came to L0 of %.4g to %.4g, and there are SAEs with k at %.4g to %.4g: repeat "
+                "this with k of %s too (sparsity), in the same folder, to see them side by side",
+                name,
+                min(found),
+                max(found),
+                k[0],
+                k[-1],
+                " and ".join(map(str, sorted(wanted))),
+            )
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -314,12 +345,19 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings, default=str))
     if path.is_file():
         before = {"sae_options": {}, **json.loads(path.read_text())}
-        # whichever have been asked for so far
-        settings["seeds"] = sorted({*before.get("seeds", []), *settings["seeds"]})
+        in_training = any((out / "checkpoints").glob("*/*"))
+        if not in_training and not (out / "saes").is_dir() and before != settings:
+            # nothing was trained, and statistics may be of something else
+            shutil.rmtree(out / "statistics", ignore_errors=True)
+            before = settings
+        # whichever have been asked for so far; what is being trained has to be trained to its end
+        growing = ("seeds",) if in_training else ("seeds", "sparsity")
+        for name in growing:
+            settings[name] = sorted({*before.get(name, []), *settings[name]})
         different = [
             f"{name}={before.get(name)!r} (now {settings.get(name)!r})"
             for name in {**before, **settings}
-            if name not in _MAY_DIFFER and before.get(name) != settings.get(name)
+            if name not in (*_MAY_DIFFER, *growing) and before.get(name) != settings.get(name)
         ]
         if different:
             raise ValueError(
@@ -502,9 +540,15 @@ def _train(
         cfg.resume_from_checkpoint = str(checkpoints / str(max(found)))
     # the order in which SAELens mixes activations comes from torch's generator
     torch.manual_seed(seed)
-    WhiteningMultiSAETrainingRunner(
-        cfg, whitening, override_dataset=dataset, override_model=model, override_saes=saes
-    ).run()
+    overrides: dict[str, Any] = {
+        "override_dataset": dataset,
+        "override_model": model,
+        "override_saes": saes,
+    }
+    if whitening:
+        WhiteningMultiSAETrainingRunner(cfg, whitening, **overrides).run()
+    else:
+        MultiSAETrainingRunner(cfg, **overrides).run()
     shutil.rmtree(checkpoints, ignore_errors=True)  # of many SAEs, which are saved now
 
 
@@ -550,10 +594,11 @@ def _sae_config(
         # 0.01, SAELens' default, has not converged after a few hundred steps
         options["topk_threshold_lr"] = max(0.01, min(0.05, 20 / max(comparison.n_steps, 1)))
     options |= copy.deepcopy(dict(given))
-    if issubclass(config_class, TopKVSAETrainingConfig):
-        coefficient = given.get("kl_coefficient", config_class.kl_coefficient)
-        options["kl_coefficient"] = coefficient * _unit("kl_coefficient", seen, loss)
-    return config_class(**options)
+    config = config_class(**options)
+    if isinstance(config, TopKVSAETrainingConfig):
+        coefficient = config.kl_coefficient * _unit("kl_coefficient", seen, loss)
+        config = dataclasses.replace(config, kl_coefficient=coefficient)
+    return config
 
 
 def _unit(coefficient: str, seen: float, loss: float) -> float:

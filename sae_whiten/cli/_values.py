@@ -1,0 +1,28 @@
+"""Types of arguments for argparse, with errors that say what was expected."""
+
+import argparse
+import json
+from typing import Any
+
+__all__ = ["json_object", "positive"]
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return number
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An object in JSON."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text}: not JSON ({error}); in a shell, such as '{{\"name\": 1}}'"
+        ) from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text}: not an object, such as '{{\"name\": 1}}'")
+    return found
