@@ -12,6 +12,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_whiten.cli._whitening_flags import PREFIX, add_whitening_arguments, given_fields
@@ -37,8 +38,9 @@ example (logging to Weights & Biases is on unless it is switched off, as in SAEL
 --architecture NAME --help shows the flags of that architecture. Nested flags may be written with
 their prefix (--sae.k, --logger.log_to_wandb) or as SAELens shows them. A flag shown as [str] is
 None when its value is left out: --checkpoint_path alone turns checkpoints off.
---normalize_activations is covariance_whitening here; others are for architectures that no whitening
-can be folded into, which SAELens' own runner trains. More output: sae-whiten --verbose train ...
+--normalize_activations is covariance_whitening here; others are for topk_vsae and for architectures
+that no whitening can be folded into, which SAELens' own runner trains. --dataset_path may also be a
+folder written by save_to_disk. More output: sae-whiten --verbose train ...
 """
 
 
@@ -79,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
     from sae_whiten import WhiteningTrainingRunner
 
-    sae = WhiteningTrainingRunner(cfg, None if resumes_as_it_was else whitening).run()
+    whitening = None if resumes_as_it_was else whitening
+    sae = WhiteningTrainingRunner(cfg, whitening, **_saved_dataset(cfg)).run()
     check = sae.cfg.metadata.whitening["fold"]["check"]
     print(
         f"fold error: {check['fold_error']:.2g} on {check['source']} activations "
@@ -98,13 +101,25 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     from sae_whiten.saelens.folding import why_not_foldable
 
     try:
-        LanguageModelSAETrainingRunner(cfg).run()
+        LanguageModelSAETrainingRunner(cfg, **_saved_dataset(cfg)).run()
     except InterruptedException as interruption:
         raise KeyboardInterrupt from interruption
     sae_class, _ = get_sae_training_class(cfg.sae.architecture())
-    print(f"not whitened, for whitening cannot be folded into {why_not_foldable(sae_class)}")
-    _say_where(cfg, ours=sae_class.__module__.startswith("sae_whiten."))
+    reason = why_not_foldable(sae_class)
+    cannot = "" if reason is None else f", for whitening cannot be folded into {reason}"
+    print(f"not whitened{cannot}")
+    known = cfg.sae.get_inference_config_class().__module__.startswith("sae_lens.")
+    _say_where(cfg, ours=not known)
     return 0
+
+
+def _saved_dataset(cfg: "LanguageModelSAERunnerConfig[Any]") -> dict[str, Any]:
+    """The dataset, if its path is a folder that `save_to_disk` wrote: SAELens cannot open it."""
+    if not (Path(cfg.dataset_path) / "state.json").is_file():
+        return {}
+    from datasets import load_from_disk
+
+    return {"override_dataset": load_from_disk(cfg.dataset_path)}
 
 
 def _say_where(cfg: "LanguageModelSAERunnerConfig[Any]", ours: bool = False) -> None:
@@ -161,7 +176,8 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         raise ValueError(message.strip() or usage) from None
     sys.stderr.write(captured.getvalue())
 
-    if reason is None and cfg.sae.normalize_activations != "covariance_whitening":
+    ours = type(cfg.sae).__module__.startswith("sae_whiten.")
+    if reason is None and not ours and cfg.sae.normalize_activations != "covariance_whitening":
         raise ValueError(
             f"--normalize_activations {cfg.sae.normalize_activations} contradicts this command, "
             "which trains under covariance_whitening. Leave the flag out, or train with SAELens."
