@@ -11,12 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy import ndarray
-from safetensors.torch import save_file
 from scipy.sparse import csr_array
 from sklearn.neighbors import NearestNeighbors
 
 from sae_whiten._files import CorruptFileError
-from sae_whiten.cli import latents as latents_command
 from sae_whiten.cli import main
 from sae_whiten.evaluation import latent_space_figure
 from sae_whiten.evaluation.latent_space import (
@@ -32,7 +30,6 @@ from sae_whiten.experiments.latent_space import (
     Firing,
     latent_space,
     measure_firing,
-    training_firing_rates,
 )
 from tests.support import tiny_dataset, tiny_model
 from tests.test_evaluate import BYTE_TRANSFORMER, TOPK, activations, sae_of, text
@@ -437,25 +434,6 @@ def test_decoders_share_a_space_if_hook_head_and_model_are_the_same():
         latent_space(saes, {name: Firing(rates.numpy()) for name in saes}, of="activations")
 
 
-def test_frequencies_of_training_are_read_as_saelens_writes_them(tmp_path: Path):
-    rates = torch.tensor([0.0, 1e-7, 0.02, 1.0])
-    assert training_firing_rates(tmp_path) is None
-    logarithms = torch.log10(rates + 1e-10)
-    # as another machine may round it
-    logarithms[0] = torch.nextafter(logarithms[0], torch.tensor(0.0))
-    save_file({"sparsity": logarithms}, tmp_path / "sparsity.safetensors")
-    found = training_firing_rates(tmp_path)
-    assert found is not None
-    assert found.firing_rates[0] == 0
-    assert found.firing_rates == pytest.approx(rates.numpy(), rel=2e-3)
-    # an empty window: SAELens divides zero by zero
-    save_file({"sparsity": torch.full((4,), torch.nan)}, tmp_path / "sparsity.safetensors")
-    assert training_firing_rates(tmp_path) is None
-    (tmp_path / "sparsity.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="sparsity.safetensors"):
-        training_firing_rates(tmp_path)
-
-
 # --- the command
 
 
@@ -501,30 +479,17 @@ def test_the_command_draws_and_writes_coordinates(tmp_path, text, capsys):
     assert "no cfg.json" in capsys.readouterr().err
 
 
-def test_frequencies_of_training_need_no_model(tmp_path, capsys, monkeypatch):
-    def load(source: dict[str, Any], device: str) -> None:
-        raise ValueError(f"asked for {source['model_name']}")
+def test_no_file_of_others_is_overwritten(tmp_path, capsys):
+    sae_of(16, 40).save_model(tmp_path / "sae")
+    before = (tmp_path / "sae" / "cfg.json").read_bytes()
+    out = tmp_path / "sae" / "cfg.png"
+    assert main(["latents", str(tmp_path / "sae"), "--out", str(out)]) == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert (tmp_path / "sae" / "cfg.json").read_bytes() == before
 
-    monkeypatch.setattr(latents_command, "open_dataset_of", lambda args, path: None)
-    monkeypatch.setattr(latents_command, "load_model_of", load)
-    sae = sae_of(16, 40, model_name="no such model", dataset_path="nowhere")
-    sae.save_model(tmp_path / "sae")
-    rates = torch.full((40,), 0.02)
-    rates[:10] = 0
-    save_file({"sparsity": torch.log10(rates + 1e-10)}, tmp_path / "sae" / "sparsity.safetensors")
-    command = ["latents", str(tmp_path / "sae"), "--out", str(tmp_path / "a.svg")]
-    assert main(command) == 0
-    found = LatentSpace.load(tmp_path / "a.json")
-    assert found.maps[0].latents[found.maps[0].dead].tolist() == list(range(10))
-    assert "end of training" in found.source["frequencies"]
-    assert "dead: 10" in (tmp_path / "a.svg").read_text()
-    # a model is asked for where it is needed, and where it is given
-    for flags in (["--of", "activations"], ["--dataset-path", "tokens"], ["--model-name", "given"]):
-        assert main([*command, *flags]) == 2
-        asked = flags[1] if flags[0] == "--model-name" else "no such model"
-        assert f"asked for {asked}" in capsys.readouterr().err
-    (tmp_path / "sae" / "sparsity.safetensors").unlink()
-    assert main(command) == 2
-    said = capsys.readouterr().err
-    assert "no firing frequencies from training beside" in said
-    assert "asked for no such model" in said
+
+def test_numbers_that_mean_nothing_are_refused_at_once(tmp_path, capsys):
+    for flag in ("--n-tokens", "--context-size", "--max-latents", "--batch-size-prompts"):
+        with pytest.raises(SystemExit):
+            main(["latents", "sae", "--out", str(tmp_path / "a.png"), flag, "0"])
+        assert f"argument {flag}: 0: must be at least 1" in capsys.readouterr().err

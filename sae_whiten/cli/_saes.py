@@ -1,11 +1,12 @@
 """What commands on finished SAEs share: the SAEs, their model and the dataset, from their flags."""
 
 import argparse
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sae_whiten.cli._values import json_object
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -43,7 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--model-from-pretrained-kwargs",
-        type=json.loads,
+        type=json_object,
         metavar="JSON",
         help="further arguments for loading the model, as in SAELens",
     )

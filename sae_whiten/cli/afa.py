@@ -8,7 +8,11 @@ latents, and means are over the prompts:
 eps-LBO: the smallest largest inner product between features that fits both norms, mean and median;
 NMSE: squared error over squared norm of the activation; L0: active latents; over, under: share of
 prompts whose code is larger, smaller than the input; the bands: share with eps-LBO (h - 1) at most
-0.25, 0.5, 1; pearson, spearman: correlations of NMSE and eps-LBO.
+0.25, 0.5, 1; norms: Pearson's correlation of the two norms; pearson, spearman: correlations of NMSE
+and eps-LBO; bias: norm of the decoder bias, which is one entry of every code, over the mean norm of
+the codes. Near 1 the bias is all that these figures are of: so it is where the mean of the
+activations is large beside their spread, and was subtracted from them (whitening does so) and
+folded into the bias.
 
 Writes afa.json, with the values of every prompt; zf.png and .pdf, code against input; violins.png
 and .pdf, how NMSE and eps-LBO are distributed.
@@ -30,6 +34,7 @@ from sae_whiten.cli._saes import (
     model_source,
     open_dataset_of,
 )
+from sae_whiten.cli._values import positive
 
 if TYPE_CHECKING:
     from sae_whiten.experiments.afa import AFAResult
@@ -57,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset_arguments(group)
     group.add_argument(
         "--n-prompts",
-        type=int,
+        type=positive,
         default=1000,
         metavar="N",
         help="rows of the dataset, from its beginning (default: %(default)s)",
     )
     group.add_argument(
-        "--context-size", type=int, help="tokens per prompt at most (default: as in training)"
+        "--context-size", type=positive, help="tokens per prompt at most (default: as in training)"
     )
     group.add_argument(
         "--prepend-bos",
@@ -71,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put the beginning-of-sequence token in front (default: as in training)",
     )
     group.add_argument(
-        "--batch-size-prompts", type=int, default=16, help="prompts per pass of the model"
+        "--batch-size-prompts", type=positive, default=16, help="prompts per pass of the model"
     )
 
 
@@ -138,7 +143,7 @@ def _print_table(saes: Sequence[dict[str, Any]]) -> None:
         f"{'':{width}}{'prompts':>9}{'h':>8}{'eps-LBO':>10}{'median':>10}{'NMSE':>9}{'L0':>8}"
         f"{'over':>7}{'under':>7}"
         + "".join(f"{f'<={e}':>8}" for e in bands)
-        + f"{'pearson':>9}{'spearman':>9}"
+        + f"{'norms':>8}{'pearson':>9}{'spearman':>9}{'bias':>7}"
     )
     for sae in saes:
         found = sae["summary"]
@@ -149,8 +154,16 @@ def _print_table(saes: Sequence[dict[str, Any]]) -> None:
             f"{_number(found['nmse_mean'], '.3g'):>9}{found['l0_mean']:>8.1f}"
             f"{found['over_activated']:>7.1%}{found['under_activated']:>7.1%}"
             + "".join(f"{share:>8.1%}" for share in found["in_band"].values())
-            + f"{_number(found['pearson'], '.3f'):>9}{_number(found['spearman'], '.3f'):>9}"
+            + f"{_number(found['norms_pearson'], '.3f'):>8}"
+            f"{_number(found['pearson'], '.3f'):>9}{_number(found['spearman'], '.3f'):>9}"
+            f"{_bias_share(sae):>7.2f}"
         )
+    for sae in saes:
+        if _bias_share(sae) > 0.9:
+            print(
+                f"{sae['name']}: its codes are little more than the decoder bias, and so eps-LBO "
+                "says little of its latents"
+            )
     for sae in saes:
         if n := sae["summary"]["n_undefined"]:
             print(
@@ -158,6 +171,11 @@ def _print_table(saes: Sequence[dict[str, Any]]) -> None:
                 "zero and their eps-LBO infinite, or their activation is zero and their NMSE "
                 "infinite"
             )
+
+
+def _bias_share(sae: dict[str, Any]) -> float:
+    codes = sae["prompts"]["code_norm"]
+    return sae["bias_norm"] * len(codes) / max(sum(codes), 1e-30)
 
 
 def _number(value: float | None, spec: str) -> str:

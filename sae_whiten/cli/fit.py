@@ -10,11 +10,12 @@ by torchrun, every process takes its share of the dataset, and the result is tha
 """
 
 import argparse
-import json
 import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sae_whiten.cli._values import json_object
 
 if TYPE_CHECKING:
     from sae_whiten.statistics import ActivationStatistics
@@ -107,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--model-from-pretrained-kwargs",
-        type=json.loads,
+        type=json_object,
         metavar="JSON",
         help="further arguments for loading the model, as in SAELens, such as a revision",
     )

@@ -11,10 +11,7 @@ Near each other means alike. Distances between clusters, and their sizes, mean n
 Alike is meant by cosine. Where a few directions hold most of the variance of the activations, they
 can decide the cosines of decoder rows; --of activations is not affected.
 
-Firing frequencies come from a run of the model. Only if --of decoder is to be drawn, neither model
-nor dataset are given, and all SAEs are folders with a sparsity.safetensors, in which SAELens leaves
-the frequencies of the end of training, these are taken, and no model is loaded. They can differ
-from those of the finished SAE: a TopK vSAE trains with noise, BatchTopK selects over a batch.
+Firing frequencies are counted on a run of the model.
 
 Beside the figure, FILE with the suffix .json has the coordinates; Python draws them again by
 sae_whiten.evaluation.latent_space.LatentSpace.load and latent_space_figure.plot_latent_space.
@@ -34,6 +31,7 @@ from sae_whiten.cli._saes import (
     model_source,
     open_dataset_of,
 )
+from sae_whiten.cli._values import positive
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -65,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--max-latents",
-        type=int,
+        type=positive,
         default=2000,
         metavar="N",
         help="most latents of each SAE to show, drawn at random, but so that dead ones keep their "
@@ -88,24 +86,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--n-tokens",
-        type=int,
+        type=positive,
         default=65_536,
         help="tokens to read; a latent that fires at none of them counts as dead "
         "(default: %(default)s)",
     )
-    add("--context-size", type=int, help="tokens per sequence (default: as in training)")
+    add("--context-size", type=positive, help="tokens per sequence (default: as in training)")
     add(
         "--prepend-bos",
         action=argparse.BooleanOptionalAction,
         help="put the beginning-of-sequence token in front (default: as in training)",
     )
-    add("--batch-size-prompts", type=int, default=16, help="sequences per pass of the model")
+    add("--batch-size-prompts", type=positive, default=16, help="sequences per pass of the model")
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, measure, embed, draw, write the coordinates, and print a count."""
     if args.out.suffix not in _FORMATS:
         raise ValueError(f"--out {args.out}: a figure is one of {', '.join(_FORMATS)}")
+    coordinates = args.out.with_suffix(".json")
+    _check_overwritable(coordinates)
     saes = load_saes(args.saes, args.device)
 
     from sae_whiten.evaluation.latent_space_figure import plot_latent_space
@@ -121,7 +121,6 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         source=source,
     )
-    coordinates = args.out.with_suffix(".json")
     found.save(coordinates)
     plot_latent_space(found, args.out)
     _print_counts(found)
@@ -129,23 +128,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_overwritable(coordinates: Path) -> None:
+    from sae_whiten._files import CorruptFileError
+    from sae_whiten.evaluation.latent_space import LatentSpace
+
+    if coordinates.exists():
+        try:
+            LatentSpace.load(coordinates)
+        except CorruptFileError as error:
+            raise ValueError(
+                f"the coordinates would overwrite {coordinates}, which this command has not "
+                "written; give --out another name"
+            ) from error
+
+
 def _firing(
     args: argparse.Namespace, saes: "dict[str, SAE[Any]]"
 ) -> "tuple[dict[str, Firing], dict[str, Any]]":
     """When latents fire, and where that comes from."""
-    import logging
+    from sae_whiten.experiments.latent_space import measure_firing
 
-    from sae_whiten.experiments.latent_space import measure_firing, training_firing_rates
-
-    if args.of == "decoder" and args.model_name is None and args.dataset_path is None:
-        of_training = {name: training_firing_rates(name) for name in saes}
-        known = {name: firing for name, firing in of_training.items() if firing is not None}
-        if len(known) == len(saes):
-            return known, {"frequencies": "at the end of training (sparsity.safetensors)"}
-        logging.getLogger("sae_whiten").info(
-            "no firing frequencies from training beside %s: measuring them on the model",
-            ", ".join(name for name in saes if name not in known),
-        )
     model_arguments = model_source(args, saes)
     dataset_path = dataset_path_of(args, saes)
     dataset = open_dataset_of(args, dataset_path)

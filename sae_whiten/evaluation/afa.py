@@ -185,7 +185,7 @@ def summary(samples: AFASamples, bands: Sequence[float] = BANDS) -> dict[str, An
     - `eps_lbo_mean`, `eps_lbo_median`, `nmse_mean`, `nmse_median`, `l0_mean`.
     - `over_activated`, `under_activated`: shares of samples with |f~| > |z| and |f~| < |z|.
     - `in_band`: by e, shares of samples with eps-LBO (h - 1) <= e.
-    - `pearson`, `spearman`: of NMSE and eps-LBO.
+    - `pearson`, `spearman`: of NMSE and eps-LBO; `norms_pearson`: of |z| and |f~|.
 
     Args:
         samples: At least one.
@@ -210,4 +210,6 @@ def summary(samples: AFASamples, bands: Sequence[float] = BANDS) -> dict[str, An
     figures["over_activated"] = float((samples.code_norm > samples.z_norm).double().mean())
     figures["under_activated"] = float((samples.code_norm < samples.z_norm).double().mean())
     figures["in_band"] = {f"{e:g}": float((excess <= e).double().mean()) for e in bands}
+    norms = correlations(samples.z_norm, samples.code_norm)
+    figures["norms_pearson"] = norms.pearson
     return {**figures, **correlations(samples.nmse, eps)._asdict()}

@@ -2,17 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from numpy import ndarray
 from sae_lens.config import HfDataset
-from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from scipy.sparse import csr_array, vstack
 
 from sae_whiten.evaluation.latent_space import (
@@ -28,11 +24,7 @@ from sae_whiten.experiments._tokens import sequence_settings, token_batches
 from sae_whiten.experiments.model import View, encode_decode, run
 from sae_whiten.saelens.sources import Model
 
-__all__ = ["Firing", "latent_space", "measure_firing", "training_firing_rates"]
-
-# SAELens writes log10(rate + 1e-10); the rate of a latent that fired is at least one over the
-# tokens of the window, 8e6 by SAELens' defaults
-_LEAST_RATE = 1e-9
+__all__ = ["Firing", "latent_space", "measure_firing"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,35 +121,6 @@ def measure_firing(
             vstack(kept_activations[name]).T.tocsr() if activations else None,  # pyright: ignore[reportOptionalMemberAccess]
         )
     return found
-
-
-def training_firing_rates(folder: str | Path) -> Firing | None:
-    """How often latents fired at the end of training, from what SAELens wrote beside the SAE.
-
-    That is `sparsity.safetensors`, counted over the tokens of training since the last multiple of
-    `feature_sampling_window` steps: by the SAE as it trained, which for architectures that train
-    with noise or a batch's threshold is not quite the SAE that was saved.
-
-    Args:
-        folder: With the SAE.
-
-    Returns:
-        None if there is no such file, or training ended as a window began, so that it is empty.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
-    path = Path(folder) / SPARSITY_FILENAME
-    if not path.is_file():
-        return None
-    try:
-        logarithms = load_file(path)["sparsity"].double()
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} holds no firing frequencies of SAELens ({error!r})") from error
-    if not logarithms.isfinite().all():
-        return None
-    rates = (10**logarithms - 1e-10).clamp(max=1)
-    return Firing(torch.where(rates < _LEAST_RATE, 0, rates).numpy())
 
 
 def latent_space(
