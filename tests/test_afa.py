@@ -163,6 +163,8 @@ def test_summary_by_hand():
     assert found["l0_mean"] == 5
     assert found["over_activated"] == pytest.approx(2 / 5)
     assert found["under_activated"] == pytest.approx(2 / 5)
+    norms = np.corrcoef([1, 2, 1, 0.9, 1], [1, 1, 2, 1, 0])[0, 1]
+    assert found["norms_pearson"] == pytest.approx(norms)
     assert found["in_band"] == {"0.25": 0.4, "0.5": 0.4, "1": pytest.approx(0.6)}
     nothing = summary(samples(f64(1, 2), f64(0, 0)))
     assert nothing["eps_lbo_mean"] is nothing["nmse_median"] is nothing["pearson"] is None
@@ -585,6 +587,8 @@ def test_the_command_writes_everything_and_prints_a_table(tmp_path, capsys):
         saes["first"].W_enc.zero_()
         saes["first"].get_parameter("b_enc").fill_(-1)
         saes["first"].b_dec.zero_()
+        saes["second"].b_dec.fill_(1e4)
+        saes["second"].W_enc.mul_(1e-6)  # or the latents were as large
     for name, sae in saes.items():
         sae.save_model(tmp_path / name)
     texts = [f"prompt number {i} " + "x" * i for i in range(12)]
@@ -616,6 +620,8 @@ def test_the_command_writes_everything_and_prints_a_table(tmp_path, capsys):
     assert second["prompts"]["l0"] == [9] * 10
     assert second["summary"]["eps_lbo_mean"] == pytest.approx(np.mean(second["prompts"]["eps_lbo"]))
     assert f"{second['summary']['eps_lbo_mean']:.2e}" in printed
+    assert f"{paths[1]}: its codes are little more than the decoder bias" in printed
+    assert f"{paths[0]}: its codes are little" not in printed
     for name, magic in (("zf.png", b"\x89PNG"), ("zf.pdf", b"%PDF"),
                         ("violins.png", b"\x89PNG"), ("violins.pdf", b"%PDF")):  # fmt: skip
         assert (out / name).read_bytes().startswith(magic)
