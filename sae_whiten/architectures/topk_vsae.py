@@ -57,10 +57,11 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
         kl_over (Literal["all", "selected"]): Whether all latents are charged, as in the paper, or
             those that are selected.
         initial_logvar (float): Log variance of the posterior, in the beginning ("learned") or
-            always ("fixed"), in the unit of the latents. At 0, as in the authors' code, the noise
-            drowns latents of inputs of unit norm: there -8 cost a twentieth of the explained
-            variance, -4 a fifth, -2 half of it (docs/architectures.md). For inputs of norm
-            sqrt(d_in) the same noise is log(d_in) more.
+            always ("fixed"), in the unit of the latents. At 0, as in the authors' code, noise is
+            large beside latents of inputs of unit norm: there a learned variance, with beta 1e-4,
+            cost 5 to 13 percent of the explained variance up to -8, 22 to 64 at -4, 51 to 91 at -2
+            (two small models, docs/architectures.md). For inputs of norm sqrt(d_in) the same noise
+            is log(d_in) more.
         relu_mean (bool): Whether mu goes through a ReLU before it is sampled and charged, as in
             the authors' code, but not in their paper. What is saved is the same kind of SAE.
         k (int): Number of latents selected. Inherited from TopKTrainingSAEConfig.

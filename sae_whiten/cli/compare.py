@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
     )
     settings = json.loads((args.out / "settings.json").read_text())
     settings["command"] = shlex.join(["sae-whiten", *sys.argv[1:]])
-    write_report(records, args.out, settings, targets=args.sparsity)
+    write_report(records, args.out, settings, targets=settings["sparsity"])
     print((args.out / "table.md").read_text())
     print(f"\nsaved in {args.out}: report.html is the whole report in one file")
     return 0

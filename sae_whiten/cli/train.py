@@ -12,7 +12,6 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_whiten.cli._whitening_flags import PREFIX, add_whitening_arguments, given_fields
@@ -115,11 +114,10 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
 
 def _saved_dataset(cfg: "LanguageModelSAERunnerConfig[Any]") -> dict[str, Any]:
     """The dataset, if its path is a folder that `save_to_disk` wrote: SAELens cannot open it."""
-    if not (Path(cfg.dataset_path) / "state.json").is_file():
-        return {}
-    from datasets import load_from_disk
+    from sae_whiten.experiments.labels import is_saved_to_disk, open_dataset
 
-    return {"override_dataset": load_from_disk(cfg.dataset_path)}
+    path = cfg.dataset_path
+    return {"override_dataset": open_dataset(path)} if is_saved_to_disk(path) else {}
 
 
 def _say_where(cfg: "LanguageModelSAERunnerConfig[Any]", ours: bool = False) -> None:

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from sae_whiten.evaluation.afa import AFASamples, code_norm, nmse, summary
 from sae_whiten.evaluation.metrics import _as_float64
-from sae_whiten.experiments._saes import check_sae, common_setting, flat_heads
+from sae_whiten.experiments._saes import check_sae, flat_heads
+from sae_whiten.experiments._tokens import sequence_settings
 from sae_whiten.experiments.labels import open_dataset
 from sae_whiten.experiments.model import (
     View,
@@ -149,11 +150,7 @@ def evaluate_afa(
     for name, sae in saes.items():
         check_sae(name, sae, model)
         _check_architecture(name, sae)
-    if context_size is None:
-        sizes = (sae.cfg.metadata.context_size for sae in saes.values())
-        context_size = min((int(size) for size in sizes if size is not None), default=128)
-    if prepend_bos is None:
-        prepend_bos = bool(common_setting(saes, "prepend_bos", True))
+    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
     # a separator counts for an SAE that was trained on special tokens, but ends most prompts
     special = get_special_token_ids(model.tokenizer)  # pyright: ignore[reportArgumentType]
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}

@@ -346,10 +346,6 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if path.is_file():
         before = {"sae_options": {}, **json.loads(path.read_text())}
         in_training = any((out / "checkpoints").glob("*/*"))
-        if not in_training and not (out / "saes").is_dir() and before != settings:
-            # nothing was trained, and statistics may be of something else
-            shutil.rmtree(out / "statistics", ignore_errors=True)
-            before = settings
         # whichever have been asked for so far; what is being trained has to be trained to its end
         growing = ("seeds",) if in_training else ("seeds", "sparsity")
         for name in growing:
@@ -359,7 +355,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             for name in {**before, **settings}
             if name not in (*_MAY_DIFFER, *growing) and before.get(name) != settings.get(name)
         ]
-        if different:
+        trained = in_training or (out / "saes").is_dir() or (out / _RESULTS).is_file()
+        if different and not trained:
+            # whatever statistics there are may be of something else
+            shutil.rmtree(out / "statistics", ignore_errors=True)
+        elif different:
             raise ValueError(
                 f"{out} holds a comparison with {', '.join(different)}. Choose another folder, or "
                 "repeat that one."

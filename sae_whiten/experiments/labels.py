@@ -179,6 +179,11 @@ def dataset_texts(
     return _assembled(label_columns, cells, source, seed)
 
 
+def is_saved_to_disk(path: str) -> bool:
+    """Whether a path is a folder that `save_to_disk` of datasets wrote."""
+    return any((Path(path) / n).is_file() for n in ("state.json", "dataset_dict.json"))
+
+
 def open_dataset(path: str, split: str = "train", streaming: bool = False) -> Any:
     """A dataset of the hub, a folder of files, or a folder written by `save_to_disk`.
 
@@ -189,8 +194,7 @@ def open_dataset(path: str, split: str = "train", streaming: bool = False) -> An
     """
     from datasets import DatasetDict, ReadInstruction, load_dataset, load_from_disk
 
-    saved = [Path(path) / name for name in ("state.json", "dataset_dict.json")]
-    if not any(file.is_file() for file in saved):
+    if not is_saved_to_disk(path):
         return load_dataset(path, split=split, streaming=streaming)
     dataset = load_from_disk(path)
     if isinstance(dataset, DatasetDict):

@@ -76,7 +76,11 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
         sae_cfg = override_sae.cfg if override_sae is not None else cfg.sae
-        reason = why_not_foldable(get_sae_training_class(sae_cfg.architecture())[0])
+        reason = why_not_foldable(
+            get_sae_training_class(sae_cfg.architecture())[0]
+            if override_sae is None
+            else override_sae  # of a class that may not be registered
+        )
         if reason is not None:
             raise FoldError(f"cannot train under whitening: it cannot be folded into {reason}")
         if sae_cfg.normalize_activations != "covariance_whitening":
