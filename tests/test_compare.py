@@ -2,6 +2,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -232,7 +233,15 @@ def test_architectures_are_compared_without_whitening_and_k_can_be_added(
         patch.setattr("sae_whiten.experiments.compare._train", None)
         with pytest.raises(TypeError):
             run(tmp_path / "a", dataclasses.replace(one, lr=5.0, context_size=16))
-    # nothing was trained, so nothing is lost
+    # nothing was trained, so other settings may come, but not take the place of the statistics
+    # where these are the same
+    statistics = tmp_path / "a" / "statistics"
+    with monkeypatch.context() as patch:
+        patch.setattr("sae_whiten.experiments.compare._train", None)
+        before = [path.stat().st_mtime_ns for path in statistics.iterdir()]
+        with pytest.raises(TypeError):
+            run(tmp_path / "a", dataclasses.replace(one, lr=5.0, context_size=16, seeds=(0, 1)))
+        assert [path.stat().st_mtime_ns for path in statistics.iterdir()] == before
     with caplog.at_level(logging.WARNING, "sae_whiten"):
         first = run(tmp_path / "a", one)
     assert [r["name"] for r in first] == ["topk-none-k2", "top_afa-none"]
@@ -240,6 +249,9 @@ def test_architectures_are_compared_without_whitening_and_k_can_be_added(
     assert "there are SAEs with k at 2 to 2: repeat this with k of" in said
     more = run(tmp_path / "a", both)
     assert more[:2] == first
+    shutil.rmtree(tmp_path / "a" / "saes")  # they are large, and evaluated
+    with pytest.raises(ValueError, match="holds a comparison with lr"):
+        run(tmp_path / "a", dataclasses.replace(both, lr=5.0))
     assert [r["name"] for r in more[2:]] == ["topk-none-k16"]
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["sparsity"] == [2, 16]
     together = {r["name"]: r["metrics"] for r in run(tmp_path / "b", both)}

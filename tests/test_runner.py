@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Array2D, Dataset, Features
-from sae_lens import SAE, TopKTrainingSAEConfig
+from sae_lens import SAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
@@ -313,6 +313,29 @@ def test_fine_tuning_weights_of_an_unknown_basis_is_refused(tmp_path):
 def test_a_config_that_does_not_ask_for_whitening_is_refused():
     with pytest.raises(ValueError, match="covariance_whitening"):
         runner(sae=TopKTrainingSAEConfig(d_in=32, d_sae=128, k=8))
+
+
+def test_an_sae_of_a_class_that_saelens_does_not_know_is_trained():
+    class OwnConfig(TopKTrainingSAEConfig):
+        @classmethod
+        def architecture(cls) -> str:
+            return "own"
+
+        def get_inference_config_class(self) -> type[TopKSAEConfig]:
+            return TopKSAEConfig
+
+    sae = TopKTrainingSAE(
+        OwnConfig(d_in=32, d_sae=128, k=8, normalize_activations="covariance_whitening")
+    )
+    trained = WhiteningTrainingRunner(
+        runner_config(),
+        FEW,
+        override_dataset=tiny_dataset(),
+        override_model=tiny_model(),
+        override_sae=sae,
+    ).run()
+    assert trained is sae
+    assert trained.cfg.metadata.whitening["fold"]["check"]["fold_error"] < 1e-5
 
 
 COMPILED = """
