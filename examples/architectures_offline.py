@@ -47,11 +47,11 @@ from sae_whiten.architectures import (
     TopKVSAETrainingConfig,
     TopKVSAETrainingSAE,
 )
-from sae_whiten.evaluation.afa import nmse
-from sae_whiten.evaluation.comparison import spread
+from sae_whiten.comparison.summary import spread
 from sae_whiten.evaluation.metrics import ExplainedVariance, LatentActivity, dead_latents
+from sae_whiten.evaluation.model_view import run
 from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
-from sae_whiten.experiments.model import run
+from sae_whiten.lenses.afa.norms import nmse
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from datasets import Dataset
 from sae_lens.load_model import load_model
 from transformers import AutoTokenizer
 
-from sae_whiten.evaluation.report import write_report
-from sae_whiten.experiments.compare import Comparison, compare
-from sae_whiten.experiments.labels import library_texts
-from sae_whiten.experiments.source_code import shuffled, source_files, stdlib_root
+from sae_whiten.comparison.compare import Comparison, compare
+from sae_whiten.comparison.report import write_report
+from sae_whiten.evaluation.labels import library_texts
+from sae_whiten.evaluation.source_code import shuffled, source_files, stdlib_root
 
 CONTEXT_SIZE = 128
 BYTE_TRANSFORMER = Path(__file__).parent.parent / "tests" / "assets" / "byte-transformer"

@@ -13,38 +13,38 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sae_whiten._files import CorruptFileError
-    from sae_whiten.config import WhiteningConfig
-    from sae_whiten.saelens.collect import fit_statistics
-    from sae_whiten.saelens.folding import (
+    from sae_whiten.architectures.folding import (
         FoldCheck,
         FoldError,
         FoldReport,
         fold_whitening_into_weights,
         unfold_whitening_from_weights,
     )
-    from sae_whiten.saelens.multi_runner import WhiteningMultiSAETrainingRunner
-    from sae_whiten.saelens.runner import WhiteningTrainingRunner
-    from sae_whiten.saelens.scaler import CovarianceWhiteningScaler
-    from sae_whiten.saelens.trainer import WhiteningTrainer
+    from sae_whiten.config import WhiteningConfig
+    from sae_whiten.estimation.fit import fit_statistics
     from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError
+    from sae_whiten.training.multi_runner import WhiteningMultiSAETrainingRunner
+    from sae_whiten.training.runner import WhiteningTrainingRunner
+    from sae_whiten.training.scaler import CovarianceWhiteningScaler
+    from sae_whiten.training.trainer import WhiteningTrainer
     from sae_whiten.whitening import Whitening
 
 _MODULES = {
     "ActivationStatistics": "sae_whiten.statistics",
     "CorruptFileError": "sae_whiten._files",
-    "CovarianceWhiteningScaler": "sae_whiten.saelens.scaler",
-    "FoldCheck": "sae_whiten.saelens.folding",
-    "FoldError": "sae_whiten.saelens.folding",
-    "FoldReport": "sae_whiten.saelens.folding",
+    "CovarianceWhiteningScaler": "sae_whiten.training.scaler",
+    "FoldCheck": "sae_whiten.architectures.folding",
+    "FoldError": "sae_whiten.architectures.folding",
+    "FoldReport": "sae_whiten.architectures.folding",
     "NonFiniteActivationsError": "sae_whiten.statistics",
     "Whitening": "sae_whiten.whitening",
     "WhiteningConfig": "sae_whiten.config",
-    "WhiteningMultiSAETrainingRunner": "sae_whiten.saelens.multi_runner",
-    "WhiteningTrainer": "sae_whiten.saelens.trainer",
-    "WhiteningTrainingRunner": "sae_whiten.saelens.runner",
-    "fit_statistics": "sae_whiten.saelens.collect",
-    "fold_whitening_into_weights": "sae_whiten.saelens.folding",
-    "unfold_whitening_from_weights": "sae_whiten.saelens.folding",
+    "WhiteningMultiSAETrainingRunner": "sae_whiten.training.multi_runner",
+    "WhiteningTrainer": "sae_whiten.training.trainer",
+    "WhiteningTrainingRunner": "sae_whiten.training.runner",
+    "fit_statistics": "sae_whiten.estimation.fit",
+    "fold_whitening_into_weights": "sae_whiten.architectures.folding",
+    "unfold_whitening_from_weights": "sae_whiten.architectures.folding",
 }
 
 __all__ = [

@@ -282,7 +282,7 @@ class ActivationStatistics:
             ValueError: `hook_name` is None, and the repo holds several.
             CorruptFileError: The file is truncated, foreign or was changed.
         """
-        from sae_whiten.hub import download_statistics
+        from sae_whiten.estimation.hub import download_statistics
 
         return cls.load(download_statistics(repo_id, hook_name, revision))
 
@@ -304,7 +304,7 @@ class ActivationStatistics:
             OSError: The hub cannot be reached, or refuses: no token, or none with the right to
                 write.
         """
-        from sae_whiten.hub import push_folder
+        from sae_whiten.estimation.hub import push_folder
 
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder) / "statistics.safetensors")

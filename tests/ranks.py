@@ -64,9 +64,9 @@ def _main(
     args: tuple[Any, ...],
 ) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    import sae_whiten.distributed
+    import sae_whiten.estimation.distributed
 
-    sae_whiten.distributed.TIMEOUT = datetime.timedelta(seconds=timeout)
+    sae_whiten.estimation.distributed.TIMEOUT = datetime.timedelta(seconds=timeout)
     dist.init_process_group(
         # that long, for processes do not start at the same time
         "gloo",

@@ -16,8 +16,10 @@ from sae_lens import SAE
 from torch import Tensor
 
 from sae_whiten.cli import main
-from sae_whiten.evaluation import afa_figures
-from sae_whiten.evaluation.afa import (
+from sae_whiten.lenses.afa import figure as afa_figures
+from sae_whiten.lenses.afa.figure import plot_violins, plot_zf
+from sae_whiten.lenses.afa.measure import evaluate_afa
+from sae_whiten.lenses.afa.norms import (
     AFASamples,
     Correlations,
     band_slopes,
@@ -27,8 +29,6 @@ from sae_whiten.evaluation.afa import (
     nmse,
     summary,
 )
-from sae_whiten.evaluation.afa_figures import plot_violins, plot_zf
-from sae_whiten.experiments.afa import evaluate_afa
 from tests.support import tiny_model
 
 BYTE_TRANSFORMER = Path(__file__).parent / "assets" / "byte-transformer"

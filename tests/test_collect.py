@@ -9,9 +9,9 @@ from transformer_lens import HookedTransformer
 
 from sae_whiten import ActivationStatistics, NonFiniteActivationsError
 from sae_whiten.cli import main
-from sae_whiten.saelens.collect import fit_statistics
-from sae_whiten.saelens.provenance import statistics_file
-from sae_whiten.saelens.sources import match_hooks
+from sae_whiten.estimation.fit import fit_statistics
+from sae_whiten.estimation.provenance import statistics_file
+from sae_whiten.estimation.sources import match_hooks
 from tests.support import runner_config, tiny_dataset, tiny_model
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"]
@@ -213,7 +213,7 @@ def fit_killed_at(n_passes: int, out, monkeypatch, dataset=None, **options) -> N
         return tensor
 
     model.hook_dict[HOOKS[0]].add_perma_hook(die)
-    monkeypatch.setattr("sae_whiten.saelens.collect._SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("sae_whiten.estimation.fit._SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(Killed):
         fit_statistics(model, dataset or tiny_dataset(3000), HOOKS, out=out, **ADAPTIVE, **options)
 

@@ -11,7 +11,8 @@ from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_whiten import ActivationStatistics, Whitening
-from sae_whiten.experiments.compare import (
+from sae_whiten.architectures.losses import ReconstructionMetric
+from sae_whiten.comparison.compare import (
     CONDITIONS,
     Comparison,
     _arms,
@@ -20,7 +21,6 @@ from sae_whiten.experiments.compare import (
     _unit,
     compare,
 )
-from sae_whiten.saelens.losses import ReconstructionMetric
 from tests.support import tiny_dataset, tiny_model
 
 SMALL = Comparison(
@@ -207,7 +207,7 @@ def test_coefficients_weigh_the_same_in_every_space_and_unit(name, scale):
 def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, monkeypatch):
     out, records = finished
     with monkeypatch.context() as patch:
-        patch.setattr("sae_whiten.experiments.compare._train", None)
+        patch.setattr("sae_whiten.comparison.compare._train", None)
         assert run(out) == records
         (out / "results.jsonl").unlink()  # as if killed before the evaluation
         again = run(out)
@@ -230,14 +230,14 @@ def test_architectures_are_compared_without_whitening_and_k_can_be_added(
     )
     both = dataclasses.replace(one, sparsity=(2, 16))
     with monkeypatch.context() as patch:
-        patch.setattr("sae_whiten.experiments.compare._train", None)
+        patch.setattr("sae_whiten.comparison.compare._train", None)
         with pytest.raises(TypeError):
             run(tmp_path / "a", dataclasses.replace(one, lr=5.0, context_size=16))
     # nothing was trained, so other settings may come, but not take the place of the statistics
     # where these are the same
     statistics = tmp_path / "a" / "statistics"
     with monkeypatch.context() as patch:
-        patch.setattr("sae_whiten.experiments.compare._train", None)
+        patch.setattr("sae_whiten.comparison.compare._train", None)
         before = [path.stat().st_mtime_ns for path in statistics.iterdir()]
         with pytest.raises(TypeError):
             run(tmp_path / "a", dataclasses.replace(one, lr=5.0, context_size=16, seeds=(0, 1)))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sae_whiten.evaluation import core
-from sae_whiten.evaluation.core import ce_loss_score, kl_divergence
+from sae_whiten.evaluation import model_loss as core
+from sae_whiten.evaluation.model_loss import ce_loss_score, kl_divergence
 
 
 def test_ce_loss_score() -> None:

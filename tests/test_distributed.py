@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from sae_whiten.distributed import Processes, joined_processes
+from sae_whiten.estimation.distributed import Processes, joined_processes
 from sae_whiten.statistics import ActivationStatistics
 from tests.ranks import run_ranks
 

@@ -21,18 +21,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeo
 
 from sae_whiten import fold_whitening_into_weights, unfold_whitening_from_weights
 from sae_whiten.cli import main
+from sae_whiten.comparison.report import evaluation_table
+from sae_whiten.evaluation import probe_saes as experiments_probing
 from sae_whiten.evaluation import probing as evaluation_probing
+from sae_whiten.evaluation.evaluate import evaluate_saes
+from sae_whiten.evaluation.labels import LabelledTexts, Split
 from sae_whiten.evaluation.metrics import explained_variance, firing_rates, l0
+from sae_whiten.evaluation.model_view import View, why_no_next_token_loss
 from sae_whiten.evaluation.probing import (
     sparse_probing,
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
-from sae_whiten.evaluation.report import evaluation_table
-from sae_whiten.experiments import probing as experiments_probing
-from sae_whiten.experiments.evaluate import evaluate_saes
-from sae_whiten.experiments.labels import LabelledTexts, Split
-from sae_whiten.experiments.model import View, why_no_next_token_loss
 from tests.support import tiny_dataset, tiny_model, whitening_of
 
 BYTE_TRANSFORMER = Path(__file__).parent / "assets" / "byte-transformer"

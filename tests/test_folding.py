@@ -269,7 +269,7 @@ def test_a_failed_fold_leaves_the_sae_as_it_was(broken, monkeypatch):
         whitening = whitening_of(friendly(N, D + 1))
     else:
         from sae_whiten import folding
-        from sae_whiten.saelens import folding as adapter
+        from sae_whiten.architectures import folding as adapter
 
         def off_by_the_mean(weights, *args, **options):
             new = folding.fold(weights, *args, **options)

@@ -12,8 +12,13 @@ from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
 from sae_whiten import ActivationStatistics, CorruptFileError, WhiteningConfig
 from sae_whiten.cli import main
-from sae_whiten.hub import find_all_statistics, find_statistics, push_folder, statistics_file
-from sae_whiten.saelens.provenance import load_statistics
+from sae_whiten.estimation.hub import (
+    find_all_statistics,
+    find_statistics,
+    push_folder,
+    statistics_file,
+)
+from sae_whiten.estimation.provenance import load_statistics
 from tests.hub import FakeHub, serving
 from tests.support import friendly
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from sae_whiten.experiments import labels as labels_module
-from sae_whiten.experiments.labels import dataset_texts, library_texts, open_dataset
+from sae_whiten.evaluation import labels as labels_module
+from sae_whiten.evaluation.labels import dataset_texts, library_texts, open_dataset
 
 
 def shared(a: str, b: str) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sae_whiten.cli import main
-from sae_whiten.experiments.landscape import LandscapeConfig, landscape, landscapes
+from sae_whiten.lenses.landscape.simulation import LandscapeConfig, landscape, landscapes
 
 
 def model(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from sae_whiten._files import CorruptFileError
 from sae_whiten.cli import main
-from sae_whiten.evaluation import latent_space_figure
-from sae_whiten.evaluation.latent_space import (
+from sae_whiten.lenses.latents import figure as latent_space_figure
+from sae_whiten.lenses.latents.embedding import (
     DECODER,
     LatentMap,
     LatentSpace,
@@ -25,8 +25,8 @@ from sae_whiten.evaluation.latent_space import (
     _draw,
     embed_latents,
 )
-from sae_whiten.evaluation.latent_space_figure import plot_latent_space
-from sae_whiten.experiments.latent_space import (
+from sae_whiten.lenses.latents.figure import plot_latent_space
+from sae_whiten.lenses.latents.measure import (
     Firing,
     latent_space,
     measure_firing,

@@ -4,8 +4,8 @@ from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
 from sae_whiten import FoldError, Whitening, WhiteningConfig
-from sae_whiten.saelens.losses import ReconstructionMetric
-from sae_whiten.saelens.training_sae import (
+from sae_whiten.architectures.losses import ReconstructionMetric
+from sae_whiten.training.training_sae import (
     enter_whitened_space,
     leave_whitened_space,
     set_whitening,

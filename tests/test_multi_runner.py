@@ -36,11 +36,11 @@ from sae_whiten import (
     WhiteningTrainingRunner,
     fit_statistics,
 )
-from sae_whiten.saelens import multi_trainer
-from sae_whiten.saelens.estimation import Requirement, estimate_statistics
-from sae_whiten.saelens.folding import fold_whitening_into_weights
-from sae_whiten.saelens.stream import ActivationStream
-from sae_whiten.saelens.training_sae import TRAINING_STATE_DIR
+from sae_whiten.architectures.folding import fold_whitening_into_weights
+from sae_whiten.estimation.stopping import Requirement, estimate_statistics
+from sae_whiten.training import multi_trainer
+from sae_whiten.training.stream import ActivationStream
+from sae_whiten.training.training_sae import TRAINING_STATE_DIR
 from tests.support import nasty, runner_config, tiny_dataset, tiny_model, training_sae
 
 BATCH, STEPS = 128, 24
@@ -349,7 +349,7 @@ def test_a_hook_without_variance_is_named():
 def test_the_bar_names_the_worst_hook(monkeypatch):
     shown = []
     monkeypatch.setattr(
-        "sae_whiten.saelens.estimation.tqdm.set_postfix_str",
+        "sae_whiten.estimation.stopping.tqdm.set_postfix_str",
         lambda bar, text, refresh=True: shown.append(text),
     )
     x = {"slow": nasty(20000, 16), "fast": torch.randn(20000, 16)}
@@ -594,7 +594,7 @@ def test_a_failed_fold_does_not_cost_the_others(uninterrupted, tmp_path, monkeyp
             raise FoldError("it is not the same function.")
         return fold_whitening_into_weights(sae, whitening, **options)
 
-    monkeypatch.setattr("sae_whiten.saelens.trainer.fold_whitening_into_weights", fold)
+    monkeypatch.setattr("sae_whiten.training.trainer.fold_whitening_into_weights", fold)
     made = runner(
         output_path=str(tmp_path / "out"),
         checkpoint_path=str(tmp_path / "checkpoints"),
@@ -797,7 +797,7 @@ def test_stopping_in_an_evaluation_waits_for_its_end(tmp_path, wandb_log, monkey
 
 
 def test_messages_name_the_hooks(caplog, monkeypatch):
-    monkeypatch.setattr("sae_whiten.saelens.estimation.LIMIT_PER_DIMENSION", 25)
+    monkeypatch.setattr("sae_whiten.estimation.stopping.LIMIT_PER_DIMENSION", 25)
     with caplog.at_level(logging.WARNING):
         runner("white", "heads", whitening=WhiteningConfig(tolerance=1e-4)).run()
     for hook in (RESID, HEADS):

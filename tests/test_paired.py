@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sae_whiten.evaluation.paired import (
+from sae_whiten.comparison.paired import (
     compare_metrics,
     holm,
     interpolate_at,

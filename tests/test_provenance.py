@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_whiten import ActivationStatistics, CorruptFileError, WhiteningConfig, fit_statistics
-from sae_whiten.saelens.provenance import provenance_of, statistics_file
+from sae_whiten.estimation.provenance import provenance_of, statistics_file
 from tests.support import friendly, tiny_dataset, tiny_model, training_sae
 from tests.test_runner import runner
 

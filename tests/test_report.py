@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 
-from sae_whiten.evaluation import document, figures, report
-from sae_whiten.evaluation.comparison import Group, summarise
-from sae_whiten.evaluation.document import Code, Details, Heading, Paragraph, Table, code
-from sae_whiten.evaluation.figures import (
+from sae_whiten.comparison import document, figures, report
+from sae_whiten.comparison.document import Code, Details, Heading, Paragraph, Table, code
+from sae_whiten.comparison.figures import (
     Point,
     plot_against_l0,
     plot_against_n_latents,
     plot_differences,
 )
-from sae_whiten.evaluation.paired import holm, paired_difference
-from sae_whiten.evaluation.report import (
+from sae_whiten.comparison.paired import holm, paired_difference
+from sae_whiten.comparison.report import (
     comparison_markdown,
     describe_difference,
     evaluation_table,
     write_report,
 )
+from sae_whiten.comparison.summary import Group, summarise
 
 NAN = math.nan
 

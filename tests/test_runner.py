@@ -23,8 +23,8 @@ from sae_whiten import (
     WhiteningConfig,
     WhiteningTrainingRunner,
 )
-from sae_whiten.saelens.activations_store import ResumableActivationsStore
-from sae_whiten.saelens.stream import ActivationStream
+from sae_whiten.training.activations_store import ResumableActivationsStore
+from sae_whiten.training.stream import ActivationStream
 from tests.support import runner_config, tiny_dataset, tiny_model
 
 POISON = 77
@@ -477,7 +477,7 @@ def test_an_unknown_hook_is_refused_at_construction_with_the_nearest():
 
 
 def test_a_model_that_gives_nothing_finite_is_an_error_not_an_endless_wait(monkeypatch):
-    monkeypatch.setattr("sae_whiten.saelens.activations_store._MAX_USELESS_PASSES", 7)
+    monkeypatch.setattr("sae_whiten.training.activations_store._MAX_USELESS_PASSES", 7)
     model = tiny_model()
     model.state_dict()["blocks.0.mlp.b_out"][3] = float("nan")
     made = WhiteningTrainingRunner(

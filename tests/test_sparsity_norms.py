@@ -9,9 +9,9 @@ from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch import Tensor
 
 from sae_whiten import FoldError, Whitening, WhiteningConfig, WhiteningTrainer
-from sae_whiten.saelens.folding import fold_whitening_into_weights, folded_copy
-from sae_whiten.saelens.losses import SparsityNorms
-from sae_whiten.saelens.training_sae import enter_whitened_space, set_whitening
+from sae_whiten.architectures.folding import fold_whitening_into_weights, folded_copy
+from sae_whiten.architectures.losses import SparsityNorms
+from sae_whiten.training.training_sae import enter_whitened_space, set_whitening
 from tests.support import friendly, nasty, training_sae, whitening_of
 from tests.test_trainer import batches, equal, state, trainer_config
 
@@ -166,7 +166,7 @@ def test_the_fold_is_exact(architecture, kind, data, tmp_path):
 
 
 def test_the_proof_sees_a_fold_of_the_wrong_norms(monkeypatch):
-    from sae_whiten.saelens import folding
+    from sae_whiten.architectures import folding
 
     x = nasty(2000, D)
     whitening = whitening_of(x, WhiteningConfig(sparsity_norms="original"))

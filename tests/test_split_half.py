@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae_whiten import WhiteningConfig
-from sae_whiten.saelens.scaler import CovarianceWhiteningScaler
-from sae_whiten.split_half import SplitHalfStatistics, samples_for_inflation
+from sae_whiten.estimation.split_half import SplitHalfStatistics, samples_for_inflation
+from sae_whiten.training.scaler import CovarianceWhiteningScaler
 from tests.support import nasty
 
 D = 32
@@ -80,7 +80,7 @@ def test_estimation_ends_when_the_tolerance_is_reached(tolerance):
 
 
 def test_giving_up_says_how_many_samples_would_do(caplog, monkeypatch):
-    monkeypatch.setattr("sae_whiten.saelens.estimation.LIMIT_PER_DIMENSION", 25)
+    monkeypatch.setattr("sae_whiten.estimation.stopping.LIMIT_PER_DIMENSION", 25)
     scaler = CovarianceWhiteningScaler(WhiteningConfig(tolerance=0.001))
     scaler.estimate_whitening(D, iter(nasty(40000, D).split(32)))
     assert "more than the tolerance of 0.1%" in caplog.text

@@ -12,8 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sae_whiten.cli import main
-from sae_whiten.experiments import synthetic, synthetic_data
-from sae_whiten.experiments.synthetic import (
+from sae_whiten.lenses.synthetic import data as synthetic_data
+from sae_whiten.lenses.synthetic import experiment as synthetic
+from sae_whiten.lenses.synthetic.data import SyntheticActivations, SyntheticDataConfig
+from sae_whiten.lenses.synthetic.experiment import (
     CHANCE,
     SyntheticRun,
     at_l0,
@@ -26,7 +28,6 @@ from sae_whiten.experiments.synthetic import (
     run_one,
     summarise,
 )
-from sae_whiten.experiments.synthetic_data import SyntheticActivations, SyntheticDataConfig
 
 SMALL = SyntheticDataConfig(d_signal=16, n_features=48, l0=3.0)
 

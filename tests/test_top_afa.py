@@ -532,7 +532,7 @@ def test_it_loads_where_sae_whiten_is_imported_first(saved):
         import sys
         import sae_whiten
         assert not {"torch", "sae_lens"} & sys.modules.keys()
-        import sae_whiten.saelens.losses  # any module may be the first that needs sae_lens
+        import sae_whiten.architectures.losses  # any module may be the first that needs sae_lens
         import torch
         from sae_lens import SAE, registry
         sae = SAE.load_from_disk(sys.argv[1])

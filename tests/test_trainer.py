@@ -25,8 +25,8 @@ from sae_whiten import (
     WhiteningTrainer,
     fold_whitening_into_weights,
 )
-from sae_whiten.saelens.stream import ActivationStream, DataExhaustedError
-from sae_whiten.saelens.training_sae import TRAINING_STATE_DIR
+from sae_whiten.training.stream import ActivationStream, DataExhaustedError
+from sae_whiten.training.training_sae import TRAINING_STATE_DIR
 from tests.support import ARCHITECTURES, friendly, nasty, training_sae
 
 D, BATCH, STEPS = 16, 64, 30
@@ -183,7 +183,7 @@ def test_what_is_looked_at_beforehand_is_served_unchanged(dtype):
 
 
 def test_spilling_to_disk_changes_nothing(monkeypatch):
-    monkeypatch.setattr("sae_whiten.saelens.stream._SPOOL_BYTES", 100)
+    monkeypatch.setattr("sae_whiten.training.stream._SPOOL_BYTES", 100)
     reference = state(fit()[0])
     monkeypatch.undo()
     assert equal(reference, state(fit()[0]))
@@ -414,7 +414,7 @@ def test_stock_saelens_does_not_resume_our_checkpoint_as_if_it_were_its_own(tmp_
 def test_a_fold_that_fails_its_proof_is_an_error_and_both_forms_are_kept(
     tmp_path, monkeypatch, caplog
 ):
-    from sae_whiten.saelens import folding
+    from sae_whiten.architectures import folding
 
     monkeypatch.setattr(folding.FoldCheck, "passed", False)
     sae = training_sae("topk", D, 64)
@@ -446,7 +446,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_no_half_of_it(tmp_path, mon
     def die(*args: Any, **kwargs: Any) -> None:
         raise KilledError
 
-    monkeypatch.setattr("sae_whiten.saelens.trainer.save_tensors", die)
+    monkeypatch.setattr("sae_whiten.training.trainer.save_tensors", die)
     with pytest.raises(KilledError):
         fit(n_checkpoints=1, checkpoint_path=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -26,7 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_whiten.architectures._checks import require_number
-from sae_whiten.dead_latents import dead_latents_loss
+from sae_whiten.architectures.dead_latents import dead_latents_loss
 
 __all__ = [
     "TopAFASAE",

@@ -136,7 +136,7 @@ def dataset_path_of(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") ->
 
 def open_dataset_of(args: argparse.Namespace, path: str) -> Any:
     """The dataset at a path, streamed where that is possible and not refused."""
-    from sae_whiten.experiments.labels import open_dataset
+    from sae_whiten.evaluation.labels import open_dataset
 
     streaming = not args.no_streaming and "[" not in args.dataset_split
     return open_dataset(path, args.dataset_split, streaming)

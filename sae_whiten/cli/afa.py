@@ -37,7 +37,7 @@ from sae_whiten.cli._saes import (
 from sae_whiten.cli._values import positive
 
 if TYPE_CHECKING:
-    from sae_whiten.experiments.afa import AFAResult
+    from sae_whiten.lenses.afa.measure import AFAResult
 
 EPILOG = """\
 examples:
@@ -83,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, write the JSON and the figures, and print the table."""
     from sae_whiten._files import atomic_path
-    from sae_whiten.evaluation.afa_figures import plot_violins, plot_zf
-    from sae_whiten.experiments.afa import evaluate_afa
+    from sae_whiten.lenses.afa.figure import plot_violins, plot_zf
+    from sae_whiten.lenses.afa.measure import evaluate_afa
 
     saes = load_saes(args.saes, args.device)
     source = model_source(args, saes)

@@ -142,9 +142,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seeds {args.seeds}: at least one")
     from sae_lens.load_model import load_model
 
-    from sae_whiten.evaluation.report import write_report
-    from sae_whiten.experiments.compare import Comparison, compare
-    from sae_whiten.experiments.labels import dataset_texts, library_texts, open_dataset
+    from sae_whiten.comparison.compare import Comparison, compare
+    from sae_whiten.comparison.report import write_report
+    from sae_whiten.evaluation.labels import dataset_texts, library_texts, open_dataset
 
     exclude = args.exclude_special_tokens
     comparison = Comparison(

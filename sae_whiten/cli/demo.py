@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_whiten.experiments import source_code
+from sae_whiten.evaluation import source_code
 
 if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig
@@ -194,7 +194,7 @@ def _demo(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from sae_whiten import ActivationStatistics, Whitening, WhiteningTrainingRunner
-    from sae_whiten.evaluation.figures import plot_spectrum
+    from sae_whiten.comparison.figures import plot_spectrum
     from sae_whiten.evaluation.metrics import spectrum_summary
 
     text = _read_text(model, args.seed)

@@ -24,7 +24,7 @@ from sae_whiten.cli._saes import (
 )
 
 if TYPE_CHECKING:
-    from sae_whiten.experiments.labels import LabelledTexts
+    from sae_whiten.evaluation.labels import LabelledTexts
 
 EPILOG = """\
 examples:
@@ -84,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, write results.jsonl and table.md, and print the table."""
     from sae_whiten._files import atomic_path
-    from sae_whiten.evaluation.report import write_report
-    from sae_whiten.experiments.evaluate import evaluate_saes
+    from sae_whiten.comparison.report import write_report
+    from sae_whiten.evaluation.evaluate import evaluate_saes
 
     saes = load_saes(args.saes, args.device)
     source = model_source(args, saes)
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _labels(args: argparse.Namespace) -> "LabelledTexts":
-    from sae_whiten.experiments.labels import dataset_texts, library_texts
+    from sae_whiten.evaluation.labels import dataset_texts, library_texts
 
     if args.labels_dataset is None:
         return library_texts(args.n_texts, args.seed)

@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     if args.cached_activations is not None and idle:
         listed = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise ValueError(f"cached activations are taken as they are: leave out {listed}")
-    from sae_whiten.distributed import joined_processes
+    from sae_whiten.estimation.distributed import joined_processes
 
     with joined_processes() as rank:
         statistics = _fit(args)
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nsaved in {args.out}")
     source = str(args.out)
     if args.push_to_hub is not None:
-        from sae_whiten.hub import push_folder
+        from sae_whiten.estimation.hub import push_folder
 
         source = args.push_to_hub
         print(f"uploaded: {push_folder(args.out, source)}")
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
-    from sae_whiten.saelens.collect import fit_statistics
+    from sae_whiten.estimation.fit import fit_statistics
 
     exclude = args.exclude_special_tokens
     options: dict[str, Any] = {

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         _print_statistics(rows)
         _print_whitening(rows, config)
     if args.plot is not None:
-        from sae_whiten.evaluation.figures import plot_spectra
+        from sae_whiten.comparison.figures import plot_spectra
 
         for path in plot_spectra(
             {name: row["eigenvalues"] for name, row in rows.items()},
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(sources: Iterable[str]) -> "dict[str, ActivationStatistics]":
-    from sae_whiten.hub import find_all_statistics
+    from sae_whiten.estimation.hub import find_all_statistics
     from sae_whiten.statistics import ActivationStatistics
 
     found = {}

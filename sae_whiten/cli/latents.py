@@ -14,7 +14,7 @@ can decide the cosines of decoder rows; --of activations is not affected.
 Firing frequencies are counted on a run of the model.
 
 Beside the figure, FILE with the suffix .json has the coordinates; Python draws them again by
-sae_whiten.evaluation.latent_space.LatentSpace.load and latent_space_figure.plot_latent_space.
+sae_whiten.lenses.latents.embedding.LatentSpace.load and latent_space_figure.plot_latent_space.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from sae_whiten.cli._values import positive
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from sae_whiten.evaluation.latent_space import LatentSpace
-    from sae_whiten.experiments.latent_space import Firing
+    from sae_whiten.lenses.latents.embedding import LatentSpace
+    from sae_whiten.lenses.latents.measure import Firing
 
 EPILOG = """\
 examples:
@@ -108,8 +108,8 @@ def run(args: argparse.Namespace) -> int:
     _check_overwritable(coordinates)
     saes = load_saes(args.saes, args.device)
 
-    from sae_whiten.evaluation.latent_space_figure import plot_latent_space
-    from sae_whiten.experiments.latent_space import latent_space
+    from sae_whiten.lenses.latents.figure import plot_latent_space
+    from sae_whiten.lenses.latents.measure import latent_space
 
     firing, source = _firing(args, saes)
     found = latent_space(
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_overwritable(coordinates: Path) -> None:
     from sae_whiten._files import CorruptFileError
-    from sae_whiten.evaluation.latent_space import LatentSpace
+    from sae_whiten.lenses.latents.embedding import LatentSpace
 
     if coordinates.exists():
         try:
@@ -146,7 +146,7 @@ def _firing(
     args: argparse.Namespace, saes: "dict[str, SAE[Any]]"
 ) -> "tuple[dict[str, Firing], dict[str, Any]]":
     """When latents fire, and where that comes from."""
-    from sae_whiten.experiments.latent_space import measure_firing
+    from sae_whiten.lenses.latents.measure import measure_firing
 
     model_arguments = model_source(args, saes)
     dataset_path = dataset_path_of(args, saes)

@@ -102,8 +102,9 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sae_whiten._files import atomic_path
-    from sae_whiten.experiments.figures import plot_recovery
-    from sae_whiten.experiments.synthetic import (
+    from sae_whiten.lenses.figures import plot_recovery
+    from sae_whiten.lenses.synthetic.data import SyntheticDataConfig
+    from sae_whiten.lenses.synthetic.experiment import (
         CHANCE,
         SyntheticRun,
         grid,
@@ -111,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
         run_all,
         summarise,
     )
-    from sae_whiten.experiments.synthetic_data import SyntheticDataConfig
 
     template = SyntheticRun(
         data=SyntheticDataConfig(

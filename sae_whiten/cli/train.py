@@ -97,7 +97,7 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     from sae_lens.llm_sae_training_runner import InterruptedException
     from sae_lens.registry import get_sae_training_class
 
-    from sae_whiten.saelens.folding import why_not_foldable
+    from sae_whiten.architectures.folding import why_not_foldable
 
     try:
         LanguageModelSAETrainingRunner(cfg, **_saved_dataset(cfg)).run()
@@ -114,7 +114,7 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
 
 def _saved_dataset(cfg: "LanguageModelSAERunnerConfig[Any]") -> dict[str, Any]:
     """The dataset, if its path is a folder that `save_to_disk` wrote: SAELens cannot open it."""
-    from sae_whiten.experiments.labels import is_saved_to_disk, open_dataset
+    from sae_whiten.evaluation.labels import is_saved_to_disk, open_dataset
 
     path = cfg.dataset_path
     return {"override_dataset": open_dataset(path)} if is_saved_to_disk(path) else {}
@@ -191,7 +191,7 @@ def _why_not_whitened(arguments: Sequence[str]) -> str | None:
     """
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
-    from sae_whiten.saelens.folding import why_not_foldable
+    from sae_whiten.architectures.folding import why_not_foldable
 
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--architecture")

@@ -1,1 +1,1 @@
-"""What an SAE and a whitening are worth: metrics as functions of tensors, and figures."""
+"""Numbers about finished SAEs: reconstruction, the model's loss, probing."""

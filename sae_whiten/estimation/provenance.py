@@ -1,0 +1,97 @@
+"""Whether statistics were estimated from what an SAE is trained on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sae_lens.saes.sae import SAEConfig
+
+from sae_whiten.estimation.hub import find_statistics, statistics_file
+from sae_whiten.statistics import ActivationStatistics
+
+__all__ = ["load_statistics", "provenance_of", "statistics_file", "without_secrets"]
+
+_FIELDS = (
+    "model_name",
+    "model_class_name",
+    "hook_name",
+    "hook_head_index",
+    "dataset_path",
+    "context_size",
+    "prepend_bos",
+    "seqpos_slice",
+    "exclude_special_tokens",
+    "sequence_separator_token",
+    "disable_concat_sequences",
+    "model_from_pretrained_kwargs",
+    "autocast_lm",
+    "use_chat_formatting",
+)
+
+
+def provenance_of(cfg: SAEConfig) -> dict[str, Any]:
+    """What SAELens' runner wrote into an SAE's metadata about where its activations come from."""
+    found = {name: cfg.metadata[name] for name in _FIELDS if name in cfg.metadata}
+    return without_secrets(found)
+
+
+def without_secrets(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """A provenance as it may be written into a file that is shared: without access tokens."""
+    kept = dict(provenance)
+    if kwargs := kept.get("model_from_pretrained_kwargs"):
+        kept["model_from_pretrained_kwargs"] = {
+            name: value for name, value in kwargs.items() if "token" not in name
+        }
+    return kept
+
+
+def load_statistics(
+    source: str | Path, cfg: SAEConfig, allow_other: bool = False
+) -> ActivationStatistics:
+    """Read the statistics that an SAE is to be whitened with.
+
+    Args:
+        source: A file of statistics, a folder with one for each hook, the folder that a training
+            run wrote, or a repo of the Hugging Face hub, "user/name" or "user/name@revision"; what
+            exists on disk goes before the hub.
+        cfg: Config of the SAE.
+        allow_other: Take them even where their provenance contradicts the SAE's metadata.
+
+    Raises:
+        FileNotFoundError: There are none, or none for this hook.
+        CorruptFileError: The file is truncated, foreign or was changed.
+        ConnectionError: The hub cannot be reached, and they were not downloaded before.
+        ValueError: They are of another width, or of another model, hook, dataset...
+    """
+    path = find_statistics(source, cfg.metadata.hook_name)
+    statistics = ActivationStatistics.load(path)
+    if statistics.d_in != cfg.d_in:
+        raise ValueError(f"{source} is of width {statistics.d_in}, the SAE of width {cfg.d_in}")
+    if not allow_other:
+        wanted, found = provenance_of(cfg), statistics.provenance
+        if "dataset_path" in wanted:
+            wanted["split"] = "train"  # which is what SAELens trains on
+        different = [
+            f"{name}={found[name]!r} (training has {wanted[name]!r})"
+            for name in wanted
+            if name in found and _canonical(name, found) != _canonical(name, wanted)
+        ]
+        if different:
+            raise ValueError(
+                f"{source} was estimated with {', '.join(different)}. Estimate others, or set "
+                "WhiteningConfig(allow_other_statistics=True)."
+            )
+    return statistics
+
+
+def _canonical(name: str, fields: Mapping[str, Any]) -> str:
+    """A field as JSON, the same for what means the same."""
+    value, context_size = fields[name], fields.get("context_size")
+    if name == "seqpos_slice" and value and context_size and context_size > 0:
+        value = list(range(context_size)[slice(*value)])
+    elif name == "exclude_special_tokens" and not isinstance(value, bool):
+        value = sorted(set(value or ())) or False
+    elif name == "split":
+        value = str(value).partition("[")[0]  # statistics of a part will do
+    return json.dumps(value, sort_keys=True, default=str)

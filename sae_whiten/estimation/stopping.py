@@ -1,0 +1,275 @@
+"""Statistics of activations from a stream that may carry several hooks: as many as are needed."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.split_half import SplitHalfStatistics, samples_for_inflation
+from sae_whiten.statistics import ActivationStatistics
+
+__all__ = [
+    "FIRST_LOOK_PER_DIMENSION",
+    "LIMIT_PER_DIMENSION",
+    "MAX_EMPTY_BATCHES",
+    "Requirement",
+    "estimate_statistics",
+    "flatten_heads",
+    "naming",
+    "too_inaccurate",
+]
+
+logger = logging.getLogger(__name__)
+
+# of samples at which the inflation is looked at first, and at which the estimation gives up
+FIRST_LOOK_PER_DIMENSION, LIMIT_PER_DIMENSION = 20, 1000
+MAX_EMPTY_BATCHES = 100  # in a row; more is a source that has nothing to give
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """When the statistics of a hook are good enough.
+
+    Attributes:
+        d_in: Width of the activations.
+        n_samples: Activations needed, or None.
+        tolerance: Relative excess variance of held-out activations to be reached, or None.
+        on_nonfinite: As for `ActivationStatistics`.
+    """
+
+    d_in: int
+    n_samples: int | None
+    tolerance: float | None
+    on_nonfinite: Literal["raise", "skip"]
+
+    @classmethod
+    def of(cls, d_in: int, configs: Sequence[WhiteningConfig]) -> "Requirement":
+        """What satisfies every one of `configs`."""
+        fixed = [c.n_samples for c in configs if c.n_samples is not None]
+        adaptive = [c.tolerance for c in configs if c.n_samples is None]
+        skip = all(c.on_nonfinite == "skip" for c in configs)
+        return cls(
+            d_in,
+            max(fixed, default=None),
+            min(adaptive, default=None),
+            "skip" if skip else "raise",
+        )
+
+
+@torch.no_grad()
+def estimate_statistics(
+    batches: Iterator[Mapping[str, Tensor]],
+    required: Mapping[str, Requirement],
+    n_batches: int | None = None,
+    resolution: float = 0.0,
+) -> dict[str, ActivationStatistics]:
+    """Mean and covariance at every hook, from the first batches of a stream.
+
+    Each hook takes what it requires and no more, so that its statistics do not depend on which
+    other hooks there are. The stream is read until all have enough.
+
+    Args:
+        batches: Yields activations by hook, each of shape (n, d_in), (batch, seq, d_in) or
+            (n, n_heads, d_head).
+        required: What is needed, by hook. A hook that is alone may have the name "", which
+            messages leave out.
+        n_batches: Read at most this many batches, and warn if that is too few.
+        resolution: Machine epsilon of what the activations were computed in, which may be coarser
+            than the dtype they are given in.
+
+    Returns:
+        Statistics by hook, with `provenance["inflation"]`.
+
+    Raises:
+        ValueError: The stream ended too early, a shape does not fit, the activations do not vary,
+            or one is not finite and `on_nonfinite` is "raise".
+    """
+    hooks = {name: _Hook(name, requirement) for name, requirement in required.items()}
+    n_read = 0
+    with tqdm(desc="Estimating whitening", unit=" tokens", leave=False) as bar:
+        while n_read != n_batches:
+            waiting = [hook for hook in hooks.values() if not hook.done]
+            if not waiting:
+                break
+            try:
+                batch = next(batches)
+            except StopIteration:
+                for hook in waiting:
+                    hook.end_of_data()
+                break
+            n_read += 1
+            for hook in waiting:
+                with naming(hook.name):
+                    hook.update(batch[hook.name])
+            bar.update(max(hook.halves.n_samples for hook in waiting) - bar.n)
+            looked_at = [hook for hook in waiting if hook.inflation is not None]
+            if looked_at:
+                bar.set_postfix_str(max(looked_at, key=_Hook.distance).progress())
+    statistics = {}
+    for name, hook in hooks.items():
+        with naming(name):
+            hook.warn_if_too_few()
+            statistics[name] = hook.statistics()
+            statistics[name].resolution = max(statistics[name].resolution, resolution)
+    return statistics
+
+
+class _Hook:
+    """A hook on the way to its statistics."""
+
+    def __init__(self, name: str, required: Requirement) -> None:
+        self.name, self.required = name, required
+        self.halves = SplitHalfStatistics(required.d_in, required.on_nonfinite)
+        self.inflation: float | None = None  # when it was last looked at, with `_n_looked_at`
+        self.done = False
+        self._n_looked_at = 0
+        self._limit = LIMIT_PER_DIMENSION * required.d_in
+        self._next_look: float = FIRST_LOOK_PER_DIMENSION * required.d_in
+        self._n_batches = self._n_empty = 0
+        self._prefix = f"{name}: " if name else ""
+
+    def update(self, batch: Tensor) -> None:
+        halves = self.halves
+        before = halves.n_samples
+        halves.update(flatten_heads(batch, self.required.d_in))
+        self._n_batches += 1
+        self._n_empty = self._n_empty + 1 if halves.n_samples == before else 0
+        if self._n_empty == MAX_EMPTY_BATCHES:
+            raise ValueError(
+                f"{self._n_empty} batches in a row held no activations to estimate the whitening "
+                f"from ({halves.n_skipped} were skipped as not finite)"
+            )
+        self.done = self._is_enough()
+
+    def _is_enough(self) -> bool:
+        n, tolerance = self.halves.n_samples, self.required.tolerance
+        if n < (self.required.n_samples or 0):
+            return False
+        if tolerance is None or n >= self._limit:
+            return True
+        if n < self._next_look:
+            return False
+        # an inversion of the covariance costs as much as many updates
+        self._next_look = 1.2 * n
+        return self._look() <= tolerance
+
+    def _look(self) -> float:
+        if self.inflation is None or self._n_looked_at != self.halves.n_samples:
+            self.inflation = self.halves.inflation()
+            self._n_looked_at = self.halves.n_samples
+        return self.inflation
+
+    def distance(self) -> float:
+        """How many times the tolerance the inflation was when it was last looked at."""
+        assert self.inflation is not None
+        assert self.required.tolerance is not None
+        return self.inflation / self.required.tolerance
+
+    def progress(self) -> str:
+        return (
+            f"{self._prefix}held-out excess {self.inflation:.1%}, "
+            f"wanted {self.required.tolerance:.1%}"
+        )
+
+    def end_of_data(self) -> None:
+        """Whether what was had before the stream ended will do.
+
+        Raises:
+            ValueError: It will not.
+        """
+        required, halves = self.required, self.halves
+        n, about = halves.n_samples, required.n_samples or 0
+        if required.tolerance is not None:
+            with naming(self.name):
+                inflation = self._look()
+            if inflation <= required.tolerance and n >= about:
+                self.done = True
+                return
+            adaptive = 100 * required.d_in
+            if math.isfinite(inflation):
+                adaptive = samples_for_inflation(inflation, n, required.tolerance)
+            about = max(about, adaptive)
+        needs = f"about {about}" if required.tolerance is not None else str(about)
+        raise ValueError(
+            f"{self._prefix}the data provider ended after {n} activations in {self._n_batches} "
+            f"batches; estimating the whitening needs {needs}. Provide more data, or set "
+            "WhiteningConfig(n_samples=...) to what there is."
+        )
+
+    def warn_if_too_few(self) -> None:
+        n, wanted = self.halves.n_samples, self.required.n_samples
+        tolerance = self.required.tolerance
+        if wanted is not None and n < wanted:
+            logger.warning(
+                "%swhitening estimated from %d activations instead of %d: "
+                "n_batches_for_norm_estimate=%d ended it",
+                self._prefix,
+                n,
+                wanted,
+                self._n_batches,
+            )
+        elif tolerance is not None and self._look() > tolerance:
+            logger.warning("%s%s", self._prefix, too_inaccurate(self._look(), n, tolerance))
+        if self.halves.n_skipped:
+            logger.warning(
+                "%s%d activations with a NaN or an infinity were left out",
+                self._prefix,
+                self.halves.n_skipped,
+            )
+
+    def statistics(self) -> ActivationStatistics:
+        merged, excess = self.halves.merged(), self._look()
+        merged.provenance["inflation"] = excess if math.isfinite(excess) else None
+        logger.info(
+            "%swhitening estimated from %d activations (%.0f per dimension)",
+            self._prefix,
+            merged.n_samples,
+            merged.n_samples / merged.d_in,
+        )
+        return merged
+
+
+def too_inaccurate(inflation: float, n_samples: int, tolerance: float) -> str:
+    """What to tell a user whose statistics did not reach the tolerance."""
+    about = "many more"
+    if math.isfinite(inflation):
+        about = f"about {samples_for_inflation(inflation, n_samples, tolerance)}"
+    return (
+        f"whitening estimated from {n_samples} activations: held-out activations have "
+        f"{inflation:.1%} too much variance under it, more than the tolerance of {tolerance:.1%}; "
+        f"{about} would do"
+    )
+
+
+@contextmanager
+def naming(hook_name: str) -> Iterator[None]:
+    """Put the hook's name before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if not hook_name:
+            raise
+        raise type(error)(f"{hook_name}: {error}") from error
+
+
+def flatten_heads(acts: Tensor, d_in: int) -> Tensor:
+    """(..., n_heads, d_head) as (..., d_in); (..., d_in) as it is.
+
+    Raises:
+        ValueError: The shape is neither.
+    """
+    if acts.ndim >= 1 and acts.shape[-1] == d_in:
+        return acts
+    if acts.ndim >= 3 and acts.shape[-1] * acts.shape[-2] == d_in:
+        return acts.flatten(-2, -1)
+    raise ValueError(
+        f"activations of shape {tuple(acts.shape)} do not fit d_in={d_in}: expected (..., {d_in}), "
+        f"or (..., n_heads, d_head) with n_heads * d_head = {d_in}"
+    )

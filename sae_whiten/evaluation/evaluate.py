@@ -1,0 +1,254 @@
+"""Evaluate SAEs on a model: one pass over tokens and one over labelled texts for all of them.
+
+SAEs are taken as they are: any that SAELens loads, for raw activations, however they were trained.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from sae_lens.config import HfDataset
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sae_whiten.estimation.sources import Model
+from sae_whiten.evaluation.labels import LabelledTexts
+from sae_whiten.evaluation.metrics import (
+    ExplainedVariance,
+    LatentActivity,
+    dead_latents,
+    dense_latents,
+)
+from sae_whiten.evaluation.model_loss import ce_loss_score, kl_divergence
+from sae_whiten.evaluation.model_view import (
+    View,
+    encode_decode,
+    run,
+    why_no_next_token_loss,
+    worse_than_guessing,
+)
+from sae_whiten.evaluation.probe_saes import probe_saes
+from sae_whiten.evaluation.saes import check_sae, flat_heads
+from sae_whiten.evaluation.tokens import sequence_settings, token_batches
+
+__all__ = ["evaluate_saes"]
+
+
+@torch.no_grad()
+def evaluate_saes(
+    saes: Mapping[str, SAE[Any]],
+    model: Model,
+    dataset: HfDataset | str,
+    labels: LabelledTexts | None = None,
+    *,
+    n_tokens: int = 65_536,
+    context_size: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size_prompts: int = 16,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Core metrics, loss of the model, sparse probing, TPP and SCR of SAEs on one model.
+
+    Every SAE sees the same tokens and the same texts, at the hook and with the special tokens left
+    out that its metadata say. A record has the SAE's `name`, `architecture`, `d_in`, `d_sae`,
+    `model_name`, `hook_name` and whole `config`; `n_tokens` that it was evaluated on,
+    `context_size`, `prepend_bos`, `excluded_tokens`, `labels` (where the texts come from) and
+    `probing_seed`; and its `metrics`, numbers by name:
+
+    - `explained_variance`, `l0`, `dead_latents`, `dense_latents` (active in more than a tenth of
+      the tokens; both are numbers of latents): of activations in their own space.
+    - `ce_loss_score` and `kl`, with reconstructions in the place of activations; and what the score
+      comes from: `ce_loss`, `ce_loss_with_sae`, `ce_loss_ablated` (activations at the hook zero at
+      every token, as in SAELens and SAEBench), like the KL divergence in nats per token.
+    - `sparse_probing_top_K`, the mean over the attributes of the texts, `sparse_probing_NAME_top_K`
+      for each; `residual_sparse_probing_...` with channels of the activations instead of latents,
+      and `full_probe_accuracy` with all of these.
+    - `tpp_top_N` and `tpp_probe_accuracy`, on the first attribute if it has three values or more.
+    - `scr_top_N`, `scr_denominator`, `scr_base_accuracy`, `scr_clean_accuracy`: means over disjoint
+      pairs of values of the first attribute, with the second as the other attribute;
+      `scr_min_denominator` is the smallest of the pairs'.
+
+    What would mean nothing is not among the metrics: `absent` has the reason under `ce_loss` (which
+    stands for the KL divergence too), `tpp` or `scr`.
+
+    Args:
+        saes: SAEs for raw activations, by the names they get in the records.
+        model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
+            Hugging Face models.
+        dataset: Tokens or text that the SAEs were not trained on, as for SAELens.
+        labels: Texts to probe with; None leaves probing out.
+        n_tokens: Tokens to be read from the dataset, special ones included.
+        context_size: Tokens per sequence; None takes the smallest of the SAEs' metadata.
+        prepend_bos: Whether sequences start with BOS; None takes it from the SAEs' metadata.
+        batch_size_prompts: Sequences per pass of the model.
+        seed: Of the rows drawn for probing.
+
+    Returns:
+        A record for each SAE, in their order.
+
+    Raises:
+        ValueError: An SAE is of another model or hook, is not for raw activations, or the SAEs'
+            metadata contradict each other; or the dataset is shorter than one batch.
+    """
+    if not saes:
+        raise ValueError("no SAEs to evaluate")
+    for name, sae in saes.items():
+        check_sae(name, sae, model)
+    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
+    views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
+    records: dict[str, dict[str, Any]] = {
+        name: {
+            "name": name,
+            "architecture": sae.cfg.architecture(),
+            "d_in": sae.cfg.d_in,
+            "d_sae": sae.cfg.d_sae,
+            "model_name": sae.cfg.metadata.model_name,
+            "hook_name": views[name].hook_name,
+            "context_size": context_size,
+            "prepend_bos": prepend_bos,
+            "excluded_tokens": list(views[name].special),
+            "probing_seed": seed,
+            "metrics": {},
+            "absent": {},
+        }
+        for name, sae in saes.items()
+    }
+    with flat_heads(saes.values()):
+        tokens = token_batches(
+            saes,
+            model,
+            dataset,
+            n_tokens,
+            context_size,
+            prepend_bos,
+            batch_size_prompts,
+            "Evaluating on tokens",
+        )
+        for name, n, metrics, absent in _core(saes, views, model, tokens):
+            records[name]["n_tokens"] = n
+            records[name]["metrics"].update(metrics)
+            records[name]["absent"].update(absent)
+        if labels is not None:
+            for name, metrics, absent in probe_saes(
+                saes, views, model, labels, context_size, prepend_bos, batch_size_prompts, seed
+            ):
+                records[name]["labels"] = dict(labels.source)
+                records[name]["metrics"].update(metrics)
+                records[name]["absent"].update(absent)
+    for name, sae in saes.items():
+        records[name]["config"] = sae.cfg.to_dict()
+    return list(records.values())
+
+
+# --- tokens: core metrics and the loss of the model
+
+
+class _Loss:
+    """Mean cross-entropy of the next token, and mean KL divergence from other logits, in nats."""
+
+    def __init__(self) -> None:
+        self._ce, self._kl, self._n_ce, self._n_kl = 0.0, 0.0, 0, 0
+
+    def update(
+        self,
+        tokens: Integer[Tensor, "batch seq"],
+        kept: Bool[Tensor, "batch seq"],
+        logits: Float[Tensor, "batch seq vocab"],
+        clean: Float[Tensor, "batch seq vocab"] | None = None,
+    ) -> None:
+        """Add the tokens that count; a token's loss is that of predicting the next from it."""
+        # one sequence at a time, for logits are many
+        for i in range(len(tokens)):
+            rows = logits[i, :-1][kept[i, :-1]].float()
+            self._ce += float(cross_entropy(rows, tokens[i, 1:][kept[i, :-1]], reduction="sum"))
+            self._n_ce += len(rows)
+            if clean is not None:
+                self._kl += float(kl_divergence(clean[i][kept[i]], logits[i][kept[i]]).sum())
+                self._n_kl += int(kept[i].sum())
+
+    @property
+    def ce(self) -> float:
+        return self._ce / max(self._n_ce, 1)
+
+    @property
+    def kl(self) -> float:
+        return self._kl / max(self._n_kl, 1)
+
+
+def _core(
+    saes: Mapping[str, SAE[Any]],
+    views: Mapping[str, View],
+    model: Model,
+    batches: Iterator[Integer[Tensor, "batch seq"]],
+) -> Iterator[tuple[str, int, dict[str, float], dict[str, str]]]:
+    """Explained variance, activity of the latents, and loss of the model; one pass over tokens.
+
+    Yields:
+        The SAE's name, how many tokens it was evaluated on, its metrics, and for metrics that are
+        absent why.
+    """
+    hooks = {view.hook_name for view in views.values()}
+    variance = {name: ExplainedVariance() for name in saes}
+    activity = {name: LatentActivity() for name in saes}
+    spliced = {name: _Loss() for name in saes}
+    clean = {view: _Loss() for view in views.values()}
+    ablated = {view: _Loss() for view in views.values()}
+    d_vocab = 0
+    absent: str | None = None
+    for i, tokens in enumerate(batches):
+        if i == 0:
+            absent = why_no_next_token_loss(model, tokens)
+        logits, activations = run(model, tokens, hooks, logits=absent is None)
+        for name, sae in saes.items():
+            view = views[name]
+            kept = view.kept(tokens)
+            x = view.seen(activations[view.hook_name])
+            view.check_width(name, sae, x)
+            x_hat = torch.empty_like(x, dtype=torch.promote_types(x.dtype, sae.dtype))
+            for rows, latents, output in encode_decode(sae, x):
+                x_hat[rows] = output.to(x_hat.device)
+                activity[name].update(latents[kept[rows].to(latents.device)])
+            variance[name].update(x[kept], x_hat[kept])
+            if absent is None:
+                replace = partial(view.with_replaced, x_hat=x_hat, kept=kept)
+                new = _logits_with(model, tokens, view, replace)
+                spliced[name].update(tokens, kept, new, logits)
+        if absent is None:
+            for view in ablated:
+                kept = view.kept(tokens)
+                clean[view].update(tokens, kept, logits)
+                ablated[view].update(tokens, kept, _logits_with(model, tokens, view, view.ablated))
+            d_vocab = logits.shape[-1]
+
+    for name, view in views.items():
+        rates = activity[name].firing_rates
+        figures = {
+            "explained_variance": variance[name].compute(),
+            "l0": activity[name].l0,
+            "dead_latents": dead_latents(rates),
+            "dense_latents": dense_latents(rates),
+        }
+        why = absent or worse_than_guessing(clean[view].ce, d_vocab)
+        if why is None and not ablated[view].ce > clean[view].ce:
+            why = "zeros at the hook do not raise the model's loss: there is none to recover"
+        if why is None:
+            figures.update(
+                ce_loss=clean[view].ce,
+                ce_loss_with_sae=spliced[name].ce,
+                ce_loss_ablated=ablated[view].ce,
+                ce_loss_score=ce_loss_score(clean[view].ce, spliced[name].ce, ablated[view].ce),
+                kl=spliced[name].kl,
+            )
+        yield name, variance[name].n_samples, figures, {} if why is None else {"ce_loss": why}
+
+
+def _logits_with(
+    model: Model, tokens: Tensor, view: View, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    def hook(activations: Tensor, hook: Any) -> Tensor:
+        return change(activations)
+
+    return model.run_with_hooks(tokens, fwd_hooks=[(view.hook_name, hook)])

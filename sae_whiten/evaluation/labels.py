@@ -1,0 +1,270 @@
+"""Texts with labels, for probing.
+
+Two sources: sources of installed libraries, which every machine has, labelled by the library they
+come from and by whether they are code or prose; and any dataset with a text and a label column.
+"""
+
+import importlib.metadata
+import logging
+import random
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+from sae_whiten.evaluation.source_code import (
+    docstrings,
+    functions,
+    package_root,
+    parse,
+    shuffled,
+    source_files,
+)
+
+__all__ = ["LIBRARIES", "LabelledTexts", "Split", "dataset_texts", "library_texts", "open_dataset"]
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("numpy", "pandas", "scipy", "sklearn", "torch", "transformers")
+"""Where the offline texts come from: this package depends on all of them."""
+
+_KINDS = ("code", "prose")
+_LENGTH = (100, 600)  # characters
+_MAX_PER_MODULE = 4  # texts of one kind, so that no single module stands for its library
+_SHINGLE = 5  # words
+_MIN_PER_CELL = 10
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts, and for each attribute the label of each of them.
+
+    Attributes:
+        texts: The texts.
+        labels: Labels by the name of the attribute, in the order of the texts.
+    """
+
+    texts: tuple[str, ...]
+    labels: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts with labels: as many of every combination of labels, none alike.
+
+    Attributes:
+        train: To choose latents and to fit probes.
+        test: To score them.
+        source: Where the texts come from, for the record.
+    """
+
+    train: Split
+    test: Split
+    source: Mapping[str, Any]
+
+
+def library_texts(
+    n_texts: int = 100, seed: int = 0, libraries: Sequence[str] = LIBRARIES
+) -> LabelledTexts:
+    """Docstrings ("prose") and bodies of functions ("code") of installed libraries.
+
+    The attributes are "library" and "kind". Modules of which the training split has texts have none
+    in the test split. Other versions of the libraries give other texts; `source` has the versions.
+
+    Args:
+        n_texts: Texts of each kind from each library, in each split.
+        seed: Of the choice of modules.
+        libraries: Names of installed packages.
+
+    Raises:
+        ValueError: A library is not installed, or has too few texts.
+    """
+    is_new = _NearDuplicates()
+    cells: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    for library in libraries:
+        found = {kind: ([], []) for kind in _KINDS}
+        for i, path in enumerate(shuffled(source_files(package_root(library)), seed)):
+            # each module gives all its texts to one of the splits
+            texts = {kind: splits[i % 2] for kind, splits in found.items()}
+            wanted = {kind: min(_MAX_PER_MODULE, n_texts - len(texts[kind])) for kind in _KINDS}
+            tree = parse(path) if any(wanted.values()) else None
+            if tree is None:
+                continue
+            for kind, candidates in (
+                ("code", functions(tree)),
+                ("prose", map(_prose, docstrings(tree))),
+            ):
+                cut = (text[: _LENGTH[1]] for text in candidates if len(text) >= _LENGTH[0])
+                texts[kind].extend(islice(filter(is_new, cut), wanted[kind]))
+        for kind, (train, test) in found.items():
+            if min(len(train), len(test)) < n_texts:
+                raise ValueError(
+                    f"{library} has {len(train)} and {len(test)} texts of {kind} that differ "
+                    f"enough, fewer than {n_texts} for each split: lower n_texts"
+                )
+        cells.update({(library, kind): splits for kind, splits in found.items()})
+    source = {"libraries": _versions(libraries), "n_texts": n_texts, "seed": seed}
+    return _assembled(("library", "kind"), cells, source, seed)
+
+
+def dataset_texts(
+    dataset: Any,
+    label_columns: Sequence[str] = ("label",),
+    text_column: str = "text",
+    n_texts: int = 100,
+    seed: int = 0,
+) -> LabelledTexts:
+    """Texts and labels of a Hugging Face dataset.
+
+    Args:
+        dataset: A `datasets.Dataset`, or what `open_dataset` takes.
+        label_columns: One attribute each. Sparse probing takes all of them, TPP the first; SCR
+            needs two, the second with two values.
+        text_column: Where the texts are.
+        n_texts: Texts of each combination of labels, in each split; fewer where there are fewer.
+        seed: Of the choice of texts.
+
+    Raises:
+        ValueError: A column is missing, or there are too few texts of some combination of labels.
+    """
+    source: dict[str, Any] = {"dataset": dataset if isinstance(dataset, (str, Path)) else "object"}
+    if isinstance(dataset, (str, Path)):
+        source["dataset"] = str(dataset)
+        dataset = open_dataset(str(dataset))
+    for column in (text_column, *label_columns):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"the dataset has no column {column!r}; it has {', '.join(dataset.column_names)}"
+            )
+    attributes = [_label_names(dataset, column) for column in label_columns]
+    order = list(range(len(dataset)))
+    random.Random(seed).shuffle(order)
+    is_new = _NearDuplicates()
+    found: dict[tuple[str, ...], list[str]] = {
+        cell: [] for cell in product(*(sorted(set(labels)) for labels in attributes))
+    }
+    if len(found) * 2 * _MIN_PER_CELL > len(dataset):
+        raise ValueError(
+            f"{len(dataset)} rows for {len(found)} (combinations of) labels in "
+            f"{', '.join(label_columns)}: probing needs {2 * _MIN_PER_CELL} of each at least"
+        )
+    n_missing = 2 * n_texts * len(found)
+    for row in order:
+        texts = found[tuple(labels[row] for labels in attributes)]
+        if len(texts) < 2 * n_texts:
+            text = dataset[row][text_column]
+            if text and is_new(text):
+                texts.append(text)
+                n_missing -= 1
+        if n_missing == 0:
+            break
+    cell, smallest = min(found.items(), key=lambda item: len(item[1]))
+    n = len(smallest) // 2
+    if n < _MIN_PER_CELL:
+        raise ValueError(
+            f"{len(smallest)} different texts with {', '.join(label_columns)} = {', '.join(cell)}: "
+            f"probing needs {2 * _MIN_PER_CELL} at least"
+        )
+    if n < n_texts:
+        logger.warning(
+            "%d instead of %d texts of each label in each split, as many as there are of %s",
+            n,
+            n_texts,
+            ", ".join(cell),
+        )
+    cells = {cell: (texts[:n], texts[n : 2 * n]) for cell, texts in found.items()}
+    source.update(text_column=text_column, n_texts=n, seed=seed)
+    return _assembled(label_columns, cells, source, seed)
+
+
+def is_saved_to_disk(path: str) -> bool:
+    """Whether a path is a folder that `save_to_disk` of datasets wrote."""
+    return any((Path(path) / n).is_file() for n in ("state.json", "dataset_dict.json"))
+
+
+def open_dataset(path: str, split: str = "train", streaming: bool = False) -> Any:
+    """A dataset of the hub, a folder of files, or a folder written by `save_to_disk`.
+
+    Args:
+        path: Name or folder.
+        split: Which part; without streaming also such as "train[90%:]".
+        streaming: Read it as it is used, without downloading all of it first.
+    """
+    from datasets import DatasetDict, ReadInstruction, load_dataset, load_from_disk
+
+    if not is_saved_to_disk(path):
+        return load_dataset(path, split=split, streaming=streaming)
+    dataset = load_from_disk(path)
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise ValueError(
+                f"{path} has no split {split!r}; it has {', '.join(map(str, dataset))}"
+            )
+        return dataset[split]
+    if split != "train":
+        (part,) = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+        return dataset.select(range(part.from_, part.to))
+    return dataset
+
+
+def _assembled(
+    attributes: Sequence[str],
+    cells: Mapping[tuple[str, ...], tuple[list[str], list[str]]],
+    source: Mapping[str, Any],
+    seed: int,
+) -> LabelledTexts:
+    splits = []
+    for i in range(2):
+        rows = [(text, cell) for cell, texts in cells.items() for text in texts[i]]
+        random.Random(seed).shuffle(rows)
+        labels = {name: tuple(cell[j] for _, cell in rows) for j, name in enumerate(attributes)}
+        splits.append(Split(tuple(text for text, _ in rows), labels))
+    return LabelledTexts(splits[0], splits[1], source)
+
+
+class _NearDuplicates:
+    """Tells texts that are new from those of which half was in texts before.
+
+    Documentation and code are copied within and between libraries. A text is new if fewer than half
+    of its sequences of five words, numbers left aside, occurred in earlier texts that were new.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, ...]] = set()
+
+    def __call__(self, text: str) -> bool:
+        words = re.findall(r"[^\W\d_]+", text.lower())
+        starts = range(max(1, len(words) - _SHINGLE + 1))
+        shingles = {tuple(words[i : i + _SHINGLE]) for i in starts}
+        if 2 * len(shingles & self._seen) >= len(shingles):
+            return False
+        self._seen |= shingles
+        return True
+
+
+def _prose(docstring: str) -> str:
+    """A docstring without its examples and its lists of parameters."""
+    paragraphs = re.split(r"\n\s*\n", docstring)
+    prose = []
+    for paragraph in paragraphs:
+        if re.search(r"^\s*-{3,}\s*$|^\s*[A-Z]\w*:\s*$", paragraph, re.MULTILINE):
+            break  # the first section, of numpy's or of Google's style
+        if not re.search(r"^\s*(>>>|\.\. |:|```)", paragraph, re.MULTILINE):
+            prose.append(paragraph)
+    return "\n\n".join(prose)
+
+
+def _label_names(dataset: Any, column: str) -> list[str]:
+    feature = dataset.features[column]
+    names: Iterable[Any] = dataset[column]
+    if hasattr(feature, "int2str"):
+        return [feature.int2str(value) for value in names]
+    return [str(value) for value in names]
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    distributions = importlib.metadata.packages_distributions()
+    names = {package: distributions.get(package, [""])[0] for package in packages}
+    return {p: importlib.metadata.version(name) if name else "" for p, name in names.items()}

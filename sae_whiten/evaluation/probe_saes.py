@@ -1,0 +1,296 @@
+"""Probing of SAEs on labelled texts: one pass of the model, then the metrics of each SAE."""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Integer
+from numpy import ndarray
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_whiten.estimation.sources import Model
+from sae_whiten.evaluation.labels import LabelledTexts
+from sae_whiten.evaluation.model_view import (
+    View,
+    batches_of_equal_length,
+    decoder_norms,
+    encode_decode,
+    latent_scale,
+    run,
+    text_tokens,
+)
+from sae_whiten.evaluation.probing import (
+    MIN_CELL,
+    full_probe_accuracy,
+    sparse_probing,
+    spurious_correlation_removal,
+    targeted_probe_perturbation,
+)
+
+__all__ = ["K_VALUES", "N_VALUES", "probe_saes"]
+
+K_VALUES = (1, 2, 5, 20)
+"""Columns of sparse probing."""
+
+N_VALUES = (2, 5, 10, 20, 50, 100)
+"""Latents removed by TPP and SCR."""
+
+
+def probe_saes(
+    saes: Mapping[str, SAE[Any]],
+    views: Mapping[str, View],
+    model: Model,
+    labels: LabelledTexts,
+    context_size: int,
+    prepend_bos: bool,
+    batch_size: int,
+    seed: int,
+) -> Iterator[tuple[str, dict[str, float], dict[str, str]]]:
+    """Sparse probing, TPP and SCR of each SAE; one pass over the texts.
+
+    Yields:
+        The SAE's name, its metrics, and for metrics that are absent why.
+    """
+    texts = labels.train.texts + labels.test.texts
+    tokens = text_tokens(model.tokenizer, texts, context_size, prepend_bos)
+    with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
+        residuals, pooled = _pooled(saes, views, model, tokens, batch_size, Path(directory))
+        baselines = {view: _probe_columns(x, labels, seed) for view, x in residuals.items()}
+        for name, sae in tqdm(saes.items(), desc="Probing", unit=" SAEs"):
+            latents = pooled[name]
+            baseline = baselines[views[name]]
+            figures = _probe_columns(latents.values, labels, seed)
+            del figures["full_probe_accuracy"]
+            for key, value in baseline.items():
+                figures[key if key.startswith("full") else f"residual_{key}"] = value
+            absent: dict[str, str] = {}
+            if latents.not_linear is not None:
+                absent = {"tpp": latents.not_linear, "scr": latents.not_linear}
+            else:
+                arrays = residuals[views[name]], latents.values, _decoder(sae)
+                for metric, why, compute in (
+                    ("tpp", _why_no_tpp(labels), _tpp),
+                    ("scr", _why_no_scr(labels), _scr),
+                ):
+                    if why is None:
+                        figures.update(compute(*arrays, labels, seed))
+                    else:
+                        absent[metric] = why
+            yield name, figures, absent
+
+
+@dataclass
+class _Latents:
+    """Latents averaged over the tokens of each text, in units of unit-norm decoder rows.
+
+    Attributes:
+        values: Shape (n, d_sae), float32, on disk.
+        not_linear: Why a reconstruction is no linear function of them, or None if it is one.
+    """
+
+    values: Float[ndarray, "n d_sae"]
+    not_linear: str | None = None
+
+
+def _pooled(
+    saes: Mapping[str, SAE[Any]],
+    views: Mapping[str, View],
+    model: Model,
+    tokens: Sequence[Sequence[int]],
+    batch_size: int,
+    directory: Path,
+) -> tuple[dict[View, Float[ndarray, "n d"]], dict[str, _Latents]]:
+    """Averages over the tokens of each text that count: residuals of each view, latents of each
+    SAE."""
+    hooks = {view.hook_name for view in views.values()}
+    device = next(model.parameters()).device
+    residuals: dict[View, ndarray] = {}
+    pooled = {}
+    for i, (name, sae) in enumerate(saes.items()):
+        shape = len(tokens), sae.cfg.d_sae
+        pooled[name] = _Latents(np.memmap(directory / str(i), np.float32, "w+", shape=shape))
+    scales = {name: latent_scale(sae).float().cpu().numpy() for name, sae in saes.items()}
+    with tqdm(desc="Reading labelled texts", total=len(tokens), unit=" texts") as bar:
+        for indices in batches_of_equal_length(tokens, batch_size):
+            ids = torch.tensor([tokens[i] for i in indices], device=device)
+            _, activations = run(model, ids, hooks, logits=False)
+            means = {}
+            for view in dict.fromkeys(views.values()):
+                x, kept = view.seen(activations[view.hook_name]), view.kept(ids)
+                if view not in residuals:
+                    residuals[view] = np.empty((len(tokens), x.shape[-1]), np.float32)
+                residuals[view][indices] = _mean(x, kept)
+                means[view] = x, kept
+            for name, sae in saes.items():
+                x, kept = means[views[name]]
+                views[name].check_width(name, sae, x)
+                for rows, latents, x_hat in encode_decode(sae, x):
+                    if bar.n == 0 and rows.start == 0:
+                        pooled[name].not_linear = _why_not_linear(sae, latents, x_hat)
+                    mean = _mean(latents, kept[rows]) * scales[name]
+                    pooled[name].values[indices[rows]] = mean
+            bar.update(len(indices))
+    return residuals, pooled
+
+
+def _mean(
+    values: Float[Tensor, "batch seq d"], kept: Bool[Tensor, "batch seq"]
+) -> Float[ndarray, "batch d"]:
+    """Mean over the tokens that count."""
+    counts = kept.sum(1, keepdim=True)
+    if not bool(counts.all()):
+        raise ValueError("a text has no tokens but special ones: leave such texts out")
+    weights = (kept / counts).to(values.device, torch.float32)
+    return torch.einsum("bsd,bs->bd", values.float(), weights).cpu().numpy()
+
+
+def _decoder(sae: SAE[Any]) -> Float[ndarray, "d_sae d"]:
+    """Decoder rows of unit norm."""
+    norms = decoder_norms(sae).clamp(min=1e-8)
+    return (sae.W_dec.to(norms) / norms[:, None]).float().cpu().numpy()
+
+
+def _why_not_linear(
+    sae: SAE[Any], latents: Float[Tensor, "batch seq d_sae"], x_hat: Float[Tensor, "batch seq d"]
+) -> str | None:
+    normalize = sae.cfg.normalize_activations
+    if normalize in ("layer_norm", "constant_norm_rescale"):
+        return (
+            f"the SAE scales every activation by its own norm (normalize_activations="
+            f"{normalize!r}), so that averaged latents do not tell what removing them does"
+        )
+    scale = latent_scale(sae).to(latents)
+    linear = (latents * scale) @ torch.from_numpy(_decoder(sae)).to(latents)
+    offset = sae.decode(torch.zeros_like(latents[:1, :1]))
+    error = torch.linalg.vector_norm(linear + offset - x_hat)
+    if error > 0.02 * torch.linalg.vector_norm(x_hat):  # bfloat16 rounds by 0.004
+        return "the SAE's reconstruction is not its latents times its decoder"
+    return None
+
+
+def _probe_columns(
+    values: Float[ndarray, "n columns"], labels: LabelledTexts, seed: int
+) -> dict[str, float]:
+    """Sparse probing and full probes of each attribute, and their means over the attributes."""
+    figures: dict[str, list[float]] = defaultdict(list)
+    for attribute in labels.train.labels:
+        _, train, test = _encoded(labels, attribute)
+        split = values[: len(train)], train, values[len(train) :], test
+        ks = [k for k in K_VALUES if k <= values.shape[1]]
+        for k, accuracy in sparse_probing(*split, ks, seed).items():
+            figures[f"sparse_probing_top_{k}"].append(accuracy)
+            figures[f"sparse_probing_{attribute}_top_{k}"].append(accuracy)
+        figures["full_probe_accuracy"].append(full_probe_accuracy(*split, seed))
+    return {name: float(np.mean(found)) for name, found in figures.items()}
+
+
+def _why_no_tpp(labels: LabelledTexts) -> str | None:
+    attribute = next(iter(labels.train.labels))
+    if len(_encoded(labels, attribute)[0]) < 3:
+        return (
+            f"{attribute} has two values, whose probes tell the same apart, so that they fall "
+            "together; it needs three"
+        )
+    return None
+
+
+def _tpp(
+    x: Float[ndarray, "n d"],
+    f: Float[ndarray, "n d_sae"],
+    decoder: Float[ndarray, "d_sae d"],
+    labels: LabelledTexts,
+    seed: int,
+) -> dict[str, float]:
+    _, train, test = _encoded(labels, next(iter(labels.train.labels)))
+    m = len(train)
+    ns = [n for n in N_VALUES if n <= f.shape[1]]
+    tpp = targeted_probe_perturbation(x[:m], f[:m], train, x[m:], f[m:], test, decoder, ns, seed)
+    return {
+        **{f"tpp_top_{n}": score for n, score in tpp.scores.items()},
+        "tpp_probe_accuracy": float(tpp.base_accuracies.mean()),
+    }
+
+
+def _why_no_scr(labels: LabelledTexts) -> str | None:
+    attributes = list(labels.train.labels)
+    if len(attributes) < 2:
+        return "the texts have labels of one attribute, and SCR needs two"
+    values, first, first_test = _encoded(labels, attributes[0])
+    other_values, second, second_test = _encoded(labels, attributes[1])
+    if len(other_values) != 2:
+        return (
+            f"{attributes[1]} has {len(other_values)} values, and SCR needs two of the second "
+            "attribute"
+        )
+    n_train, n_test = (
+        min(int(((y == a) & (z == b)).sum()) for a in range(len(values)) for b in (0, 1))
+        for y, z in ((first, second), (first_test, second_test))
+    )
+    # the biased probe takes twice as many texts where both attributes coincide
+    if n_train < 2 * MIN_CELL or n_test < MIN_CELL:
+        return (
+            f"it needs {2 * MIN_CELL} training and {MIN_CELL} test texts with each combination of "
+            f"{attributes[0]} and {attributes[1]}, and there are as few as {n_train} and {n_test}"
+        )
+    return None
+
+
+def _scr(
+    x: Float[ndarray, "n d"],
+    f: Float[ndarray, "n d_sae"],
+    decoder: Float[ndarray, "d_sae d"],
+    labels: LabelledTexts,
+    seed: int,
+) -> dict[str, float]:
+    (values, first, first_test), (_, second, second_test) = (
+        _encoded(labels, attribute) for attribute in list(labels.train.labels)[:2]
+    )
+    ns = [n for n in N_VALUES if n <= f.shape[1]]
+    m = len(first)
+    figures: dict[str, list[float]] = defaultdict(list)
+    for a in range(0, len(values) - 1, 2):
+        rows, test_rows = (np.flatnonzero((y == a) | (y == a + 1)) for y in (first, first_test))
+        scr = spurious_correlation_removal(
+            x[rows],
+            f[rows],
+            first[rows] - a,
+            second[rows],
+            x[m + test_rows],
+            f[m + test_rows],
+            first_test[test_rows] - a,
+            second_test[test_rows],
+            decoder,
+            ns,
+            seed,
+        )
+        directions = [scr.direction] if scr.direction is not None else [scr.first, scr.second]
+        for n, score in scr.scores.items():
+            figures[f"scr_top_{n}"].append(score)
+        for name, key in (
+            ("scr_denominator", "denominator"),
+            ("scr_base_accuracy", "base"),
+            ("scr_clean_accuracy", "clean"),
+        ):
+            figures[name].append(float(np.mean([getattr(d, key) for d in directions])))
+    means = {name: float(np.mean(found)) for name, found in figures.items()}
+    return {**means, "scr_min_denominator": min(figures["scr_denominator"])}
+
+
+def _encoded(
+    labels: LabelledTexts, attribute: str
+) -> tuple[list[str], Integer[ndarray, "n"], Integer[ndarray, "n_test"]]:
+    """The values of an attribute in alphabetical order, and which of them each text has."""
+    values = sorted(set(labels.train.labels[attribute]))
+    number = {value: i for i, value in enumerate(values)}
+    train, test = (
+        np.array([number[value] for value in split.labels[attribute]])
+        for split in (labels.train, labels.test)
+    )
+    return values, train, test

@@ -1,0 +1,58 @@
+"""What every experiment on finished SAEs has to know and to refuse."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from glob import escape
+from typing import Any
+
+from sae_lens.saes.sae import SAE
+from sae_lens.saes.transcoder import Transcoder
+
+from sae_whiten.estimation.sources import Model, match_hooks
+
+__all__ = ["check_sae", "common_setting", "flat_heads"]
+
+
+def check_sae(name: str, sae: SAE[Any], model: Model) -> None:
+    """Raise ValueError if an SAE, called `name`, cannot be evaluated on the model."""
+    hook_name = sae.cfg.metadata.hook_name
+    if hook_name is None:
+        raise ValueError(f"{name}: its metadata have no hook_name; set sae.cfg.metadata.hook_name")
+    try:
+        match_hooks(model.hook_dict, escape(hook_name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if isinstance(sae, Transcoder):
+        raise ValueError(f"{name} is a transcoder, which reconstructs another hook than it reads")
+    if sae.cfg.normalize_activations in ("covariance_whitening", "expected_average_only_in"):
+        raise ValueError(
+            f"{name} has normalize_activations={sae.cfg.normalize_activations!r}: its weights are "
+            "for normalised activations and mean nothing on raw ones. SAELens folds the "
+            "normalisation into the weights at the end of training; is this a checkpoint?"
+        )
+
+
+def common_setting(saes: Mapping[str, SAE[Any]], field: str, default: Any) -> Any:
+    """What the SAEs' metadata say of a setting that all of them have to share here."""
+    found = {n: v for n, sae in saes.items() if (v := sae.cfg.metadata[field]) is not None}
+    values = list(dict.fromkeys(found.values()))
+    if len(values) > 1:
+        listed = ", ".join(f"{value!r} ({name})" for name, value in found.items())
+        raise ValueError(
+            f"the SAEs were trained with different {field}: {listed}; evaluate them apart"
+            + (", or give prepend_bos" if field == "prepend_bos" else "")
+        )
+    return values[0] if values else default
+
+
+@contextmanager
+def flat_heads(saes: Iterable[SAE[Any]]) -> Iterator[None]:
+    """Let SAEs of hook_z take activations whose heads are flat, as `View` gives them."""
+    reshaping = [sae for sae in saes if sae.hook_z_reshaping_mode]
+    for sae in reshaping:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        for sae in reshaping:
+            sae.turn_on_forward_pass_hook_z_reshaping()

@@ -1,1 +1,0 @@
-"""What makes data, trains and evaluates: SAEs on a model, and experiments with a known answer."""

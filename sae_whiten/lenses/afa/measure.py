@@ -1,0 +1,374 @@
+"""Norms of inputs and of their sparse codes, at the last token of prompts: see `evaluation.afa`.
+
+SAEs are taken as they are: any that SAELens loads, for raw activations, however they were trained.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.config import HfDataset
+from sae_lens.saes.sae import SAE
+from sae_lens.util import get_special_token_ids
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_whiten.estimation.sources import Model
+from sae_whiten.evaluation.labels import open_dataset
+from sae_whiten.evaluation.metrics import _as_float64
+from sae_whiten.evaluation.model_view import (
+    View,
+    batches_of_equal_length,
+    decoder_norms,
+    encode_decode,
+    latent_scale,
+    run,
+    text_tokens,
+)
+from sae_whiten.evaluation.saes import check_sae, flat_heads
+from sae_whiten.evaluation.tokens import sequence_settings
+from sae_whiten.lenses.afa.norms import AFASamples, code_norm, nmse, summary
+
+__all__ = ["AFAResult", "evaluate_afa"]
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_COLUMNS = ("tokens", "input_ids")
+_TEXT_COLUMNS = ("text", "problem")
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class AFAResult:
+    """What one SAE makes of the prompts.
+
+    Attributes:
+        name: Of the SAE.
+        context: The SAE and how it was fed: `architecture`, `d_in`, `d_sae`, `model_name` (of its
+            metadata), `hook_name`, `normalize_activations`, `bias_norm`, `context_size`,
+            `prepend_bos`.
+        samples: Norms and errors, one for each prompt.
+        rows: Row of the dataset that each prompt is.
+        positions: Position of the token in each prompt.
+        tokens: Id of the token.
+    """
+
+    name: str
+    context: Mapping[str, Any]
+    samples: AFASamples
+    rows: Sequence[int]
+    positions: Sequence[int]
+    tokens: Sequence[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON: None for values that are not finite."""
+        samples = self.samples
+        columns = {
+            "z_norm": samples.z_norm,
+            "code_norm": samples.code_norm,
+            "eps_lbo": samples.eps_lbo,
+            "nmse": samples.nmse,
+        }
+        return {
+            "name": self.name,
+            **self.context,
+            "summary": summary(samples),
+            "prompts": {
+                "row": list(self.rows),
+                "position": list(self.positions),
+                "token": list(self.tokens),
+                **{
+                    name: [
+                        value if finite else None
+                        for value, finite in zip(
+                            values.tolist(), values.isfinite().tolist(), strict=True
+                        )
+                    ]
+                    for name, values in columns.items()
+                },
+                "l0": samples.l0.long().tolist(),
+            },
+        }
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A row of the dataset, its tokens, and the last token that counts in each view."""
+
+    row: int
+    ids: list[int]
+    last: Mapping[View, int]
+
+
+@torch.no_grad()
+def evaluate_afa(
+    saes: Mapping[str, SAE[Any]],
+    model: Model,
+    dataset: HfDataset | str,
+    *,
+    n_prompts: int = 1000,
+    context_size: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size_prompts: int = 16,
+) -> list[AFAResult]:
+    """Norms of inputs and codes, and reconstruction errors, of SAEs on the same prompts.
+
+    Each row of the dataset is one prompt, cut to the context; texts are not joined. What counts of
+    it is its last token that is no special one, within the positions that the SAE was trained on.
+    Norms are of the inputs as the SAE's encoder gets them, normalised if the SAE normalises;
+    errors are of activations in their own space.
+
+    Args:
+        saes: SAEs for raw activations, each at the hook of its metadata, by the names they get.
+        model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
+            Hugging Face models.
+        dataset: Rows with tokens ("tokens", "input_ids") or with text ("text", "problem"), as for
+            SAELens; or a path of such a dataset. Rows without any token that counts are passed
+            over.
+        n_prompts: How many; fewer if the dataset is shorter.
+        context_size: Tokens per prompt at most; None takes the smallest of the SAEs' metadata.
+        prepend_bos: Whether texts start with BOS; None takes it from the SAEs' metadata. Rows with
+            tokens are taken as they are.
+        batch_size_prompts: Prompts per pass of the model.
+
+    Returns:
+        A result for each SAE, in their order.
+
+    Raises:
+        ValueError: An SAE is of another model or hook, is not for raw activations, has one latent
+            only, or does not reconstruct by its latents times its decoder; the SAEs' metadata
+            contradict each other; the dataset has no prompts; or an activation is not finite.
+    """
+    if not saes:
+        raise ValueError("no SAEs to evaluate")
+    if n_prompts < 1:
+        raise ValueError(f"n_prompts={n_prompts}: at least one")
+    for name, sae in saes.items():
+        check_sae(name, sae, model)
+        _check_architecture(name, sae)
+    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
+    # a separator counts for an SAE that was trained on special tokens, but ends most prompts
+    special = get_special_token_ids(model.tokenizer)  # pyright: ignore[reportArgumentType]
+    views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
+    views = {
+        name: replace(view, special=tuple(sorted({*view.special, *special})))
+        for name, view in views.items()
+    }
+    prompts = _read_prompts(
+        model, dataset, set(views.values()), n_prompts, context_size, prepend_bos
+    )
+    measured = {name: _Measured(name, sae, len(prompts)) for name, sae in saes.items()}
+    hooks = {view.hook_name for view in views.values()}
+    device = next(model.parameters()).device
+    with (
+        flat_heads(saes.values()),
+        tqdm(desc="Running prompts", total=len(prompts), unit=" prompts") as bar,
+    ):
+        for indices in batches_of_equal_length([p.ids for p in prompts], batch_size_prompts):
+            ids = torch.tensor([prompts[i].ids for i in indices], device=device)
+            _, activations = run(model, ids, hooks, logits=False)
+            for name, view in views.items():
+                x = view.seen(activations[view.hook_name])
+                view.check_width(name, saes[name], x)
+                last = [prompts[i].last[view] for i in indices]
+                measured[name].update(
+                    indices, x[range(len(indices)), last], [prompts[i].row for i in indices]
+                )
+            bar.update(len(indices))
+    return [
+        AFAResult(
+            name=name,
+            context={
+                "architecture": sae.cfg.architecture(),
+                "d_in": sae.cfg.d_in,
+                "d_sae": sae.cfg.d_sae,
+                "model_name": sae.cfg.metadata.model_name,
+                "hook_name": views[name].hook_name,
+                "normalize_activations": sae.cfg.normalize_activations,
+                "bias_norm": measured[name].bias_norm,
+                "context_size": context_size,
+                "prepend_bos": prepend_bos,
+            },
+            samples=measured[name].samples(),
+            rows=[prompt.row for prompt in prompts],
+            positions=[prompt.last[views[name]] for prompt in prompts],
+            tokens=[prompt.ids[prompt.last[views[name]]] for prompt in prompts],
+        )
+        for name, sae in saes.items()
+    ]
+
+
+class _Measured:
+    """Norms and errors of one SAE, prompt by prompt."""
+
+    def __init__(self, name: str, sae: SAE[Any], n: int) -> None:
+        self.bias_norm = 0.0
+        self._name, self._sae = name, sae
+        self._scale = latent_scale(sae).cpu()
+        self._columns = torch.full((4, n), torch.nan, dtype=torch.float64)
+        self._checked = False
+
+    def update(self, indices: Sequence[int], x: Float[Tensor, "n d"], rows: Sequence[int]) -> None:
+        """Take in activations, one for each prompt; `rows` are for messages."""
+        finite = x.isfinite().all(1).tolist()
+        if not all(finite):
+            raise ValueError(
+                f"the model's activations at {self._sae.cfg.metadata.hook_name} hold a NaN or an "
+                f"infinity: row {rows[finite.index(False)]} of the dataset"
+            )
+        # as the SAE normalises them; encoding, below, does so again and leaves the state of it to
+        # the decoder
+        z_norm = torch.linalg.vector_norm(
+            self._sae.run_time_activation_norm_fn_in(_as_float64(x)), dim=1
+        )
+        for part, latents, x_hat in encode_decode(self._sae, x[:, None]):
+            latents, x_hat = latents[:, 0], x_hat[:, 0]
+            if not self._checked:
+                self._check(x[:1], latents[:1], x_hat[:1])
+                self._checked = True
+            self._columns[:, indices[part]] = torch.stack(
+                [
+                    z_norm[part].cpu(),
+                    code_norm(latents, self._scale, self.bias_norm),
+                    nmse(x[part], x_hat),
+                    (latents != 0).sum(1).double().cpu(),
+                ]
+            )
+        if not self._columns[:2, indices].isfinite().all():
+            raise ValueError(f"{self._name}: an input or a code has a norm that is not finite")
+
+    def samples(self) -> AFASamples:
+        return AFASamples(*self._columns, n_latents=self._sae.cfg.d_sae)
+
+    def _check(
+        self,
+        x: Float[Tensor, "1 d"],
+        latents: Float[Tensor, "1 d_sae"],
+        x_hat: Float[Tensor, "1 d"],
+    ) -> None:
+        """Find the bias, and that latents times decoder plus bias is the reconstruction."""
+        bias = _bias(self._sae, x)
+        self.bias_norm = float(torch.linalg.vector_norm(bias))
+        active = latents[0].nonzero()[:, 0].cpu()
+        norms = decoder_norms(self._sae).clamp(min=1e-8).cpu()[active]
+        coefficients = (_as_float64(latents[0]).cpu() * self._scale)[active] / norms
+        z_hat = coefficients @ _as_float64(self._sae.W_dec).cpu()[active] + bias
+        self._sae.run_time_activation_norm_fn_in(_as_float64(x).cpu())
+        linear = self._sae.run_time_activation_norm_fn_out(z_hat[None])
+        expected = _as_float64(x_hat).cpu()
+        error = torch.linalg.vector_norm(linear - expected)
+        # bfloat16 rounds by 0.004
+        scale = torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(coefficients * norms)
+        if not error <= 0.02 * (scale + self.bias_norm):
+            raise ValueError(
+                f"{self._name}: its reconstruction is not its latents times its decoder plus a "
+                "bias, and only such codes have a norm that can be compared with the input's"
+            )
+
+
+def _bias(sae: SAE[Any], x: Float[Tensor, "1 d"]) -> Float[Tensor, "d"]:
+    """What the decoder adds to every reconstruction, before it undoes a normalisation; float64.
+
+    Not always b_dec: matching pursuit may leave it out.
+    """
+    seen: list[Tensor] = []
+
+    def keep(value: Tensor, hook: Any) -> None:
+        seen.append(value)
+
+    x = x.to(sae.device, sae.dtype)
+    sae.run_time_activation_norm_fn_in(x)
+    with sae.hooks(fwd_hooks=[("hook_sae_recons", keep)]):
+        sae.decode(torch.zeros(1, sae.cfg.d_sae, device=sae.device, dtype=sae.dtype))
+    return _as_float64(seen[0][0]).cpu()
+
+
+def _check_architecture(name: str, sae: SAE[Any]) -> None:
+    if sae.cfg.architecture() == "temporal":
+        raise ValueError(
+            f"{name} is a temporal SAE: it reconstructs a token from those before it too, so that "
+            "the token's code alone has no norm to compare"
+        )
+    if sae.cfg.d_sae < 2:
+        raise ValueError(f"{name} has {sae.cfg.d_sae} latent: at least two are needed")
+
+
+# --- prompts
+
+
+def _read_prompts(
+    model: Model,
+    dataset: HfDataset | str,
+    views: Iterable[View],
+    n_prompts: int,
+    context_size: int,
+    prepend_bos: bool,
+) -> list[_Prompt]:
+    """The first prompts in which every view has a token that counts."""
+    if isinstance(dataset, str):
+        dataset = open_dataset(dataset)
+    prompts: list[_Prompt] = []
+    n_passed_over = 0
+    with tqdm(desc="Reading prompts", total=n_prompts, unit=" prompts", leave=False) as bar:
+        for row, ids in _tokenised(model, dataset, context_size, prepend_bos):
+            tokens = torch.tensor([ids], dtype=torch.long)
+            kept = {view: view.kept(tokens)[0].nonzero() for view in views}
+            if not all(len(positions) for positions in kept.values()):
+                n_passed_over += 1
+                continue
+            last = {view: int(positions[-1]) for view, positions in kept.items()}
+            prompts.append(_Prompt(row, ids, last))
+            bar.update()
+            if len(prompts) == n_prompts:
+                break
+    if not prompts:
+        raise ValueError(
+            f"the dataset has no prompts: of its {n_passed_over} rows none has a token that counts"
+        )
+    if n_passed_over:
+        logger.info("passed over %d rows without a token that counts", n_passed_over)
+    if len(prompts) < n_prompts:
+        logger.warning("the dataset ended after %d of %d prompts", len(prompts), n_prompts)
+    return prompts
+
+
+def _tokenised(
+    model: Model, dataset: Any, context_size: int, prepend_bos: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Number and token ids of each row, cut to the context."""
+    if isinstance(dataset, dict):
+        raise ValueError(f"the dataset has several splits, {', '.join(dataset)}: give one of them")
+    # rows in the format that the user has set may lack columns
+    rows = enumerate(iter(dataset.with_format(None)))
+    column = None
+    while chunk := list(islice(rows, _ROWS_AT_ONCE)):
+        column = column or _column(chunk[0][1])
+        if column in _TOKEN_COLUMNS:
+            pad = getattr(model.tokenizer, "pad_token_id", None)
+            ids = [_without_padding(row[column], pad)[:context_size] for _, row in chunk]
+        else:
+            texts = [row[column] or "" for _, row in chunk]
+            ids = text_tokens(model.tokenizer, texts, context_size, prepend_bos)
+        yield from ((i, found) for (i, _), found in zip(chunk, ids, strict=True))
+
+
+def _column(row: Mapping[str, Any]) -> str:
+    for name in (*_TOKEN_COLUMNS, *_TEXT_COLUMNS):
+        if name in row:
+            return name
+    raise ValueError(
+        f"prompts are rows with a column {', '.join(_TOKEN_COLUMNS)} (token ids) or "
+        f"{', '.join(_TEXT_COLUMNS)}; the dataset has {', '.join(row)}"
+    )
+
+
+def _without_padding(ids: Sequence[int], pad: int | None) -> list[int]:
+    """Token ids without padding behind them, which an encoder without a mask would read."""
+    end = len(ids)
+    while pad is not None and end and ids[end - 1] == pad:
+        end -= 1
+    return list(ids[:end])

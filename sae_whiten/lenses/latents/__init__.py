@@ -1,0 +1,1 @@
+"""Where the latents of SAEs lie, and how often they fire."""

@@ -1,0 +1,176 @@
+"""Where the latents of SAEs lie and how often they fire: decoder directions, or activations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from sae_lens.config import HfDataset
+from sae_lens.saes.sae import SAE
+from scipy.sparse import csr_array, vstack
+
+from sae_whiten.estimation.sources import Model
+from sae_whiten.evaluation.metrics import LatentActivity
+from sae_whiten.evaluation.model_view import View, encode_decode, run
+from sae_whiten.evaluation.saes import check_sae, flat_heads
+from sae_whiten.evaluation.tokens import sequence_settings, token_batches
+from sae_whiten.lenses.latents.embedding import (
+    ACTIVATIONS,
+    DECODER,
+    LatentSpace,
+    LatentVectors,
+    embed_latents,
+)
+
+__all__ = ["Firing", "latent_space", "measure_firing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Firing:
+    """When the latents of an SAE are active.
+
+    Attributes:
+        firing_rates: Share of tokens in which each latent is active, shape (d_sae,), float64.
+        n_tokens: Over how many tokens, special ones and positions that do not count left out; None
+            if that is not known.
+        tokens: Which tokens these are: SAEs with the same were measured at the same positions.
+        activations: Of each latent at each of the tokens, shape (d_sae, n_tokens), float32; None if
+            they were not kept.
+    """
+
+    firing_rates: Float[ndarray, "d_sae"]
+    n_tokens: int | None = None
+    tokens: str = ""
+    activations: csr_array | None = None
+
+
+@torch.no_grad()
+def measure_firing(
+    saes: Mapping[str, SAE[Any]],
+    model: Model,
+    dataset: HfDataset | str,
+    *,
+    activations: bool = False,
+    n_tokens: int = 65_536,
+    context_size: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size_prompts: int = 16,
+) -> dict[str, Firing]:
+    """When the latents of SAEs are active on a model, in one pass over the tokens for all of them.
+
+    Args:
+        saes: SAEs for raw activations, by name.
+        model: As SAELens loads it.
+        dataset: Tokens or text, as for SAELens.
+        activations: Whether these are wanted too. They take 8 bytes for each active latent of each
+            token: 34 MB for 65 536 tokens at an L0 of 64.
+        n_tokens: Tokens to be read from the dataset, special ones included.
+        context_size: Tokens per sequence; None takes the smallest of the SAEs' metadata.
+        prepend_bos: Whether sequences start with BOS; None takes it from the SAEs' metadata.
+        batch_size_prompts: Sequences per pass of the model.
+
+    Raises:
+        ValueError: An SAE is of another model or hook, is not for raw activations, or the SAEs'
+            metadata contradict each other; the dataset is shorter than one sequence, or no token
+            of it counts.
+    """
+    if not saes:
+        raise ValueError("no SAEs to measure")
+    for name, sae in saes.items():
+        check_sae(name, sae, model)
+    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
+    views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
+    activity = {name: LatentActivity() for name in saes}
+    kept_activations: dict[str, list[csr_array]] = {name: [] for name in saes}
+    hooks = {view.hook_name for view in views.values()}
+    with flat_heads(saes.values()):
+        for tokens in token_batches(
+            saes,
+            model,
+            dataset,
+            n_tokens,
+            context_size,
+            prepend_bos,
+            batch_size_prompts,
+            "Activations of latents",
+        ):
+            _, at_hooks = run(model, tokens, hooks, logits=False)
+            for name, sae in saes.items():
+                kept = views[name].kept(tokens)
+                x = views[name].seen(at_hooks[views[name].hook_name])
+                views[name].check_width(name, sae, x)
+                for rows, latents, _ in encode_decode(sae, x):
+                    counted = latents[kept[rows].to(latents.device)]
+                    activity[name].update(counted)
+                    if activations:
+                        kept_activations[name].append(csr_array(counted.float().cpu().numpy()))
+    # who saw which tokens: special tokens and positions decide, not the hook
+    selections = list(dict.fromkeys((v.seqpos_slice, v.special) for v in views.values()))
+    found = {}
+    for name, view in views.items():
+        n = activity[name].n_samples
+        if n == 0:
+            raise ValueError(f"{name}: no token counts; all are special or outside seqpos_slice")
+        i = selections.index((view.seqpos_slice, view.special))
+        found[name] = Firing(
+            activity[name].firing_rates.numpy(),
+            n,
+            f"{n} tokens" + (f", selection {i + 1}" if len(selections) > 1 else ""),
+            vstack(kept_activations[name]).T.tocsr() if activations else None,  # pyright: ignore[reportOptionalMemberAccess]
+        )
+    return found
+
+
+def latent_space(
+    saes: Mapping[str, SAE[Any]],
+    firing: Mapping[str, Firing],
+    *,
+    of: Literal["decoder", "activations"] = "decoder",
+    max_latents: int = 2000,
+    perplexity: float | int = 30.0,
+    seed: int = 0,
+    source: Mapping[str, Any] | None = None,
+) -> LatentSpace:
+    """Embed the latents of SAEs in the plane.
+
+    Decoder directions are embedded together for SAEs of one hook, for these lie in one space.
+    Activations are for all SAEs that were measured on the same tokens, of whatever hook; dead
+    latents have none, and so no place.
+
+    Args:
+        saes: By name.
+        firing: Of each of them, by name; with its activations, if these are to be embedded.
+        of: What is embedded.
+        max_latents: Most latents of each SAE that are shown; dead ones keep their share.
+        perplexity: Roughly the number of neighbours that a latent stays near to.
+        seed: Of the choice of latents and of t-SNE.
+        source: Where the firing rates come from, see `LatentSpace`.
+
+    Raises:
+        ValueError: What is to be embedded is missing, or as in `embed_latents`.
+    """
+    vectors = []
+    for name, sae in saes.items():
+        rates = firing[name].firing_rates
+        if of == "decoder":
+            rows = sae.W_dec.detach().float().cpu().numpy()
+            vectors.append(LatentVectors(name, _decoder_space(name, sae), rows, rates))
+            continue
+        activations = firing[name].activations
+        if activations is None:
+            raise ValueError(f"{name}: no activations; measure_firing(..., activations=True)")
+        vectors.append(LatentVectors(name, firing[name].tokens, activations, rates))
+    maps = embed_latents(vectors, max_latents=max_latents, perplexity=perplexity, seed=seed)
+    return LatentSpace(DECODER if of == "decoder" else ACTIVATIONS, seed, maps, source or {})
+
+
+def _decoder_space(name: str, sae: SAE[Any]) -> str:
+    """What to call the space of an SAE's decoder rows: the same for SAEs that share it."""
+    metadata = sae.cfg.metadata
+    # transcoders write to another hook than they read
+    hook = metadata.hook_name_out or metadata.hook_name or f"the unknown hook of {name}"
+    head = "" if metadata.hook_head_index is None else f" head {metadata.hook_head_index}"
+    model = f" of {metadata.model_name}" if metadata.model_name else ""
+    return f"{hook}{head}{model}, width {sae.W_dec.shape[1]}"

@@ -1,0 +1,1 @@
+"""Which way of whitening recovers features that are known."""

@@ -1,0 +1,548 @@
+"""Which way of whitening recovers known features? Trainings on `SyntheticActivations`, scored.
+
+A run is one SAE. Runs of one seed share features, activations and their order, statistics and
+initial weights, so that differences between conditions are paired. Where sparsity is set by a
+coefficient, several are tried and the scores interpolated at the L0 wanted.
+"""
+
+import functools
+import itertools
+import json
+import logging
+import math
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAE
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.util import temporary_seed
+
+from sae_whiten.architectures.folding import fold_whitening_into_weights
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.evaluation.metrics import dead_latents, explained_variance, firing_rates
+from sae_whiten.lenses.synthetic import _workers
+from sae_whiten.lenses.synthetic.data import SyntheticActivations, SyntheticDataConfig
+from sae_whiten.lenses.synthetic.ground_truth import ground_truth_scores
+from sae_whiten.training.trainer import WhiteningTrainer
+from sae_whiten.whitening import Whitening
+
+__all__ = [
+    "ARCHITECTURES",
+    "CHANCE",
+    "CONDITIONS",
+    "Condition",
+    "Summary",
+    "SyntheticRun",
+    "at_l0",
+    "grid",
+    "markdown_table",
+    "next_coefficient",
+    "parse_condition",
+    "read_rows",
+    "run_all",
+    "run_one",
+    "summarise",
+]
+
+logger = logging.getLogger(__name__)
+
+ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu")
+CHANCE = "chance"
+
+# WhiteningConfig by name of the condition; for SAELens' own settings, their name
+CONDITIONS: dict[str, str | dict[str, Any]] = {
+    "none": "none",
+    "centred": {"strength": 0.0},
+    "expected_average_only_in": "expected_average_only_in",
+    "whitened": {"loss_space": "whitened"},
+    "original": {"loss_space": "original"},
+    "original_norms": {"loss_space": "original", "sparsity_norms": "original"},
+    "original_zca": {"loss_space": "original", "kind": "zca"},
+    "half": {"loss_space": "whitened", "strength": 0.5},
+}
+
+_N_HELD_OUT = 20_000
+# where sparsity is set by a coefficient: its name, and where to begin
+_COEFFICIENTS = {"standard": ("l1_coefficient", 10.0), "jumprelu": ("l0_coefficient", 1.0)}
+# its default lets gradients reach the threshold alone, which a short training hardly moves
+_JUMPRELU = {
+    "jumprelu_sparsity_loss_mode": "tanh",
+    "jumprelu_ste_to_input": True,
+    "jumprelu_bandwidth": 2.0,
+    "jumprelu_init_threshold": 0.1,
+    "pre_act_loss_coefficient": 3e-6,
+}
+_FACTOR = 3.0  # between coefficients, as long as the L0 wanted is not between two of them
+_CLOSE = 1.5  # ratio of two L0 between which scores may be interpolated
+_MAX_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How activations are normalised: by SAELens itself, or under a whitening.
+
+    Attributes:
+        name: As the user wrote it.
+        normalize_activations: SAELens' setting.
+        whitening: For "covariance_whitening", how.
+    """
+
+    name: str
+    normalize_activations: str
+    whitening: WhiteningConfig | None = None
+
+
+def parse_condition(text: str) -> Condition:
+    """A condition from its name, with settings of `WhiteningConfig` behind it if wanted.
+
+    Examples:
+        >>> parse_condition("whitened:shrinkage=0.1,eps=0.01").whitening.shrinkage
+        0.1
+
+    Raises:
+        ValueError: There is no such condition or setting, or its value is not valid.
+    """
+    name, _, settings = text.partition(":")
+    if name == CHANCE:
+        return Condition(text, "covariance_whitening", WhiteningConfig())
+    base = CONDITIONS.get(name)
+    if base is None:
+        raise ValueError(f"no condition {name!r}; there are {', '.join(CONDITIONS)}")
+    if isinstance(base, str):
+        if settings:
+            raise ValueError(f"{text!r}: {name} does not whiten, and has no settings")
+        return Condition(text, base)
+    own = dict(base)
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{text!r}: expected {name}:setting=value, got {setting!r}")
+        try:
+            own[key] = json.loads(value)
+        except json.JSONDecodeError:
+            own[key] = value
+    return Condition(text, "covariance_whitening", WhiteningConfig.from_dict(own))
+
+
+@dataclass(frozen=True)
+class SyntheticRun:
+    """One training; everything that its result depends on.
+
+    Attributes:
+        architecture: One of `ARCHITECTURES`.
+        condition: For `parse_condition`, or "chance": an SAE that was not trained.
+        data: The activations; its seed is also that of the initial weights.
+        d_sae: Number of latents.
+        k: Latents active at once: exactly, on average (batchtopk), or what coefficients aim at.
+        steps: Training steps; 0 for chance.
+        batch_size: Activations per step.
+        lr: Learning rate, constant but for the last fifth, in which it falls to zero.
+        coefficient: Of the sparsity penalty, for architectures that have one.
+    """
+
+    architecture: str = "topk"
+    condition: str = "original"
+    data: SyntheticDataConfig = field(default_factory=SyntheticDataConfig)
+    d_sae: int = 256
+    k: int = 6
+    steps: int = 5000
+    batch_size: int = 512
+    lr: float = 3e-4
+    coefficient: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"no architecture {self.architecture!r}; there are {', '.join(ARCHITECTURES)}"
+            )
+        parse_condition(self.condition)
+
+    @property
+    def has_coefficient(self) -> bool:
+        """Whether sparsity is set by a coefficient instead of k."""
+        return self.architecture in _COEFFICIENTS and self.condition != CHANCE
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SyntheticRun":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: A key is not a field.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        unknown |= set(values["data"]) - {f.name for f in fields(SyntheticDataConfig)}
+        if unknown:
+            raise ValueError(f"SyntheticRun has no field {', '.join(sorted(unknown))}")
+        return cls(**{**values, "data": SyntheticDataConfig(**values["data"])})
+
+
+def run_one(run: SyntheticRun, device: str = "cpu") -> dict[str, Any]:
+    """Train one SAE, fold it, reload it as SAELens does, and score it on held-out activations.
+
+    Returns:
+        `{"run": ..., "scores": ...}`, for JSON. Scores: mcc, f1 and raw_mcc as in
+        `GroundTruthScores`; explained_variance, l0, and dead (latents that never fire in 20000
+        held-out activations), all in the space of the activations.
+    """
+    data = _data(run.data)
+    condition = parse_condition(run.condition)
+    with temporary_seed(run.data.seed):
+        sae = _trained(run, condition, data, device)
+    with tempfile.TemporaryDirectory() as directory:
+        sae.save_inference_model(directory)
+        plain = SAE.load_from_disk(directory, device="cpu")
+    x, features = data.held_out(_N_HELD_OUT)
+    with torch.no_grad():
+        latents = plain.encode(x)
+        reconstruction = plain.decode(latents)
+    rates = firing_rates(latents)
+    truth = ground_truth_scores(
+        plain.W_dec, data.features, latents, features, data.whitening_matrix
+    )
+    scores = {
+        **asdict(truth),
+        "explained_variance": explained_variance(x, reconstruction),
+        "l0": float(rates.sum()),
+        "dead": dead_latents(rates),
+    }
+    return {"run": run.to_dict(), "scores": scores}
+
+
+@functools.lru_cache(maxsize=2)
+def _data(config: SyntheticDataConfig) -> SyntheticActivations:
+    return SyntheticActivations(config)
+
+
+def _trained(
+    run: SyntheticRun, condition: Condition, data: SyntheticActivations, device: str
+) -> TrainingSAE[Any]:
+    options: dict[str, Any] = {}
+    if run.has_coefficient:
+        name, _ = _COEFFICIENTS[run.architecture]
+        if run.coefficient is None:
+            raise ValueError(f"a run with {run.architecture} needs a coefficient ({name})")
+        options = {
+            name: run.coefficient,
+            name.replace("coefficient", "warm_up_steps"): run.steps // 5,
+        }
+    elif "topk" in run.architecture:
+        options = {"k": run.k}
+    if run.architecture == "jumprelu":
+        options |= _JUMPRELU
+    sae = TrainingSAE.from_dict(
+        {
+            "architecture": run.architecture,
+            "d_in": data.d_in,
+            "d_sae": run.d_sae,
+            "device": device,
+            "normalize_activations": condition.normalize_activations,
+            **options,
+        }
+    )
+    whitening = None
+    if condition.whitening is not None:
+        whitening = Whitening.from_statistics(data.statistics, condition.whitening)
+    if run.condition == CHANCE:
+        assert whitening is not None
+        fold_whitening_into_weights(sae, whitening)
+        return sae
+    cfg = SAETrainerConfig(
+        total_training_samples=run.steps * run.batch_size,
+        train_batch_size_samples=run.batch_size,
+        lr=run.lr,
+        lr_end=run.lr / 10,
+        lr_decay_steps=run.steps // 5,
+        device=device,
+        dead_feature_window=max(min(1000, run.steps // 5), 1),
+        n_batches_for_norm_estimate=100,
+    )
+    batches = data.batches(run.batch_size)
+    if whitening is None:
+        trainer = SAETrainer(cfg, sae, batches)
+        if condition.normalize_activations == "expected_average_only_in":
+            # from a stream of its own: fit() would take batches that the others train on
+            trainer.activation_scaler.estimate_scaling_factor(
+                data.d_in, data.batches(run.batch_size), cfg.n_batches_for_norm_estimate
+            )
+        return trainer.fit()
+    trainer = WhiteningTrainer(cfg, sae, batches, condition.whitening)
+    trainer.scaler.whitening = whitening
+    return trainer.fit()
+
+
+def grid(
+    architectures: Sequence[str],
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    template: SyntheticRun,
+) -> list[SyntheticRun]:
+    """Every combination, and chance for every seed; seeds outermost, for they share activations."""
+    runs = []
+    for seed in seeds:
+        data = replace(template.data, seed=seed)
+        runs.append(replace(template, architecture="topk", condition=CHANCE, data=data, steps=0))
+        runs += [
+            replace(template, architecture=architecture, condition=condition, data=data)
+            for architecture, condition in itertools.product(architectures, conditions)
+        ]
+    return runs
+
+
+def next_coefficient(tried: Mapping[float, float], target: float, start: float) -> float | None:
+    """The coefficient to try next so that L0 comes to `target`, or None when enough were tried.
+
+    Enough is two with `target` between their L0, which differ by at most half, or one that hits
+    it within 2%, or 8 altogether. L0 is taken to fall as the coefficient rises.
+
+    Args:
+        tried: L0 by coefficient.
+        target: The L0 wanted.
+        start: The first coefficient.
+    """
+    if not tried:
+        return start
+    if len(tried) >= _MAX_TRIES or any(_hits(l0, target) for l0 in tried.values()):
+        return None
+    at = {math.log(c): math.log(max(l0, 0.01) / target) for c, l0 in tried.items()}
+    too_small = sorted(c for c, excess in at.items() if excess > 0)
+    too_large = sorted(c for c, excess in at.items() if excess <= 0)
+    if not too_small:
+        return math.exp(too_large[0] - _step(at, too_large[:2]))
+    if not too_large:
+        return math.exp(too_small[-1] + _step(at, too_small[-2:]))
+    low, high = too_small[-1], too_large[0]
+    if at[low] - at[high] <= math.log(_CLOSE):
+        return None
+    # where the line between them crosses zero, but so that either side shrinks
+    share = min(max(at[low] / (at[low] - at[high]), 0.2), 0.8)
+    return math.exp(low + share * (high - low))
+
+
+def _step(at: Mapping[float, float], nearest: Sequence[float]) -> float:
+    """How far to go on, in logarithms, where L0 is too large, or too small, so far."""
+    if len(nearest) < 2:
+        return math.log(_FACTOR)
+    one, two = nearest
+    slope = max((at[one] - at[two]) / (two - one), 1e-6)
+    wanted = min(abs(at[one]), abs(at[two])) / slope
+    # a little beyond, for the sake of a run on the other side
+    return min(max(1.2 * wanted, math.log(_FACTOR) / 2), 2 * math.log(_FACTOR))
+
+
+def _hits(l0: float, target: float) -> bool:
+    return abs(l0 / target - 1) < 0.02
+
+
+def at_l0(rows: Sequence[Mapping[str, float]], target: float) -> tuple[dict[str, float], bool]:
+    """Scores at the L0 wanted: of a run that hits it, or else linear in log L0 between the two
+    nearest on either side.
+
+    Args:
+        rows: Scores of runs that differ in their coefficient, with "l0" among them.
+        target: The L0 wanted.
+
+    Returns:
+        The scores, and whether there was a run within 2%, or runs on both sides; otherwise the
+        scores are those of the nearest. Of a run that hits the L0 they are taken as they are: the
+        nearest on the other side may be far.
+    """
+
+    def distance(row: Mapping[str, float]) -> float:
+        return abs(math.log(max(row["l0"], 1e-6) / target))
+
+    above = min((r for r in rows if r["l0"] > target), key=distance, default=None)
+    below = min((r for r in rows if r["l0"] <= target), key=distance, default=None)
+    nearest = min(rows, key=distance)
+    hit = _hits(nearest["l0"], target)
+    if hit or above is None or below is None or below["l0"] == 0:
+        return dict(nearest), hit
+    weight = math.log(target / below["l0"]) / math.log(above["l0"] / below["l0"])
+    scores = {key: below[key] + weight * (above[key] - below[key]) for key in below}
+    return {**scores, "l0": target}, True
+
+
+def run_all(
+    runs: Sequence[SyntheticRun],
+    results: Path,
+    device: str = "cpu",
+    jobs: int = 1,
+    progress: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Do what is not in `results` yet, in worker processes, and append it as it is done.
+
+    Args:
+        runs: Without coefficients; where one is needed, several are tried, see `next_coefficient`.
+        results: File with one JSON object for each training.
+        device: Where to train.
+        jobs: Worker processes, of one thread each.
+        progress: Called when a run is done, all its coefficients included.
+
+    Returns:
+        The rows of all trainings that belong to `runs`.
+    """
+    have = {_key(SyntheticRun.from_dict(row["run"])): row for row in read_rows(results)}
+    found: dict[SyntheticRun, list[dict[str, Any]]] = {run: [] for run in runs}
+    executor = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_workers.start)
+    pending: dict[Future[dict[str, Any]], SyntheticRun] = {}
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with executor, results.open("a") as file:
+        if results.stat().st_size and not results.read_bytes().endswith(b"\n"):
+            file.write("\n")  # after a line that was cut off
+
+        def go_on(run: SyntheticRun) -> None:
+            """Submit the next training of a run, if it needs one that was not done before."""
+            while True:
+                training = _next_training(run, found[run])
+                if training is None:
+                    progress()
+                    return
+                row = have.get(_key(training))
+                if row is None:
+                    pending[executor.submit(run_one, training, device)] = run
+                    return
+                found[run].append(row)
+
+        waiting = iter(found)
+        try:
+            while True:
+                # not all at once: what is submitted cannot be taken back when one fails
+                while len(pending) < jobs and (run := next(waiting, None)) is not None:
+                    go_on(run)
+                if not pending:
+                    break
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    run, row = pending.pop(future), future.result()
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    found[run].append(row)
+                    go_on(run)
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [row for rows in found.values() for row in rows]
+
+
+def _next_training(run: SyntheticRun, rows: Sequence[Mapping[str, Any]]) -> SyntheticRun | None:
+    if not run.has_coefficient:
+        return None if rows else run
+    _, start = _COEFFICIENTS[run.architecture]
+    tried = {row["run"]["coefficient"]: row["scores"]["l0"] for row in rows}
+    coefficient = next_coefficient(tried, run.k, start)
+    return None if coefficient is None else replace(run, coefficient=coefficient)
+
+
+def _key(run: SyntheticRun) -> str:
+    return json.dumps(run.to_dict(), sort_keys=True)
+
+
+def read_rows(results: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; none if there is no file.
+
+    A line that is not a result, such as one that a kill cut off, is left out with a warning.
+    """
+    if not results.exists():
+        return []
+    rows, lines = [], results.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({"run": row["run"], "scores": row["scores"]})
+        except (json.JSONDecodeError, KeyError, TypeError):
+            logger.warning("%s, line %d: not a result, left out", results, number)
+    return rows
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The scores of one architecture under one condition.
+
+    Attributes:
+        architecture: The architecture.
+        condition: The condition.
+        scores: Of each seed, by name of the score.
+        matched: Whether all seeds came to the L0 wanted.
+    """
+
+    architecture: str
+    condition: str
+    scores: dict[str, list[float]]
+    matched: bool
+
+    def mean(self, score: str) -> float:
+        """Mean over seeds."""
+        return statistics.fmean(self.scores[score])
+
+    def sd(self, score: str) -> float | None:
+        """Standard deviation over seeds; None for a single one."""
+        values = self.scores[score]
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
+    """Rows of trainings as one summary for each architecture and condition, in their order."""
+    groups: dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]] = {}
+    for row in rows:
+        run = row["run"]
+        by_seed = groups.setdefault((run["architecture"], run["condition"]), {})
+        by_seed.setdefault(run["data"]["seed"], []).append(row)
+    summaries = []
+    for (architecture, condition), by_seed in groups.items():
+        matched = [
+            at_l0([row["scores"] for row in same], same[0]["run"]["k"])
+            if same[0]["run"]["coefficient"] is not None
+            else (dict(same[0]["scores"]), True)
+            for _, same in sorted(by_seed.items())
+        ]
+        names = matched[0][0]
+        scores = {name: [float(row[name]) for row, _ in matched] for name in names}
+        summaries.append(Summary(architecture, condition, scores, all(m for _, m in matched)))
+    return summaries
+
+
+_COLUMNS = {
+    "f1": ("F1", ".3f"),
+    "mcc": ("MCC whitened", ".3f"),
+    "explained_variance": ("explained variance", ".3f"),
+    "l0": ("L0", ".1f"),
+    "dead": ("dead", ".0f"),
+    "raw_mcc": ("MCC raw (misleads)", ".3f"),
+}
+
+
+def markdown_table(summaries: Sequence[Summary]) -> str:
+    """Mean ± standard deviation over seeds, a table for each architecture, chance at the end."""
+    chance = [s for s in summaries if s.condition == CHANCE]
+    architectures = dict.fromkeys(s.architecture for s in summaries if s.condition != CHANCE)
+    blocks = []
+    for architecture in architectures:
+        own = [s for s in summaries if s.architecture == architecture and s.condition != CHANCE]
+        lines = [
+            f"| {architecture} | " + " | ".join(title for title, _ in _COLUMNS.values()) + " |",
+            "|---" * (len(_COLUMNS) + 1) + "|",
+        ]
+        for summary in [*own, *chance]:
+            cells = [
+                _cell(summary.mean(name), summary.sd(name), form)
+                for name, (_, form) in _COLUMNS.items()
+            ]
+            note = "" if summary.matched else " (L0 not reached)"
+            lines.append(f"| {summary.condition}{note} | " + " | ".join(cells) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _cell(mean: float, sd: float | None, form: str) -> str:
+    return f"{mean:{form}}" if sd is None else f"{mean:{form}} ± {sd:{form}}"

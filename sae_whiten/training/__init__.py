@@ -1,0 +1,1 @@
+"""SAELens' trainers and runners, training under whitening."""

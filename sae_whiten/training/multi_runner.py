@@ -1,0 +1,275 @@
+"""SAELens' runner of several SAEs, some or all of them trained under whitening."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import wandb
+from sae_lens.config import HfDataset
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.types import MultiHookDataProvider
+from transformer_lens import HookedRootModule
+
+from sae_whiten.architectures.folding import FoldError, why_not_foldable
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.training.activations_store import PackedActivationsStore, check_buffer
+from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
+from sae_whiten.training.running import (
+    check_hook,
+    connect,
+    paused,
+    record_reading,
+    save_runner_files,
+    train_interruptibly,
+    without_resuming,
+    write_final_sae,
+    write_json,
+)
+from sae_whiten.training.stream import ActivationStream
+from sae_whiten.training.training_sae import enter_whitened_space
+
+__all__ = ["WhiteningMultiSAETrainingRunner"]
+
+logger = logging.getLogger(__name__)
+
+
+class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
+    """A `MultiSAETrainingRunner` that trains SAEs under whitening.
+
+    SAEs whose config has `normalize_activations="covariance_whitening"` are whitened; the others
+    are trained beside them, on the same activations, to the bit as SAELens' runner trains them. One
+    pass over the first activations serves the statistics of all hooks, and training then has these
+    activations too. What an SAE at one hook becomes does not depend on which others there are. (But
+    `"expected_average_only_in"` takes, as in SAELens, `n_batches_for_norm_estimate` batches that no
+    SAE is trained on.)
+
+    `cfg.output_path` receives a folder for every SAE as `WhiteningTrainingRunner` writes it.
+    Stopping and resuming are as there, too.
+
+    Args:
+        cfg: SAELens' runner config. It is copied, never changed.
+        whitening: How to whiten all SAEs, or each by its name; the default configuration, or that
+            of the checkpoint which is resumed, for those that have none. SAEs at one hook share
+            statistics, which satisfy all of them.
+        override_dataset: As for SAELens' runner.
+        override_model: As for SAELens' runner.
+        override_saes: As for SAELens' runner.
+
+    Attributes:
+        trainer: The trainer, once `run` has made it; its `whitenings` and `statistics` are by the
+            names of the SAEs.
+
+    Raises:
+        ValueError: No SAE asks for whitening, a configuration is given for one that does not, the
+            buffer is smaller than a batch, or the model has no such hook.
+        FoldError: No whitening can be folded into an architecture.
+    """
+
+    trainer: WhiteningMultiSAETrainer
+
+    def __init__(
+        self,
+        cfg: MultiSAETrainingRunnerConfig,
+        whitening: WhiteningConfig | Mapping[str, WhiteningConfig] | None = None,
+        override_dataset: HfDataset | None = None,
+        override_model: HookedRootModule | None = None,
+        override_saes: dict[str, TrainingSAE[Any]] | None = None,
+    ) -> None:
+        self.whitening_configs = _whitening_by_name(cfg, whitening, override_saes)
+        n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+        check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
+        super().__init__(
+            _copied(cfg),
+            override_dataset=override_dataset,
+            override_model=override_model,
+            override_saes=override_saes,
+        )
+        for hook_name in dict.fromkeys(self.cfg.hook_names_per_sae.values()):
+            check_hook(self.model, hook_name)
+        self.saes = dict(self.saes)
+        for name, sae in self.saes.items():
+            sae.cfg = copy.deepcopy(sae.cfg)
+            if name in self.whitening_configs:
+                enter_whitened_space(sae, self.whitening_configs[name])
+        self._requested = self.cfg
+        self.activations_store = PackedActivationsStore.adopt(self.activations_store)
+        self.evaluator.activations_store = self.activations_store
+        # called by _evaluate instead: it draws batches, and must not while reading ahead is paused
+        self.evaluator.user_evaluator = None
+
+    def run(self) -> dict[str, TrainingSAE[Any]]:
+        """Train, fold, prove the folds and save.
+
+        Returns:
+            The SAEs, those trained under whitening folded.
+
+        Raises:
+            FoldError: Folding an SAE failed. The message says where both its forms are; the others
+                are finished and saved.
+            KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
+            SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
+        """
+        self._requested = self.cfg
+        with without_resuming(self):
+            saes = super().run()
+        failures = self.trainer.failures
+        if failures:
+            message = "; ".join(f"{name}: {error}" for name, error in failures.items())
+            others = ", ".join(name for name in saes if name not in failures)
+            if others:
+                message += f". The other SAEs ({others}) are in "
+                message += self.cfg.output_path or "the runner's `saes`"
+            raise FoldError(message) from next(iter(failures.values()))
+        return saes
+
+    def _run_with_interruption_handling(
+        self, trainer: MultiSAETrainer
+    ) -> dict[str, TrainingSAE[Any]]:
+        """Train with a `WhiteningMultiSAETrainer` in place of the trainer given."""
+        self.cfg = self._requested
+        if self.cfg.logger.log_to_wandb:
+            wandb.config.update(self.cfg.to_dict(), allow_val_change=True)
+        store, resume_from = self.activations_store, self.cfg.resume_from_checkpoint
+        assert isinstance(store, PackedActivationsStore)
+        stream = ActivationStream(store, store.d_in, n_wanted=trainer.cfg.total_training_steps)
+        connect(stream, store)
+        self.trainer = WhiteningMultiSAETrainer(
+            cfg=trainer.cfg,
+            saes=self.saes,
+            hook_names=self.cfg.hook_names_per_sae,
+            stream=stream,
+            split=store.split,
+            whitening=self.whitening_configs,
+            evaluator=self._evaluate,
+            save_checkpoint_fn=self._save_runner_checkpoint_files,
+        )
+        if resume_from is not None:
+            logger.info("resuming from checkpoint %s", resume_from)
+            self.trainer.load_checkpoint(resume_from)
+        store.on_nonfinite = stream.on_nonfinite
+        if resume_from is not None:
+            store.load_from_checkpoint(resume_from)
+        return train_interruptibly(self.trainer, stream, store, self.cfg)
+
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        for name in self.whitening_configs:
+            record_reading(self.saes[name], self.cfg)
+
+    def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
+        if checkpoint_path is None:
+            return
+        store = self.activations_store
+        assert isinstance(store, PackedActivationsStore)
+        save_runner_files(checkpoint_path, self.trainer.stream, store, self.cfg.to_dict())
+
+    def _save_final_outputs(
+        self, saes: dict[str, TrainingSAE[Any]], trainer: MultiSAETrainer
+    ) -> None:
+        assert self.cfg.output_path is not None
+        base = Path(self.cfg.output_path)
+        for name, sae in saes.items():
+            if name in self.trainer.failures:
+                continue
+            # SAELens passes the trainer that ours took the place of
+            one = self.trainer.trainers[name]
+            weights, cfg, sparsity = write_final_sae(base / name, sae, one)
+            if self.cfg.logger.log_to_wandb:
+                self.cfg.logger.log(
+                    SimpleNamespace(sae=sae, cfg=self.trainer.cfg),
+                    weights,
+                    cfg,
+                    sparsity_path=sparsity,
+                    wandb_aliases=["final_model"],
+                )
+        write_json(base / RUNNER_CFG_FILENAME, self.cfg.to_dict())
+
+    def _evaluate(
+        self,
+        saes: dict[str, TrainingSAE[Any]],
+        data_provider: MultiHookDataProvider,
+        activation_scalers: dict[str, Any],
+        hook_names: dict[str, str],
+    ) -> dict[str, Any]:
+        with paused(self.trainer.stream):
+            metrics = self.evaluator(saes, data_provider, activation_scalers, hook_names)
+        if self.cfg.evaluator is not None:
+            for name, sae in saes.items():
+                view = (batch[hook_names[name]] for batch in data_provider)
+                own = self.cfg.evaluator(sae, view, activation_scalers[name])
+                metrics.update({f"{name}/{key}": value for key, value in own.items()})
+        return metrics
+
+
+def _whitening_by_name(
+    cfg: MultiSAETrainingRunnerConfig,
+    whitening: WhiteningConfig | Mapping[str, WhiteningConfig] | None,
+    override_saes: Mapping[str, TrainingSAE[Any]] | None,
+) -> dict[str, WhiteningConfig | None]:
+    """The SAEs that ask for whitening, and the configuration given for each.
+
+    Raises:
+        ValueError, FoldError: As the runner does; before a model is loaded.
+    """
+    configs = {name: sae.cfg for name, sae in (override_saes or {}).items()} or dict(cfg.saes)
+    names = [n for n, c in configs.items() if c.normalize_activations == "covariance_whitening"]
+    if not names:
+        raise ValueError(
+            "no SAE's config has normalize_activations='covariance_whitening': set it for those "
+            "that are to be whitened, or use SAELens' MultiSAETrainingRunner"
+        )
+    if isinstance(whitening, Mapping):
+        unknown = [name for name in whitening if name not in names]
+        if unknown:
+            raise ValueError(
+                f"a WhiteningConfig is given for {', '.join(unknown)}, but the SAEs with "
+                f"normalize_activations='covariance_whitening' are {', '.join(names)}"
+            )
+        by_name = {name: whitening.get(name) for name in names}
+    else:
+        by_name = dict.fromkeys(names, whitening)
+    for name in names:
+        sae = None if override_saes is None else override_saes[name]
+        reason = why_not_foldable(
+            get_sae_training_class(configs[name].architecture())[0] if sae is None else sae
+        )
+        if reason is not None:
+            raise FoldError(
+                f"{name} cannot be trained under whitening, for it could not be folded into "
+                f"{reason}"
+            )
+    _check_overrides(cfg, override_saes or {})
+    return by_name
+
+
+def _check_overrides(
+    cfg: MultiSAETrainingRunnerConfig, saes: Mapping[str, TrainingSAE[Any]]
+) -> None:
+    seen: dict[int, str] = {}
+    for name, sae in saes.items():
+        other = seen.setdefault(id(sae), name)
+        if other != name:
+            raise ValueError(f"override_saes: {other} and {name} are the same object")
+        if name in cfg.saes and sae.cfg.d_in != cfg.saes[name].d_in:
+            raise ValueError(
+                f"override_saes: {name} is of width {sae.cfg.d_in}, and of {cfg.saes[name].d_in} "
+                "in the config"
+            )
+
+
+def _copied(cfg: MultiSAETrainingRunnerConfig) -> MultiSAETrainingRunnerConfig:
+    """A copy, with a config of its own for every SAE, and with the evaluator that was given."""
+    copied = copy.deepcopy(cfg, {id(cfg.evaluator): cfg.evaluator})
+    # one object that serves several names would otherwise still do so
+    copied.saes = {name: copy.deepcopy(sae) for name, sae in cfg.saes.items()}
+    return copied

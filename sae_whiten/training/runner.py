@@ -1,0 +1,206 @@
+"""SAELens' language-model runner, training under whitening."""
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
+from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.training.types import DataProvider
+from transformer_lens import HookedRootModule
+
+from sae_whiten.architectures.folding import FoldError, why_not_foldable
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
+from sae_whiten.training.running import (
+    WHITENING_FILENAME,
+    check_hook,
+    connect,
+    record_reading,
+    save_runner_files,
+    train_interruptibly,
+    without_resuming,
+    write_final_sae,
+)
+from sae_whiten.training.trainer import WhiteningTrainer
+from sae_whiten.training.training_sae import enter_whitened_space
+
+__all__ = ["WhiteningTrainingRunner"]
+
+logger = logging.getLogger(__name__)
+
+
+class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
+    """A `LanguageModelSAETrainingRunner` that trains under whitening.
+
+    `cfg.output_path` receives an ordinary SAELens SAE, and beside it the activation statistics and
+    the whitening. Ctrl-C and SIGTERM end training after the step at hand, with a checkpoint in
+    `cfg.checkpoint_path`; `cfg.resume_from_checkpoint` continues from any checkpoint as if nothing
+    had happened, bit for bit on the same machine.
+
+    Args:
+        cfg: SAELens' runner config, with `sae.normalize_activations="covariance_whitening"`. It is
+            copied, never changed. With `from_pretrained_path`, a plain SAE is brought into whitened
+            coordinates, exactly, and trained on.
+        whitening: How to whiten; the default configuration, or that of the checkpoint which is
+            resumed, if None.
+        override_dataset: As for SAELens' runner.
+        override_model: As for SAELens' runner.
+        override_sae: As for SAELens' runner.
+
+    Attributes:
+        trainer: The trainer, once `run` has made it; it holds the whitening and the statistics.
+
+    Raises:
+        ValueError: The config does not ask for whitening, its buffer is smaller than a batch, the
+            model has no such hook, or the architecture does not go with
+            `whitening.sparsity_norms`.
+        FoldError: No whitening can be folded into this architecture.
+    """
+
+    trainer: WhiteningTrainer
+
+    def __init__(
+        self,
+        cfg: LanguageModelSAERunnerConfig[Any],
+        whitening: WhiteningConfig | None = None,
+        override_dataset: HfDataset | None = None,
+        override_model: HookedRootModule | None = None,
+        override_sae: TrainingSAE[Any] | None = None,
+    ) -> None:
+        sae_cfg = override_sae.cfg if override_sae is not None else cfg.sae
+        reason = why_not_foldable(
+            get_sae_training_class(sae_cfg.architecture())[0]
+            if override_sae is None
+            else override_sae  # of a class that may not be registered
+        )
+        if reason is not None:
+            raise FoldError(f"cannot train under whitening: it cannot be folded into {reason}")
+        if sae_cfg.normalize_activations != "covariance_whitening":
+            raise ValueError(
+                f"the SAE's config has normalize_activations={sae_cfg.normalize_activations!r}: "
+                "set it to 'covariance_whitening', or use SAELens' LanguageModelSAETrainingRunner"
+            )
+        # before the model is loaded
+        n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+        check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
+        self.whitening_config = whitening
+        super().__init__(
+            copy.deepcopy(cfg),
+            override_dataset=override_dataset,
+            override_model=override_model,
+            override_sae=override_sae,
+        )
+        if not self.cfg.use_cached_activations:
+            check_hook(self.model, self.cfg.hook_name)
+        self.sae.cfg = copy.deepcopy(self.sae.cfg)
+        self._requested = self.cfg
+        self._start_from_folded = override_sae is None and self._check_pretrained()
+        # before SAELens compiles the training step, for it is compiled with its losses
+        enter_whitened_space(self.sae, whitening)
+        self.activations_store = ResumableActivationsStore.adopt(self.activations_store)
+        self.evaluator.activations_store = self.activations_store
+
+    def run(self) -> TrainingSAE[Any]:
+        """Train, fold, prove the fold and save.
+
+        Returns:
+            The folded SAE.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
+            SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
+        """
+        self._requested = self.cfg
+        with without_resuming(self):
+            return super().run()
+
+    def run_trainer_with_interruption_handling(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, trainer: SAETrainer[Any, Any]
+    ) -> TrainingSAE[Any]:
+        """Train with a `WhiteningTrainer` in place of the trainer given."""
+        self.cfg = self._requested
+        if self.cfg.logger.log_to_wandb:
+            wandb.config.update(self.cfg.to_dict(), allow_val_change=True)
+        provider: DataProvider = self.activations_store
+        store = self.activations_store
+        assert isinstance(store, ResumableActivationsStore)
+        resume_from = self.cfg.resume_from_checkpoint
+        self.trainer = WhiteningTrainer(
+            cfg=trainer.cfg,
+            sae=self.sae,
+            data_provider=provider,
+            whitening=self.whitening_config,
+            evaluator=self._evaluate,
+            save_checkpoint_fn=self.save_checkpoint,
+            start_from_folded=self._start_from_folded,
+        )
+        stream = self.trainer.stream
+        connect(stream, store)
+        store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
+        if resume_from is not None:
+            logger.info("resuming from checkpoint %s", resume_from)
+            self.trainer.load_trainer_state(resume_from)
+            store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
+            store.load_from_checkpoint(resume_from)
+        return train_interruptibly(self.trainer, stream, store, self.cfg)
+
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        """Add the runner's files to a checkpoint directory."""
+        if checkpoint_path is None:
+            return
+        store = self.activations_store
+        assert isinstance(store, ResumableActivationsStore)
+        save_runner_files(checkpoint_path, self.trainer.stream, store, self.cfg.to_dict())
+
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: torch.Tensor | None = None,
+    ) -> None:
+        """Write the folded SAE, its whitening and the statistics: each file whole or not at all."""
+        # SAELens passes the sparsity of the trainer that ours took the place of
+        weights, cfg, sparsity = write_final_sae(
+            Path(output_path), sae, self.trainer, self.cfg.to_dict()
+        )
+        if self.cfg.logger.log_to_wandb:
+            self.cfg.logger.log(
+                self, weights, cfg, sparsity_path=sparsity, wandb_aliases=["final_model"]
+            )
+
+    def _set_sae_metadata(self) -> None:
+        super()._set_sae_metadata()
+        record_reading(self.sae, self.cfg)
+
+    def _check_pretrained(self) -> bool:
+        """Whether `self.sae` is plain and has to be brought into whitened coordinates."""
+        path = self.cfg.from_pretrained_path
+        if self.sae.cfg.normalize_activations == "covariance_whitening":
+            if path is not None:
+                raise ValueError(
+                    f"{path} holds an SAE whose weights are in whitened coordinates "
+                    f"(normalize_activations='covariance_whitening') and no {WHITENING_FILENAME} "
+                    f"that says in which: a checkpoint of SAELens' own trainer? Its weights mean "
+                    f"nothing under another whitening. Fold it first, with the "
+                    f"{ACTIVATION_WHITENING_FILENAME} it was trained with."
+                )
+            return False
+        if self.sae.cfg.normalize_activations != "none":
+            raise ValueError(
+                f"{path} holds an SAE with "
+                f"normalize_activations={self.sae.cfg.normalize_activations!r}; only a plain one "
+                "('none') can be brought into whitened coordinates"
+            )
+        return True
+
+    def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
+        # SAELens' evaluator pauses a prefetching thread, which it must be able to recognise
+        return self.evaluator(sae, data_provider.source, activation_scaler)

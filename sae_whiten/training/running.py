@@ -1,0 +1,271 @@
+"""What the runners share: reading ahead, ending between two steps, and writing what was trained."""
+
+import copy
+import difflib
+import json
+import logging
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.prefetch import PrefetchingIterator
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
+from transformer_lens import HookedRootModule
+
+from sae_whiten._files import atomic_path
+from sae_whiten.estimation.sources import resolution_of
+from sae_whiten.statistics import NonFiniteActivationsError
+from sae_whiten.training.activations_store import ResumableActivationsStore
+from sae_whiten.training.stream import ActivationStream, StopRequested
+from sae_whiten.training.trainer import STATISTICS_FILENAME, WhiteningTrainer
+
+__all__ = [
+    "WHITENING_FILENAME",
+    "InterruptibleTrainer",
+    "check_hook",
+    "connect",
+    "paused",
+    "record_reading",
+    "save_runner_files",
+    "train_interruptibly",
+    "without_resuming",
+    "write_final_sae",
+    "write_json",
+]
+
+logger = logging.getLogger(__name__)
+
+WHITENING_FILENAME = "whitening.safetensors"
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+def check_hook(model: HookedRootModule, name: str) -> None:
+    """Refuse a hook that the model does not have.
+
+    Raises:
+        ValueError: It does not; the message names the nearest.
+    """
+    hooks = list(model.hook_dict)
+    if name not in hooks:
+        near = difflib.get_close_matches(name, hooks) or hooks[:3]
+        raise ValueError(f"the model has no hook {name!r}; nearest: {', '.join(near)}")
+
+
+def record_reading(
+    sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
+) -> None:
+    """Add to an SAE's metadata what SAELens leaves out of how its activations are made."""
+    sae.cfg.metadata.autocast_lm = cfg.autocast_lm
+    sae.cfg.metadata.use_chat_formatting = cfg.use_chat_formatting
+
+
+@contextmanager
+def without_resuming(runner: Any) -> Iterator[None]:
+    """Let SAELens' `run` neither resume nor prefetch: it would load its own files, and read ahead
+    before the position in the data is restored."""
+    cfg = runner.cfg
+    runner.cfg = copy.copy(cfg)
+    runner.cfg.resume_from_checkpoint = None
+    runner.cfg.prefetch_llm_batches = False
+    try:
+        yield
+    finally:
+        runner.cfg = cfg
+
+
+def connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:
+    """Let a stream and the store that it reads from know of each other."""
+    store.training_position = lambda: stream.n_served
+    stream.source_is_finite = True
+    stream.resolution = resolution_of(store.model, store.autocast_lm)
+    stream.next_is = lambda: {0: "next cached", 1: "held-out"}.get(
+        store.n_epochs, "next (of a dataset that was begun anew)"
+    )
+
+
+def paused(stream: ActivationStream) -> AbstractContextManager[None]:
+    """Keep a thread that reads ahead, if there is one, from drawing batches meanwhile."""
+    source = stream.source
+    return source.paused() if isinstance(source, PrefetchingIterator) else nullcontext()
+
+
+@runtime_checkable
+class InterruptibleTrainer(Protocol[T_co]):
+    """A trainer that can be saved between two steps."""
+
+    n_training_samples: int
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether what is estimated before the first step is there."""
+        ...
+
+    def fit(self) -> T_co:
+        """Train."""
+        ...
+
+    def save_checkpoint(self, checkpoint_name: str) -> None:
+        """Save what resuming needs."""
+        ...
+
+
+def train_interruptibly(
+    trainer: InterruptibleTrainer[T],
+    stream: ActivationStream,
+    store: ResumableActivationsStore,
+    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
+) -> T:
+    """Let a trainer fit; save a checkpoint when it is stopped by a signal or an activation that is
+    not finite.
+
+    Args:
+        trainer: Trains on `stream`.
+        stream: Reads from `store`.
+        store: Where the activations come from.
+        cfg: Says how many batches a thread is to draw ahead, and where checkpoints go.
+
+    Raises:
+        KeyboardInterrupt: After SIGINT.
+        SystemExit: After SIGTERM; its code is 143.
+    """
+    n_ahead = int(cfg.prefetch_llm_batches)
+    with _reading_ahead(stream, store, n_ahead), _stop_on_signals(stream) as received:
+        try:
+            result = trainer.fit()
+            if store.n_skipped:
+                logger.warning(
+                    "%d activations with a NaN or an infinity were left out", store.n_skipped
+                )
+            return result
+        except (StopRequested, NonFiniteActivationsError) as error:
+            _save_progress(trainer, cfg.checkpoint_path)
+            if isinstance(error, NonFiniteActivationsError):
+                raise
+            signum = received[0] if received else signal.SIGINT
+    if signum == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt
+
+
+def _save_progress(trainer: InterruptibleTrainer[Any], checkpoint_path: str | None) -> None:
+    if not trainer.is_prepared:
+        logger.warning("stopped while the whitening was being estimated: nothing to save yet")
+    elif checkpoint_path is None:
+        logger.warning("stopped; checkpoint_path is None, so the progress is not saved")
+    else:
+        trainer.save_checkpoint(str(trainer.n_training_samples))
+        logger.warning(
+            "stopped after %d samples; continue with resume_from_checkpoint=%s",
+            trainer.n_training_samples,
+            Path(checkpoint_path) / str(trainer.n_training_samples),
+        )
+
+
+@contextmanager
+def _reading_ahead(
+    stream: ActivationStream, store: ResumableActivationsStore, n_batches: int
+) -> Iterator[None]:
+    if n_batches == 0:
+        yield
+        return
+    thread = PrefetchingIterator(iter(store), prefetch=n_batches)
+    stream.source = thread
+    try:
+        yield
+    finally:
+        # before 6.54.8 SAELens left the thread to end with the process
+        if hasattr(thread, "close"):
+            thread.close()
+
+
+@contextmanager
+def _stop_on_signals(stream: ActivationStream) -> Iterator[list[int]]:
+    """Let SIGINT and SIGTERM end training between two steps; a second one interrupts at once.
+
+    Yields:
+        The signals received. Outside the main thread, where Python allows no handlers, none are.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+        logger.warning("stopping after this step (again to stop at once)")
+        stream.request_stop()
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def save_runner_files(
+    checkpoint_path: str | Path,
+    stream: ActivationStream,
+    store: ResumableActivationsStore,
+    cfg: dict[str, Any],
+) -> None:
+    """Add the position in the data and the runner's config to a checkpoint directory."""
+    # a thread that draws batches meanwhile would change what is being saved
+    with paused(stream):
+        store.save_to_checkpoint(checkpoint_path)
+    write_json(Path(checkpoint_path) / RUNNER_CFG_FILENAME, cfg)
+
+
+def write_final_sae(
+    target: Path,
+    sae: TrainingSAE[Any],
+    trainer: SAETrainer[Any, Any],
+    cfg: dict[str, Any] | None = None,
+) -> tuple[Path, Path, Path]:
+    """Write a trained SAE, its sparsity and, if it was whitened, whitening and statistics: each
+    file whole or not at all.
+
+    Args:
+        target: The directory.
+        sae: The SAE, folded.
+        trainer: Trained it.
+        cfg: The runner's config, if it is to be written too.
+
+    Returns:
+        Paths of the weights, the SAE's config and the sparsity.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as name:
+        staging = Path(name)
+        weights, sae_cfg = sae.save_inference_model(staging)
+        save_file({"sparsity": trainer.log_feature_sparsity}, staging / SPARSITY_FILENAME)
+        if cfg is not None:
+            write_json(staging / RUNNER_CFG_FILENAME, cfg)
+        if isinstance(trainer, WhiteningTrainer):
+            if trainer.whitening is not None:
+                trainer.whitening.save(staging / WHITENING_FILENAME)
+            if trainer.scaler.statistics is not None:
+                trainer.scaler.statistics.save(staging / STATISTICS_FILENAME)
+        for file in sorted(staging.iterdir()):
+            file.replace(target / file.name)
+    logger.info("SAE saved: %s", target)
+    return target / weights.name, target / sae_cfg.name, target / SPARSITY_FILENAME
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a json file, atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(content))

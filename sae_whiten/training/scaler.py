@@ -1,0 +1,152 @@
+"""The activation scaler that SAELens' trainers and evaluators hold."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor
+
+from sae_whiten._files import CorruptFileError, atomic_path
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.stopping import Requirement, estimate_statistics, flatten_heads
+from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.whitening import Whitening
+
+__all__ = ["CovarianceWhiteningScaler"]
+
+_CONFIG_KEY = "whitening_config"
+
+
+class CovarianceWhiteningScaler(ActivationScaler):
+    """Whitens activations on their way into an SAE and dewhitens what comes out.
+
+    Args:
+        config: How to whiten.
+
+    Attributes:
+        config: How to whiten.
+        whitening: The transform, once it is estimated or loaded. Setting it beforehand skips the
+            estimation.
+        statistics: The statistics that `whitening` was derived from, if this scaler estimated them.
+    """
+
+    whitening: Whitening | None
+
+    def __init__(self, config: WhiteningConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or WhiteningConfig()
+        self.statistics: ActivationStatistics | None = None
+
+    def scale(self, acts: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Whiten; the identity before there is a whitening.
+
+        Args:
+            acts: Shape (..., d_in), or (..., n_heads, d_head) with n_heads * d_head = d_in.
+
+        Returns:
+            The shape and dtype of `acts`.
+
+        Raises:
+            ValueError: The shape does not fit d_in.
+        """
+        if self.whitening is None:
+            return acts
+        flat = flatten_heads(acts, self.whitening.d_in)
+        return self.whitening.whiten(flat).reshape(acts.shape)
+
+    def unscale(self, acts: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Dewhiten; shapes and errors as for `scale`."""
+        if self.whitening is None:
+            return acts
+        flat = flatten_heads(acts, self.whitening.d_in)
+        return self.whitening.dewhiten(flat).reshape(acts.shape)
+
+    @torch.no_grad()
+    def estimate_whitening(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        d_in: int,
+        data_provider: Iterator[Tensor],
+        n_batches_for_norm_estimate: int | None = None,
+        resolution: float = 0.0,
+    ) -> None:
+        """Estimate the statistics from the first batches of `data_provider` and set `whitening`.
+
+        Does nothing if there is a whitening already: weights that were trained in one basis must
+        not see another.
+
+        Args:
+            d_in: Width of the activations.
+            data_provider: Yields activations, shape (n, d_in), (batch, seq, d_in) or
+                (n, n_heads, d_head); read until there are `config.n_samples` of them, or enough
+                for `config.tolerance`.
+            n_batches_for_norm_estimate: Read at most this many batches.
+            resolution: Machine epsilon of what the activations were computed in, if that is
+                coarser than their dtype.
+
+        Raises:
+            ValueError: The provider ended too early, a shape does not fit, or an activation is not
+                finite and `config.on_nonfinite` is "raise". Nothing is set then.
+        """
+        if self.whitening is not None:
+            return
+        required = Requirement.of(d_in, [self.config])
+        (statistics,) = estimate_statistics(
+            ({"": batch} for batch in data_provider),
+            {"": required},
+            n_batches_for_norm_estimate,
+            resolution,
+        ).values()
+        self.whitening = Whitening.from_statistics(statistics, self.config)
+        self.statistics = statistics
+
+    def save(self, file_path: str) -> None:
+        """Write the scaler: a json file and, beside it, the whitening as safetensors.
+
+        The tensors carry the names of SAELens' own file, so that a stock `ActivationScaler` loads
+        the same transform.
+
+        Raises:
+            ValueError: `file_path` does not end with .json.
+        """
+        if not file_path.endswith(".json"):
+            raise ValueError(f"{file_path}: file_path must end with .json")
+        if self.whitening is not None:
+            self.whitening.save(_tensors_path(file_path))
+        content: dict[str, Any] = {
+            "scaling_factor": self.scaling_factor,
+            "has_whitening": self.whitening is not None,
+            _CONFIG_KEY: self.config.to_dict(),
+        }
+        with atomic_path(file_path) as partial:
+            partial.write_text(json.dumps(content))
+
+    def load(self, file_path: str | Path) -> None:
+        """Read what `save` wrote; nothing is changed if that fails.
+
+        Raises:
+            FileNotFoundError: The json file, or the whitening that it speaks of, is missing.
+            CorruptFileError: One of them is damaged, or the json file is not of this class.
+        """
+        path = Path(file_path)
+        try:
+            content = json.loads(path.read_text())
+            config = WhiteningConfig.from_dict(content[_CONFIG_KEY])
+            has_whitening = bool(content["has_whitening"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            raise CorruptFileError(
+                f"{path} is not the file of a CovarianceWhiteningScaler ({error!r})"
+            ) from error
+        # never estimated anew when missing: the weights beside it belong to that very basis
+        whitening = Whitening.load(_tensors_path(path)) if has_whitening else None
+        self.config, self.statistics = config, None
+        self.whitening = whitening  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.scaling_factor = content.get("scaling_factor")
+
+
+def _tensors_path(file_path: str | Path) -> Path:
+    return Path(file_path).with_name(ACTIVATION_WHITENING_FILENAME)

@@ -1,0 +1,171 @@
+"""The activations on their way to the training loop."""
+
+import logging
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sae_whiten.estimation.stopping import MAX_EMPTY_BATCHES, flatten_heads
+from sae_whiten.statistics import finite_rows
+
+__all__ = ["ActivationStream", "DataExhaustedError", "StopRequested"]
+
+logger = logging.getLogger(__name__)
+
+_SPOOL_BYTES = 1 << 28
+
+
+class DataExhaustedError(ValueError):
+    """The data provider ended before training did."""
+
+
+class StopRequested(Exception):
+    """Training was asked to stop; raised between two steps, when everything can be saved."""
+
+
+class ActivationStream(Iterator[Tensor]):
+    """Serves a data provider's batches in their order, however many were looked at beforehand.
+
+    `lookahead` lets statistics be estimated from the first batches; training then gets the same
+    batches again. They are kept in memory up to 256 MiB, beyond that in a temporary file.
+
+    Batches are served in the order of the provider; empty ones are passed over, but counted. So a
+    resumed run needs a provider that starts at batch `n_served`.
+
+    Args:
+        source: Yields activations, shape (n, d_in) or (n, n_heads, d_head).
+        d_in: Width of the activations.
+        on_nonfinite: "raise" or "skip" activations that hold a NaN or an infinity.
+        n_wanted: Batches that training will ask for, to be named when there are not as many.
+
+    Attributes:
+        n_served: Batches served or passed over.
+        n_skipped: Activations left out because they were not finite.
+        source_is_finite: Whether the source has seen to that itself, and batches are not looked at
+            again (which makes a GPU wait at every step).
+        resolution: Machine epsilon of what the activations were computed in, where that is coarser
+            than their dtype; 0 if it is not known.
+        last: The batch served last.
+        next_is: What the next batch is to be called in reports; a dataset that begins anew makes
+            it one that was trained on before.
+    """
+
+    def __init__(
+        self,
+        source: Iterator[Tensor],
+        d_in: int,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        n_wanted: int | None = None,
+    ) -> None:
+        self.source = source
+        self.d_in = d_in
+        self.on_nonfinite: Literal["raise", "skip"] = on_nonfinite
+        self.n_wanted = n_wanted
+        self.n_served = 0
+        self.n_skipped = 0
+        self.source_is_finite = False
+        self.resolution = 0.0
+        self.last: Tensor | None = None
+        self.next_is: Callable[[], str] = lambda: "held-out"
+        self._stop = self._stop_put_off = False
+        self._spool: Any = None
+        self._spooled: deque[tuple[torch.Size, torch.dtype, torch.device, int]] = deque()
+        self._read_position = 0
+
+    def request_stop(self) -> None:
+        """Make the next call for a batch raise `StopRequested` instead; safe in signal handlers."""
+        self._stop = True
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
+        """Put off requests to stop until the end of the block."""
+        self._stop_put_off = True
+        try:
+            yield
+        finally:
+            self._stop_put_off = False
+
+    def lookahead(self) -> Iterator[Tensor]:
+        """The batches to come, which will be served all the same."""
+        while True:
+            if self._stop:
+                raise StopRequested
+            try:
+                batch = next(self.source)
+            except StopIteration:
+                return
+            self._keep(batch)
+            yield batch
+
+    def __next__(self) -> Tensor:
+        for _ in range(MAX_EMPTY_BATCHES):
+            if self._stop and not self._stop_put_off:
+                raise StopRequested
+            try:
+                batch = self._next_raw()
+            except StopIteration:
+                needed = "" if self.n_wanted is None else f", which needs {self.n_wanted}"
+                raise DataExhaustedError(
+                    f"the data provider ended after {self.n_served} batches, before "
+                    f"training{needed}: provide more data or lower total_training_samples"
+                ) from None
+            batch = flatten_heads(batch, self.d_in)
+            if not self.source_is_finite:
+                name = f"training batch {self.n_served}"
+                batch, n_bad = finite_rows(batch, self.on_nonfinite, name)
+                self.n_skipped += n_bad
+            self.n_served += 1
+            if batch.numel() > 0:
+                self.last = batch
+                return batch
+        raise DataExhaustedError(
+            f"the last {MAX_EMPTY_BATCHES} batches of the data provider, up to number "
+            f"{self.n_served}, held no activations ({self.n_skipped} were skipped as not finite)"
+        )
+
+    def held_out(self) -> Tensor | None:
+        """A batch that was not served, or None if the provider has no more."""
+        try:
+            batch = flatten_heads(self._next_raw(), self.d_in)
+        except StopIteration:
+            return None
+        rows = batch.reshape(-1, self.d_in)
+        rows = rows[torch.isfinite(rows).all(dim=1)]
+        return rows if len(rows) else None
+
+    def held_out_or_last(self) -> tuple[Tensor | None, str]:
+        """A batch that was not served, or else the last that was, and what it is."""
+        try:
+            activations = self.held_out()
+            if activations is not None:
+                return activations, self.next_is()
+        except Exception:  # whatever the data provider raises must not cost a trained SAE
+            logger.warning("no held-out activations: the data provider failed", exc_info=True)
+        return self.last, "training"
+
+    def _next_raw(self) -> Tensor:
+        if not self._spooled:
+            return next(self.source)
+        shape, dtype, device, n_bytes = self._spooled.popleft()
+        self._spool.seek(self._read_position)
+        content = bytearray(self._spool.read(n_bytes))
+        self._read_position += n_bytes
+        if not self._spooled:
+            self._spool.close()
+            self._spool, self._read_position = None, 0
+        if n_bytes == 0:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.frombuffer(content, dtype=torch.uint8).view(dtype).reshape(shape).to(device)
+
+    def _keep(self, batch: Tensor) -> None:
+        if self._spool is None:
+            self._spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115
+        content = batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._spool.seek(0, 2)
+        self._spool.write(content.data)
+        self._spooled.append((batch.shape, batch.dtype, batch.device, content.nbytes))

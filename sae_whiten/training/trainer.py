@@ -1,0 +1,454 @@
+"""SAELens' trainer, training under whitening and returning a folded SAE."""
+
+import copy
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.config import SAETrainerConfig
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.training.sae_trainer import Evaluator, SAETrainer
+from sae_lens.training.types import DataProvider
+from sae_lens.util import path_or_tmp_dir
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sae_whiten._files import atomic_directory, load_tensors, save_tensors
+from sae_whiten.architectures.folding import (
+    FoldError,
+    fold_whitening_into_weights,
+    folded_copy,
+    unfold_whitening_from_weights,
+)
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.provenance import load_statistics, provenance_of
+from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.training.scaler import CovarianceWhiteningScaler
+from sae_whiten.training.stream import ActivationStream
+from sae_whiten.training.training_sae import (
+    TRAINING_STATE_DIR,
+    enter_whitened_space,
+    leave_whitened_space,
+    read_training_weights,
+    save_training_weights,
+    set_whitening,
+)
+from sae_whiten.whitening import Whitening
+
+__all__ = ["STATISTICS_FILENAME", "WhiteningTrainer"]
+
+logger = logging.getLogger(__name__)
+
+STATISTICS_FILENAME = "activation_statistics.safetensors"
+_PROGRESS_FILENAME = "progress.safetensors"
+_PROGRESS_KIND = "training_progress"
+_N_CHECK = 512  # activations to prove the fold on
+
+
+class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
+    """An `SAETrainer` that whitens activations, trains, and returns a plain, folded SAE.
+
+    The whitening is estimated from the first batches of the data provider, which are then trained
+    on like all others. While training lasts the SAE object belongs to a subclass of its class that
+    saves folded copies and takes reconstruction losses in the configured space; afterwards it is of
+    its own class again, folded, and the fold was proved on activations that were not trained on.
+
+    Args:
+        cfg: SAELens' trainer config.
+        sae: Any stock training SAE with `normalize_activations="covariance_whitening"` in its
+            config, which is copied, never changed.
+        data_provider: An iterator of activations, shape (n, d_in) or (n, n_heads, d_head), such as
+            a generator; or a stream.
+        whitening: How to whiten; the default configuration if None.
+        evaluator: As for `SAETrainer`.
+        save_checkpoint_fn: As for `SAETrainer`; called while the directory is being written.
+        start_from_folded: Take an SAE with `normalize_activations="none"` and go on training it
+            under whitening: it is brought into whitened coordinates before the first step.
+
+    Attributes:
+        whitening: The whitening, once it is estimated or loaded. (`scaler.whitening` is None again
+            after `fit()`, as in SAELens: the SAE does the whitening then.)
+        scaler: What evaluators need; its `statistics`, if this trainer estimated them.
+        stream: The data provider, as training sees it.
+
+    Raises:
+        TypeError: `data_provider` is not an iterator.
+        ValueError: The SAE's config does not ask for whitening, or its architecture does not go
+            with `whitening.sparsity_norms`.
+        FoldError: No whitening can be folded into this architecture.
+    """
+
+    def __init__(
+        self,
+        cfg: SAETrainerConfig,
+        sae: TrainingSAE[Any],
+        data_provider: DataProvider,
+        whitening: WhiteningConfig | None = None,
+        evaluator: Evaluator[Any] | None = None,
+        save_checkpoint_fn: Callable[..., None] | None = None,
+        start_from_folded: bool = False,
+    ) -> None:
+        if not hasattr(data_provider, "__next__"):
+            kind = type(data_provider).__name__
+            remedy = "iter(...) of it" if hasattr(data_provider, "__iter__") else "one"
+            if isinstance(data_provider, Tensor):
+                remedy = "iter(x.split(batch_size)), or a generator if training needs more"
+            raise TypeError(
+                "data_provider must be an iterator that yields batches of activations, shape "
+                f"(n, d_in); got {kind}: pass {remedy}"
+            )
+        expected = "none" if start_from_folded else "covariance_whitening"
+        if sae.cfg.normalize_activations != expected:
+            raise ValueError(
+                f"the SAE's config has normalize_activations={sae.cfg.normalize_activations!r}; "
+                f"WhiteningTrainer needs {expected!r}. To train without whitening, use SAELens' "
+                "own trainer."
+            )
+        if cfg.lr_end is None:
+            # as SAELens' runner has it; its trainer asserts that somebody has set it
+            cfg = replace(cfg, lr_end=cfg.lr / 10)
+        ranks_by_norm = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+        by_original = whitening is not None and whitening.sparsity_norms == "original"
+        if start_from_folded and ranks_by_norm and by_original:
+            raise ValueError(
+                "WhiteningConfig.sparsity_norms='original' does not go with start_from_folded for "
+                f"{sae.cfg.architecture()}: unfolding takes its decoder norms into the encoder, "
+                "and there are none left to rank by"
+            )
+        enter_whitened_space(sae, whitening)
+        sae.cfg = copy.deepcopy(sae.cfg)
+        super().__init__(cfg, sae, data_provider, self._evaluate, save_checkpoint_fn)
+        self._given_evaluator = evaluator
+        self.whitening: Whitening | None = None
+        self._given_config = whitening
+        self._start_from_folded = start_from_folded
+        self._weights_before_fold: dict[str, Tensor] | None = None
+        self._cfg_before_fold: dict[str, Any] = {}
+        self._finished = False
+        # the same objects under SAELens' names
+        self.activation_scaler = self.scaler = CovarianceWhiteningScaler(whitening)
+        if not isinstance(data_provider, ActivationStream):
+            data_provider = ActivationStream(
+                data_provider,
+                sae.cfg.d_in,
+                self.scaler.config.on_nonfinite,
+                n_wanted=cfg.total_training_steps,
+            )
+        self.data_provider = self.stream = data_provider
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether there is a whitening, so that a checkpoint can be saved."""
+        return self.whitening is not None
+
+    def fit(self) -> TrainingSAE[Any]:
+        """Estimate the whitening if there is none, train, fold, prove the fold.
+
+        Returns:
+            The SAE given, folded: `normalize_activations="none"`, float32 at least, with
+            `cfg.metadata.whitening` telling how it was whitened and how exact the fold is.
+
+        Raises:
+            ValueError: `fit` ran to its end before, the data ended too early, or an activation is
+                not finite.
+            FoldError: The folded SAE differs from the one that was trained by more than rounding
+                explains. Both are then on disk, at the path that the message names.
+        """
+        if self._finished:
+            raise ValueError(
+                "this SAE is trained and folded already; unfold it with "
+                "unfold_whitening_from_weights and make a new trainer to go on"
+            )
+        self.sae.to(self.cfg.device)
+        self.estimate_whitening()
+        sae = super().fit()
+        self._finished = True
+        self.forget_weights_before_fold()
+        return sae
+
+    def forget_weights_before_fold(self) -> None:
+        """Free what only the final checkpoint needs."""
+        self._weights_before_fold = None
+
+    def estimate_whitening(self) -> None:
+        """Estimate the whitening from the batches to come, unless there is one already, or
+        statistics to derive it from.
+
+        Raises:
+            ValueError: The statistics given are not of this model, hook, dataset...
+        """
+        config = self.scaler.config
+        if self.scaler.whitening is None and config.statistics is not None:
+            statistics = load_statistics(
+                config.statistics, self.sae.cfg, config.allow_other_statistics
+            )
+            self.scaler.whitening = Whitening.from_statistics(statistics, config)
+            self.scaler.statistics = statistics
+        if self.scaler.whitening is None:
+            self.scaler.estimate_whitening(
+                d_in=self.sae.cfg.d_in,
+                data_provider=self.stream.lookahead(),
+                resolution=self.stream.resolution,
+            )
+            assert self.scaler.statistics is not None
+            self.scaler.statistics.provenance.update(provenance_of(self.sae.cfg))
+        self._use_whitening()
+
+    def _use_whitening(self) -> None:
+        self.whitening = whitening = self.scaler.whitening
+        assert whitening is not None
+        if whitening.d_in != self.sae.cfg.d_in:
+            raise ValueError(
+                f"the whitening is of width {whitening.d_in}, the SAE of width {self.sae.cfg.d_in}"
+            )
+        if self._start_from_folded and self.n_training_steps == 0:
+            unfold_whitening_from_weights(self.sae, whitening)
+        self._start_from_folded = False
+        set_whitening(self.sae, whitening, trainer=self)
+
+    def fold(self) -> None:
+        """Fold and prove the fold; called by SAELens' `fit` once the training loop is done."""
+        whitening = self.whitening
+        assert whitening is not None
+        if self.cfg.save_final_checkpoint:
+            # the final checkpoint can be resumed too, and that needs the unfolded weights
+            self._weights_before_fold = {k: v.clone() for k, v in self.sae.state_dict().items()}
+            self._cfg_before_fold = self.sae.cfg.to_dict()
+        activations, source = self._activations_to_prove_on()
+        try:
+            report = fold_whitening_into_weights(
+                self.sae,
+                whitening,
+                activations=None if activations is None else activations[:_N_CHECK],
+                source=source,
+            )
+        except FoldError as error:
+            raise FoldError(f"{error} Both forms are in {self._keep_both_forms()}") from error
+        except Exception:
+            logger.error("folding failed; what was trained is in %s", self._keep_both_forms())
+            raise
+        leave_whitened_space(self.sae)
+        if report.check is None:
+            logger.warning("the fold could not be checked: there are no activations")
+        else:
+            logger.info(
+                "whitening folded into the weights: error %.1e (tolerance %.1e), %.3f%% of active "
+                "latents changed, on %d %s activations",
+                report.check.fold_error,
+                report.check.tolerance,
+                100 * report.check.active_set_change,
+                report.check.n_activations,
+                source,
+            )
+
+    def _activations_to_prove_on(self) -> tuple[Tensor | None, str]:
+        """Activations to prove the fold on, if there are any, and where they come from."""
+        return self.stream.held_out_or_last()
+
+    def _failed_fold_path(self) -> Path:
+        base = self.cfg.checkpoint_path or tempfile.mkdtemp(prefix="sae_whiten_")
+        return Path(base) / f"failed_fold_{self.n_training_samples}"
+
+    def _keep_both_forms(self) -> Path:
+        path = self._failed_fold_path()
+        try:
+            self.save_checkpoint(path.name, base_path=path.parent)
+        except Exception:  # weights that are not finite, say, have no folded form
+            self.save_trainer_state(path)
+        return path
+
+    def _evaluate(
+        self, sae: TrainingSAE[Any], data_provider: DataProvider, activation_scaler: Any
+    ) -> dict[str, Any]:
+        """Let the evaluator see a plain SAE: what it makes of the decoder would be wrong else."""
+        if self._given_evaluator is None or self.whitening is None:
+            return {}
+        folded, _ = folded_copy(sae, self.whitening)
+        return self._given_evaluator(folded, data_provider, CovarianceWhiteningScaler())
+
+    def build_train_step_log_dict(
+        self, output: TrainStepOutput, n_training_samples: int
+    ) -> dict[str, Any]:
+        """SAELens' figures, with explained variance taken in the space of the activations."""
+        return super().build_train_step_log_dict(
+            replace(
+                output,
+                sae_in=self.scaler.unscale(_float32_at_least(output.sae_in)),
+                sae_out=self.scaler.unscale(_float32_at_least(output.sae_out)),
+            ),
+            n_training_samples,
+        )
+
+    def _update_pbar(
+        self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 100
+    ) -> None:
+        shown = pbar.n
+        super()._update_pbar(step_output, pbar, update_interval)
+        if pbar.n != shown:
+            # SAELens counts from the last multiple of 100 steps, also where training was resumed
+            pbar.n = self.n_training_samples
+            pbar.refresh()
+
+    def maybe_reset_sparsity(self) -> dict[str, Any]:
+        """As in SAELens; a window that was reset before a checkpoint is not reported again."""
+        return super().maybe_reset_sparsity() if self.n_frac_active_samples > 0 else {}
+
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        """Save a checkpoint, whole or not at all.
+
+        The directory is a plain SAE that stock SAELens opens; what resuming needs, in whitened
+        coordinates, lies in a folder inside it.
+        """
+        base = base_path if base_path is not None else self.cfg.checkpoint_path
+        if base is None and not self.cfg.logger.log_to_wandb:
+            if self.save_checkpoint_fn is not None:
+                self.save_checkpoint_fn(checkpoint_path=None)
+            return
+        with path_or_tmp_dir(base) as root:
+            path = root / checkpoint_name
+            with atomic_directory(path) as partial:
+                weights, cfg = self.sae.save_inference_model(partial)
+                sparsity = partial / SPARSITY_FILENAME
+                save_file({"sparsity": self.log_feature_sparsity}, sparsity)
+                self.save_trainer_state(partial)
+                if self.save_checkpoint_fn is not None:
+                    self.save_checkpoint_fn(checkpoint_path=partial if base is not None else None)
+            logger.info("checkpoint saved: %s", path)
+            if self.cfg.logger.log_to_wandb:
+                self.cfg.logger.log(
+                    self,
+                    path / weights.name,
+                    path / cfg.name,
+                    sparsity_path=path / sparsity.name,
+                    wandb_aliases=wandb_aliases,
+                )
+
+    def save_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Write what resuming needs into a folder of `checkpoint_path`: weights and whitening,
+        optimizer, schedules, counters and random generators."""
+        directory = Path(checkpoint_path) / TRAINING_STATE_DIR
+        scaler = self.scaler
+        in_use, scaler.whitening = scaler.whitening, self.whitening
+        try:
+            super().save_trainer_state(directory)
+        finally:
+            scaler.whitening = in_use
+        assert self.whitening is not None
+        weights = self._weights_before_fold
+        save_training_weights(
+            checkpoint_path,
+            dict(self.sae.state_dict()) if weights is None else weights,
+            self.sae.cfg.to_dict() if weights is None else self._cfg_before_fold,
+            self.whitening,
+        )
+        if scaler.statistics is not None:
+            scaler.statistics.save(directory / STATISTICS_FILENAME)
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.stack(torch.cuda.get_rng_state_all())
+        save_tensors(
+            directory / _PROGRESS_FILENAME,
+            _PROGRESS_KIND,
+            generators,
+            {"n_served": self.stream.n_served, "n_skipped": self.stream.n_skipped},
+        )
+
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        """Continue from a checkpoint: trainer, SAE and whitening. The data provider has to start at
+        the batch with index `stream.n_served`.
+
+        Raises:
+            FileNotFoundError: The directory is not a checkpoint of this package, or a file of it,
+                such as the whitening, is missing.
+            CorruptFileError: A file is truncated, foreign or was changed.
+            ValueError: The checkpoint was trained under another whitening configuration, or is of
+                another SAE.
+        """
+        directory = Path(checkpoint_path) / TRAINING_STATE_DIR
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"{checkpoint_path} holds no {TRAINING_STATE_DIR}/: it is not a checkpoint of "
+                "WhiteningTrainer. (A folded SAE can be trained on: from_pretrained_path. "
+                "Checkpoints of SAELens' own trainer cannot be resumed here.)"
+            )
+        # everything is read and checked before anything is changed
+        progress, fields = load_tensors(directory / _PROGRESS_FILENAME, _PROGRESS_KIND)
+        saved = CovarianceWhiteningScaler()
+        saved.load(directory / ACTIVATION_SCALER_CFG_FILENAME)
+        if saved.whitening is None:
+            raise FileNotFoundError(f"{directory} holds no whitening to continue under")
+        config = self._config_to_resume_with(saved.config, checkpoint_path)
+        statistics = directory / STATISTICS_FILENAME
+        if statistics.is_file():
+            saved.statistics = ActivationStatistics.load(statistics)
+        cfg, unfolded = self.sae.cfg, None
+        if self._start_from_folded:
+            # which is what the weights in the checkpoint were when they were trained
+            unfolded = copy.deepcopy(self.sae)
+            unfold_whitening_from_weights(unfolded, saved.whitening)
+            cfg = unfolded.cfg
+        weights = read_training_weights(checkpoint_path, cfg, saved.whitening)
+        torch.load(directory / TRAINER_STATE_FILENAME, map_location="cpu")
+
+        if unfolded is not None:
+            unfold_whitening_from_weights(self.sae, saved.whitening)
+        # the optimizer's state goes to where the parameters are
+        self.sae.to(self.cfg.device)
+        super().load_trainer_state(directory)
+        self.sae.load_state_dict(weights)
+        self.scaler.config, self.scaler.statistics = config, saved.statistics
+        self.whitening = self.scaler.whitening
+        self._start_from_folded = False
+        self.stream.n_served = int(fields["n_served"])
+        self.stream.n_skipped = int(fields["n_skipped"])
+        self.stream.on_nonfinite = config.on_nonfinite
+        self.checkpoint_thresholds = [
+            t for t in self.checkpoint_thresholds if t >= self.n_training_samples
+        ]
+        torch.set_rng_state(progress["cpu"])
+        if "cuda" in progress and torch.cuda.is_available():
+            states = list(progress["cuda"])  # of as many devices as there were
+            torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])
+
+    def _config_to_resume_with(
+        self, saved: WhiteningConfig, checkpoint_path: Path | str
+    ) -> WhiteningConfig:
+        given = self._given_config
+        if given is None:
+            return saved
+        # all but this decides what the weights mean
+        saved = replace(saved, on_nonfinite=given.on_nonfinite)
+        if given != saved:
+            old, new = saved.to_dict(), given.to_dict()
+            names = [f"{k}={old[k]!r} (now {new[k]!r})" for k in new if old[k] != new[k]]
+            raise ValueError(
+                f"{checkpoint_path} was trained with {', '.join(names)}: resume with the same "
+                "WhiteningConfig, or with none"
+            )
+        return given
+
+    def _checkpoint_if_needed(self) -> None:
+        # fit() counts a step only after this call, but the checkpoint is taken after the step
+        self.n_training_steps += 1
+        try:
+            super()._checkpoint_if_needed()
+        finally:
+            self.n_training_steps -= 1
+
+
+def _float32_at_least(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

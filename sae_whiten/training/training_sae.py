@@ -1,0 +1,257 @@
+"""A training SAE while it lives in whitened coordinates.
+
+`enter_whitened_space` gives an SAE object a subclass of its class, `leave_whitened_space` its own
+class back. In between, whatever holds the object, SAELens' trainers, evaluators or the user, can
+neither save nor fold it in a way that would be wrong on raw activations. SAELens itself is not
+touched, nor is any other SAE.
+"""
+
+import functools
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from numpy.typing import NDArray
+from sae_lens import TrainingSAE
+from sae_lens.saes.sae import TrainingSAEConfig, mse_loss
+from torch import Tensor
+
+from sae_whiten._files import load_tensors, save_tensors
+from sae_whiten.architectures.folding import (
+    FoldError,
+    fold_whitening_into_weights,
+    folded_copy,
+    why_not_foldable,
+)
+from sae_whiten.architectures.losses import (
+    ReconstructionMetric,
+    SparsityNorms,
+    losses_for,
+    why_not_original_norms,
+)
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.whitening import Whitening
+
+__all__ = [
+    "TRAINING_STATE_DIR",
+    "enter_whitened_space",
+    "leave_whitened_space",
+    "read_training_weights",
+    "save_training_weights",
+    "set_whitening",
+]
+
+# beside the plain SAE of a checkpoint: what resuming needs, under names that SAELens does not open
+TRAINING_STATE_DIR = "whitened_training_state"
+_WEIGHTS_FILENAME = "training_weights.safetensors"
+_KIND = "training_weights"
+_DECIDES_WHAT_WEIGHTS_MEAN = (
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "apply_b_dec_to_input",
+    "rescale_acts_by_decoder_norm",
+    "k",
+    "matryoshka_widths",
+    "variance",
+)
+
+_Base = TrainingSAE[Any] if TYPE_CHECKING else object
+
+
+@runtime_checkable
+class FoldingTrainer(Protocol):
+    """A trainer that folds its SAE itself."""
+
+    sae: Any
+
+    def fold(self) -> None:
+        """Fold `sae` and prove the fold."""
+        ...
+
+
+class _WhitenedTrainingSAE(_Base):
+    """What every training SAE does otherwise while its weights are in whitened coordinates."""
+
+    stock_class: type[TrainingSAE[Any]]
+    whitening: Whitening | None
+    trainer: "weakref.ref[FoldingTrainer] | None"
+    sparsity_norms: SparsityNorms | None
+
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save a folded copy: a plain SAE for raw activations.
+
+        Raises:
+            FoldError: The whitening has not been estimated yet.
+        """
+        folded, _ = folded_copy(self, self._required_whitening("save"))
+        assert isinstance(folded, TrainingSAE)
+        return folded.save_inference_model(path)
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save a folded copy and, in a folder beside it, the weights in whitened coordinates."""
+        written = self.save_inference_model(path)
+        whitening = self._required_whitening("save")
+        save_training_weights(path, dict(self.state_dict()), self.cfg.to_dict(), whitening)
+        return written
+
+    def load_weights_from_checkpoint(self, checkpoint_path: Path | str) -> None:
+        """Load the weights in whitened coordinates from a checkpoint directory."""
+        self.load_state_dict(read_training_weights(checkpoint_path, self.cfg, self.whitening))
+
+    def fold_activation_whitening(
+        self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
+    ) -> None:
+        """What SAELens' trainers call when training is done: our fold instead of theirs.
+
+        Raises:
+            FoldError: The matrices are not those that the SAE was trained under, or folding fails.
+        """
+        own = self._required_whitening("fold")
+        given = ((mean, own.mean), (whitening_matrix, own.W), (unwhitening_matrix, own.W_inv))
+        if not all(torch.equal(a.to(b), b) for a, b in given):
+            raise FoldError("this SAE was trained under another whitening than the one given")
+        trainer = None if self.trainer is None else self.trainer()
+        if trainer is not None and trainer.sae is self:  # and not a copy of its SAE
+            trainer.fold()
+        else:
+            fold_whitening_into_weights(self, own)
+
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        """SAELens' histograms, of the weights in the space of the activations."""
+        folded, _ = folded_copy(self, self._required_whitening("describe"))
+        assert isinstance(folded, TrainingSAE)
+        return folded.log_histograms()
+
+    def leave_whitened_space(self) -> None:
+        """Become a stock SAE again; the weights must be plain by now."""
+        # a training step that was compiled belongs to this class too
+        for name in ("whitening", "trainer", "sparsity_norms", "training_forward_pass"):
+            vars(self).pop(name, None)
+        self.mse_loss_fn = mse_loss
+        self.__class__ = self.stock_class  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _required_whitening(self, action: str) -> Whitening:
+        if self.whitening is None:
+            raise FoldError(f"cannot {action} this SAE: its whitening has not been estimated yet")
+        return self.whitening
+
+
+@functools.cache
+def _whitened_class(stock_class: type[TrainingSAE[Any]]) -> type[Any]:
+    bases = (_WhitenedTrainingSAE, *losses_for(stock_class), stock_class)
+    return type(f"Whitened{stock_class.__name__}", bases, {"stock_class": stock_class})
+
+
+def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None = None) -> None:
+    """Guard an SAE whose weights are, from now on, in whitened coordinates.
+
+    Args:
+        sae: The SAE.
+        config: How it is going to be whitened, if that is known.
+
+    Raises:
+        FoldError: No whitening can be folded into it.
+        ValueError: Its training step was compiled before, and would keep its losses; or `config`
+            asks for what its architecture cannot do.
+    """
+    if config is not None:
+        _check_sparsity_norms(sae, config)
+    if isinstance(sae, _WhitenedTrainingSAE):
+        return
+    reason = why_not_foldable(sae)
+    if reason is not None:
+        raise FoldError(f"cannot train under whitening, for it could not be folded into {reason}")
+    if "training_forward_pass" in sae.__dict__:
+        raise ValueError(
+            "this SAE's training_forward_pass was replaced (torch.compile?) before its trainer was "
+            "made. Compile it afterwards, or set compile_sae=True in the runner's config."
+        )
+    sae.__class__ = _whitened_class(type(sae))
+    assert isinstance(sae, _WhitenedTrainingSAE)
+    sae.whitening = sae.trainer = sae.sparsity_norms = None
+
+
+def set_whitening(
+    sae: TrainingSAE[Any], whitening: Whitening, trainer: FoldingTrainer | None = None
+) -> None:
+    """Tell an SAE in whitened space its whitening, and with it the metric of its losses.
+
+    Args:
+        sae: An SAE after `enter_whitened_space`.
+        whitening: The whitening of the activations that it is trained on.
+        trainer: Folds it at the end of training, in place of a fold without proof.
+
+    Raises:
+        ValueError: The whitening's config asks for what the SAE's architecture cannot do.
+    """
+    assert isinstance(sae, _WhitenedTrainingSAE)
+    _check_sparsity_norms(sae, whitening.config)
+    sae.whitening = whitening
+    # weak, for the SAE is copied, and its trainer holds what cannot be
+    sae.trainer = None if trainer is None else weakref.ref(trainer)
+    sae.mse_loss_fn = ReconstructionMetric(whitening, sae.device)
+    by_original = whitening.config.sparsity_norms == "original"
+    sae.sparsity_norms = SparsityNorms(whitening) if by_original else None
+
+
+def _check_sparsity_norms(sae: TrainingSAE[Any], config: WhiteningConfig) -> None:
+    if config.sparsity_norms == "whitened":
+        return
+    reason = why_not_original_norms(type(sae), sae.cfg)
+    if reason is not None:
+        raise ValueError(
+            f"WhiteningConfig.sparsity_norms={config.sparsity_norms!r}: {reason}; leave it at "
+            "'whitened'"
+        )
+
+
+def leave_whitened_space(sae: TrainingSAE[Any]) -> None:
+    """Give an SAE its stock class back, once it is folded."""
+    if isinstance(sae, _WhitenedTrainingSAE):
+        sae.leave_whitened_space()
+
+
+def save_training_weights(
+    checkpoint_path: str | Path,
+    state_dict: dict[str, Tensor],
+    cfg: dict[str, Any],
+    whitening: Whitening,
+) -> None:
+    """Write weights in whitened coordinates into a checkpoint directory."""
+    path = Path(checkpoint_path) / TRAINING_STATE_DIR / _WEIGHTS_FILENAME
+    save_tensors(path, _KIND, state_dict, {"cfg": cfg, "whitening": whitening.digest})
+
+
+def read_training_weights(
+    checkpoint_path: str | Path, cfg: TrainingSAEConfig, whitening: Whitening | None
+) -> dict[str, Tensor]:
+    """Read what `save_training_weights` wrote.
+
+    Args:
+        checkpoint_path: The checkpoint directory.
+        cfg: Of the SAE that the weights are for.
+        whitening: What the checkpoint says the weights were trained under.
+
+    Raises:
+        FileNotFoundError: The directory is not a checkpoint of this package.
+        CorruptFileError: The file is truncated, foreign or was changed.
+        ValueError: The weights are of another SAE, or were trained under another whitening.
+    """
+    path = Path(checkpoint_path) / TRAINING_STATE_DIR / _WEIGHTS_FILENAME
+    state_dict, fields = load_tensors(path, _KIND)
+    saved, own = fields["cfg"], cfg.to_dict()
+    different = [
+        f"{name}={saved.get(name)!r} (now {own.get(name)!r})"
+        for name in _DECIDES_WHAT_WEIGHTS_MEAN
+        if saved.get(name) != own.get(name)
+    ]
+    if different:
+        raise ValueError(f"{path}: the checkpoint was trained with {', '.join(different)}")
+    if whitening is not None and fields["whitening"] != whitening.digest:
+        raise ValueError(
+            f"{path}: these weights were trained under another whitening than the one beside them"
+        )
+    return state_dict
