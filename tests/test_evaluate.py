@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import HookedProxyLM, load_model
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig
 
@@ -303,6 +305,25 @@ def test_a_dataset_that_ends_early_is_used_to_its_end(model, text, caplog):
     (result,) = evaluate_saes({"sae": sae_of()}, model, few, n_tokens=10_000, batch_size_prompts=4)
     assert result["n_tokens"] == int((torch.tensor(few["input_ids"]) != 256).sum())
     assert "the dataset ended after 320 of 10048 tokens" in caplog.text
+
+
+def test_without_progress_bars_the_figures_are_the_same(model, text, monkeypatch, caplog):
+    few = Dataset.from_dict({"input_ids": text["input_ids"][:5]})
+    saes = {"sae": sae_of()}
+
+    def evaluated() -> dict[str, Any]:
+        (result,) = evaluate_saes(saes, model, few, labelled(n=12), n_tokens=10_000)
+        return result
+
+    shown = evaluated()
+    caplog.clear()
+    # as TQDM_DISABLE=1 has it, which batch queues set
+    monkeypatch.setattr("sae_whiten.evaluation.tokens.tqdm", partial(tqdm, disable=True))
+    monkeypatch.setattr("sae_whiten.evaluation.probe_saes.tqdm", partial(tqdm, disable=True))
+    assert evaluated() == shown
+    assert "ended after 320 of 10048 tokens" in caplog.text
+    with pytest.raises(ValueError, match="shorter than one sequence"):
+        evaluate_saes(saes, model, Dataset.from_dict({"text": ["too short"]}))
 
 
 # --- probing

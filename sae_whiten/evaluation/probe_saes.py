@@ -118,7 +118,7 @@ def _pooled(
         pooled[name] = _Latents(np.memmap(directory / str(i), np.float32, "w+", shape=shape))
     scales = {name: latent_scale(sae).float().cpu().numpy() for name, sae in saes.items()}
     with tqdm(desc="Reading labelled texts", total=len(tokens), unit=" texts") as bar:
-        for indices in batches_of_equal_length(tokens, batch_size):
+        for batch, indices in enumerate(batches_of_equal_length(tokens, batch_size)):
             ids = torch.tensor([tokens[i] for i in indices], device=device)
             _, activations = run(model, ids, hooks, logits=False)
             means = {}
@@ -132,7 +132,7 @@ def _pooled(
                 x, kept = means[views[name]]
                 views[name].check_width(name, sae, x)
                 for rows, latents, x_hat in encode_decode(sae, x):
-                    if bar.n == 0 and rows.start == 0:
+                    if batch == 0 and rows.start == 0:
                         pooled[name].not_linear = _why_not_linear(sae, latents, x_hat)
                     mean = _mean(latents, kept[rows]) * scales[name]
                     pooled[name].values[indices[rows]] = mean

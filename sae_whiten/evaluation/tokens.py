@@ -70,11 +70,14 @@ def token_batches(
     n_sequences = -(-n_tokens // context_size)
     sequences = islice(store.iterable_sequences, n_sequences)
     device = next(model.parameters()).device
-    with tqdm(desc=task, total=n_sequences * context_size, unit=" tokens") as bar:
+    n_wanted, n_read = n_sequences * context_size, 0
+    with tqdm(desc=task, total=n_wanted, unit=" tokens") as bar:
         while rows := list(islice(sequences, batch_size)):
             yield torch.stack(rows).to(device)
+            n_read += len(rows) * context_size
             bar.update(len(rows) * context_size)
-        if bar.n == 0:
-            raise ValueError(f"the dataset is shorter than one sequence, {context_size} tokens")
-        if bar.n < n_sequences * context_size:
-            logger.warning("the dataset ended after %d of %d tokens", bar.n, bar.total)
+    # not from the bar, which counts nothing under TQDM_DISABLE
+    if n_read == 0:
+        raise ValueError(f"the dataset is shorter than one sequence, {context_size} tokens")
+    if n_read < n_wanted:
+        logger.warning("the dataset ended after %d of %d tokens", n_read, n_wanted)
