@@ -14,7 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-__all__ = ["CorruptFileError", "atomic_directory", "atomic_path", "load_tensors", "save_tensors"]
+__all__ = [
+    "CorruptFileError",
+    "atomic_directory",
+    "atomic_path",
+    "count_field",
+    "load_tensors",
+    "number_field",
+    "reading_content",
+    "save_tensors",
+    "tensor_of_shape",
+]
 
 _METADATA_KEY = "sae_whiten"
 
@@ -127,8 +137,10 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
     try:
         content = json.loads(header)
         found, version, fields = content["kind"], content["version"], content["fields"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(f"{path}: its header is damaged ({error!r})") from error
+    if not isinstance(fields, dict):
+        raise CorruptFileError(f"{path}: its header is damaged (no fields)")
     if found != kind:
         raise CorruptFileError(f"{path} holds {found}, expected {kind}")
     if version != 1:
@@ -140,3 +152,63 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
             f"{path}: the checksum does not match its content; the file was changed or damaged"
         )
     return tensors, fields
+
+
+@contextlib.contextmanager
+def reading_content(path: str | Path) -> Iterator[None]:
+    """Turn errors about the content of a file into a `CorruptFileError` that names it."""
+    try:
+        yield
+    except CorruptFileError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise CorruptFileError(f"{path}: incomplete or invalid content ({what})") from error
+
+
+def count_field(fields: Mapping[str, Any], name: str, at_least: int = 0) -> int:
+    """A field that is a whole number.
+
+    Raises:
+        KeyError: There is no such field.
+        ValueError: It is not a whole number, or a smaller one.
+    """
+    value = fields[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name}={value!r}: must be a whole number >= {at_least}")
+    return value
+
+
+def number_field(fields: Mapping[str, Any], name: str, low: float, high: float) -> float:
+    """A field that is a number in [low, high].
+
+    Raises:
+        KeyError: There is no such field.
+        ValueError: It is not a number, or not in the interval.
+    """
+    value = fields[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # `not (low <= value)` also refuses NaN
+    if not is_number or not low <= value <= high:
+        raise ValueError(f"{name}={value!r}: must be a number in [{low:g}, {high:g}]")
+    return float(value)
+
+
+def tensor_of_shape(
+    tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """A tensor of a file, if it is float64, of this shape and finite.
+
+    Raises:
+        KeyError: There is no such tensor.
+        ValueError: It has another shape or dtype, or holds a NaN or an infinity.
+    """
+    tensor = tensors[name]
+    if tensor.shape != shape or tensor.dtype != torch.float64:
+        raise ValueError(
+            f"{name} is of shape {tuple(tensor.shape)} and {tensor.dtype}: must be of shape "
+            f"{shape} and torch.float64"
+        )
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds a NaN or an infinity")
+    return tensor

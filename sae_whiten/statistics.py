@@ -21,7 +21,14 @@ from jaxtyping import Float
 from scipy.linalg.blas import dsyrk  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
-from sae_whiten._files import CorruptFileError, load_tensors, save_tensors
+from sae_whiten._files import (
+    count_field,
+    load_tensors,
+    number_field,
+    reading_content,
+    save_tensors,
+    tensor_of_shape,
+)
 
 __all__ = ["ActivationStatistics", "NonFiniteActivationsError", "finite_rows"]
 
@@ -206,16 +213,12 @@ class ActivationStatistics:
 
         Raises:
             FileNotFoundError: There is no such file.
-            CorruptFileError: The file is truncated, foreign or was changed.
+            CorruptFileError: The file is truncated, foreign or was changed, or what it holds are
+                not the mean and the covariance of activations.
         """
-        try:
-            return cls.from_tensors(*load_tensors(path, _KIND))
-        except KeyError as error:
-            raise CorruptFileError(f"{path}: {error} is missing") from error
-        except CorruptFileError:
-            raise
-        except ValueError as error:
-            raise CorruptFileError(f"{path}: {error}") from error
+        tensors, fields = load_tensors(path, _KIND)
+        with reading_content(path):
+            return cls.from_tensors(tensors, fields)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything there is to save: float64 tensors on the CPU, and fields that JSON can hold.
@@ -242,27 +245,24 @@ class ActivationStatistics:
         """Inverse of `to_tensors`; the tensors are taken over, not copied.
 
         Raises:
-            KeyError: A field is missing.
-            ValueError: A tensor is missing or not of the width that the fields tell.
+            KeyError: A field or a tensor is missing.
+            ValueError: A field or a tensor is not what activations could give: of another width, a
+                NaN, a negative count or variance, a correlation beyond 1.
         """
-        statistics = cls(int(fields["d_in"]))
-        d_in = statistics.d_in
-        mean, scatter = tensors.get("mean"), tensors.get("scatter")
-        if (
-            mean is None
-            or scatter is None
-            or mean.shape != (d_in,)
-            or scatter.shape != (d_in, d_in)
-            or mean.dtype != torch.float64
-            or scatter.dtype != torch.float64
-        ):
-            raise ValueError(f"mean or covariance missing, or not of width {d_in}")
+        d_in = count_field(fields, "d_in", at_least=1)
+        # looked at before anything of that width is allocated
+        mean = tensor_of_shape(tensors, "mean", (d_in,))
+        scatter = tensor_of_shape(tensors, "scatter", (d_in, d_in))
+        statistics = cls(d_in)
         statistics._mean, statistics._scatter = mean, scatter
-        statistics.n_samples = int(fields["n_samples"])
-        statistics.n_skipped = int(fields["n_skipped"])
-        statistics.n_batches = int(fields["n_batches"])
-        statistics.resolution = float(fields["resolution"])
+        statistics.n_samples = count_field(fields, "n_samples")
+        statistics.n_skipped = count_field(fields, "n_skipped")
+        statistics.n_batches = count_field(fields, "n_batches")
+        statistics.resolution = number_field(fields, "resolution", 0.0, 1.0)
+        if not isinstance(fields["provenance"], dict):
+            raise ValueError("provenance is not a dictionary")
         statistics.provenance = dict(fields["provenance"])
+        _check_scatter(scatter, statistics.n_samples)
         return statistics
 
     @classmethod
@@ -347,6 +347,19 @@ def finite_rows(
             + (", or set on_nonfinite='skip' to leave them out." if n_bad < finite.numel() else ".")
         )
     return acts[finite], n_bad
+
+
+def _check_scatter(scatter: Tensor, n_samples: int) -> None:
+    """Refuse what cannot be the scatter of `n_samples` activations; O(d_in^2)."""
+    if n_samples < 2 and scatter.triu().any():
+        raise ValueError(f"{n_samples} activations with a variance")
+    deviations = scatter.diagonal().clamp(min=0).sqrt()
+    if not (scatter.diagonal() >= 0).all():
+        raise ValueError("a variance is negative")
+    # Cauchy-Schwarz, with room for rounding
+    largest = torch.outer(deviations, deviations)
+    if not (scatter.triu().abs() <= (1 + 1e-6) * largest).all():
+        raise ValueError("two dimensions have a correlation beyond 1")
 
 
 def _add_gram(upper: Tensor, rows: Tensor) -> None:

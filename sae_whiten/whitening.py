@@ -22,7 +22,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_whiten._files import CorruptFileError, load_tensors, save_tensors
+from sae_whiten._files import (
+    count_field,
+    load_tensors,
+    number_field,
+    reading_content,
+    save_tensors,
+    tensor_of_shape,
+)
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.statistics import ActivationStatistics
 
@@ -211,9 +218,9 @@ class Whitening:
             The shape and dtype of `x`.
 
         Raises:
-            ValueError: The last dimension of `x` is not d_in.
+            ValueError: The last dimension of `x` is not d_in, or its dtype is not floating.
         """
-        self._check_width(x, "whiten")
+        self._check_input(x, "whiten")
         W, _, mean, mean_rest = self._cast(x)
         with full_precision(x.device):
             rows = x.reshape(-1, self.d_in).to(W.dtype) - mean
@@ -222,7 +229,7 @@ class Whitening:
 
     def dewhiten(self, z: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """x = z @ W_inv + mean; dtypes, shapes and errors as for `whiten`."""
-        self._check_width(z, "dewhiten")
+        self._check_input(z, "dewhiten")
         _, W_inv, mean, _ = self._cast(z)
         with full_precision(z.device):
             rows = z.reshape(-1, self.d_in).to(W_inv.dtype)
@@ -247,22 +254,24 @@ class Whitening:
 
         Raises:
             FileNotFoundError: There is no such file.
-            CorruptFileError: The file is truncated, foreign or was changed.
+            CorruptFileError: The file is truncated, foreign or was changed, or what it holds is
+                not a whitening.
         """
         tensors, fields = load_tensors(path, _KIND)
-        try:
-            return cls(
-                mean=tensors["mean"],
-                W=tensors["matrix"],
-                W_inv=tensors["inverse_matrix"],
-                eigenvalues=tensors["eigenvalues"],
-                covariance_eigenvalues=tensors["covariance_eigenvalues"],
+        with reading_content(path):
+            d_in = tensors["mean"].numel()
+            whitening = cls(
+                mean=tensor_of_shape(tensors, "mean", (d_in,)),
+                W=tensor_of_shape(tensors, "matrix", (d_in, d_in)),
+                W_inv=tensor_of_shape(tensors, "inverse_matrix", (d_in, d_in)),
+                eigenvalues=tensor_of_shape(tensors, "eigenvalues", (d_in,)),
+                covariance_eigenvalues=tensor_of_shape(tensors, "covariance_eigenvalues", (d_in,)),
                 config=WhiteningConfig.from_dict(fields["config"]),
-                shrinkage=float(fields["shrinkage"]),
-                n_samples=int(fields["n_samples"]),
+                shrinkage=number_field(fields, "shrinkage", 0.0, 1.0),
+                n_samples=count_field(fields, "n_samples", at_least=2),
             )
-        except (KeyError, ValueError) as error:
-            raise CorruptFileError(f"{path}: incomplete or invalid content ({error})") from error
+            whitening._check_inverse()
+        return whitening
 
     def summary(self) -> dict[str, Any]:
         """What a reader of a trained SAE needs to know; values that JSON can hold."""
@@ -290,7 +299,18 @@ class Whitening:
         }
         return tensors, fields
 
-    def _check_width(self, x: Tensor, method: str) -> None:
+    def _check_inverse(self) -> None:
+        """Refuse matrices that are not each other's inverse, judged by one vector: O(d_in^2)."""
+        vector = torch.linspace(1, 2, self.d_in, dtype=torch.float64)
+        whitened = vector @ self.W
+        error = (whitened @ self.W_inv - vector).norm()
+        # rounding is amplified by as much as the products may be larger than their sum
+        if not error <= 1e-10 * whitened.norm() * self.W_inv.norm():
+            raise ValueError("inverse_matrix is not the inverse of matrix")
+
+    def _check_input(self, x: Tensor, method: str) -> None:
+        if not x.is_floating_point():
+            raise ValueError(f"Whitening.{method}: expected floating point, got {x.dtype}")
         if x.shape[-1:] != self.mean.shape:
             raise ValueError(
                 f"Whitening.{method}: expected shape (..., {self.d_in}), got {tuple(x.shape)}"

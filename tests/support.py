@@ -1,15 +1,29 @@
 """Data, SAEs and models that the tests share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
+from jaxtyping import config as jaxtyping_config
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig
+
+
+@contextmanager
+def without_type_checks() -> Iterator[None]:
+    """Let wrong shapes and dtypes through to the errors that users see."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping_config.update("jaxtyping_disable", False)
+
 
 ARCHITECTURES = (
     "standard",

@@ -1,4 +1,5 @@
 import json
+import re
 import struct
 
 import numpy as np
@@ -6,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_whiten import ActivationStatistics, CorruptFileError, NonFiniteActivationsError
+from sae_whiten._files import save_tensors
 from tests.support import friendly, nasty
 
 
@@ -182,6 +185,78 @@ def test_a_truncated_foreign_or_changed_file_is_one_clear_error(tmp_path):
     assert "not written by sae_whiten" in loading(foreign)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         ActivationStatistics.load(tmp_path / "nowhere")
+
+
+BAD_FIELDS = [
+    {"d_in": 10**9},
+    {"d_in": 0},
+    {"d_in": "8"},
+    {"n_samples": None},
+    {"n_samples": -1},
+    {"n_samples": 50.5},
+    {"n_samples": 1},
+    {"n_skipped": -1},
+    {"n_batches": True},
+    {"resolution": float("nan")},
+    {"resolution": -1e-7},
+    {"resolution": "1e-7"},
+    {"provenance": None},
+    {"provenance": [["model_name", "gpt2"]]},
+]
+
+
+@pytest.mark.parametrize("changed", BAD_FIELDS, ids=str)
+def test_fields_that_no_activations_give_are_refused_by_name(changed, tmp_path):
+    tensors, fields = accumulate(friendly(50, 8)).to_tensors()
+    path = tmp_path / "s.safetensors"
+    save_tensors(path, "activation_statistics", tensors, {**fields, **changed})
+    with pytest.raises(CorruptFileError, match=re.escape(str(path))):
+        ActivationStatistics.load(path)
+    (name,) = changed
+    del fields[name]
+    save_tensors(path, "activation_statistics", tensors, fields)
+    with pytest.raises(CorruptFileError, match=f"'{name}' is missing"):
+        ActivationStatistics.load(path)
+
+
+def with_entry(tensor: Tensor, index: tuple[int, ...], value: float) -> Tensor:
+    changed = tensor.clone()
+    changed[index] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mean", lambda x: with_entry(x, (3,), float("nan"))),
+        ("mean", lambda x: x[:7]),
+        ("mean", lambda x: x.float()),
+        ("scatter", lambda x: with_entry(x, (2, 5), float("inf"))),
+        ("scatter", lambda x: with_entry(x, (2, 2), -1.0)),
+        ("scatter", lambda x: with_entry(x, (2, 5), 1e6)),
+        ("scatter", lambda x: x[:7, :7]),
+        ("scatter", lambda x: x.flatten()),
+    ],
+)
+def test_tensors_that_no_activations_give_are_refused(name, change, tmp_path):
+    tensors, fields = accumulate(friendly(50, 8)).to_tensors()
+    path = tmp_path / "s.safetensors"
+    changed = {**tensors, name: change(tensors[name])}
+    save_tensors(path, "activation_statistics", changed, fields)
+    with pytest.raises(CorruptFileError, match=re.escape(str(path))):
+        ActivationStatistics.load(path)
+    save_tensors(path, "activation_statistics", {"other": tensors[name]}, fields)
+    with pytest.raises(CorruptFileError, match="'mean' is missing"):
+        ActivationStatistics.load(path)
+
+
+@pytest.mark.parametrize("fields", [None, [], 3], ids=str)
+def test_a_header_without_fields_is_a_corrupt_file(fields, tmp_path):
+    path = tmp_path / "s.safetensors"
+    header = {"kind": "activation_statistics", "version": 1, "fields": fields}
+    save_file({"mean": torch.zeros(2)}, path, metadata={"sae_whiten": json.dumps(header)})
+    with pytest.raises(CorruptFileError, match="header"):
+        ActivationStatistics.load(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

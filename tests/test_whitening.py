@@ -1,4 +1,5 @@
 import logging
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ from sklearn.covariance import OAS
 from torch import Tensor
 
 from sae_whiten import CorruptFileError, Whitening, WhiteningConfig
+from sae_whiten._files import save_tensors
 from sae_whiten.whitening import full_precision, oas_shrinkage
-from tests.support import friendly, nasty, whitening_of
+from tests.support import friendly, nasty, whitening_of, without_type_checks
 
 EXACT = WhiteningConfig(eps=0.0)
 
@@ -209,6 +211,61 @@ def test_shapes_that_do_not_fit_are_refused():
     for method in (whitening.whiten, whitening.dewhiten):
         with pytest.raises(ValueError, match=r"\(\.\.\., 8\), got \(5, 9\)"):
             method(torch.zeros(5, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_integers_are_refused_instead_of_truncated(dtype):
+    whitening = whitening_of(friendly(500, 8))
+    with without_type_checks():
+        for method in (whitening.whiten, whitening.dewhiten):
+            with pytest.raises(ValueError, match=f"floating point, got {dtype}"):
+                method(torch.ones(5, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"n_samples": None},
+        {"n_samples": -5},
+        {"shrinkage": float("nan")},
+        {"shrinkage": 2.0},
+        {"config": None},
+        {"config": {"eps": -1}},
+        {"mean": torch.full((8,), float("nan"), dtype=torch.float64)},
+        {"mean": torch.zeros(9, dtype=torch.float64)},
+        {"matrix": torch.zeros(8, 8, dtype=torch.float64)},
+        {"matrix": torch.eye(8)},
+        {"inverse_matrix": 2 * torch.eye(8, dtype=torch.float64)},
+        {"inverse_matrix": torch.ones(8, dtype=torch.float64)},
+        {"eigenvalues": torch.full((8,), float("inf"), dtype=torch.float64)},
+        {"covariance_eigenvalues": None},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_file_that_holds_no_whitening_is_refused_by_its_path(changed, tmp_path):
+    path = tmp_path / "w.safetensors"
+    tensors, fields = whitening_of(friendly(500, 8))._content()
+    for name, value in changed.items():
+        if name in fields:
+            fields[name] = value
+        elif value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_tensors(path, "whitening", tensors, fields)
+    with pytest.raises(CorruptFileError, match=re.escape(str(path))):
+        Whitening.load(path)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-14])
+def test_an_ill_conditioned_whitening_is_taken_for_what_it_is(eps, tmp_path):
+    x = nasty(3000, 24, dtype=torch.float64) * torch.logspace(-6, 0, 24, dtype=torch.float64)
+    for kind in ("pca", "zca"):
+        config = WhiteningConfig(kind=kind, eps=eps, shrinkage=0.0, eps_mode="absolute")
+        whitening = whitening_of(x, config)
+        assert whitening.condition_number > 1e6
+        whitening.save(tmp_path / "w.safetensors")
+        assert torch.equal(Whitening.load(tmp_path / "w.safetensors").W, whitening.W)
 
 
 def test_saving_and_loading_is_exact(tmp_path):

@@ -22,7 +22,7 @@ from sae_lens.config import HfDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten._files import load_tensors, save_tensors
+from sae_whiten._files import count_field, load_tensors, reading_content, save_tensors
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.provenance import statistics_file, without_secrets
 from sae_whiten.estimation.sources import (
@@ -396,26 +396,28 @@ class _Progress:
 
     def _load(self, path: Path, fit: _Fit) -> None:
         tensors, fields = load_tensors(path, _PROGRESS_KIND)
+        with reading_content(path):
+            identity = dict(fields["identity"])
+            statistics = {
+                name: _halves(tensors, name, halves, fit.on_nonfinite)
+                for name, halves in fields["statistics"].items()
+            }
+            n_rounds = count_field(fields, "n_rounds")
+            next_look = count_field(fields, "next_look")
+            n_sequences = count_field(fields, "n_sequences")
         different = [
-            f"{name}={fields['identity'].get(name)!r} (now {self._identity.get(name)!r})"
-            for name in {**fields["identity"], **self._identity}
-            if fields["identity"].get(name) != self._identity.get(name)
+            f"{name}={identity.get(name)!r} (now {self._identity.get(name)!r})"
+            for name in {**identity, **self._identity}
+            if identity.get(name) != self._identity.get(name)
         ]
         if different:
             raise ValueError(
                 f"{self._directory} holds the progress of an estimation with "
                 f"{', '.join(different)}. Repeat that one, or delete the folder to begin anew."
             )
-        for name, halves in fields["statistics"].items():
-            statistics = SplitHalfStatistics(halves[0]["d_in"], fit.on_nonfinite)
-            first, second = (
-                _half(tensors, f"{name}/{i}/", half, fit.on_nonfinite)
-                for i, half in enumerate(halves)
-            )
-            statistics.halves = (first, second)
-            fit.statistics[name] = statistics
-        fit.n_rounds, fit.next_look = int(fields["n_rounds"]), int(fields["next_look"])
-        fit.source.skip(int(fields["n_sequences"]))
+        fit.statistics.update(statistics)
+        fit.n_rounds, fit.next_look = n_rounds, next_look
+        fit.source.skip(n_sequences)
 
     def save_if_due(self, fit: _Fit) -> None:
         """Save, unless that was done not long ago; the first process's clock decides."""
@@ -465,16 +467,23 @@ def _describe(model: Model) -> dict[str, Any]:
     }
 
 
-def _half(
+def _halves(
     tensors: dict[str, Tensor],
-    prefix: str,
-    fields: dict[str, Any],
+    name: str,
+    halves: list[dict[str, Any]],
     on_nonfinite: Literal["raise", "skip"],
-) -> ActivationStatistics:
-    own = {key: tensors[prefix + key] for key in ("mean", "scatter")}
-    half = ActivationStatistics.from_tensors(own, fields)
-    half.on_nonfinite = on_nonfinite
-    return half
+) -> SplitHalfStatistics:
+    """The statistics of a hook, from what `_Progress.save_if_due` wrote."""
+    first, second = (
+        ActivationStatistics.from_tensors(
+            {key: tensors[f"{name}/{i}/{key}"] for key in ("mean", "scatter")}, fields
+        )
+        for i, fields in enumerate(halves)
+    )
+    first.on_nonfinite = second.on_nonfinite = on_nonfinite
+    statistics = SplitHalfStatistics(first.d_in, on_nonfinite)
+    statistics.halves = (first, second)
+    return statistics
 
 
 def _finished(

@@ -1,6 +1,7 @@
 """The activation scaler that SAELens' trainers and evaluators hold."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
-from sae_whiten._files import CorruptFileError, atomic_path
+from sae_whiten._files import atomic_path, number_field, reading_content
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics, flatten_heads
 from sae_whiten.statistics import ActivationStatistics
@@ -133,19 +134,20 @@ class CovarianceWhiteningScaler(ActivationScaler):
             CorruptFileError: One of them is damaged, or the json file is not of this class.
         """
         path = Path(file_path)
-        try:
+        with reading_content(path):
             content = json.loads(path.read_text())
             config = WhiteningConfig.from_dict(content[_CONFIG_KEY])
-            has_whitening = bool(content["has_whitening"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-            raise CorruptFileError(
-                f"{path} is not the file of a CovarianceWhiteningScaler ({error!r})"
-            ) from error
+            has_whitening = content["has_whitening"]
+            if not isinstance(has_whitening, bool):
+                raise ValueError(f"has_whitening={has_whitening!r}: must be true or false")
+            scaling_factor = content.get("scaling_factor")
+            if scaling_factor is not None:
+                scaling_factor = number_field(content, "scaling_factor", 0.0, sys.float_info.max)
         # never estimated anew when missing: the weights beside it belong to that very basis
         whitening = Whitening.load(_tensors_path(path)) if has_whitening else None
         self.config, self.statistics = config, None
         self.whitening = whitening  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.scaling_factor = content.get("scaling_factor")
+        self.scaling_factor = scaling_factor
 
 
 def _tensors_path(file_path: str | Path) -> Path:

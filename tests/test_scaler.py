@@ -1,0 +1,69 @@
+"""The scaler that SAELens' trainers and evaluators hold."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_whiten import CorruptFileError, CovarianceWhiteningScaler, WhiteningConfig
+from tests.support import friendly, whitening_of
+
+
+def saved(folder: Path) -> Path:
+    scaler = CovarianceWhiteningScaler(WhiteningConfig(kind="zca"))
+    scaler.whitening = whitening_of(friendly(500, 8), scaler.config)  # pyright: ignore[reportAttributeAccessIssue]
+    path = folder / "activation_scaler.json"
+    scaler.save(str(path))
+    return path
+
+
+def test_what_was_saved_whitens_alike(tmp_path):
+    loaded = CovarianceWhiteningScaler()
+    loaded.load(saved(tmp_path))
+    x = friendly(20, 8)
+    assert loaded.config.kind == "zca"
+    assert torch.equal(loaded.scale(x), whitening_of(friendly(500, 8), loaded.config).whiten(x))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        "null",
+        "{}",
+        {"has_whitening": None},
+        {"has_whitening": "yes"},
+        {"scaling_factor": "NaN"},
+        {"scaling_factor": float("nan")},
+        {"scaling_factor": -1},
+        {"whitening_config": None},
+        {"whitening_config": {"kind": "cholesky"}},
+        {"whitening_config": {"bogus": 1}},
+    ],
+    ids=lambda content: str(content)[:40],
+)
+def test_a_file_that_is_not_of_this_class_is_refused_and_changes_nothing(
+    content: str | dict[str, Any], tmp_path
+):
+    path = saved(tmp_path)
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content})
+    path.write_text(content)
+    scaler = CovarianceWhiteningScaler()
+    with pytest.raises(CorruptFileError, match=re.escape(str(path))):
+        scaler.load(path)
+    assert scaler.config == WhiteningConfig()
+    assert scaler.whitening is None
+    assert scaler.scaling_factor is None
+
+
+def test_a_missing_whitening_is_never_estimated_anew(tmp_path):
+    path = saved(tmp_path)
+    (tmp_path / "activation_whitening.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="activation_whitening"):
+        CovarianceWhiteningScaler().load(path)
