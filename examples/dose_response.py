@@ -1,4 +1,4 @@
-"""How anisotropic must activations be before whitening helps? The runs behind docs/dose-response.md.
+"""How anisotropic must activations be before whitening helps? The runs of docs/dose-response.md.
 
     pip install "sae-whiten[demo]" sae-probes
     python examples/dose_response.py prepare --out dose
@@ -7,9 +7,10 @@
 
 Activations of all-MiniLM-L6-v2 are made more and more anisotropic by an invertible map, so that the
 information in them stays. SAEs are trained on each version under every condition, with equal data,
-initial weights and steps, and measured on held-out text: explained variance of the activations as the
-SAE saw them and with the map undone, dead latents, and the probing tasks of `sae-probes`, whose texts
-no SAE was trained on. `run` can be killed at any time: the same command goes on after the last SAE.
+initial weights and steps, and measured on held-out text: explained variance of the activations as
+the SAE saw them and with the map undone, dead latents, and the probing tasks of `sae-probes`, whose
+texts no SAE was trained on. `run` can be killed at any time: the same command goes on after the
+last SAE.
 """
 
 import argparse
