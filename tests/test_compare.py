@@ -3,6 +3,7 @@ import json
 import logging
 import math
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from sae_whiten.comparison.compare import (
     _unit,
     compare,
 )
+from sae_whiten.training import multi_runner
 from tests.support import tiny_dataset, tiny_model
 
 SMALL = Comparison(
@@ -298,9 +300,6 @@ def test_a_killed_comparison_ends_with_the_same_saes(finished, tmp_path, monkeyp
     out, _ = finished
     step, n_steps = SAETrainer.step, 0
 
-    class Killed(BaseException):
-        """Stands for a signal that ends the process."""
-
     def die(self, *args, **options):
         nonlocal n_steps
         n_steps += 1
@@ -314,11 +313,74 @@ def test_a_killed_comparison_ends_with_the_same_saes(finished, tmp_path, monkeyp
             run(tmp_path, dataclasses.replace(SMALL, seeds=(0,)))
     assert any((tmp_path / "checkpoints" / "seed-0").iterdir())
     run(tmp_path, dataclasses.replace(SMALL, seeds=(0,)))
-    for path in (out / "saes" / "seed-0").iterdir():
-        if path.is_dir():
-            whole = SAE.load_from_disk(path).state_dict()
-            resumed = SAE.load_from_disk(tmp_path / "saes" / "seed-0" / path.name).state_dict()
-            assert all(torch.equal(whole[name], resumed[name]) for name in whole), path.name
+    assert_same_saes(tmp_path / "saes" / "seed-0", out / "saes" / "seed-0")
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+def assert_same_saes(found, expected):
+    names = sorted(path.name for path in expected.iterdir() if path.is_dir())
+    assert names == sorted(path.name for path in found.iterdir() if path.is_dir())
+    for name in names:
+        whole = SAE.load_from_disk(expected / name).state_dict()
+        again = SAE.load_from_disk(found / name).state_dict()
+        assert all(torch.equal(whole[key], again[key]) for key in whole), name
+
+
+def test_what_is_left_after_a_kill_while_saving_is_trained_on_the_same_data(tmp_path, monkeypatch):
+    comparison = dataclasses.replace(
+        SMALL,
+        conditions=("original", "expected_average_only_in", "none"),
+        architectures=("topk",),
+        seeds=(0,),
+        training_tokens=128 * 12,
+    )
+    records = run(tmp_path / "whole", comparison)
+    write = multi_runner.write_final_sae
+
+    def die_after(n_saes):
+        def killed(target, *args, **options):
+            nonlocal n_saes
+            if n_saes == 0:
+                raise Killed
+            n_saes -= 1
+            return write(target, *args, **options)
+
+        return killed
+
+    # first the whitened SAE is saved, then the one that takes a scaling factor from the data
+    for n_saes in (1, 1):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(multi_runner, "write_final_sae", die_after(n_saes))
+            run(tmp_path / "killed", comparison)
+    seed = Path("saes", "seed-0")
+    assert {path.name for path in (tmp_path / "killed" / seed).iterdir() if path.is_dir()} == {
+        "topk-original-k8",
+        "topk-expected_average_only_in-k8",
+    }
+    shutil.copytree(tmp_path / "killed", tmp_path / "without checkpoints")
+    shutil.rmtree(tmp_path / "without checkpoints" / "checkpoints")
+    for name in ("killed", "without checkpoints"):
+        again = run(tmp_path / name, comparison)
+        assert [r["metrics"] for r in again] == [r["metrics"] for r in records]
+        assert_same_saes(tmp_path / name / seed, tmp_path / "whole" / seed)
+
+
+@pytest.mark.parametrize("file", ["cfg.json", "sae_weights.safetensors"])
+def test_an_sae_that_is_not_whole_is_trained_again(finished, tmp_path, file):
+    out, records = finished
+    comparison = dataclasses.replace(SMALL, seeds=(0,))
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out" / "results.jsonl").unlink()
+    shutil.rmtree(tmp_path / "out" / "saes" / "seed-1")
+    broken = tmp_path / "out" / "saes" / "seed-0" / "topk-none-k8"
+    (broken / file).write_bytes(b"{}" if file == "cfg.json" else b"")
+    (tmp_path / "out" / "saes" / "seed-0" / "topk-half-k8" / file).unlink()
+    again = run(tmp_path / "out", comparison)
+    assert [r["metrics"] for r in again] == [r["metrics"] for r in records if r["seed"] == 0]
+    assert_same_saes(tmp_path / "out" / "saes" / "seed-0", out / "saes" / "seed-0")
 
 
 def test_every_condition_can_be_trained_by_every_kind_of_architecture(tmp_path):

@@ -18,8 +18,9 @@ from typing import Any
 
 import datasets
 import torch
-from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunner, MultiSAETrainingRunnerConfig
+from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunnerConfig
 from sae_lens.config import HfDataset
+from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from transformer_lens import HookedRootModule
@@ -281,12 +282,13 @@ def compare(
         if all(arm.name in done for arm in arms):
             continue
         folder = out / "saes" / f"seed-{seed}"
-        untrained = [arm for arm in arms if not (folder / arm.name / "cfg.json").is_file()]
+        missing = {arm.name: arm for arm in arms if arm.name not in done}
+        untrained = [arm for arm in missing.values() if not _is_trained(folder / arm.name)]
         if untrained:
             logger.info("training %d SAEs with seed %d", len(untrained), seed)
             _train(
                 comparison,
-                untrained,
+                _with_the_same_data(untrained, arms),
                 seed,
                 statistics,
                 model,
@@ -295,7 +297,6 @@ def compare(
                 {**names, "dataset_path": dataset_path},
             )
         logger.info("evaluating the SAEs of seed %d", seed)
-        missing = {arm.name: arm for arm in arms if arm.name not in done}
         saes = {
             name: SAE.load_from_disk(folder / name, device=comparison.device) for name in missing
         }
@@ -485,6 +486,34 @@ def _checked_options(comparison: Comparison) -> dict[str, dict[str, Any]]:
     return json.loads(json.dumps({name: dict(given) for name, given in options.items()}))
 
 
+def _is_trained(folder: Path) -> bool:
+    """Whether a folder holds a whole SAE: a run that is killed may leave a part of one."""
+    if not (folder / SAE_CFG_FILENAME).is_file():
+        return False
+    try:
+        SAE.load_from_disk(folder)
+    except Exception as error:
+        logger.warning("%s is not whole and is trained again: %s", folder, error)
+        return False
+    return True
+
+
+def _with_the_same_data(untrained: Sequence[_Arm], arms: Sequence[_Arm]) -> list[_Arm]:
+    """These SAEs, and what they have to be trained beside to get the data that all others had.
+
+    SAELens takes the scaling factor of expected_average_only_in from batches that no SAE is then
+    trained on, so one SAE of that condition shifts the data of all.
+    """
+    shifting = [arm for arm in arms if arm.condition == "expected_average_only_in"]
+    return [*untrained, *(shifting[:1] if not set(shifting) & set(untrained) else [])]
+
+
+class _LockstepRunner(WhiteningMultiSAETrainingRunner):
+    """Trains any SAEs of a comparison, for what is left after a kill may hold no whitened one."""
+
+    _needs_whitening = False
+
+
 def _train(
     comparison: Comparison,
     arms: Sequence[_Arm],
@@ -540,15 +569,9 @@ def _train(
         cfg.resume_from_checkpoint = str(checkpoints / str(max(found)))
     # the order in which SAELens mixes activations comes from torch's generator
     torch.manual_seed(seed)
-    overrides: dict[str, Any] = {
-        "override_dataset": dataset,
-        "override_model": model,
-        "override_saes": saes,
-    }
-    if whitening:
-        WhiteningMultiSAETrainingRunner(cfg, whitening, **overrides).run()
-    else:
-        MultiSAETrainingRunner(cfg, **overrides).run()
+    _LockstepRunner(
+        cfg, whitening, override_dataset=dataset, override_model=model, override_saes=saes
+    ).run()
     shutil.rmtree(checkpoints, ignore_errors=True)  # of many SAEs, which are saved now
 
 

@@ -77,6 +77,10 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     trainer: WhiteningMultiSAETrainer
 
+    _needs_whitening = True
+    """Whether a set of SAEs of which none is whitened is refused: a comparison trains what is left
+    to train by one runner and on the same data, whether or not any of it is whitened."""
+
     def __init__(
         self,
         cfg: MultiSAETrainingRunnerConfig,
@@ -85,7 +89,9 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         override_model: HookedRootModule | None = None,
         override_saes: dict[str, TrainingSAE[Any]] | None = None,
     ) -> None:
-        self.whitening_configs = _whitening_by_name(cfg, whitening, override_saes)
+        self.whitening_configs = _whitening_by_name(
+            cfg, whitening, override_saes, self._needs_whitening
+        )
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
         super().__init__(
@@ -215,6 +221,7 @@ def _whitening_by_name(
     cfg: MultiSAETrainingRunnerConfig,
     whitening: WhiteningConfig | Mapping[str, WhiteningConfig] | None,
     override_saes: Mapping[str, TrainingSAE[Any]] | None,
+    needs_whitening: bool,
 ) -> dict[str, WhiteningConfig | None]:
     """The SAEs that ask for whitening, and the configuration given for each.
 
@@ -223,7 +230,7 @@ def _whitening_by_name(
     """
     configs = {name: sae.cfg for name, sae in (override_saes or {}).items()} or dict(cfg.saes)
     names = [n for n, c in configs.items() if c.normalize_activations == "covariance_whitening"]
-    if not names:
+    if needs_whitening and not names:
         raise ValueError(
             "no SAE's config has normalize_activations='covariance_whitening': set it for those "
             "that are to be whitened, or use SAELens' MultiSAETrainingRunner"

@@ -346,7 +346,8 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             raise ValueError(
                 f"SAEs that share their data need the same on_nonfinite, and have {listed}"
             )
-        self.stream.on_nonfinite = next(iter(configs.values())).on_nonfinite
+        if configs:
+            self.stream.on_nonfinite = next(iter(configs.values())).on_nonfinite
 
     @contextmanager
     def _step_counted(self) -> Iterator[None]:
