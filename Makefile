@@ -1,9 +1,15 @@
-# make demo    install into .venv and run the demo
-# make test    install into .venv and run every check: ruff, pyright, pytest
-# make clean   remove .venv and what the tools cache
+# make demo          install into .venv and run the demo
+# make test          install into .venv and run every check: ruff, pyright, pytest
+# make test-matrix   run pytest in an environment of its own for each entry of MATRIX: a Python and
+#                    either the newest dependencies or the lowest that pyproject.toml allows.
+#                    make test-3.12-newest runs one of them
+# make clean         remove the environments and what the tools cache
 #
 # Needs Python >= 3.10 (with venv) and make. PYTHON=python3.12 chooses another Python. TORCH is what
 # pip installs first, so that nothing later chooses a build of PyTorch; it may carry pip options.
+# The matrix looks for python3.10, python3.12 and so on; with pyenv, for example,
+# PYENV_VERSION=3.11.7:3.10.13:3.12.1:3.13.0 make test-matrix. It takes the default build of PyTorch:
+# several GB, once, as uv links what the environments share.
 
 TORCH ?= torch==2.13.0
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -12,7 +18,12 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet
 
-.PHONY: demo test clean
+MATRIX ?= 3.10-lowest 3.10-newest 3.12-newest 3.13-newest
+WORKERS ?= 2
+UV := .venv-matrix/uv/bin/uv
+
+.PHONY: demo test test-matrix clean
+.PRECIOUS: .venv-matrix/%/.dev
 
 demo: .venv/.demo
 	$(BIN)/sae-whiten demo
@@ -23,7 +34,27 @@ test: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# All of them, also when one fails.
+test-matrix:
+	$(MAKE) --no-print-directory --keep-going $(MATRIX:%=test-%)
+
+test-%: .venv-matrix/%/.dev
+	@$(UV) pip freeze --quiet --python $(<D) | grep -E '^(torch|sae-lens|transformer-lens|numpy)='
+	OMP_NUM_THREADS=1 $(<D)/bin/pytest -n $(WORKERS) --dist worksteal
+
+.venv-matrix/%/.dev: pyproject.toml | $(UV)
+	$(UV) venv --quiet --clear --python python$(firstword $(subst -, ,$*)) $(@D)
+	$(UV) pip install --quiet --python $(@D) --editable '.[dev]' \
+		--resolution $(if $(filter %-lowest,$*),lowest-direct,highest)
+	touch $@
+
+$(UV):
+	@test -n "$(PYTHON)" || { \
+		echo "No Python >= 3.10 with the venv module found: make PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv-matrix/uv
+	.venv-matrix/uv/bin/python -m pip install --quiet uv
 
 .venv/.torch:
 	@test -n "$(PYTHON)" || { \
@@ -41,5 +72,5 @@ test: .venv/.dev
 	touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-matrix .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
