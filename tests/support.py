@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig
+
+ROOT = Path(__file__).parents[1]
+BYTE_TRANSFORMER = ROOT / "tests" / "assets" / "byte-transformer"
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Where sae-bench is installed (it needs numpy < 2, therefore an environment of its own):
 
-    python tests/saebench.py
+    python tests/evaluation/saebench.py
 
 prints what `SAEBENCH` there holds, and, marked "own", what sae-bench says if it also draws its own
 rows and trains its own probes.
@@ -78,7 +78,7 @@ def _rounded(value: Any) -> Any:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     with contextlib.redirect_stdout(io.StringIO()):  # sae-bench prints all the way
         figures = _figures(Case())
     sys.stdout.write(f"sae-bench {version('sae-bench')}\n")

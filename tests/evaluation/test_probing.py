@@ -24,7 +24,7 @@ from sae_whiten.evaluation.probing import (
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
-from tests.saebench import KS, NS, Case
+from tests.evaluation.saebench import KS, NS, Case
 from tests.support import nasty
 
 LABELS = np.repeat([0, 1, 2, 3], 60)
@@ -419,8 +419,8 @@ def test_scr_says_which_combination_is_too_rare() -> None:
 
 # --- sae-bench
 
-# sae-bench 0.6.0 on `Case()`, printed by tests/saebench.py: `get_top_k_mean_diff_mask` and
-# `train_sklearn_probe` on standardised columns; `get_all_node_effects_for_one_sae`,
+# sae-bench 0.6.0 on `Case()`, printed by tests/evaluation/saebench.py: `get_top_k_mean_diff_mask`
+# and `train_sklearn_probe` on standardised columns; `get_all_node_effects_for_one_sae`,
 # `perform_feature_ablations`, `create_tpp_plotting_dict` and `get_scr_plotting_dict` on tokens,
 # with probes that have our weights; all of them on our rows
 SAEBENCH: dict[str, Any] = {

@@ -25,7 +25,7 @@ from sae_whiten import (
 )
 from sae_whiten.training.activations_store import ResumableActivationsStore
 from sae_whiten.training.stream import ActivationStream
-from tests.support import runner_config, tiny_dataset, tiny_model
+from tests.support import ROOT, runner_config, tiny_dataset, tiny_model
 
 POISON = 77
 FEW = WhiteningConfig(n_samples=1500)  # of 10240 tokens that training sees
@@ -181,7 +181,7 @@ KILLED = """
 def test_a_process_that_is_killed_resumes_to_the_bit(signum, uninterrupted, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -359,7 +359,7 @@ def test_compiled_saes_train_in_the_original_space_too(uninterrupted, tmp_path):
     # in a process of its own: run-time type checks cannot be compiled
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(COMPILED), str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         check=True,
     )
     compiled, eager = SAE.load_from_disk(tmp_path), SAE.load_from_disk(uninterrupted[1])

@@ -6,7 +6,7 @@ import torch
 from sae_whiten import ActivationStatistics, CorruptFileError, WhiteningConfig, fit_statistics
 from sae_whiten.estimation.provenance import provenance_of, statistics_file
 from tests.support import friendly, tiny_dataset, tiny_model, training_sae
-from tests.test_runner import runner
+from tests.training.test_runner import runner
 
 HOOK = "blocks.1.hook_resid_pre"
 

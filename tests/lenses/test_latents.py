@@ -31,8 +31,8 @@ from sae_whiten.lenses.latents.measure import (
     latent_space,
     measure_firing,
 )
-from tests.support import tiny_dataset, tiny_model
-from tests.test_evaluate import BYTE_TRANSFORMER, TOPK, activations, sae_of, text
+from tests.evaluation.test_evaluate import TOPK, activations, sae_of, text
+from tests.support import BYTE_TRANSFORMER, tiny_dataset, tiny_model
 
 __all__ = ["text"]  # a fixture
 

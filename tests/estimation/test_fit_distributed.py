@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from datasets import Dataset
 
 from sae_whiten import ActivationStatistics, fit_statistics
 from tests.ranks import run_ranks
-from tests.support import tiny_dataset, tiny_model
+from tests.support import ROOT, tiny_dataset, tiny_model
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.attn.hook_z"]
 ALL: dict[str, Any] = {"n_samples": 10**9, "context_size": 32}
@@ -138,10 +137,9 @@ def test_torchrun_starts_fit_on_several_processes(tmp_path):
     command += ["--standalone", str(script), "fit", "--model-name", "tiny"]
     command += ["--dataset-path", str(tmp_path / "data"), "--hook-name", HOOKS[0]]
     command += ["--context-size", "32", "--n-samples", "100000", "--out", str(tmp_path / "out")]
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=root, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("activations of width 32") == 1  # said by one of them

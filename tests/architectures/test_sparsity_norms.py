@@ -13,7 +13,7 @@ from sae_whiten.architectures.folding import fold_whitening_into_weights, folded
 from sae_whiten.architectures.losses import SparsityNorms
 from sae_whiten.training.training_sae import enter_whitened_space, set_whitening
 from tests.support import friendly, nasty, training_sae, whitening_of
-from tests.test_trainer import batches, equal, state, trainer_config
+from tests.training.test_trainer import batches, equal, state, trainer_config
 
 D, D_SAE, N = 16, 64, 128
 CHARGED = ("standard", "gated", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk")

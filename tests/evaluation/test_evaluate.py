@@ -4,7 +4,6 @@ import copy
 import json
 import random
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,9 +34,8 @@ from sae_whiten.evaluation.probing import (
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
-from tests.support import tiny_dataset, tiny_model, whitening_of
+from tests.support import BYTE_TRANSFORMER, ROOT, tiny_dataset, tiny_model, whitening_of
 
-BYTE_TRANSFORMER = Path(__file__).parent / "assets" / "byte-transformer"
 HOOK = "gpt_neox.layers.0"
 D = 128
 TOPK = {"architecture": "topk", "k": 24}
@@ -52,7 +50,7 @@ def model() -> HookedProxyLM:
 @pytest.fixture(scope="module")
 def text() -> Dataset:
     """Sources of this package, tokenized: sequences of 64 bytes, some with BOS inside."""
-    root = Path(__file__).parent.parent / "sae_whiten"
+    root = ROOT / "sae_whiten"
     tokenizer = AutoTokenizer.from_pretrained(BYTE_TRANSFORMER)
     ids = [256]
     for path in sorted(root.glob("*.py")):

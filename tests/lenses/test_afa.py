@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,8 @@ from sae_whiten.lenses.afa.norms import (
     nmse,
     summary,
 )
-from tests.support import tiny_model
+from tests.support import BYTE_TRANSFORMER, tiny_model
 
-BYTE_TRANSFORMER = Path(__file__).parent / "assets" / "byte-transformer"
 HOOK = "blocks.1.hook_resid_pre"
 
 

@@ -19,8 +19,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sae_whiten import ActivationStatistics, fit_statistics
+from tests.cli.test_cli import random_texts, save_tokenizer
 from tests.support import runner_config
-from tests.test_cli import random_texts, save_tokenizer
 
 D_MODEL, N_HEADS, CONTEXT = 16, 2, 16
 

@@ -25,6 +25,7 @@ from datasets import Dataset
 import sae_whiten
 from sae_whiten import ActivationStatistics, WhiteningConfig
 from sae_whiten.cli import COMMANDS, main, train
+from tests.support import ROOT
 
 TOPK = ["--architecture", "topk", "--d_in", "16", "--d_sae", "32"]
 
@@ -610,7 +611,7 @@ def test_exit_status_of_an_interrupted_run(arguments: list[str], tmp_path: Path)
 
 # --- examples/train_gpt2.py
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_gpt2.py"
+EXAMPLE = ROOT / "examples" / "train_gpt2.py"
 
 
 def import_example() -> ModuleType:
