@@ -365,10 +365,11 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         with self._step_counted():
             super()._checkpoint_if_needed()
 
-    def _maybe_log_sparsity(self, final: bool = False) -> None:
+    def _maybe_log_sparsity(self, *args: Any, **kwargs: Any) -> None:
+        # (sae-lens 6.53 has no parameter `final`)
         # a window that was reset before a checkpoint is not reported again
         if next(iter(self.trainers.values())).n_frac_active_samples > 0:
-            super()._maybe_log_sparsity(final)
+            super()._maybe_log_sparsity(*args, **kwargs)
 
     def _update_pbar(
         self, step_outputs: dict[str, TrainStepOutput], pbar: Any, update_interval: int = 100
