@@ -4,9 +4,10 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,31 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+try:
+    import fcntl
+except ImportError:  # Windows: what killed processes left behind stays there
+    fcntl = None
+
 __all__ = [
     "CorruptFileError",
     "atomic_directory",
+    "atomic_files",
     "atomic_path",
+    "check_writable",
     "count_field",
     "load_tensors",
     "number_field",
     "reading_content",
+    "recover",
     "save_tensors",
     "tensor_of_shape",
 ]
 
 _METADATA_KEY = "sae_whiten"
+# Hidden entries, ".NAME.RANDOM" and one of these: what is being written; what is complete and being
+# moved to its place; what is replaced, until its successor is there. Their writer holds a lock on
+# the first two, which ends with its process.
+_NEW, _READY, _OLD = ".whiten-new", ".whiten-ready", ".whiten-old"
 
 
 class CorruptFileError(ValueError):
@@ -41,46 +54,210 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        # mkstemp creates files that only their owner can read
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
-        with partial.open("rb") as written:
+    _tidy(path.parent)
+    with _new_entry(path, is_directory=False) as new:
+        yield new
+        with new.open("rb") as written:
             os.fsync(written.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        new.replace(path)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty directory beside `path` that takes its place when the block succeeds.
 
-    A directory cannot be replaced by one rename, so an earlier one is first moved to a hidden
-    name beside it and deleted last: at no moment is there a half-written directory at `path`.
+    For directories that hold nothing else. At no moment is there a half-written one at `path`. One
+    that was there is moved away first, and back if the new one cannot take its place. If the
+    process is killed between the two renames, there is none until `recover` does the second.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial"))
-    umask = os.umask(0)
-    os.umask(umask)
-    staging.chmod(0o777 & ~umask)
-    old: Path | None = None
+    _tidy(path.parent)
+    with _new_entry(path, is_directory=True) as new:
+        yield new
+        if not path.is_dir():
+            new.rename(path)
+            return
+        old = new.with_suffix(_OLD)
+        path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_files(path: str | Path, last: str, also_replaced: Iterable[str] = ()) -> Iterator[Path]:
+    """Yield an empty directory whose entries are moved into `path` when the block succeeds.
+
+    For directories in which a user may keep other files, which are left alone. The others must mean
+    nothing without the file `last`: it is removed before the first of them is replaced, and moved
+    to its place after them. If the process is killed in between, there is none until `recover`
+    moves the rest.
+
+    Args:
+        path: The directory.
+        last: Name of the file that makes the others complete, as a config does an SAE's weights.
+        also_replaced: Names of entries that are removed if the block does not write them again.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
+    if not path.exists():
+        with _new_entry(path, is_directory=True) as new:
+            yield new
+            new.rename(path)
+        return
+    with _new_entry(path / last, is_directory=True) as new:
+        yield new
+        written = {entry.name for entry in new.iterdir()}
+        for name in written:
+            if (path / name).is_dir() and not (new / name).is_dir():
+                raise IsADirectoryError(f"{path / name} is a directory: a file cannot replace it")
+        for name in set(also_replaced) - written:
+            _remove(path / name)
+        ready = new.with_suffix(_READY)
+        new.rename(ready)  # from here on a killed process has its change finished by the next one
+        _move_in(ready)
+
+
+def recover(path: str | Path) -> None:
+    """Finish what a killed process began to change at `path`, and remove what it left behind.
+
+    What processes that are still running are writing is left alone.
+    """
+    path = Path(path)
+    _tidy(path.parent)
+    _tidy(path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a path at which nothing can be written; creates nothing.
+
+    Raises:
+        OSError: A file is in the way, or the folder that it would be in refuses new files.
+    """
+    path = Path(path)
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file")
+    with tempfile.TemporaryFile(dir=path):
+        pass
+
+
+@contextlib.contextmanager
+def _new_entry(path: Path, is_directory: bool) -> Iterator[Path]:
+    """Create and lock a hidden entry beside `path`; remove what is left of it afterwards.
+
+    It has the mode that the umask gives it, which cannot be asked for without changing it for all
+    threads.
+    """
+    while True:
+        new = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_NEW}")
+        if is_directory:
+            new.mkdir()
+        else:
+            new.touch(exist_ok=False)
+        try:
+            lock = _lock(new)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process took it for a leftover, before it was locked
+        if new.exists():
+            break
+        _release(lock)
     try:
-        yield staging
-        if path.exists():
-            old = staging.with_suffix(".old")
-            path.rename(old)
-        staging.rename(path)
+        yield new
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        _remove(new)
+        _release(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds an exclusive lock on `path`; None where there are no locks.
+
+    Raises:
+        BlockingIOError: Somebody else holds it.
+        FileNotFoundError: There is no such entry.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # this file system has none
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _tidy(folder: Path) -> None:
+    """Finish or remove what killed processes were writing in `folder`."""
+    for suffix, finish in ((_READY, _move_in), (_NEW, _finish_or_remove), (_OLD, _restore)):
+        for entry in folder.glob(f".*{suffix}"):
+            try:
+                lock = _lock(entry)
+            except OSError:  # somebody writes it, has removed it, or does not let us
+                continue
+            try:
+                if lock is not None:
+                    finish(entry)
+            finally:
+                _release(lock)
+
+
+def _place(entry: Path) -> Path:
+    """What a hidden entry is to become or was."""
+    name, _, _ = entry.stem.rpartition(".")
+    return entry.with_name(name.removeprefix("."))
+
+
+def _move_in(ready: Path) -> None:
+    """Move the entries of `ready` beside it."""
+    last = _place(ready)
+    if (ready / last.name).exists():  # otherwise all of them are there
+        last.unlink(missing_ok=True)
+    for entry in sorted(ready.iterdir(), key=lambda entry: (entry.name == last.name, entry.name)):
+        target = ready.with_name(entry.name)
+        if entry.is_dir():
+            _remove(target)
+        entry.replace(target)
+    ready.rmdir()
+
+
+def _finish_or_remove(new: Path) -> None:
+    """What was being written is incomplete, unless it was about to replace something."""
+    if new.with_suffix(_OLD).exists() and not _place(new).exists():
+        new.rename(_place(new))
+    else:
+        _remove(new)
+
+
+def _restore(old: Path) -> None:
+    if old.with_suffix(_NEW).exists():
+        return  # by a process that is still running
+    if _place(old).exists():
+        _remove(old)
+    else:
+        old.rename(_place(old))
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            entry.unlink()
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], header: str) -> str:

@@ -1,0 +1,269 @@
+"""Files and directories are whole or absent, whenever the process that writes them is killed."""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sae_whiten import _files
+from sae_whiten._files import (
+    atomic_directory,
+    atomic_files,
+    atomic_path,
+    check_writable,
+    recover,
+)
+
+_CHANGES = ("mkdir", "rename", "replace", "rmdir", "touch", "unlink", "write_text")
+
+
+def killed_at(n: int, write: Callable[[], None]) -> bool:
+    """Run `write` in a process that is killed before its n-th change of the file system; False if
+    it makes fewer."""
+    pid = os.fork()
+    if pid == 0:
+        left = n
+
+        def dying(change: Callable[..., object]) -> Callable[..., object]:
+            def change_or_die(*args: object, **kwargs: object) -> object:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+                return change(*args, **kwargs)
+
+            return change_or_die
+
+        for name in _CHANGES:
+            setattr(Path, name, dying(getattr(Path, name)))
+        try:
+            write()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def content(path: Path) -> dict[str, str]:
+    """Files below a directory, hidden ones too."""
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return {str(file.relative_to(path)): file.read_text() for file in sorted(files)}
+
+
+def write_sae(path: Path, run: str, extra: str = "") -> None:
+    with atomic_files(path, "cfg.json", ["whitening"]) as new:
+        for name in filter(None, ("cfg.json", "weights", extra)):
+            (new / name).write_text(run)
+
+
+def write_checkpoint(path: Path, run: str) -> None:
+    with atomic_directory(path) as new:
+        (new / "cfg.json").write_text(run)
+        (new / "state").mkdir()
+        (new / "state" / "weights").write_text(run)
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write() -> None:
+        with atomic_path(path) as new:
+            new.write_text("new")
+
+    n = 1
+    while killed_at(n, write):
+        assert path.read_text() in ("old", "new")
+        n += 1
+    assert n > 3
+    assert content(tmp_path) == {"file": "new"}
+
+
+def test_a_directory_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    seen = set()
+    n, killed = 1, True
+    while killed:
+        write_checkpoint(path, "old")
+        killed = killed_at(n, lambda: write_checkpoint(path, "new"))
+        # between two renames there is none, until somebody looks
+        assert not path.exists() or len(set(content(path).values())) == 1
+        recover(path)
+        found = content(tmp_path)
+        assert found.keys() == {"checkpoint/cfg.json", "checkpoint/state/weights"}
+        assert len(set(found.values())) == 1
+        seen |= set(found.values())
+        n += 1
+    assert seen == {"old", "new"}
+
+
+def test_files_beside_those_of_a_user_are_all_old_or_all_new(tmp_path: Path) -> None:
+    path = tmp_path / "sae"
+    seen = set()
+    n, killed = 1, True
+    while killed:
+        write_sae(path, "old", extra="whitening")
+        (path / "notes.txt").write_text("mine")
+        killed = killed_at(n, lambda: write_sae(path, "new"))
+        if (path / "cfg.json").exists():
+            assert (path / "cfg.json").read_text() == (path / "weights").read_text()
+        recover(path)
+        found = content(tmp_path)
+        assert found.pop("sae/notes.txt") == "mine"
+        assert found["sae/cfg.json"] == found["sae/weights"]
+        assert found.get("sae/whitening", "old") == "old"
+        assert found.keys() <= {"sae/cfg.json", "sae/weights", "sae/whitening"}
+        seen.add(tuple(sorted(found.values())))
+        n += 1
+    # the whitening of the old SAE may be gone before the new one is there, never the reverse
+    assert seen == {("old",) * 3, ("old",) * 2, ("new",) * 2}
+
+
+def test_a_directory_that_was_not_there_appears_whole(tmp_path: Path) -> None:
+    whole = {"cfg.json": "new", "weights": "new"}
+    for n in itertools.count(1):
+        path = tmp_path / str(n) / "sae"
+        killed = killed_at(n, lambda path=path: write_sae(path, "new"))
+        assert content(path) in ({}, whole)
+        if not killed:
+            assert n > 5
+            assert content(path) == whole
+            break
+
+
+@pytest.mark.parametrize("write", [write_sae, write_checkpoint])
+def test_what_fails_while_it_is_written_changes_nothing(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "sae"
+    write(path, "old")
+    before = content(tmp_path)
+
+    def full_disk(self: Path, text: str) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write(path, "new")
+    assert content(tmp_path) == before
+
+
+def test_the_old_directory_is_put_back_when_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint"
+    write_checkpoint(path, "old")
+    rename, n = Path.rename, iter(range(3))
+
+    def fails_once(self: Path, target: Path) -> Path:
+        if next(n) == 1:
+            raise OSError("input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    with pytest.raises(OSError, match="input/output"):
+        write_checkpoint(path, "new")
+    assert content(tmp_path) == {"checkpoint/cfg.json": "old", "checkpoint/state/weights": "old"}
+
+
+def test_a_directory_in_the_place_of_a_file_is_not_removed(tmp_path: Path) -> None:
+    write_sae(tmp_path / "sae", "old")
+    (tmp_path / "sae" / "extra").mkdir()
+    (tmp_path / "sae" / "extra" / "notes.txt").write_text("mine")
+    before = content(tmp_path)
+    with pytest.raises(IsADirectoryError, match="extra"):
+        write_sae(tmp_path / "sae", "new", extra="extra")
+    assert content(tmp_path) == before
+
+
+def test_what_others_are_writing_and_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / ".download.partial"
+    foreign.write_text("of another program")
+    with atomic_directory(tmp_path / "a") as first:
+        (first / "file").write_text("1")
+        with atomic_path(tmp_path / "b") as second:
+            second.write_text("2")
+            recover(tmp_path / "a")
+            with atomic_files(tmp_path / "a", "file") as third:
+                (third / "file").write_text("3")
+            assert first.exists()
+            assert second.exists()
+    assert content(tmp_path) == {".download.partial": "of another program", "a/file": "1", "b": "2"}
+
+
+def test_modes_follow_the_umask_without_touching_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o027)
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("changed for all threads"))
+    try:
+        with atomic_path(tmp_path / "file") as new:
+            new.write_text("")
+        write_checkpoint(tmp_path / "directory", "new")
+        write_sae(tmp_path / "sae", "new")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
+    assert modes == {"file": 0o640, "directory": 0o750, "sae": 0o750}
+
+
+def test_threads_that_write_into_one_folder_do_not_take_each_other_for_dead(
+    tmp_path: Path,
+) -> None:
+    errors = []
+
+    def write(name: str) -> None:
+        try:
+            for i in range(20):
+                with atomic_path(tmp_path / name) as new:
+                    new.write_text(str(i))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(f"file{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert content(tmp_path) == {f"file{i}": "19" for i in range(4)}
+
+
+def test_where_there_are_no_locks_leftovers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_files, "fcntl", None)
+    leftover = tmp_path / ".file.0123abcd.whiten-new"
+    leftover.write_text("")
+    with atomic_path(tmp_path / "file") as new:
+        new.write_text("")
+    assert leftover.exists()
+    monkeypatch.undo()
+    recover(tmp_path / "file")
+    assert not leftover.exists()
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    path.chmod(0o500)
+    try:
+        yield
+    finally:
+        path.chmod(0o700)
+
+
+def test_a_path_that_cannot_be_written_is_found_out_without_creating_it(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        check_writable(tmp_path / "file" / "sae")
+    (tmp_path / "folder").mkdir()
+    with read_only(tmp_path / "folder"):
+        if not os.access(tmp_path / "folder", os.W_OK):  # root may write everywhere
+            with pytest.raises(PermissionError):
+                check_writable(tmp_path / "folder" / "sae")
