@@ -39,7 +39,10 @@ def joined_processes() -> Iterator[int]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         return
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    backend = (
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    )
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield dist.get_rank()
     finally:
@@ -60,11 +63,14 @@ class Processes:
     def __init__(self) -> None:
         self.rank, self.world_size = 0, 1
         self._group: Any = None
+        self._device_backends: set[str] = set()
         if dist.is_available() and dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.world_size > 1:
             with _clear_errors():
                 self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            if "nccl" in str(dist.get_backend()):
+                self._device_backends = {"cuda"}
 
     def together(self, function: Callable[[], T]) -> T:
         """Call a function that every process calls, and fail if it fails in one of them.
@@ -134,6 +140,54 @@ class Processes:
                 scatter.addr_(delta, delta, alpha=own)
             scatter = self._sum(scatter)
         return ActivationStatistics.from_tensors({"mean": mean, "scatter": scatter}, fields)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes; every process gets the same bits.
+
+        Through the default group where that serves the tensor's device (NCCL), else on the CPU.
+        """
+        if self.world_size == 1:
+            return tensor
+        if tensor.device.type in self._device_backends:
+            with _clear_errors():
+                dist.all_reduce(tensor)
+            return tensor
+        return tensor.copy_(self._sum(tensor.cpu().contiguous()))
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by that of process 0."""
+        if self.world_size == 1:
+            return tensor
+        own = tensor.cpu().contiguous()
+        with _clear_errors():
+            dist.broadcast(own, src=0, group=self._group)
+        return tensor.copy_(own)
+
+    def concatenated(self, tensor: Tensor) -> Tensor:
+        """The vectors of all processes, one behind the other, in the order of their ranks.
+
+        Args:
+            tensor: Shape (n,); n may differ between processes.
+        """
+        if self.world_size == 1:
+            return tensor
+        sizes = [int(size) for size in self.gather(len(tensor))]
+        padded = tensor.new_zeros(max(sizes), device="cpu")
+        padded[: len(tensor)] = tensor.cpu()
+        found = [torch.empty_like(padded) for _ in sizes]
+        with _clear_errors():
+            dist.all_gather(found, padded, group=self._group)
+        parts = [part[:size] for part, size in zip(found, sizes, strict=True)]
+        return torch.cat(parts).to(tensor.device)
+
+    def from_first(self, value: T) -> T:
+        """What process 0 has; must be picklable."""
+        if self.world_size == 1:
+            return value
+        found = [value]
+        with _clear_errors():
+            dist.broadcast_object_list(found, src=0, group=self._group)
+        return found[0]
 
     def _sum(self, tensor: Tensor) -> Tensor:
         with _clear_errors():

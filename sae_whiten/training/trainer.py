@@ -32,6 +32,12 @@ from sae_whiten.architectures.folding import (
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.training.data_parallel import (
+    SharedStream,
+    open_stream,
+    share_training,
+    shared_step,
+)
 from sae_whiten.training.scaler import CovarianceWhiteningScaler
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.training_sae import (
@@ -137,7 +143,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         # the same objects under SAELens' names
         self.activation_scaler = self.scaler = CovarianceWhiteningScaler(whitening)
         if not isinstance(data_provider, ActivationStream):
-            data_provider = ActivationStream(
+            data_provider = open_stream(
                 data_provider,
                 sae.cfg.d_in,
                 self.scaler.config.on_nonfinite,
@@ -214,6 +220,14 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             unfold_whitening_from_weights(self.sae, whitening)
         self._start_from_folded = False
         set_whitening(self.sae, whitening, trainer=self)
+        if isinstance(self.stream, SharedStream):
+            share_training(self.sae, self.stream)
+
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        """SAELens' training step; in several processes, of all parts of the batch."""
+        if isinstance(self.stream, SharedStream):
+            return shared_step(self, self.stream, super().step, batch)
+        return super().step(batch)
 
     def fold(self) -> None:
         """Fold and prove the fold; called by SAELens' `fit` once the training loop is done."""

@@ -1,0 +1,187 @@
+"""Several processes train one SAE, or one set of SAEs, as a single process would.
+
+Every process runs the language model on its own share of the dataset and brings its part of each
+batch. What makes the training that of the whole batch:
+
+- all processes take a step together, or none does: `SharedStream` asks before each one whether
+  everybody has a batch, wants to stop or failed;
+- gradients are averaged over all rows before they are clipped, by a hook on each parameter. (DDP
+  wraps `forward`, and SAELens' training step is not a `forward`);
+- a latent has fired if it fired anywhere, and firing counts are summed;
+- what looks at the batch as a whole (BatchTopK's k and its threshold) looks at all parts of it.
+
+Weights start equal, for they are sent from process 0, and stay equal, for all-reduce gives every
+process the same bits.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor, nn
+
+from sae_whiten.estimation.distributed import DistributedError, Processes
+from sae_whiten.statistics import NonFiniteActivationsError
+from sae_whiten.training.stream import ActivationStream, DataExhaustedError, StopRequested
+
+__all__ = ["SharedBatchTopK", "SharedStream", "open_stream", "share_training", "shared_step"]
+
+# errors after which the training so far can be saved, or whose remedy is the same everywhere, are
+# raised as what they are by every process
+_RAISED_BY_ALL: dict[str, type[Exception]] = {
+    error.__name__: error for error in (NonFiniteActivationsError, DataExhaustedError)
+}
+
+
+class SharedStream(ActivationStream):
+    """An `ActivationStream` that serves a batch only if every process has one.
+
+    Args:
+        processes: Who trains together. The other arguments are those of `ActivationStream`.
+
+    Attributes:
+        n_rows: Rows of the batch served last, of all processes.
+        share: Part of them that this process has.
+    """
+
+    def __init__(self, processes: Processes, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.processes = processes
+        self.n_rows, self.share = 0, 1.0
+        self._returned: Tensor | None = None
+
+    def __next__(self) -> Tensor:
+        batch: Tensor | None = None
+        error: Exception | None = None
+        try:
+            batch = super().__next__()
+        except Exception as found:  # the others must hear of it before it is raised
+            error = found
+        stopping = isinstance(error, StopRequested)
+        n_own = 0 if batch is None else len(batch)
+        n_rows, n_stopping, n_failed = self.processes.total(
+            n_own, stopping, error is not None and not stopping
+        )
+        if n_failed:
+            self._raise_together(None if stopping else error)
+        if n_stopping or batch is None:
+            if batch is not None:
+                self._returned = batch
+                self.n_served -= 1
+            raise StopRequested
+        self.n_rows, self.share = int(n_rows), n_own / n_rows
+        return batch
+
+    def _raise_together(self, own: Exception | None) -> None:
+        found = self.processes.gather(None if own is None else (type(own).__name__, str(own)))
+        if own is not None:
+            raise own
+        rank, (kind, message) = next((i, e) for i, e in enumerate(found) if e is not None)
+        raise _RAISED_BY_ALL.get(kind, DistributedError)(f"process {rank}: {message}")
+
+    def _next_raw(self) -> Tensor:
+        if self._returned is None:
+            return super()._next_raw()
+        batch, self._returned = self._returned, None
+        return batch
+
+
+def open_stream(*args: Any, **options: Any) -> ActivationStream:
+    """An `ActivationStream` for a process that trains alone, a `SharedStream` for one of several.
+
+    Arguments are those of `ActivationStream`.
+    """
+    processes = Processes()
+    if processes.world_size == 1:
+        return ActivationStream(*args, **options)
+    return SharedStream(processes, *args, **options)
+
+
+def share_training(sae: TrainingSAE[Any], stream: SharedStream) -> None:
+    """Give all processes the weights of process 0, and from now on the gradients of all rows.
+
+    Args:
+        sae: The SAE, with the same shapes in every process.
+        stream: Tells which part of a batch this process has.
+    """
+    processes = stream.processes
+    with torch.no_grad():
+        for tensor in sae.state_dict().values():
+            processes.broadcast_(tensor)
+
+    def average(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        processes.sum_(parameter.grad.mul_(stream.share))
+
+    if isinstance(sae.activation_fn, BatchTopK):
+        sae.activation_fn = SharedBatchTopK(sae.activation_fn.k, stream)
+    for parameter in sae.parameters():
+        parameter.register_post_accumulate_grad_hook(average)
+
+
+def shared_step(
+    trainer: SAETrainer[Any, Any],
+    stream: SharedStream,
+    step: Callable[[Tensor], TrainStepOutput],
+    batch: Tensor,
+) -> TrainStepOutput:
+    """A training step on this process's part of a batch that counts all of it.
+
+    Args:
+        trainer: Its config is that of the whole batch.
+        stream: What `batch` came from.
+        step: SAELens' own `step` of this trainer.
+        batch: Shape (n, d_in).
+    """
+    counts, passes = trainer.act_freq_scores, trainer.n_forward_passes_since_fired.clone()
+    trainer.act_freq_scores = torch.zeros_like(counts)
+    sae = trainer.sae
+    selection = sae.activation_fn
+    threshold = sae.topk_threshold if isinstance(selection, SharedBatchTopK) else None
+    output = step(batch)
+    if threshold is not None:
+        # the step moved it toward the least activation of this part
+        sae.topk_threshold = threshold
+        sae.update_topk_threshold(selection.least)
+    fired = stream.processes.sum_(trainer.act_freq_scores)
+    trainer.act_freq_scores = counts + fired
+    trainer.n_forward_passes_since_fired = torch.where(fired > 0, 0.0, passes + 1)
+    trainer.n_training_samples += stream.n_rows - len(batch)
+    return output
+
+
+class SharedBatchTopK(nn.Module):
+    """SAELens' `BatchTopK` over the parts of a batch that all processes have.
+
+    Keeps the k * n largest activations of all n rows. Where several are equal at the border it
+    keeps all of them; SAELens keeps whichever its sort puts first.
+
+    Args:
+        k: Active latents per row, on average.
+        stream: Tells how many rows there are.
+
+    Attributes:
+        least: The least activation that was kept last, shape (1,), or (0,) if there was none.
+    """
+
+    def __init__(self, k: float, stream: SharedStream) -> None:
+        super().__init__()
+        self.k = k
+        self.least = torch.empty(0)
+        self._stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activations kept, of the shape of `x`, (n, d_sae)."""
+        acts = x.relu()
+        flat = acts.detach().flatten()
+        n_kept = int(self.k * self._stream.n_rows)
+        largest = torch.topk(flat, min(n_kept, flat.numel())).values
+        everybodys = self._stream.processes.concatenated(largest)
+        kept = torch.topk(everybodys, min(n_kept, everybodys.numel())).values
+        self.least = kept[kept > 0][-1:]
+        if len(self.least) == 0:
+            return acts
+        return torch.where(acts >= self.least, acts, 0.0)
