@@ -143,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_lens.load_model import load_model
 
     from sae_whiten.comparison.compare import Comparison, compare
+    from sae_whiten.comparison.data import describe_rows
     from sae_whiten.comparison.report import write_report
     from sae_whiten.evaluation.labels import dataset_texts, library_texts, open_dataset
 
@@ -166,6 +167,9 @@ def run(args: argparse.Namespace) -> int:
         held_out_sequences=args.held_out_sequences,
         device=args.device,
     )
+    dataset = open_dataset(args.dataset_path, streaming=not args.no_streaming)
+    # too few rows are refused before a model is loaded
+    describe_rows(dataset, comparison.held_out_sequences)
     labels: Any
     if args.no_probing:
         labels = None
@@ -187,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
     records = compare(
         comparison,
         model,
-        open_dataset(args.dataset_path, streaming=not args.no_streaming),
+        dataset,
         args.out,
         model_name=args.model_name,
         model_class_name=args.model_class_name,

@@ -12,7 +12,6 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,13 @@ from sae_whiten._files import atomic_path
 from sae_whiten.architectures import TopKVSAETrainingConfig
 from sae_whiten.architectures.folding import why_not_foldable
 from sae_whiten.architectures.losses import why_not_original_norms
+from sae_whiten.comparison.data import (
+    describe_activations,
+    describe_rows,
+    divide_rows,
+    same_activations,
+    shuffled,
+)
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.fit import fit_statistics
 from sae_whiten.estimation.provenance import statistics_file, without_secrets
@@ -148,6 +154,11 @@ class Comparison:
             )
         if self.d_sae is not None and max(self.sparsity) > self.d_sae:
             raise ValueError(f"sparsity={max(self.sparsity)} of d_sae={self.d_sae} latents")
+        if self.training_tokens < self.train_batch_size_tokens:
+            raise ValueError(
+                f"training_tokens={self.training_tokens}: fewer than those of one training step, "
+                f"train_batch_size_tokens={self.train_batch_size_tokens}"
+            )
         left_out = self.left_out
         for architecture, reasons in left_out.items():
             if len(reasons) == len(self.conditions):
@@ -268,12 +279,21 @@ def compare(
         },
         "left_out": comparison.left_out,
     }
+    n_held_out, context_size = comparison.held_out_sequences, comparison.context_size
+    settings["rows"] = describe_rows(dataset, n_held_out)
+    held_out, rest = divide_rows(dataset, n_held_out, context_size)
+    settings["activations"] = describe_activations(
+        model,
+        held_out,
+        comparison.hook_name,
+        context_size=context_size,
+        prepend_bos=comparison.prepend_bos,
+    )
     _claim(out, settings)
     for architecture, reasons in comparison.left_out.items():
         for reason in dict.fromkeys(reasons.values()):
             under = ", ".join(name for name, other in reasons.items() if other == reason)
             logger.warning("%s is left out under %s: %s", architecture, under, reason)
-    held_out, rest = _divided(dataset, comparison)
     statistics = _statistics(comparison, model, rest, out, names)
     arms = _arms(comparison)
     records = _read(out / _RESULTS)
@@ -292,7 +312,7 @@ def compare(
                 seed,
                 statistics,
                 model,
-                _shuffled(rest, seed),
+                shuffled(rest, seed),
                 out,
                 {**names, "dataset_path": dataset_path},
             )
@@ -305,8 +325,8 @@ def compare(
             model,
             held_out,
             labels,
-            n_tokens=comparison.held_out_sequences * comparison.context_size,
-            context_size=comparison.context_size,
+            n_tokens=n_held_out * context_size,
+            context_size=context_size,
             batch_size_prompts=comparison.store_batch_size_prompts,
         ):
             arm = missing[found["name"]]
@@ -345,7 +365,15 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     path = out / _SETTINGS
     settings = json.loads(json.dumps(settings, default=str))
     if path.is_file():
-        before = {"sae_options": {}, **json.loads(path.read_text())}
+        # what earlier versions did not write
+        unknown = {
+            "sae_options": {},
+            "rows": settings["rows"],
+            "activations": settings["activations"],
+        }
+        before = {**unknown, **json.loads(path.read_text())}
+        if same_activations(before["activations"], settings["activations"]):
+            settings["activations"] = before["activations"]
         in_training = any((out / "checkpoints").glob("*/*"))
         # whichever have been asked for so far; what is being trained has to be trained to its end
         growing = ("seeds",) if in_training else ("seeds", "sparsity")
@@ -369,35 +397,6 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         partial.write_text(json.dumps(settings, indent=1))
 
 
-def _divided(dataset: Any, comparison: Comparison) -> tuple[Any, Any]:
-    """The first rows, to evaluate on, and the rest, to train on."""
-    n_held_out = comparison.held_out_sequences
-    if isinstance(dataset, datasets.IterableDataset):
-        held_out, rest = dataset.take(n_held_out), dataset.skip(n_held_out)
-    elif len(dataset) < 2 * n_held_out:
-        raise ValueError(
-            f"the dataset has {len(dataset)} rows, too few to hold {n_held_out} of them out"
-        )
-    else:
-        held_out = dataset.select(range(n_held_out))
-        rest = dataset.select(range(n_held_out, len(dataset)))
-    return held_out.map(partial(_beginning, 8 * comparison.context_size)), rest
-
-
-def _beginning(n_characters: int, row: dict[str, Any]) -> dict[str, Any]:
-    """The beginning of a document, so that all of them are evaluated on and not the first few."""
-    return {
-        name: value[:n_characters] if isinstance(value, str) else value
-        for name, value in row.items()
-    }
-
-
-def _shuffled(dataset: Any, seed: int) -> Any:
-    if isinstance(dataset, datasets.IterableDataset):
-        return dataset.shuffle(seed=seed, buffer_size=10_000)
-    return dataset.shuffle(seed=seed)
-
-
 def _statistics(
     comparison: Comparison,
     model: HookedRootModule,
@@ -411,7 +410,7 @@ def _statistics(
     found = fit_statistics(
         model,
         # texts of one source follow each other
-        _shuffled(dataset, 0),
+        shuffled(dataset, 0),
         comparison.hook_name,
         out=out / "statistics",
         tolerance=comparison.tolerance,

@@ -2,12 +2,14 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 
@@ -22,6 +24,7 @@ from sae_whiten.comparison.compare import (
     _unit,
     compare,
 )
+from sae_whiten.comparison.data import describe_rows
 from sae_whiten.training import multi_runner
 from tests.support import tiny_dataset, tiny_model
 
@@ -266,6 +269,56 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
         run(out, dataclasses.replace(SMALL, lr=0.01))
 
 
+def test_seeds_are_not_added_on_another_dataset_or_model(finished):
+    out, records = finished
+    more = dataclasses.replace(SMALL, seeds=(0, 1, 2))
+    settings = json.loads((out / "settings.json").read_text())
+
+    def refused(said, model=None, dataset=None):
+        model, dataset = model or tiny_model(), dataset or tiny_dataset(600)
+        with pytest.raises(ValueError, match=said):
+            compare(more, model, dataset, out, model_name="tiny")
+        assert json.loads((out / "settings.json").read_text()) == settings
+
+    rows = re.escape(settings["rows"])
+    refused(rf"rows='{rows}' \(now '600 rows", dataset=tiny_dataset(600, seed=1))
+    refused(rf"rows='{rows}' \(now '599 rows", dataset=tiny_dataset(600).select(range(599)))
+    refused(rf"rows='{rows}' \(now 'a stream", dataset=tiny_dataset(600).to_iterable_dataset())
+    activations = re.escape(str(settings["activations"]))
+    refused(rf"activations={activations} \(now \[", model=tiny_model(seed=1))
+    # rounding is not another model
+    rounded = tiny_model()
+    rounded.load_state_dict({k: (1 + 1e-4) * v for k, v in rounded.state_dict().items()})
+    again = compare(SMALL, rounded, tiny_dataset(600), out, model_name="tiny")
+    assert [r["name"] for r in again] == [r["name"] for r in records]
+    # of an earlier version, which did not look
+    known = {k: v for k, v in settings.items() if k not in ("rows", "activations")}
+    (out / "settings.json").write_text(json.dumps(known))
+    run(out)
+    assert json.loads((out / "settings.json").read_text()) == settings
+
+
+def test_a_dataset_is_told_by_its_rows_whatever_holds_them():
+    rows = tiny_dataset(600)
+    named = rows.add_column("source", [str(i) for i in range(600)])  # pyright: ignore[reportCallIssue]
+    assert describe_rows(rows, 16) == describe_rows(named.with_format("torch"), 16)
+    changed = [*rows["input_ids"][:300], rows["input_ids"][0], *rows["input_ids"][301:]]
+    assert describe_rows(Dataset.from_dict({"input_ids": changed}), 16) != describe_rows(rows, 16)
+    stream = rows.to_iterable_dataset()
+    assert describe_rows(stream, 16) == describe_rows(
+        rows.select(range(32)).to_iterable_dataset(), 16
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_few_rows_are_refused_with_their_number(tmp_path, stream):
+    rows = tiny_dataset(15)
+    dataset = rows.to_iterable_dataset() if stream else rows
+    with pytest.raises(ValueError, match=r"15 rows.*held_out_sequences=16.*7 or less"):
+        compare(SMALL, tiny_model(), dataset, tmp_path / "out", model_name="tiny")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -275,6 +328,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
             "nothing is whitened; add one of centred.* or another architecture",
         ),
         ({"seeds": (0, 0)}, "none twice"),
+        ({"training_tokens": 10}, "training_tokens=10: fewer than .*train_batch_size_tokens=128"),
         ({"sparsity": ()}, "at least one"),
         ({"architectures": ("topk", "nope")}, "no architecture nope; there are standard"),
         ({"architectures": ("top_afa",)}, "nothing is whitened .TopAFA.*; add another arch"),

@@ -1,0 +1,126 @@
+"""The rows and the model of a comparison: which rows are held out, and whether a repeated
+comparison still has the same of both."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_whiten.estimation.sources import Model, ModelActivations
+
+__all__ = ["describe_activations", "describe_rows", "divide_rows", "same_activations", "shuffled"]
+
+_COLUMNS = ("tokens", "input_ids", "text", "problem")  # those that SAELens reads, in its order
+_MOST_ROWS = 4096  # read of a dataset, to tell it from others
+_N_SEQUENCES, _N_DIMENSIONS = 4, 8  # read of a model, to tell it from others
+_SAME = 0.01  # relative; beyond what the rounding of another device or dtype changes
+
+
+def describe_rows(dataset: Any, n_held_out: int) -> str:
+    """What tells a dataset from others: how many rows it has, and a checksum of some of them.
+
+    The checksum is of up to 4096 rows from all over the dataset; of one that is streamed, of the
+    first rows.
+
+    Args:
+        dataset: A `datasets.Dataset` or `datasets.IterableDataset`.
+        n_held_out: Rows that are to be held out.
+
+    Raises:
+        ValueError: It is something else, or holding out so many rows leaves fewer to train on.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        rows: Any = list(dataset.with_format(None).take(2 * n_held_out))
+        n_rows, described = len(rows), f"a stream that begins with {len(rows)} rows"
+    elif isinstance(dataset, datasets.Dataset):
+        n_rows, described = len(dataset), f"{len(dataset)} rows"
+        step = math.ceil(n_rows / _MOST_ROWS) or 1
+        rows = dataset.with_format(None).select(range(0, n_rows, step))
+    else:
+        raise ValueError(f"a {type(dataset).__name__} is no dataset: give one of its splits")
+    if n_rows < 2 * n_held_out:
+        raise ValueError(
+            f"the dataset has {n_rows} rows: with held_out_sequences={n_held_out}, "
+            f"{max(0, n_rows - n_held_out)} are left to train on; lower held_out_sequences to "
+            f"{n_rows // 2} or less, or give more rows"
+        )
+    checksum = hashlib.sha256()
+    for row in rows:
+        column = next((name for name in _COLUMNS if name in row), None)
+        checksum.update(json.dumps(row if column is None else row[column], default=str).encode())
+    return f"{described} of checksum {checksum.hexdigest()[:16]}"
+
+
+def divide_rows(dataset: Any, n_held_out: int, context_size: int) -> tuple[Any, Any]:
+    """The first rows, to evaluate on, and the rest, to train on."""
+    if isinstance(dataset, datasets.IterableDataset):
+        held_out, rest = dataset.take(n_held_out), dataset.skip(n_held_out)
+    else:
+        held_out = dataset.select(range(n_held_out))
+        rest = dataset.select(range(n_held_out, len(dataset)))
+    return held_out.map(partial(_beginning, 8 * context_size)), rest
+
+
+def _beginning(n_characters: int, row: dict[str, Any]) -> dict[str, Any]:
+    """The beginning of a document, so that all of them are evaluated on and not the first few."""
+    return {
+        name: value[:n_characters] if isinstance(value, str) else value
+        for name, value in row.items()
+    }
+
+
+def shuffled(dataset: Any, seed: int) -> Any:
+    """The rows in an order that the seed decides; of a stream, of 10 000 rows at a time."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.shuffle(seed=seed, buffer_size=10_000)
+    return dataset.shuffle(seed=seed)
+
+
+@torch.no_grad()
+def describe_activations(
+    model: Model, dataset: Any, hook_name: str, *, context_size: int, prepend_bos: bool
+) -> list[float]:
+    """What tells a model from others, its weights included: activations at the hook.
+
+    Returns:
+        Root mean squares of the activations in eight dimensions, spread evenly, over the tokens of
+        the first sequences of the dataset; with four significant digits.
+
+    Raises:
+        ValueError: The dataset is shorter than one sequence.
+    """
+    found: list[Float[Tensor, "batch seq d"]] = []
+    source = ModelActivations(
+        model,
+        dataset,
+        hook_name,
+        batch_size_prompts=_N_SEQUENCES,
+        context_size=context_size,
+        prepend_bos=prepend_bos,
+        seqpos_slice=(None,),
+        streaming=True,
+    )
+    if not source.read(lambda _, activations, mask: found.append(activations)):
+        raise ValueError(
+            f"the rows that are held out are shorter than one sequence, {context_size} tokens: "
+            "raise held_out_sequences, or lower context_size"
+        )
+    # the first token of a sequence often has activations far larger than all others
+    activations = found[0][:, min(1, context_size - 1) :].flatten(0, 1).double().cpu()
+    sizes = activations.square().mean(0).sqrt()
+    chosen = sizes[:: math.ceil(len(sizes) / _N_DIMENSIONS)]
+    return [float(f"{size:.4g}") for size in chosen.tolist()]
+
+
+def same_activations(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether `describe_activations` is the same but for rounding, which devices do differently."""
+    return len(first) == len(second) and all(
+        map(partial(math.isclose, rel_tol=_SAME), first, second)
+    )
