@@ -164,15 +164,15 @@ class Processes:
         return tensor.copy_(own)
 
     def concatenated(self, tensor: Tensor) -> Tensor:
-        """The vectors of all processes, one behind the other, in the order of their ranks.
+        """The rows of all processes, one below the other, in the order of their ranks.
 
         Args:
-            tensor: Shape (n,); n may differ between processes.
+            tensor: Shape (n, ...); n may differ between processes.
         """
         if self.world_size == 1:
             return tensor
         sizes = [int(size) for size in self.gather(len(tensor))]
-        padded = tensor.new_zeros(max(sizes), device="cpu")
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:], device="cpu")
         padded[: len(tensor)] = tensor.cpu()
         found = [torch.empty_like(padded) for _ in sizes]
         with _clear_errors():

@@ -26,6 +26,7 @@ __all__ = [
     "Model",
     "ModelActivations",
     "match_hooks",
+    "part_of",
     "resolution_of",
     "stopping_after",
     "token_store",
@@ -110,7 +111,7 @@ class ModelActivations:
         if isinstance(dataset, str) and split != "train":
             dataset = datasets.load_dataset(dataset, split=split, streaming=options["streaming"])
         store = token_store(model, dataset, self.hook_names[0], options)
-        store.dataset = _shard(store.dataset, *shard)
+        store.dataset = part_of(store.dataset, *shard)
         sequences: Iterator[Tensor] = iter(store.iterable_sequences)
         first = list(itertools.islice(sequences, 1))
         self.beginning = _checksum(first[0]) if first else None
@@ -198,7 +199,7 @@ class CachedActivations:
             if "token_ids" not in dataset.column_names:
                 raise ValueError(f"{path} holds no token_ids, so no tokens can be excluded")
             self._special = torch.tensor(exclude_special_tokens, dtype=torch.long)
-        dataset = _shard(dataset, *shard)
+        dataset = part_of(dataset, *shard)
         needed = [*self.hook_names, *(["token_ids"] if self._special is not None else [])]
         self._dataset = dataset.with_format("torch", columns=needed)
         first = self._dataset[:1][self.hook_names[0]]
@@ -245,7 +246,8 @@ def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str
     return [name for name in names if name in found]
 
 
-def _shard(dataset: Any, rank: int, world_size: int) -> Any:
+def part_of(dataset: Any, rank: int, world_size: int) -> Any:
+    """One of `world_size` parts of a dataset, each row in exactly one of them."""
     if world_size == 1:
         return dataset
     if isinstance(dataset, datasets.IterableDataset):

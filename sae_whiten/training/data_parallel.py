@@ -14,20 +14,33 @@ Weights start equal, for they are sent from process 0, and stay equal, for all-r
 process the same bits.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
 from sae_whiten.estimation.distributed import DistributedError, Processes
+from sae_whiten.estimation.sources import part_of
 from sae_whiten.statistics import NonFiniteActivationsError
 from sae_whiten.training.stream import ActivationStream, DataExhaustedError, StopRequested
 
-__all__ = ["SharedBatchTopK", "SharedStream", "open_stream", "share_training", "shared_step"]
+__all__ = [
+    "SharedBatchTopK",
+    "SharedStream",
+    "figures_of_all",
+    "open_stream",
+    "output_of_all",
+    "share_training",
+    "shared_step",
+    "take_share",
+]
 
 # errors after which the training so far can be saved, or whose remedy is the same everywhere, are
 # raised as what they are by every process
@@ -98,6 +111,46 @@ def open_stream(*args: Any, **options: Any) -> ActivationStream:
     if processes.world_size == 1:
         return ActivationStream(*args, **options)
     return SharedStream(processes, *args, **options)
+
+
+def take_share(store: ActivationsStore, processes: Processes) -> None:
+    """Let a store read this process's part of the dataset and serve its part of every batch.
+
+    Nothing may have been drawn from it yet. The buffer is divided too, so that all buffers together
+    have the size that the config asks for.
+
+    Raises:
+        ValueError: The batch cannot be divided by the number of processes.
+    """
+    rank, n = processes.rank, processes.world_size
+    if n == 1:
+        return
+    if store.train_batch_size_tokens % n:
+        raise ValueError(
+            f"train_batch_size_tokens={store.train_batch_size_tokens} is the batch of all {n} "
+            f"processes together, and cannot be divided by {n}"
+        )
+    store.train_batch_size_tokens //= n
+    store.n_batches_in_buffer = math.ceil(store.n_batches_in_buffer / n)
+    if store.cached_activation_dataset is not None:
+        store.cached_activation_dataset = part_of(store.cached_activation_dataset, rank, n)
+    else:
+        store.dataset = part_of(store.dataset, rank, n)
+
+
+def output_of_all(output: TrainStepOutput, processes: Processes) -> TrainStepOutput:
+    """A step's output in which inputs and reconstructions are those of all processes."""
+    return replace(
+        output,
+        sae_in=processes.concatenated(output.sae_in),
+        sae_out=processes.concatenated(output.sae_out),
+    )
+
+
+def figures_of_all(own: Mapping[str, Any], stream: SharedStream) -> dict[str, Any]:
+    """Figures of a step: the mean over the rows of all processes."""
+    values = torch.tensor([float(value) for value in own.values()], dtype=torch.float64)
+    return dict(zip(own, stream.processes.sum_(values * stream.share).tolist(), strict=True))
 
 
 def share_training(sae: TrainingSAE[Any], stream: SharedStream) -> None:

@@ -34,7 +34,9 @@ from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.data_parallel import (
     SharedStream,
+    figures_of_all,
     open_stream,
+    output_of_all,
     share_training,
     shared_step,
 )
@@ -292,15 +294,19 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def build_train_step_log_dict(
         self, output: TrainStepOutput, n_training_samples: int
     ) -> dict[str, Any]:
-        """SAELens' figures, with explained variance taken in the space of the activations."""
-        return super().build_train_step_log_dict(
-            replace(
-                output,
-                sae_in=self.scaler.unscale(_float32_at_least(output.sae_in)),
-                sae_out=self.scaler.unscale(_float32_at_least(output.sae_out)),
-            ),
-            n_training_samples,
+        """SAELens' figures, with explained variance taken in the space of the activations; in
+        several processes, of all parts of the batch."""
+        output = replace(
+            output,
+            sae_in=self.scaler.unscale(_float32_at_least(output.sae_in)),
+            sae_out=self.scaler.unscale(_float32_at_least(output.sae_out)),
         )
+        if not isinstance(self.stream, SharedStream):
+            return super().build_train_step_log_dict(output, n_training_samples)
+        figures = super().build_train_step_log_dict(
+            output_of_all(output, self.stream.processes), n_training_samples
+        )
+        return figures_of_all(figures, self.stream)
 
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 100
