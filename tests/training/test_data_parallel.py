@@ -22,7 +22,7 @@ def batches(rank: int, world_size: int) -> Iterator[Tensor]:
 
 
 def trained(architecture: str, rank: int, world_size: int) -> dict[str, Tensor]:
-    from tests.test_trainer import trainer_config
+    from tests.training.test_trainer import trainer_config
 
     torch.manual_seed(rank)  # initial weights are those of process 0 all the same
     sae = training_sae(architecture, d_in=D_IN, d_sae=64, seed=rank)
