@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sae_whiten import ActivationStatistics, CorruptFileError, NonFiniteActivationsError
 from sae_whiten._files import save_tensors
+from tests.reference import (
+    D_IN,
+)
 from tests.support import friendly, nasty
 
 
@@ -275,3 +278,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         statistics.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("shape", [(16,), (2, 2, 4, 16), (256, 8)])
+def test_statistics_take_two_or_three_dimensions(shape: tuple[int, ...]) -> None:
+    statistics = ActivationStatistics(D_IN)
+    with pytest.raises(ValueError, match="expected"):
+        statistics.update(torch.zeros(shape))
+    assert statistics.n_samples == 0

@@ -2,6 +2,7 @@ import logging
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,21 @@ from torch import Tensor
 
 from sae_whiten import CorruptFileError, Whitening, WhiteningConfig
 from sae_whiten._files import save_tensors
+from sae_whiten.evaluation.metrics import null_tolerance
 from sae_whiten.whitening import full_precision, oas_shrinkage
-from tests.support import friendly, nasty, whitening_of, without_type_checks
+from tests.reference import (
+    D_IN,
+    Basis,
+    activations,
+    estimated_by_stock,
+    seeded,
+)
+from tests.support import (
+    friendly,
+    nasty,
+    whitening_of,
+    without_type_checks,
+)
 
 EXACT = WhiteningConfig(eps=0.0)
 
@@ -350,3 +364,103 @@ def test_a_large_mean_in_low_precision_does_not_blow_up_a_direction_of_large_var
     z = (x.double() - whitening.mean) @ whitening.W
     # bfloat16 steps are 16 wide at 3000; more than unit variance would be amplification
     assert torch.linalg.eigvalsh(torch.cov(z.T))[-1] < 1.01
+
+
+def off_identity(whitened: Tensor) -> float:
+    covariance = torch.cov(whitened.double().T)
+    return float((covariance - torch.eye(D_IN)).norm() / D_IN**0.5)
+
+
+def test_whitening_does_not_depend_on_the_unit() -> None:
+    x = activations(8192)
+    for scale, worst in ((1.0, 0.1), (1e-3, 0.9)):
+        stock = estimated_by_stock(x * scale)
+        z = (x.double() * scale - stock.mean) @ stock.matrix
+        assert (off_identity(z) > 0.9) == (worst == 0.9)
+
+    z = whitening_of(x.double()).whiten(x.double())
+    for scale in (1e-6, 1e-3, 1e3, 1e6):
+        ours = whitening_of(x.double() * scale)
+        # eigenvalues are exact to rounding of the largest, and the smallest is 1e-3 of the mean:
+        # in float64, 1e-9 is far above rounding and far below any effect of the unit
+        assert torch.allclose(ours.whiten(x.double() * scale), z, rtol=0, atol=1e-9)
+
+
+def held_out_spectrum(whitening: Any, x: Tensor) -> Tensor:
+    """Variances of held-out activations in whitened coordinates; all 1 if it were perfect."""
+    z = (x.double() - whitening.mean) @ whitening.matrix
+    return torch.linalg.eigvalsh(torch.cov(z.T))
+
+
+@pytest.mark.parametrize("n", [12, 18])
+def test_few_samples_are_shrunk_and_warned_about(n: int, caplog: pytest.LogCaptureFixture) -> None:
+    from sklearn.covariance import OAS
+
+    few, held_out = activations(n, seed=3), activations(8192)
+    stock = held_out_spectrum(estimated_by_stock(few), held_out)
+
+    with caplog.at_level(logging.WARNING, logger="sae_whiten"):
+        ours = whitening_of(few)
+    assert f"{n} activations of 16 dimensions" in caplog.text
+    assert "1600 activations" in caplog.text
+
+    # the same from scikit-learn's estimate, whose divisor is n instead of n - 1
+    covariance = torch.from_numpy(OAS().fit(few.double().numpy()).covariance_) * n / (n - 1)
+    ridge = 1e-3 * covariance.trace() / D_IN * torch.eye(D_IN)
+    values, basis = torch.linalg.eigh(covariance + ridge)
+    expected = Basis(few.double().mean(0), basis / values.sqrt(), basis)
+    spectrum = held_out_spectrum(ours, held_out)
+    # eigenvalues are backward stable: relative to the largest, times the condition of the estimate
+    rounding = 100 * D_IN * torch.finfo(torch.float64).eps * float(values[-1] / values[0])
+    assert torch.allclose(spectrum, held_out_spectrum(expected, held_out), rtol=rounding)
+    assert spectrum[-1] < stock[-1] / 10
+
+    caplog.clear()
+    enough = activations(1600, seed=3)
+    with caplog.at_level(logging.WARNING, logger="sae_whiten"):
+        assert whitening_of(enough).shrinkage == 0
+    assert not caplog.records
+
+
+def test_the_number_that_the_warning_names_suffices() -> None:
+    """Held-out variance of Gaussian activations is then inflated by d / (n - d), about 1%."""
+    basis = torch.randn(D_IN, D_IN, dtype=torch.float64, generator=seeded(1))
+    off = []
+    for seed in range(20):
+        x = torch.randn(1600, D_IN, dtype=torch.float64, generator=seeded(seed)) @ basis
+        whitening = whitening_of(x, WhiteningConfig(eps=0.0))
+        # exactly, for the covariance of the whole population is known
+        off.append(float((whitening.W.T @ basis.T @ basis @ whitening.W).trace() / D_IN - 1))
+    mean, spread = torch.tensor(off).mean(), torch.tensor(off).std() / 20**0.5
+    assert abs(float(mean) - D_IN / (1600 - D_IN)) < 4 * float(spread)
+
+
+@pytest.mark.parametrize("kind", ["pca", "zca"])
+def test_constant_dimensions_are_not_blown_up(kind: Any) -> None:
+    x = activations(4096)
+    x[:, [1, 8]] = torch.tensor([7.3, -0.4])
+    step = torch.zeros(D_IN, dtype=torch.float64)
+    step[8] = 1.0
+
+    stock = estimated_by_stock(x)
+    assert (step @ stock.matrix).norm() > 31
+
+    ours = whitening_of(x, WhiteningConfig(kind=kind))
+    variances = x.double().var(dim=0)
+    average = float(variances.mean()) ** -0.5
+    # the gain of a direction of average variance
+    assert float((step @ ours.W).norm()) == pytest.approx(average, rel=1e-9)
+    assert torch.allclose(ours.W @ ours.W_inv, torch.eye(D_IN, dtype=torch.float64), atol=1e-12)
+
+
+def test_directions_without_variance_are_not_blown_up() -> None:
+    """Behind a LayerNorm every activation sums to 0, but for float32 rounding."""
+    x = torch.randn(4096, D_IN, generator=seeded(4)) * torch.logspace(-1, 1, D_IN)
+    x = torch.nn.functional.layer_norm(x, (D_IN,))
+    step = torch.full((D_IN,), D_IN**-0.5, dtype=torch.float64)
+    variances = x.double().var(dim=0)
+    assert (x.double() @ step).var() < null_tolerance(D_IN) * variances.max()
+    assert (step @ estimated_by_stock(x).matrix).norm() > 31 / float(variances.mean()) ** 0.5
+    gain = float((step @ whitening_of(x).W).norm())
+    # of rounding, the other directions are 1e-6 into it at most
+    assert gain == pytest.approx(float(variances.mean()) ** -0.5, rel=1e-4)

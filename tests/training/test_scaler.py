@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor
 
 from sae_whiten import CorruptFileError, CovarianceWhiteningScaler, WhiteningConfig
+from tests.reference import (
+    D_IN,
+    UNIT,
+    estimated_by_stock,
+    large_means,
+)
 from tests.support import friendly, whitening_of
 
 
@@ -67,3 +75,39 @@ def test_a_missing_whitening_is_never_estimated_anew(tmp_path):
     (tmp_path / "activation_whitening.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="activation_whitening"):
         CovarianceWhiteningScaler().load(path)
+
+
+def test_bfloat16_activations_are_whitened_in_float32() -> None:
+    estimation, x = large_means(4096), large_means(256, start=4096).bfloat16()
+
+    def error(z: Tensor, whitening: Any) -> float:
+        expected = (x.double() - whitening.mean) @ whitening.matrix
+        return float((z.double() - expected).norm() / expected.norm())
+
+    scaler = ActivationScaler()
+    scaler.whitening = estimated_by_stock(estimation)
+    assert error(scaler.scale(x), scaler.whitening) > 0.02
+
+    ours = CovarianceWhiteningScaler()
+    ours.whitening = whitening = whitening_of(estimation)
+    z = ours.scale(x)
+    assert z.dtype == torch.bfloat16
+    expected = (x.double() - whitening.mean) @ whitening.W
+    # one rounding to bfloat16, after float32: centring, W, product and what is left of the mean
+    to_bfloat16 = torch.finfo(torch.bfloat16).eps / 2
+    in_float32 = (D_IN + 4) * UNIT * ((x.double() - whitening.mean).abs() @ whitening.W.abs())
+    bound = to_bfloat16 * (expected.abs() + in_float32) + in_float32
+    assert ((z.double() - expected).abs() <= bound).all()
+
+    back = ours.unscale(z)
+    expected = z.double() @ whitening.W_inv + whitening.mean
+    total = z.double().abs() @ whitening.W_inv.abs() + whitening.mean.abs()
+    in_float32 = (D_IN + 4) * UNIT * total
+    bound = to_bfloat16 * (expected.abs() + in_float32) + in_float32
+    assert back.dtype == torch.bfloat16
+    assert ((back.double() - expected).abs() <= bound).all()
+
+    # and inside autocast, which would turn the product into a bfloat16 one
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ours.scale(x), z)
+        assert torch.equal(ours.scale(x.float()).bfloat16(), z)
