@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from sae_whiten._redaction import redacted
+
 try:
     import fcntl
 except ImportError:  # Windows: what killed processes left behind stays there
@@ -33,6 +35,7 @@ __all__ = [
     "recover",
     "save_tensors",
     "tensor_of_shape",
+    "write_json",
 ]
 
 _METADATA_KEY = "sae_whiten"
@@ -278,13 +281,27 @@ def save_tensors(
         path: Where to write.
         kind: What the file holds, for example "activation_statistics".
         tensors: Named tensors, any shapes and dtypes.
-        fields: Everything else; must be serialisable as JSON.
+        fields: Everything else; must be serialisable as JSON. What of it is secret is left out.
     """
+    fields = redacted(dict(fields))
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header = json.dumps({"kind": kind, "version": 1, "fields": dict(fields)}, sort_keys=True)
+    header = json.dumps({"kind": kind, "version": 1, "fields": fields}, sort_keys=True)
     metadata = {_METADATA_KEY: header, "sha256": _digest(contiguous, header)}
     with atomic_path(path) as partial:
         save_file(contiguous, partial, metadata=metadata)
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file, atomically and without what of it is secret.
+
+    Args:
+        path: Where to write.
+        content: What JSON can hold; other values become their `str`.
+        indent: As for `json.dumps`.
+    """
+    text = json.dumps(redacted(content), indent=indent, default=str)
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

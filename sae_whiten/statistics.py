@@ -58,8 +58,8 @@ class ActivationStatistics:
         n_skipped: Activations left out because they were not finite.
         resolution: Machine epsilon of the coarsest dtype among the batches: variance below that of
             rounding is not information.
-        provenance: Where the activations came from (model, hook, dataset...), saved with the file;
-            values must be serialisable as JSON.
+        provenance: Where the activations came from (model, hook, dataset...), saved with the file,
+            but for access tokens and passwords; values must be serialisable as JSON.
 
     Examples:
         >>> statistics = ActivationStatistics(2)

@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, write the JSON and the figures, and print the table."""
     from sae_whiten._files import atomic_path
+    from sae_whiten._redaction import redacted
     from sae_whiten.lenses.afa.figure import plot_violins, plot_zf
     from sae_whiten.lenses.afa.measure import evaluate_afa
 
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         "saes": [result.to_dict() for result in results],
     }
     with atomic_path(args.out / "afa.json") as partial:
-        partial.write_text(json.dumps(report, allow_nan=False) + "\n")
+        partial.write_text(json.dumps(redacted(report), allow_nan=False) + "\n")
     samples = {label: result.samples for label, result in _labelled(results).items()}
     for name, plot in (("zf", plot_zf), ("violins", plot_violins)):
         for suffix in (".png", ".pdf"):

@@ -142,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seeds {args.seeds}: at least one")
     from sae_lens.load_model import load_model
 
+    from sae_whiten._redaction import redacted
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
     from sae_whiten.comparison.report import write_report
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
         labels=labels,
     )
     settings = json.loads((args.out / "settings.json").read_text())
-    settings["command"] = shlex.join(["sae-whiten", *sys.argv[1:]])
+    settings["command"] = shlex.join(redacted(["sae-whiten", *sys.argv[1:]]))
     write_report(records, args.out, settings, targets=settings["sparsity"])
     print((args.out / "table.md").read_text())
     print(f"\nsaved in {args.out}: report.html is the whole report in one file")

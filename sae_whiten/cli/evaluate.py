@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, write results.jsonl and table.md, and print the table."""
     from sae_whiten._files import atomic_path
+    from sae_whiten._redaction import redacted
     from sae_whiten.comparison.report import write_report
     from sae_whiten.evaluation.evaluate import evaluate_saes
 
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             model_name=model_name, dataset_path=dataset_path, dataset_split=args.dataset_split
         )
     with atomic_path(args.out / "results.jsonl") as partial:
-        partial.write_text("".join(json.dumps(r, default=str) + "\n" for r in records))
+        partial.write_text("".join(json.dumps(redacted(r), default=str) + "\n" for r in records))
     settings = {
         "model_name": model_name,
         "dataset_path": dataset_path,

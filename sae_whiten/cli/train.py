@@ -97,10 +97,13 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     from sae_lens.llm_sae_training_runner import InterruptedException
     from sae_lens.registry import get_sae_training_class
 
+    from sae_whiten._redaction import redact_attributes
     from sae_whiten.architectures.folding import why_not_foldable
 
     try:
-        LanguageModelSAETrainingRunner(cfg, **_saved_dataset(cfg)).run()
+        runner = LanguageModelSAETrainingRunner(cfg, **_saved_dataset(cfg))
+        redact_attributes(cfg)  # model and dataset are loaded
+        runner.run()
     except InterruptedException as interruption:
         raise KeyboardInterrupt from interruption
     sae_class, _ = get_sae_training_class(cfg.sae.architecture())

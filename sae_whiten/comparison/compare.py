@@ -24,7 +24,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_clas
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from transformer_lens import HookedRootModule
 
-from sae_whiten._files import atomic_path
+from sae_whiten._files import atomic_path, write_json
+from sae_whiten._redaction import redacted
 from sae_whiten.architectures import TopKVSAETrainingConfig
 from sae_whiten.architectures.folding import why_not_foldable
 from sae_whiten.architectures.losses import why_not_original_norms
@@ -37,7 +38,7 @@ from sae_whiten.comparison.data import (
 )
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.fit import fit_statistics
-from sae_whiten.estimation.provenance import statistics_file, without_secrets
+from sae_whiten.estimation.provenance import statistics_file
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.statistics import ActivationStatistics
@@ -270,7 +271,7 @@ def compare(
     }
     settings = {
         **dataclasses.asdict(comparison),
-        **without_secrets(names),
+        **names,
         "dataset_path": dataset_path,
         "labels": None if labels is None else dict(labels.source),
         "conditions": {
@@ -363,7 +364,7 @@ def _say_what_is_beside(comparison: Comparison, records: Sequence[Mapping[str, A
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or check that they are those that are there."""
     path = out / _SETTINGS
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = json.loads(json.dumps(redacted(settings), default=str))
     if path.is_file():
         # what earlier versions did not write
         unknown = {
@@ -371,7 +372,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             "rows": settings["rows"],
             "activations": settings["activations"],
         }
-        before = {**unknown, **json.loads(path.read_text())}
+        before = {**unknown, **redacted(json.loads(path.read_text()))}
         if same_activations(before["activations"], settings["activations"]):
             settings["activations"] = before["activations"]
         in_training = any((out / "checkpoints").glob("*/*"))
@@ -393,8 +394,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
                 f"{out} holds a comparison with {', '.join(different)}. Choose another folder, or "
                 "repeat that one."
             )
-    with atomic_path(path) as partial:
-        partial.write_text(json.dumps(settings, indent=1))
+    write_json(path, settings, indent=1)
 
 
 def _statistics(
@@ -661,4 +661,6 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     with atomic_path(path) as partial:
-        partial.write_text("".join(json.dumps(record, default=str) + "\n" for record in records))
+        partial.write_text(
+            "".join(json.dumps(redacted(record), default=str) + "\n" for record in records)
+        )

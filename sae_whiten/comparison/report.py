@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 from tqdm import tqdm
 
 from sae_whiten._files import atomic_path
+from sae_whiten._redaction import redacted
 from sae_whiten.comparison import document
 from sae_whiten.comparison.document import (
     Block,
@@ -130,6 +131,7 @@ def write_report(
     if not records:
         raise ValueError("no records: nothing to report")
     directory = Path(directory)
+    records, settings = redacted(list(records)), redacted(dict(settings))
     named = [record.get("condition") is None and "name" in record for record in records]
     if all(named):
         title = "Evaluation of sparse autoencoders"

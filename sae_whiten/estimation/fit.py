@@ -23,8 +23,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten._files import count_field, load_tensors, reading_content, save_tensors
+from sae_whiten._redaction import redacted
 from sae_whiten.estimation.distributed import Processes
-from sae_whiten.estimation.provenance import statistics_file, without_secrets
+from sae_whiten.estimation.provenance import statistics_file
 from sae_whiten.estimation.sources import (
     ActivationSource,
     CachedActivations,
@@ -179,10 +180,11 @@ def fit_statistics(
     record: dict[str, Any] = {
         **reading,
         "exclude_special_tokens": exclude_special_tokens,
-        **without_secrets(provenance or {}),
+        **(provenance or {}),
     }
-    # as a file has it: tuples are lists, and what JSON cannot hold is refused now, not at the end
-    record = json.loads(json.dumps(record))
+    # as a file has it: without secrets, tuples are lists, and what JSON cannot hold is refused now,
+    # not at the end
+    record = json.loads(json.dumps(redacted(record)))
     fit = _Fit(source, processes, on_nonfinite)
     progress = None
     if out is not None:

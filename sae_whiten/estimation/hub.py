@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_whiten._redaction import redacted
 from sae_whiten.statistics import ActivationStatistics
 
 __all__ = [
@@ -145,7 +146,8 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -
     Raises:
         FileNotFoundError: The folder holds no statistics.
         CorruptFileError: A file is truncated, foreign or was changed.
-        ValueError: A file does not name its hook, or the repo is public and was to be private.
+        ValueError: A file does not name its hook or holds a secret, or the repo is public and was
+            to be private.
         OSError: The hub cannot be reached, or refuses: no token, or none with the right to write.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -162,6 +164,11 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -
             )
         if hook_name in by_hook:
             raise ValueError(f"{file} is of {hook_name}, like another file beside it")
+        if redacted(found.provenance) != found.provenance:
+            raise ValueError(
+                f"{file} holds an access token or a password in its provenance: load it and save "
+                "it again, which leaves that out"
+            )
         by_hook[hook_name] = found
         operations.append(CommitOperationAdd(f"{hook_name}{_SUFFIX}", file))
     api = HfApi()

@@ -7,10 +7,11 @@ from typing import Any
 
 from sae_lens.saes.sae import SAEConfig
 
+from sae_whiten._redaction import redacted
 from sae_whiten.estimation.hub import find_statistics, statistics_file
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["load_statistics", "provenance_of", "statistics_file", "without_secrets"]
+__all__ = ["load_statistics", "provenance_of", "statistics_file"]
 
 _FIELDS = (
     "model_name",
@@ -33,17 +34,7 @@ _FIELDS = (
 def provenance_of(cfg: SAEConfig) -> dict[str, Any]:
     """What SAELens' runner wrote into an SAE's metadata about where its activations come from."""
     found = {name: cfg.metadata[name] for name in _FIELDS if name in cfg.metadata}
-    return without_secrets(found)
-
-
-def without_secrets(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """A provenance as it may be written into a file that is shared: without access tokens."""
-    kept = dict(provenance)
-    if kwargs := kept.get("model_from_pretrained_kwargs"):
-        kept["model_from_pretrained_kwargs"] = {
-            name: value for name, value in kwargs.items() if "token" not in name
-        }
-    return kept
+    return redacted(found)
 
 
 def load_statistics(
@@ -69,7 +60,7 @@ def load_statistics(
     if statistics.d_in != cfg.d_in:
         raise ValueError(f"{source} is of width {statistics.d_in}, the SAE of width {cfg.d_in}")
     if not allow_other:
-        wanted, found = provenance_of(cfg), statistics.provenance
+        wanted, found = provenance_of(cfg), redacted(statistics.provenance)
         if "dataset_path" in wanted:
             wanted["split"] = "train"  # which is what SAELens trains on
         different = [

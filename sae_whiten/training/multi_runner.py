@@ -20,6 +20,8 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.types import MultiHookDataProvider
 from transformer_lens import HookedRootModule
 
+from sae_whiten._files import write_json
+from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.training.activations_store import PackedActivationsStore, check_buffer
@@ -33,7 +35,6 @@ from sae_whiten.training.running import (
     train_interruptibly,
     without_resuming,
     write_final_sae,
-    write_json,
 )
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.training_sae import enter_whitened_space
@@ -100,11 +101,13 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             override_model=override_model,
             override_saes=override_saes,
         )
+        redact_attributes(self.cfg)  # model and dataset are loaded
         for hook_name in dict.fromkeys(self.cfg.hook_names_per_sae.values()):
             check_hook(self.model, hook_name)
         self.saes = dict(self.saes)
         for name, sae in self.saes.items():
             sae.cfg = copy.deepcopy(sae.cfg)
+            redact_attributes(sae.cfg.metadata)
             if name in self.whitening_configs:
                 enter_whitened_space(sae, self.whitening_configs[name])
         self._requested = self.cfg
@@ -144,7 +147,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         """Train with a `WhiteningMultiSAETrainer` in place of the trainer given."""
         self.cfg = self._requested
         if self.cfg.logger.log_to_wandb:
-            wandb.config.update(self.cfg.to_dict(), allow_val_change=True)
+            wandb.config.update(redacted(self.cfg.to_dict()), allow_val_change=True)
         store, resume_from = self.activations_store, self.cfg.resume_from_checkpoint
         assert isinstance(store, PackedActivationsStore)
         stream = ActivationStream(store, store.d_in, n_wanted=trainer.cfg.total_training_steps)

@@ -16,6 +16,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from transformer_lens import HookedRootModule
 
+from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
@@ -98,6 +99,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             override_model=override_model,
             override_sae=override_sae,
         )
+        redact_attributes(self.cfg)  # model and dataset are loaded
         if not self.cfg.use_cached_activations:
             check_hook(self.model, self.cfg.hook_name)
         self.sae.cfg = copy.deepcopy(self.sae.cfg)
@@ -128,7 +130,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         """Train with a `WhiteningTrainer` in place of the trainer given."""
         self.cfg = self._requested
         if self.cfg.logger.log_to_wandb:
-            wandb.config.update(self.cfg.to_dict(), allow_val_change=True)
+            wandb.config.update(redacted(self.cfg.to_dict()), allow_val_change=True)
         provider: DataProvider = self.activations_store
         store = self.activations_store
         assert isinstance(store, ResumableActivationsStore)

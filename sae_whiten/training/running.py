@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import json
 import logging
 import signal
 import tempfile
@@ -21,7 +20,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from transformer_lens import HookedRootModule
 
-from sae_whiten._files import atomic_path
+from sae_whiten._files import write_json
 from sae_whiten.estimation.sources import resolution_of
 from sae_whiten.statistics import NonFiniteActivationsError
 from sae_whiten.training.activations_store import ResumableActivationsStore
@@ -39,7 +38,6 @@ __all__ = [
     "train_interruptibly",
     "without_resuming",
     "write_final_sae",
-    "write_json",
 ]
 
 logger = logging.getLogger(__name__)
@@ -263,9 +261,3 @@ def write_final_sae(
             file.replace(target / file.name)
     logger.info("SAE saved: %s", target)
     return target / weights.name, target / sae_cfg.name, target / SPARSITY_FILENAME
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a json file, atomically."""
-    with atomic_path(path) as partial:
-        partial.write_text(json.dumps(content))

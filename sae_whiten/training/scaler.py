@@ -12,7 +12,7 @@ from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
-from sae_whiten._files import atomic_path, number_field, reading_content
+from sae_whiten._files import number_field, reading_content, write_json
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics, flatten_heads
 from sae_whiten.statistics import ActivationStatistics
@@ -123,8 +123,7 @@ class CovarianceWhiteningScaler(ActivationScaler):
             "has_whitening": self.whitening is not None,
             _CONFIG_KEY: self.config.to_dict(),
         }
-        with atomic_path(file_path) as partial:
-            partial.write_text(json.dumps(content))
+        write_json(file_path, content)
 
     def load(self, file_path: str | Path) -> None:
         """Read what `save` wrote; nothing is changed if that fails.

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_whiten._files import atomic_directory, load_tensors, save_tensors
+from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import (
     FoldError,
     fold_whitening_into_weights,
@@ -134,6 +135,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             )
         enter_whitened_space(sae, whitening)
         sae.cfg = copy.deepcopy(sae.cfg)
+        redact_attributes(sae.cfg.metadata)  # which every file of the SAE holds
         super().__init__(cfg, sae, data_provider, self._evaluate, save_checkpoint_fn)
         self._given_evaluator = evaluator
         self.whitening: Whitening | None = None

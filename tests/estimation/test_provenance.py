@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sae_whiten import ActivationStatistics, CorruptFileError, WhiteningConfig, fit_statistics
-from sae_whiten.estimation.provenance import provenance_of, statistics_file
-from tests.support import friendly, tiny_dataset, tiny_model, training_sae
+from sae_whiten.estimation.provenance import statistics_file
+from tests.support import friendly, tiny_dataset, tiny_model
 from tests.training.test_runner import runner
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -118,27 +118,6 @@ def test_statistics_that_do_not_fit_are_one_clear_error(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CorruptFileError):
         runner(WhiteningConfig(statistics=str(path))).run()
-
-
-def test_access_tokens_do_not_get_into_files(tmp_path):
-    kwargs = {"token": "hf_secret", "revision": "v1"}
-    found = fit_statistics(
-        tiny_model(),
-        tiny_dataset(40),
-        "blocks.0.hook_resid_pre",
-        n_samples=100,
-        context_size=32,
-        out=tmp_path,
-        provenance={"model_from_pretrained_kwargs": kwargs},
-    )
-    assert found["blocks.0.hook_resid_pre"].provenance["model_from_pretrained_kwargs"] == {
-        "revision": "v1"
-    }
-    assert kwargs["token"] == "hf_secret"
-    assert not any(b"hf_secret" in p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
-    cfg = training_sae("topk").cfg
-    cfg.metadata.model_from_pretrained_kwargs = kwargs
-    assert provenance_of(cfg)["model_from_pretrained_kwargs"] == {"revision": "v1"}
 
 
 def test_a_head_that_there_is_not_is_refused():

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Integer
 from numpy import ndarray
 from scipy.sparse import csr_array, issparse, vstack
 
-from sae_whiten._files import CorruptFileError, atomic_path
+from sae_whiten._files import CorruptFileError, write_json
 
 __all__ = [
     "ACTIVATIONS",
@@ -154,8 +154,7 @@ class LatentSpace:
                 for m in self.maps
             ],
         }
-        with atomic_path(path) as partial:
-            partial.write_text(json.dumps(content) + "\n")
+        write_json(path, content)
 
     @classmethod
     def load(cls, path: str | Path) -> "LatentSpace":
