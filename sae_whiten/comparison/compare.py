@@ -19,7 +19,6 @@ import datasets
 import torch
 from sae_lens import SAE, LoggingConfig, MultiSAETrainingRunnerConfig
 from sae_lens.config import HfDataset
-from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from transformer_lens import HookedRootModule
@@ -42,6 +41,7 @@ from sae_whiten.estimation.provenance import statistics_file
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.training.checkpoint import is_complete_sae
 from sae_whiten.training.multi_runner import WhiteningMultiSAETrainingRunner
 
 __all__ = ["CONDITIONS", "Comparison", "compare"]
@@ -304,7 +304,7 @@ def compare(
             continue
         folder = out / "saes" / f"seed-{seed}"
         missing = {arm.name: arm for arm in arms if arm.name not in done}
-        untrained = [arm for arm in missing.values() if not _is_trained(folder / arm.name)]
+        untrained = [arm for arm in missing.values() if not is_complete_sae(folder / arm.name)]
         if untrained:
             logger.info("training %d SAEs with seed %d", len(untrained), seed)
             _train(
@@ -483,18 +483,6 @@ def _checked_options(comparison: Comparison) -> dict[str, dict[str, Any]]:
                 continue
             raise ValueError(f"sae_options for {architecture}: {said}; there are {free}")
     return json.loads(json.dumps({name: dict(given) for name, given in options.items()}))
-
-
-def _is_trained(folder: Path) -> bool:
-    """Whether a folder holds a whole SAE: a run that is killed may leave a part of one."""
-    if not (folder / SAE_CFG_FILENAME).is_file():
-        return False
-    try:
-        SAE.load_from_disk(folder)
-    except Exception as error:
-        logger.warning("%s is not whole and is trained again: %s", folder, error)
-        return False
-    return True
 
 
 def _with_the_same_data(untrained: Sequence[_Arm], arms: Sequence[_Arm]) -> list[_Arm]:
