@@ -15,14 +15,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sae_whiten.estimation.sources import Model
+from sae_whiten.evaluation.catalogue import METRICS, Measured, attribute_metrics
 from sae_whiten.evaluation.labels import LabelledTexts
-from sae_whiten.evaluation.metrics import (
-    ExplainedVariance,
-    LatentActivity,
-    dead_latents,
-    dense_latents,
-)
-from sae_whiten.evaluation.model_loss import ce_loss_score, kl_divergence
+from sae_whiten.evaluation.metrics import ExplainedVariance, LatentActivity
+from sae_whiten.evaluation.model_loss import ModelLoss, kl_divergence
 from sae_whiten.evaluation.model_view import (
     View,
     encode_decode,
@@ -111,8 +107,6 @@ def evaluate_saes(
             "prepend_bos": prepend_bos,
             "excluded_tokens": list(views[name].special),
             "probing_seed": seed,
-            "metrics": {},
-            "absent": {},
         }
         for name, sae in saes.items()
     }
@@ -127,19 +121,31 @@ def evaluate_saes(
             batch_size_prompts,
             "Evaluating on tokens",
         )
-        for name, n, metrics, absent in _core(saes, views, model, tokens):
-            records[name]["n_tokens"] = n
-            records[name]["metrics"].update(metrics)
-            records[name]["absent"].update(absent)
+        measured = _measure_tokens(saes, views, model, tokens)
+        metrics = list(METRICS)
         if labels is not None:
-            for name, metrics, absent in probe_saes(
-                saes, views, model, labels, context_size, prepend_bos, batch_size_prompts, seed
-            ):
-                records[name]["labels"] = dict(labels.source)
-                records[name]["metrics"].update(metrics)
-                records[name]["absent"].update(absent)
+            metrics += attribute_metrics(labels.train.labels)
+            probe_saes(
+                saes,
+                views,
+                measured,
+                model,
+                labels,
+                context_size=context_size,
+                prepend_bos=prepend_bos,
+                batch_size=batch_size_prompts,
+                seed=seed,
+            )
     for name, sae in saes.items():
-        records[name]["config"] = sae.cfg.to_dict()
+        found = {metric.key: metric.compute(measured[name]) for metric in metrics}
+        records[name] |= {
+            "n_tokens": measured[name].variance.n_samples,
+            "metrics": {key: value for key, value in found.items() if value is not None},
+            "absent": measured[name].absent,
+            "config": sae.cfg.to_dict(),
+        }
+        if labels is not None:
+            records[name]["labels"] = dict(labels.source)
     return list(records.values())
 
 
@@ -178,18 +184,13 @@ class _Loss:
         return self._kl / max(self._n_kl, 1)
 
 
-def _core(
+def _measure_tokens(
     saes: Mapping[str, SAE[Any]],
     views: Mapping[str, View],
     model: Model,
     batches: Iterator[Integer[Tensor, "batch seq"]],
-) -> Iterator[tuple[str, int, dict[str, float], dict[str, str]]]:
-    """Explained variance, activity of the latents, and loss of the model; one pass over tokens.
-
-    Yields:
-        The SAE's name, how many tokens it was evaluated on, its metrics, and for metrics that are
-        absent why.
-    """
+) -> dict[str, Measured]:
+    """Explained variance, activity of the latents, and loss of the model; one pass over tokens."""
     hooks = {view.hook_name for view in views.values()}
     variance = {name: ExplainedVariance() for name in saes}
     activity = {name: LatentActivity() for name in saes}
@@ -223,26 +224,17 @@ def _core(
                 ablated[view].update(tokens, kept, _logits_with(model, tokens, view, view.ablated))
             d_vocab = logits.shape[-1]
 
+    measured = {name: Measured(variance[name], activity[name]) for name in saes}
     for name, view in views.items():
-        rates = activity[name].firing_rates
-        figures = {
-            "explained_variance": variance[name].compute(),
-            "l0": activity[name].l0,
-            "dead_latents": dead_latents(rates),
-            "dense_latents": dense_latents(rates),
-        }
         why = absent or worse_than_guessing(clean[view].ce, d_vocab)
         if why is None and not ablated[view].ce > clean[view].ce:
             why = "zeros at the hook do not raise the model's loss: there is none to recover"
         if why is None:
-            figures.update(
-                ce_loss=clean[view].ce,
-                ce_loss_with_sae=spliced[name].ce,
-                ce_loss_ablated=ablated[view].ce,
-                ce_loss_score=ce_loss_score(clean[view].ce, spliced[name].ce, ablated[view].ce),
-                kl=spliced[name].kl,
-            )
-        yield name, variance[name].n_samples, figures, {} if why is None else {"ce_loss": why}
+            new = spliced[name]
+            measured[name].loss = ModelLoss(clean[view].ce, new.ce, ablated[view].ce, new.kl)
+        else:
+            measured[name].absent["ce_loss"] = why
+    return measured
 
 
 def _logits_with(

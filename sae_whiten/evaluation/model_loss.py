@@ -4,6 +4,7 @@ These mean something only for models with a trained language-modelling head.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,9 +12,31 @@ from torch import Tensor
 
 from sae_whiten.evaluation.metrics import _as_float64
 
-__all__ = ["ce_loss_score", "kl_divergence"]
+__all__ = ["ModelLoss", "ce_loss_score", "kl_divergence"]
 
 _BLOCK = 256  # tokens
+
+
+@dataclass(frozen=True)
+class ModelLoss:
+    """Mean cross-entropy of the next token, and mean KL divergence, in nats per token.
+
+    Attributes:
+        clean: Of the unchanged model.
+        with_sae: With reconstructions in the place of activations.
+        ablated: With zeros in the place of activations.
+        kl: Of the model with reconstructions from the unchanged one.
+    """
+
+    clean: float
+    with_sae: float
+    ablated: float
+    kl: float
+
+    @property
+    def score(self) -> float:
+        """See `ce_loss_score`."""
+        return ce_loss_score(self.clean, self.with_sae, self.ablated)
 
 
 def ce_loss_score(ce_clean: float, ce_sae: float, ce_ablated: float) -> float:

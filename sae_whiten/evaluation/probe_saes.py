@@ -1,8 +1,7 @@
 """Probing of SAEs on labelled texts: one pass of the model, then the metrics of each SAE."""
 
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten.estimation.sources import Model
+from sae_whiten.evaluation.catalogue import K_VALUES, N_VALUES, Measured, ProbedColumns
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.evaluation.model_view import (
     View,
@@ -28,35 +28,41 @@ from sae_whiten.evaluation.model_view import (
 )
 from sae_whiten.evaluation.probing import (
     MIN_CELL,
+    SCR,
+    TPP,
     full_probe_accuracy,
     sparse_probing,
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
 
-__all__ = ["K_VALUES", "N_VALUES", "probe_saes"]
-
-K_VALUES = (1, 2, 5, 20)
-"""Columns of sparse probing."""
-
-N_VALUES = (2, 5, 10, 20, 50, 100)
-"""Latents removed by TPP and SCR."""
+__all__ = ["probe_saes"]
 
 
 def probe_saes(
     saes: Mapping[str, SAE[Any]],
     views: Mapping[str, View],
+    measured: Mapping[str, Measured],
     model: Model,
     labels: LabelledTexts,
+    *,
     context_size: int,
     prepend_bos: bool,
     batch_size: int,
     seed: int,
-) -> Iterator[tuple[str, dict[str, float], dict[str, str]]]:
+) -> None:
     """Sparse probing, TPP and SCR of each SAE; one pass over the texts.
 
-    Yields:
-        The SAE's name, its metrics, and for metrics that are absent why.
+    Args:
+        saes: By name.
+        views: What each SAE sees of the model.
+        measured: What each SAE's results, or the reasons why there are none, are written to.
+        model: As SAELens loads it.
+        labels: The texts.
+        context_size: Tokens that a text is cut to.
+        prepend_bos: Whether texts start with BOS.
+        batch_size: Texts per pass of the model, which have the same length.
+        seed: Of the rows drawn for probing.
     """
     texts = labels.train.texts + labels.test.texts
     tokens = text_tokens(model.tokenizer, texts, context_size, prepend_bos)
@@ -64,26 +70,18 @@ def probe_saes(
         residuals, pooled = _pooled(saes, views, model, tokens, batch_size, Path(directory))
         baselines = {view: _probe_columns(x, labels, seed) for view, x in residuals.items()}
         for name, sae in tqdm(saes.items(), desc="Probing", unit=" SAEs"):
-            latents = pooled[name]
-            baseline = baselines[views[name]]
-            figures = _probe_columns(latents.values, labels, seed)
-            del figures["full_probe_accuracy"]
-            for key, value in baseline.items():
-                figures[key if key.startswith("full") else f"residual_{key}"] = value
-            absent: dict[str, str] = {}
-            if latents.not_linear is not None:
-                absent = {"tpp": latents.not_linear, "scr": latents.not_linear}
+            latents, found = pooled[name], measured[name]
+            found.residual = baselines[views[name]]
+            found.latents = _probe_columns(latents.values, labels, seed)
+            arrays = residuals[views[name]], latents.values, _decoder(sae)
+            if why := latents.not_linear or _why_no_tpp(labels):
+                found.absent["tpp"] = why
             else:
-                arrays = residuals[views[name]], latents.values, _decoder(sae)
-                for metric, why, compute in (
-                    ("tpp", _why_no_tpp(labels), _tpp),
-                    ("scr", _why_no_scr(labels), _scr),
-                ):
-                    if why is None:
-                        figures.update(compute(*arrays, labels, seed))
-                    else:
-                        absent[metric] = why
-            yield name, figures, absent
+                found.tpp = _tpp(*arrays, labels, seed)
+            if why := latents.not_linear or _why_no_scr(labels):
+                found.absent["scr"] = why
+            else:
+                found.scr = _scr(*arrays, labels, seed)
 
 
 @dataclass
@@ -177,18 +175,15 @@ def _why_not_linear(
 
 def _probe_columns(
     values: Float[ndarray, "n columns"], labels: LabelledTexts, seed: int
-) -> dict[str, float]:
-    """Sparse probing and full probes of each attribute, and their means over the attributes."""
-    figures: dict[str, list[float]] = defaultdict(list)
+) -> ProbedColumns:
+    sparse, full = {}, {}
+    ks = [k for k in K_VALUES if k <= values.shape[1]]
     for attribute in labels.train.labels:
         _, train, test = _encoded(labels, attribute)
         split = values[: len(train)], train, values[len(train) :], test
-        ks = [k for k in K_VALUES if k <= values.shape[1]]
-        for k, accuracy in sparse_probing(*split, ks, seed).items():
-            figures[f"sparse_probing_top_{k}"].append(accuracy)
-            figures[f"sparse_probing_{attribute}_top_{k}"].append(accuracy)
-        figures["full_probe_accuracy"].append(full_probe_accuracy(*split, seed))
-    return {name: float(np.mean(found)) for name, found in figures.items()}
+        sparse[attribute] = sparse_probing(*split, ks, seed)
+        full[attribute] = full_probe_accuracy(*split, seed)
+    return ProbedColumns(sparse, full)
 
 
 def _why_no_tpp(labels: LabelledTexts) -> str | None:
@@ -207,15 +202,11 @@ def _tpp(
     decoder: Float[ndarray, "d_sae d"],
     labels: LabelledTexts,
     seed: int,
-) -> dict[str, float]:
+) -> TPP:
     _, train, test = _encoded(labels, next(iter(labels.train.labels)))
     m = len(train)
     ns = [n for n in N_VALUES if n <= f.shape[1]]
-    tpp = targeted_probe_perturbation(x[:m], f[:m], train, x[m:], f[m:], test, decoder, ns, seed)
-    return {
-        **{f"tpp_top_{n}": score for n, score in tpp.scores.items()},
-        "tpp_probe_accuracy": float(tpp.base_accuracies.mean()),
-    }
+    return targeted_probe_perturbation(x[:m], f[:m], train, x[m:], f[m:], test, decoder, ns, seed)
 
 
 def _why_no_scr(labels: LabelledTexts) -> str | None:
@@ -248,13 +239,14 @@ def _scr(
     decoder: Float[ndarray, "d_sae d"],
     labels: LabelledTexts,
     seed: int,
-) -> dict[str, float]:
+) -> list[SCR]:
+    """Of disjoint pairs of the first attribute's values."""
     (values, first, first_test), (_, second, second_test) = (
         _encoded(labels, attribute) for attribute in list(labels.train.labels)[:2]
     )
     ns = [n for n in N_VALUES if n <= f.shape[1]]
     m = len(first)
-    figures: dict[str, list[float]] = defaultdict(list)
+    found = []
     for a in range(0, len(values) - 1, 2):
         rows, test_rows = (np.flatnonzero((y == a) | (y == a + 1)) for y in (first, first_test))
         scr = spurious_correlation_removal(
@@ -270,17 +262,8 @@ def _scr(
             ns,
             seed,
         )
-        directions = [scr.direction] if scr.direction is not None else [scr.first, scr.second]
-        for n, score in scr.scores.items():
-            figures[f"scr_top_{n}"].append(score)
-        for name, key in (
-            ("scr_denominator", "denominator"),
-            ("scr_base_accuracy", "base"),
-            ("scr_clean_accuracy", "clean"),
-        ):
-            figures[name].append(float(np.mean([getattr(d, key) for d in directions])))
-    means = {name: float(np.mean(found)) for name, found in figures.items()}
-    return {**means, "scr_min_denominator": min(figures["scr_denominator"])}
+        found.append(scr)
+    return found
 
 
 def _encoded(

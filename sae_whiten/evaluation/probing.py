@@ -328,22 +328,35 @@ class SCR:
     second: SCRDirection
 
     @property
-    def direction(self) -> SCRDirection | None:
+    def directions(self) -> tuple[SCRDirection, ...]:
         """The one that SAEBench reports: of the attribute that the biased probe tells worse.
 
-        It depends on the residuals only and is thus the same for all SAEs. None if there is a tie.
+        It depends on the residuals only and is thus the same for all SAEs. Both if there is a tie.
         """
         if self.first.base == self.second.base:
-            return None
-        return min(self.first, self.second, key=lambda direction: direction.base)
+            return self.first, self.second
+        return (min(self.first, self.second, key=lambda direction: direction.base),)
+
+    @property
+    def base(self) -> float:
+        """Mean of `directions`."""
+        return float(np.mean([direction.base for direction in self.directions]))
+
+    @property
+    def clean(self) -> float:
+        """Mean of `directions`."""
+        return float(np.mean([direction.clean for direction in self.directions]))
+
+    @property
+    def denominator(self) -> float:
+        """Mean of `directions`."""
+        return float(np.mean([direction.denominator for direction in self.directions]))
 
     @property
     def scores(self) -> dict[int, float]:
-        """For every N the score in `direction`, or the mean of both if there is a tie."""
-        if self.direction is not None:
-            return self.direction.scores
-        first, second = self.first.scores, self.second.scores
-        return {n: (first[n] + second[n]) / 2 for n in first}
+        """For every N the mean of `directions`."""
+        scores = [direction.scores for direction in self.directions]
+        return {n: float(np.mean([score[n] for score in scores])) for n in scores[0]}
 
 
 def spurious_correlation_removal(

@@ -380,8 +380,8 @@ def test_probing_is_that_of_latents_averaged_over_each_text(model, text, monkeyp
     for number in (20, 100):
         assert result["metrics"][f"tpp_top_{number}"] == pytest.approx(tpp.scores[number], abs=0.02)
         assert result["metrics"][f"scr_top_{number}"] == pytest.approx(scr.scores[number], abs=0.02)
-    assert scr.direction is not None
-    assert result["metrics"]["scr_denominator"] == pytest.approx(scr.direction.denominator)
+    (direction,) = scr.directions
+    assert result["metrics"]["scr_denominator"] == pytest.approx(direction.denominator)
 
 
 def test_texts_begin_with_bos_if_the_sae_was_trained_so_and_it_does_not_count(model, text):

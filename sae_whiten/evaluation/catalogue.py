@@ -1,0 +1,249 @@
+"""Every metric of an SAE that is reported: its key, computation, name and direction, in one object.
+
+To add one is to add it to `METRICS`: `evaluate_saes` then computes it, and reports list it with all
+other metrics. It changes no p-value. Which metrics are tested, and corrected together, is said by
+`sae_whiten.comparison.summary.TESTED_METRICS`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from sae_whiten.evaluation.metrics import (
+    ExplainedVariance,
+    LatentActivity,
+    dead_latents,
+    dense_latents,
+)
+from sae_whiten.evaluation.model_loss import ModelLoss
+from sae_whiten.evaluation.probing import SCR, TPP
+
+__all__ = [
+    "CE_LOSS_SCORE",
+    "CURVES",
+    "DEAD_LATENTS",
+    "EXPLAINED_VARIANCE",
+    "KL",
+    "K_VALUES",
+    "L0",
+    "MEASUREMENTS",
+    "METRICS",
+    "N_VALUES",
+    "SCR_AT",
+    "SCR_DENOMINATOR",
+    "SPARSE_PROBING_AT",
+    "TPP_AT",
+    "Curve",
+    "Measured",
+    "Metric",
+    "ProbedColumns",
+    "attribute_metrics",
+    "name_of",
+]
+
+K_VALUES = (1, 2, 5, 20)
+"""Columns of sparse probing."""
+
+N_VALUES = (2, 5, 10, 20, 50, 100)
+"""Latents removed by TPP and SCR."""
+
+MEASUREMENTS = {"ce_loss": "CE loss score and KL", "tpp": "TPP", "scr": "SCR"}
+"""What a record may lack, with the reason under this key; and its name in reports."""
+
+
+@dataclass(frozen=True)
+class ProbedColumns:
+    """Accuracies of probes on some columns: latents, or channels of the activations.
+
+    Attributes:
+        sparse: `sparse[attribute][K]`, without those K of which there are not as many columns.
+        full: By attribute, with all columns.
+    """
+
+    sparse: Mapping[str, Mapping[int, float]]
+    full: Mapping[str, float]
+
+    def mean(self, k: int, attributes: Iterable[str] | None = None) -> float | None:
+        """Accuracy with K columns, over these attributes or all; None if none has it."""
+        names = self.sparse if attributes is None else attributes
+        return _mean(self.sparse[name].get(k) for name in names)
+
+
+@dataclass
+class Measured:
+    """What was measured of one SAE, for metrics to be computed from; None was not.
+
+    Attributes:
+        variance: Over the tokens of a dataset.
+        activity: Of the latents, over the same tokens.
+        loss: Of the model, over the same tokens.
+        latents: Probes on latents, averaged over the tokens of labelled texts.
+        residual: Probes on activations, averaged in the same way.
+        tpp: On the same texts.
+        scr: On the same texts, of each pair of classes.
+        absent: Why something was not measured, by the keys of `MEASUREMENTS`.
+    """
+
+    variance: ExplainedVariance
+    activity: LatentActivity
+    loss: ModelLoss | None = None
+    latents: ProbedColumns | None = None
+    residual: ProbedColumns | None = None
+    tpp: TPP | None = None
+    scr: Sequence[SCR] = ()
+    absent: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number about an SAE.
+
+    Attributes:
+        key: Its name in a record.
+        compute: The number; None if what it is computed from was not measured.
+        name: In words; if empty, those of the key.
+        better: 1 if more is better, -1 if less is, 0 if neither.
+        decimals: Fewest decimals that it is printed with.
+        is_count: Whether SAEs have more or fewer of it, and not a higher or lower value.
+    """
+
+    key: str
+    compute: Callable[[Measured], float | None]
+    name: str = ""
+    better: Literal[-1, 0, 1] = 0
+    decimals: int = 3
+    is_count: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.key.replace("_", " "))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric at several numbers of latents.
+
+    Attributes:
+        name: In words.
+        x_label: What the numbers count.
+        metrics: By number of latents.
+        baselines: The same of channels of the activations, by their number.
+    """
+
+    name: str
+    x_label: str
+    metrics: Mapping[int, Metric]
+    baselines: Mapping[int, Metric]
+
+
+# --- on tokens
+
+EXPLAINED_VARIANCE = Metric("explained_variance", lambda m: m.variance.compute(), better=1)
+L0 = Metric("l0", lambda m: m.activity.l0, "L0", decimals=1)
+DEAD_LATENTS = Metric(
+    "dead_latents",
+    lambda m: dead_latents(m.activity.firing_rates),
+    better=-1,
+    decimals=1,
+    is_count=True,
+)
+DENSE_LATENTS = Metric("dense_latents", lambda m: dense_latents(m.activity.firing_rates))
+CE_LOSS = Metric("ce_loss", lambda m: m.loss and m.loss.clean)
+CE_LOSS_WITH_SAE = Metric("ce_loss_with_sae", lambda m: m.loss and m.loss.with_sae)
+CE_LOSS_ABLATED = Metric("ce_loss_ablated", lambda m: m.loss and m.loss.ablated)
+CE_LOSS_SCORE = Metric("ce_loss_score", lambda m: m.loss and m.loss.score, "CE loss score", 1)
+KL = Metric("kl", lambda m: m.loss and m.loss.kl, "KL divergence", -1)
+
+
+# --- on labelled texts
+
+
+def _sparse_probing(k: int, attribute: str | None = None) -> tuple[Metric, Metric]:
+    """On latents, and on channels of the activations; of one attribute, or the mean over all."""
+    attributes = None if attribute is None else [attribute]
+    key = f"sparse_probing_{f'{attribute}_' if attribute else ''}top_{k}"
+    return (
+        Metric(key, lambda m: m.latents and m.latents.mean(k, attributes), better=1),
+        Metric(f"residual_{key}", lambda m: m.residual and m.residual.mean(k, attributes)),
+    )
+
+
+def attribute_metrics(attributes: Iterable[str]) -> list[Metric]:
+    """Sparse probing of single attributes of the texts, which others may lack."""
+    return [m for name in attributes for k in K_VALUES for m in _sparse_probing(k, name)]
+
+
+def _tpp(n: int) -> Metric:
+    return Metric(f"tpp_top_{n}", lambda m: m.tpp and m.tpp.scores.get(n), f"TPP top {n}", 1)
+
+
+def _scr(
+    key: str, of_pair: Callable[[SCR], float | None], name: str = "", better: Literal[0, 1] = 0
+) -> Metric:
+    """The mean over pairs of classes."""
+    return Metric(key, lambda m: _mean(map(of_pair, m.scr)), name, better)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return float(np.mean(found)) if found else None
+
+
+SPARSE_PROBING_AT, RESIDUAL_PROBING_AT = (
+    {k: _sparse_probing(k)[i] for k in K_VALUES} for i in (0, 1)
+)
+FULL_PROBE_ACCURACY = Metric(
+    "full_probe_accuracy", lambda m: m.residual and _mean(m.residual.full.values())
+)
+TPP_AT = {n: _tpp(n) for n in N_VALUES}
+TPP_PROBE_ACCURACY = Metric(
+    "tpp_probe_accuracy", lambda m: m.tpp and float(m.tpp.base_accuracies.mean())
+)
+SCR_AT = {
+    n: _scr(f"scr_top_{n}", lambda scr, n=n: scr.scores.get(n), f"SCR top {n}", 1) for n in N_VALUES
+}
+SCR_DENOMINATOR = _scr("scr_denominator", lambda scr: scr.denominator, "SCR denominator")
+SCR_BASE_ACCURACY = _scr("scr_base_accuracy", lambda scr: scr.base)
+SCR_CLEAN_ACCURACY = _scr("scr_clean_accuracy", lambda scr: scr.clean)
+SCR_MIN_DENOMINATOR = Metric(
+    "scr_min_denominator", lambda m: min((scr.denominator for scr in m.scr), default=None)
+)
+
+METRICS = (
+    EXPLAINED_VARIANCE,
+    L0,
+    DEAD_LATENTS,
+    DENSE_LATENTS,
+    CE_LOSS,
+    CE_LOSS_WITH_SAE,
+    CE_LOSS_ABLATED,
+    CE_LOSS_SCORE,
+    KL,
+    *SPARSE_PROBING_AT.values(),
+    *RESIDUAL_PROBING_AT.values(),
+    FULL_PROBE_ACCURACY,
+    *TPP_AT.values(),
+    TPP_PROBE_ACCURACY,
+    *SCR_AT.values(),
+    SCR_DENOMINATOR,
+    SCR_BASE_ACCURACY,
+    SCR_CLEAN_ACCURACY,
+    SCR_MIN_DENOMINATOR,
+)
+"""In the order of the records; those of `attribute_metrics` follow."""
+
+CURVES = (
+    Curve("sparse probing", "latents used, K", SPARSE_PROBING_AT, RESIDUAL_PROBING_AT),
+    Curve("SCR", "latents removed, N", SCR_AT, {}),
+    Curve("TPP", "latents removed, N", TPP_AT, {}),
+)
+
+
+def name_of(key: str) -> str:
+    """What reports call the metric with this key, which may be one of `attribute_metrics`.
+
+    >>> name_of("kl"), name_of("sparse_probing_language_top_5")
+    ('KL divergence', 'sparse probing language top 5')
+    """
+    return next((m.name for m in METRICS if m.key == key), key.replace("_", " "))
