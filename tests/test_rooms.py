@@ -86,7 +86,8 @@ def test_imports_go_in_no_circle() -> None:
 
 def test_the_mathematics_imports_neither_sae_lens_nor_what_draws_and_tabulates() -> None:
     modules = ["sae_whiten", *(f"sae_whiten.{name}" for name in MATHEMATICS)]
-    code = f"import sys, {', '.join(modules)}; from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig; print(*sys.modules)"
+    public = "from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig"
+    code = f"import sys, {', '.join(modules)}; {public}; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
