@@ -20,9 +20,11 @@ moved, which is why it does change, by rounding errors of the mean.
 Everything is computed in float64, a block of latents at a time, and stored in float32 at least.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from sae_whiten.whitening import Whitening
@@ -34,29 +36,51 @@ _BLOCK = 1024  # latents per block: float64 temporaries of d_in x 1024
 
 @dataclass
 class AffineWeights:
-    """The weights of an SAE that a change of coordinates touches.
+    """The weights of an SAE that a change of coordinates touches, by their names in the SAE.
 
     Attributes:
-        W_enc: Shape (d_in, d_sae).
-        W_dec: Shape (d_sae, d_out).
-        b_dec: Shape (d_out,).
-        encoder_biases: Shape (d_sae,) each, by name.
-        gains: For the biases whose path multiplies W_enc by a gain, that gain, shape (d_sae,).
+        W_enc: The encoder.
+        W_dec: The decoder.
+        b_dec: The bias of the decoder.
+        encoder_biases: The biases of the encoder, by name.
         subtracts_b_dec: Whether b_dec is subtracted from the input.
-        decoder_norms: Shape (d_sae,), float64, where the SAE ranks its latents by pre-activation
-            times decoder norm. They are multiplied into the encoder and divided out of the decoder
-            first, so that the ranking does not change with the norms, which whitening does.
-        W_skip: Shape (d_out, d_in), for transcoders that add x @ W_skip^T to their output.
+        gains: For the biases whose path multiplies W_enc by a gain, that gain, by the bias's name.
+        decoder_norms: float64, where the SAE ranks its latents by pre-activation times decoder
+            norm. They are multiplied into the encoder and divided out of the decoder first, so that
+            the ranking does not change with the norms, which whitening does.
+        W_skip: For transcoders that add x @ W_skip^T to their output.
+        further_encoders: Further matrices that read the input as W_enc does, each with its bias, by
+            the names of the two; latents are not ranked by them.
     """
 
-    W_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    encoder_biases: dict[str, Tensor]
+    W_enc: Float[Tensor, "d_in d_sae"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, "d_out"]
+    encoder_biases: dict[str, Float[Tensor, "d_sae"]]
     subtracts_b_dec: bool
-    gains: dict[str, Tensor] = field(default_factory=dict)
-    decoder_norms: Tensor | None = None
-    W_skip: Tensor | None = None
+    gains: dict[str, Float[Tensor, "d_sae"]] = field(default_factory=dict)
+    decoder_norms: Float[Tensor, "d_sae"] | None = None
+    W_skip: Float[Tensor, "d_out d_in"] | None = None
+    further_encoders: dict[
+        tuple[str, str], tuple[Float[Tensor, "d_in d_sae"], Float[Tensor, "d_sae"]]
+    ] = field(default_factory=dict)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """All weights and biases by name.
+
+        >>> weights = AffineWeights(
+        ...     torch.eye(2), torch.eye(2), torch.zeros(2), {"b_enc": torch.ones(2)}, True
+        ... )
+        >>> sorted(weights.parameters())
+        ['W_dec', 'W_enc', 'b_dec', 'b_enc']
+        """
+        found = {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
+        found |= self.encoder_biases
+        if self.W_skip is not None:
+            found["W_skip"] = self.W_skip
+        for names, tensors in self.further_encoders.items():
+            found |= zip(names, tensors, strict=True)
+        return found
 
 
 @torch.no_grad()
@@ -68,6 +92,17 @@ def fold(
     subtract_b_dec: bool = True,
 ) -> AffineWeights:
     """The plain weights that do to x what `weights` do to whitened x. The input is not changed.
+
+    >>> from sae_whiten import ActivationStatistics
+    >>> x = torch.randn(1000, 4, dtype=torch.float64)
+    >>> statistics = ActivationStatistics(4)
+    >>> statistics.update(x)
+    >>> whitening = Whitening.from_statistics(statistics)
+    >>> W_enc, W_dec, b = torch.randn(3, 4, 4, dtype=torch.float64)
+    >>> plain = fold(AffineWeights(W_enc, W_dec, b[0], {"b_enc": b[1]}, True), whitening)
+    >>> pre = (whitening.whiten(x) - b[0]) @ W_enc + b[1]
+    >>> torch.allclose((x - plain.b_dec) @ plain.W_enc + plain.encoder_biases["b_enc"], pre)
+    True
 
     Args:
         weights: Weights in whitened coordinates.
@@ -95,7 +130,7 @@ def unfold(
     *,
     subtract_b_dec: bool = True,
 ) -> AffineWeights:
-    """Inverse of `fold`: the weights in whitened coordinates of a plain SAE."""
+    """Inverse of `fold`: the weights in whitened coordinates of a plain SAE. Arguments as there."""
     out = output_whitening or whitening
     return _change_coordinates(
         weights,
@@ -118,54 +153,67 @@ def _change_coordinates(
     subtract_b_dec: bool,
 ) -> AffineWeights:
     """Weights for inputs y where the old input is (y - origin) @ encoder."""
-    device = weights.W_enc.device
-    if device.type == "mps":
-        device = torch.device("cpu")  # MPS has no float64
+    home, dtype = weights.W_enc.device, torch.promote_types(weights.W_enc.dtype, torch.float32)
+    device = torch.device("cpu") if home.type == "mps" else home  # MPS has no float64
     encoder, origin, decoder, b_dec = (t.to(device) for t in (encoder, origin, decoder, b_dec))
-    dtype = torch.promote_types(weights.W_enc.dtype, torch.float32)
-    home = weights.W_enc.device
-    d_sae = weights.W_enc.shape[1]
-
-    W_skip = None
-    if weights.W_skip is not None:
-        skip = encoder @ _f64(weights.W_skip, device).T @ decoder
-        b_dec = b_dec - origin @ skip
-        W_skip = skip.T.to(dtype)
-
+    W_skip, b_dec = _skip_connection(weights, encoder, origin, decoder, b_dec)
     stored_b_dec = b_dec.to(dtype)
-    offset = -origin
-    if subtract_b_dec:
-        offset = offset + stored_b_dec.double()
-    old_b_dec = _f64(weights.b_dec, device)
+    # b_dec is of the output's width: it meets the input only where it is subtracted from it
+    offset = stored_b_dec.double() - origin if subtract_b_dec else -origin
+    old_offset = (
+        _f64(weights.b_dec, device) if weights.subtracts_b_dec else torch.zeros_like(origin)
+    )
 
-    W_enc = torch.empty(encoder.shape[0], d_sae, dtype=dtype, device=home)
-    W_dec = torch.empty(d_sae, decoder.shape[1], dtype=dtype, device=home)
-    shift = torch.empty(d_sae, dtype=torch.float64, device=device)
-    norms = torch.ones_like(shift)
-    if weights.decoder_norms is not None:
-        norms = weights.decoder_norms.to(device)
-    for start in range(0, d_sae, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        old = _f64(weights.W_enc[:, block], device) * norms[block]
-        new = encoder @ old
-        W_enc[:, block] = new
+    def read(W: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """The new encoder, and what its biases are shifted by."""
+        new = torch.empty(encoder.shape[0], W.shape[1], dtype=dtype, device=home)
+        shift = torch.empty_like(norms)
+        for block in _blocks(W.shape[1]):
+            old = _f64(W[:, block], device) * norms[block]
+            moved = encoder @ old
+            new[:, block] = moved
+            shift[block] = offset @ moved - old_offset @ old
+        return new, shift
+
+    ones = torch.ones(weights.W_enc.shape[1], dtype=torch.float64, device=device)
+    norms = ones if weights.decoder_norms is None else weights.decoder_norms.to(device)
+    W_enc, shift = read(weights.W_enc, norms)
+    W_dec = torch.empty(len(norms), decoder.shape[1], dtype=dtype, device=home)
+    for block in _blocks(len(norms)):
         W_dec[block] = _f64(weights.W_dec[block], device) / norms[block, None] @ decoder
-        shift[block] = offset @ new
-        if weights.subtracts_b_dec:
-            shift[block] -= old_b_dec @ old
     biases = {}
     for name, b in weights.encoder_biases.items():
         gain = _f64(weights.gains[name], device) if name in weights.gains else 1.0
         biases[name] = (_f64(b, device) * norms + shift * gain).to(home, dtype)
-    return AffineWeights(
+    further = {}
+    for names, (W, b) in weights.further_encoders.items():
+        new, its_shift = read(W, ones)
+        further[names] = new, (_f64(b, device) + its_shift).to(home, dtype)
+    return replace(
+        weights,
         W_enc=W_enc,
         W_dec=W_dec,
         b_dec=stored_b_dec.to(home),
         encoder_biases=biases,
         subtracts_b_dec=subtract_b_dec,
-        gains=weights.gains,
-        W_skip=None if W_skip is None else W_skip.to(home),
+        decoder_norms=None,
+        W_skip=None if W_skip is None else W_skip.to(home, dtype),
+        further_encoders=further,
     )
+
+
+def _skip_connection(
+    weights: AffineWeights, encoder: Tensor, origin: Tensor, decoder: Tensor, b_dec: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The new skip connection, if there is one, and b_dec with what it adds of the origin."""
+    if weights.W_skip is None:
+        return None, b_dec
+    skip = encoder @ _f64(weights.W_skip, encoder.device).T @ decoder
+    return skip.T, b_dec - origin @ skip
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))
 
 
 def _f64(tensor: Tensor, device: torch.device | None = None) -> Tensor:

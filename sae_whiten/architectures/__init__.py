@@ -1,10 +1,22 @@
-"""Architectures beside the stock ones, in SAELens' registries under their names.
+"""Architectures: a file each says how it is folded, trained under whitening and compared.
 
-`import sae_whiten` has them registered as soon as sae_lens is imported, in whichever order.
+`describe` gives what a file says, `register` makes an architecture of your own known. Two that
+SAELens does not have, topk_vsae and top_afa, are added to its registries; `import sae_whiten` has
+that done as soon as sae_lens is imported, in whichever order.
 """
 
 from sae_lens.registry import register_sae_class, register_sae_training_class
 
+from sae_whiten.architectures import (  # noqa: F401, each registers its description
+    gated,
+    jumprelu,
+    matryoshka_batchtopk,
+    not_foldable,
+    standard,
+    topk,
+    transcoders,
+)
+from sae_whiten.architectures.description import Architecture, describe, register
 from sae_whiten.architectures.top_afa import (
     TopAFASAE,
     TopAFASAEConfig,
@@ -14,12 +26,15 @@ from sae_whiten.architectures.top_afa import (
 from sae_whiten.architectures.topk_vsae import TopKVSAETrainingConfig, TopKVSAETrainingSAE
 
 __all__ = [
+    "Architecture",
     "TopAFASAE",
     "TopAFASAEConfig",
     "TopAFATrainingSAE",
     "TopAFATrainingSAEConfig",
     "TopKVSAETrainingConfig",
     "TopKVSAETrainingSAE",
+    "describe",
+    "register",
 ]
 
 register_sae_training_class("topk_vsae", TopKVSAETrainingSAE, TopKVSAETrainingConfig)

@@ -12,28 +12,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import (
-    SAE,
-    AbsTopKSAE,
-    GatedSAE,
-    GatedTrainingSAE,
-    JumpReLUSAE,
-    JumpReLUSkipTranscoder,
-    JumpReLUTrainingSAE,
-    MatchingPursuitSAE,
-    MatchingPursuitTrainingSAE,
-    SkipTranscoder,
-    StandardSAE,
-    StandardTrainingSAE,
-    TemporalSAE,
-    TopKSAE,
-    TopKTrainingSAE,
-    Transcoder,
-)
-from sae_lens.saes.sae import mse_loss
+from sae_lens import SAE
 from sae_lens.util import dtype_to_str
 from torch import Tensor
 
+from sae_whiten.architectures.description import describe
 from sae_whiten.folding import AffineWeights, fold, unfold
 from sae_whiten.whitening import Whitening, full_precision
 
@@ -48,21 +31,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-# subclasses follow: BatchTopK, Matryoshka and AbsTopK for training are TopKTrainingSAEs, the other
-# transcoders are Transcoders
-_FOLDABLE = (
-    StandardSAE,
-    StandardTrainingSAE,
-    JumpReLUSAE,
-    JumpReLUTrainingSAE,
-    TopKSAE,
-    TopKTrainingSAE,
-    AbsTopKSAE,
-    GatedSAE,
-    GatedTrainingSAE,
-    Transcoder,
-)
 
 
 class FoldError(ValueError):
@@ -153,16 +121,8 @@ def why_not_foldable(sae: SAE[Any] | type[SAE[Any]]) -> str | None:
     declared = getattr(sae, "whitening_not_foldable_because", None)
     if declared is not None:
         return f"{name}: {declared}"
-    if issubclass(cls, (MatchingPursuitSAE, MatchingPursuitTrainingSAE)):
-        return (
-            f"{name}: its encoder is tied to the decoder, and folding multiplies one by W and the "
-            "other by its inverse"
-        )
-    if issubclass(cls, TemporalSAE):
-        return f"{name}: it attends over positions, which is not an affine map of one activation"
-    if not issubclass(cls, _FOLDABLE):
-        return f"{name}: not an architecture whose fold is known to be exact"
-    return None
+    reason = describe(cls).not_foldable_because
+    return None if reason is None else f"{name}: {reason}"
 
 
 @torch.no_grad()
@@ -208,9 +168,7 @@ def fold_whitening_into_weights(
                 f"{check.active_set_tolerance:.0%}). The SAE was left as it was."
             )
     _take_over(sae, folded)
-    leave = getattr(sae, "leave_whitened_space", None)
-    if leave is not None:  # it was being trained by this package, and its weights are plain now
-        leave()
+    _leave_whitened_space(sae)
     return report
 
 
@@ -265,7 +223,7 @@ def folded_copy(
         dtype=dtype_to_str(sae.W_enc.dtype),
         folded_dtype=dtype_to_str(folded.W_enc.dtype),
         apply_b_dec_to_input=sae.cfg.apply_b_dec_to_input,
-        decoder_norms_folded=_ranks_by_decoder_norm(sae),
+        decoder_norms_folded=describe(sae).affine_weights(sae).decoder_norms is not None,
         whitening=whitening.summary(),
     )
     folded.cfg.metadata.whitening = report.to_dict()
@@ -282,10 +240,10 @@ def _transformed(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None, change: Any
 ) -> SAE[Any]:
     """A copy of `sae` with `change` (fold or unfold) applied to its weights."""
+    architecture = describe(sae)
     d_out = sae.W_dec.shape[1]
-    is_transcoder = isinstance(sae, Transcoder)
     out = output_whitening or whitening
-    if is_transcoder and output_whitening is None:
+    if architecture.is_transcoder and output_whitening is None:
         raise FoldError(
             "a transcoder writes to another hook than it reads: pass output_whitening, the "
             "whitening of what it writes (the same object if both are really the same)"
@@ -295,74 +253,36 @@ def _transformed(
             f"the SAE maps {sae.cfg.d_in} to {d_out} dimensions, the whitenings given are of width "
             f"{whitening.d_in} (input) and {out.d_in} (output)"
         )
-    weights = _weights(sae)
-    new = change(weights, whitening, output_whitening, subtract_b_dec=not is_transcoder)
-    parameters = {"W_enc": new.W_enc, "W_dec": new.W_dec, "b_dec": new.b_dec, **new.encoder_biases}
-    if new.W_skip is not None:
-        parameters["W_skip"] = new.W_skip
-    for matrix, bias in getattr(sae, "further_encoders", {}).items():
-        if getattr(sae, matrix, None) is not None:
-            read_alike = replace(
-                weights,
-                W_enc=getattr(sae, matrix).data,
-                encoder_biases={bias: getattr(sae, bias).data},
-                decoder_norms=None,
-            )
-            read_alike = change(
-                read_alike, whitening, output_whitening, subtract_b_dec=not is_transcoder
-            )
-            parameters |= {matrix: read_alike.W_enc, **read_alike.encoder_biases}
+    parameters = change(
+        architecture.affine_weights(sae),
+        whitening,
+        output_whitening,
+        subtract_b_dec=not architecture.is_transcoder,
+    ).parameters()
     # aminmax, for isfinite makes a copy of what it looks at
     if not all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in parameters.values()):
         raise FoldError(
             "the weights are not finite, or overflow when the whitening is applied to them"
         )
-    return _with_parameters(sae, parameters)
+    new = _copy_with(sae, parameters)
+    if not architecture.is_transcoder:
+        new.cfg.apply_b_dec_to_input = True
+    for name, value in architecture.set_by_fold.items():
+        setattr(new.cfg, name, value)
+    _leave_whitened_space(new)
+    return new
 
 
-def _weights(sae: SAE[Any]) -> AffineWeights:
-    names = [n for n in ("b_enc", "b_gate", "b_mag") if getattr(sae, n, None) is not None]
-    r_mag = getattr(sae, "r_mag", None)
-    has_skip = isinstance(sae, (SkipTranscoder, JumpReLUSkipTranscoder))
-    return AffineWeights(
-        W_enc=sae.W_enc.data,
-        W_dec=sae.W_dec.data,
-        b_dec=sae.b_dec.data,
-        encoder_biases={name: getattr(sae, name).data for name in names},
-        gains={} if r_mag is None else {"b_mag": r_mag.data.double().exp()},
-        subtracts_b_dec=sae.cfg.apply_b_dec_to_input and not isinstance(sae, Transcoder),
-        decoder_norms=_ranking_norms(sae).clamp(min=1e-8)  # as SAE.get_W_dec_norm
-        if _ranks_by_decoder_norm(sae)
-        else None,
-        W_skip=sae.W_skip.data if has_skip else None,
-    )
+def _copy_with(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
+    """A copy of `sae` with other values for some parameters and a config of its own.
 
-
-def _ranks_by_decoder_norm(sae: SAE[Any]) -> bool:
-    return bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
-
-
-def _ranking_norms(sae: SAE[Any]) -> Tensor:
-    """The norms that latents are ranked by, shape (d_sae,), float64."""
-    W_dec = sae.W_dec.data
-    in_original_space = getattr(sae, "sparsity_norms", None)
-    if in_original_space is None:
-        return torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
-    return in_original_space(W_dec.to(torch.promote_types(W_dec.dtype, torch.float32))).double()
-
-
-def _with_parameters(sae: SAE[Any], parameters: dict[str, Tensor], plain: bool = True) -> SAE[Any]:
-    """A copy of `sae` with other values for some parameters and its own cfg; modules are shared.
-
-    `plain` copies are stock SAEs, others belong to the class of `sae` and rank as it does.
+    The other parameters, such as thresholds, are kept in the precision of these. Modules are
+    shared.
     """
-    cls = getattr(type(sae), "stock_class", type(sae)) if plain else type(sae)
-    copied = cls.__new__(cls)
-    state = dict(sae.__dict__)
-    state["_buffers"] = dict(sae._buffers)
+    copied = copy.copy(sae)
     dtype = parameters["W_enc"].dtype
-    # the rest (thresholds, r_mag) is not changed by whitening, only kept in the same precision
-    state["_parameters"] = {
+    copied._buffers = dict(sae._buffers)
+    copied._parameters = {
         name: None
         if value is None
         else torch.nn.Parameter(
@@ -373,23 +293,18 @@ def _with_parameters(sae: SAE[Any], parameters: dict[str, Tensor], plain: bool =
         )
         for name, value in sae._parameters.items()
     }
-    cfg = copy.deepcopy(sae.cfg)
-    cfg.dtype = dtype_to_str(dtype)
-    if not isinstance(sae, Transcoder):
-        cfg.apply_b_dec_to_input = True
-    if _ranks_by_decoder_norm(sae):
-        cfg.rescale_acts_by_decoder_norm = False  # pyright: ignore[reportAttributeAccessIssue]
-    state.update(cfg=cfg, dtype=dtype)
-    # a compiled forward pass is bound to the SAE that it was compiled for; the others belong to
-    # training in whitened coordinates
-    for name in ("training_forward_pass", "whitening", "trainer"):
-        state.pop(name, None)
-    if plain:
-        state.pop("sparsity_norms", None)
-    if "mse_loss_fn" in state:
-        state["mse_loss_fn"] = mse_loss
-    object.__setattr__(copied, "__dict__", state)
+    copied.cfg, copied.dtype = copy.deepcopy(sae.cfg), dtype
+    copied.cfg.dtype = dtype_to_str(dtype)
+    # a compiled step is bound to the SAE that it was compiled for
+    vars(copied).pop("training_forward_pass", None)
     return copied
+
+
+def _leave_whitened_space(sae: SAE[Any]) -> None:
+    """Have an SAE that this package was training, and whose weights are plain now, a stock one."""
+    leave = getattr(sae, "leave_whitened_space", None)
+    if leave is not None:
+        leave()
 
 
 def _take_over(sae: SAE[Any], new: SAE[Any]) -> None:
@@ -421,17 +336,14 @@ def _compare(
     # fold's, and the values of bfloat16 weights are float32 values too
     dtype = folded.W_enc.dtype
     x = activations.to(folded.W_enc.device, dtype)
-    reference = _with_parameters(
-        sae,
-        {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None},
-        plain=False,
+    reference = _copy_with(
+        sae, {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None}
     )
     # heads are flat already; and the closures that flatten them belong to `sae`
     for copied in (reference, folded):
         copied.turn_off_forward_pass_hook_z_reshaping()
-    # the copy keeps the flags of a folded cfg; here the unfolded ones count
-    reference.cfg = copy.deepcopy(sae.cfg)
-    reference.cfg.dtype = dtype_to_str(dtype)
+    architecture = describe(sae)
+    weights, folded_weights = map(architecture.affine_weights, (reference, folded))
 
     eps = torch.finfo(dtype).eps
     offset = float(out.mean.norm() / out.covariance_eigenvalues.sum().sqrt())
@@ -441,13 +353,14 @@ def _compare(
 
     # sums of squares and counts: a few activations at a time, for latents are many
     sums: dict[str, float] = defaultdict(float)
-    norms = _ranking_norms(reference).to(dtype) if _ranks_by_decoder_norm(sae) else None
+    norms = None if weights.decoder_norms is None else weights.decoder_norms.to(dtype)
     with full_precision(x.device):
         for rows in x.split(64):
             pre, latents = _encode(reference, whitening.whiten(rows))
             pre = pre if norms is None else pre * norms
             new_pre, new_latents = _encode(folded, rows)
-            skip, new_skip = _skipped(reference, whitening.whiten(rows)), _skipped(folded, rows)
+            skip = _skipped(weights, whitening.whiten(rows))
+            new_skip = _skipped(folded_weights, rows)
             output = out.dewhiten(reference.decode(latents) + skip)
             active, new_active = latents != 0, new_latents != 0
             for name, value in (
@@ -488,11 +401,9 @@ def _encode(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
     return captured[-1], latents.to_dense() if latents.is_sparse else latents
 
 
-def _skipped(sae: SAE[Any], x: Tensor) -> Tensor | float:
+def _skipped(weights: AffineWeights, x: Tensor) -> Tensor | float:
     """What a skip transcoder adds to its decoder's output."""
-    if isinstance(sae, (SkipTranscoder, JumpReLUSkipTranscoder)):
-        return x @ sae.W_skip.T
-    return 0.0
+    return 0.0 if weights.W_skip is None else x @ weights.W_skip.T
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from sae_whiten.architectures._checks import require_number
 from sae_whiten.architectures.dead_latents import dead_latents_loss
+from sae_whiten.architectures.description import Architecture, register
 
 __all__ = [
     "TopAFASAE",
@@ -77,8 +78,6 @@ class TopAFASAE(SAE[TopAFASAEConfig]):
     """
     An inference-only sparse autoencoder with as many latents as the norm of the input asks for.
     """
-
-    whitening_not_foldable_because = _WHY_NOT_FOLDABLE
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -164,8 +163,6 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     Besides SAELens' losses a step has `afa_loss`, with its coefficient, and the AuxK loss; and, if
     it is logged, the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
     """
-
-    whitening_not_foldable_because = _WHY_NOT_FOLDABLE
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,3 +340,8 @@ def _sorted(contributions: Tensor, norm: Tensor, n: int) -> tuple[Tensor, Tensor
         decided = torch.ones_like(decided)
     # argmin takes the first of equals
     return indices, (norms - norm[:, None]).abs_().argmin(dim=-1) + 1, decided
+
+
+register(
+    Architecture(sae_classes=(TopAFASAE, TopAFATrainingSAE), not_foldable_because=_WHY_NOT_FOLDABLE)
+)

@@ -17,7 +17,7 @@ authors' code multiplies the mean KL by the mean norm instead.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Integer
@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_whiten.architectures._checks import require_number
+from sae_whiten.architectures.description import register
+from sae_whiten.architectures.topk import TOPK
+from sae_whiten.folding import AffineWeights
 
 __all__ = ["TopKVSAETrainingConfig", "TopKVSAETrainingSAE", "kl_to_standard_normal"]
 
@@ -155,9 +158,6 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     cfg: TopKVSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     W_var: nn.Parameter
     b_var: nn.Parameter
-
-    # for folding: matrices that read the input as W_enc does, and their biases
-    further_encoders: ClassVar[dict[str, str]] = {"W_var": "b_var"}
 
     def __init__(self, cfg: TopKVSAETrainingConfig, use_error_term: bool = False):
         self._step: _Posterior | None = None
@@ -441,3 +441,35 @@ def _overlap(
     both = (active[0] & active[1]).sum(dim=-1)
     # no latent active in either: nothing differs
     return torch.where(union > 0, both / union.clamp(min=1), torch.ones_like(both / union))
+
+
+def _affine_weights(sae: TopKVSAETrainingSAE) -> AffineWeights:
+    weights = TOPK.affine_weights(sae)
+    if sae.cfg.variance != "learned":
+        return weights
+    log_variance = {("W_var", "b_var"): (sae.W_var.data, sae.b_var.data)}
+    return replace(weights, further_encoders=log_variance)
+
+
+def _why_not_original_norms(cfg: Any) -> str:
+    return "topk_vsae compares its latents with a prior, in whitened coordinates"
+
+
+def _comparison_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
+    return {
+        "kl_warm_up_steps": n_steps // 10,  # as in the paper
+        # latents are in the unit of the activations
+        "initial_logvar": TopKVSAETrainingConfig.initial_logvar + 2 * math.log(seen),
+    }
+
+
+register(
+    replace(
+        TOPK,
+        sae_classes=(TopKVSAETrainingSAE,),
+        affine_weights=_affine_weights,
+        why_not_original_norms=_why_not_original_norms,
+        scaled_fields={"kl_coefficient": 2},
+        comparison_options=_comparison_options,
+    )
+)

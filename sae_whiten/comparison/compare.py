@@ -25,9 +25,8 @@ from transformer_lens import HookedRootModule
 
 from sae_whiten._files import atomic_path, write_json
 from sae_whiten._redaction import redacted
-from sae_whiten.architectures import TopKVSAETrainingConfig
+from sae_whiten.architectures import TopKVSAETrainingConfig, describe
 from sae_whiten.architectures.folding import why_not_foldable
-from sae_whiten.architectures.losses import why_not_original_norms
 from sae_whiten.comparison.data import (
     describe_activations,
     describe_rows,
@@ -203,7 +202,7 @@ class Comparison:
         reason = why_not_foldable(sae_class)
         if reason is None and config.sparsity_norms == "original":
             first = _of_every_sparsity(self, architecture, condition)[0]
-            reason = why_not_original_norms(sae_class, _sae_config(self, first))
+            reason = describe(sae_class).why_not_original_norms(_sae_config(self, first))
         return reason
 
     @property

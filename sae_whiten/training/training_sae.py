@@ -9,27 +9,23 @@ touched, nor is any other SAE.
 import functools
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from numpy.typing import NDArray
 from sae_lens import TrainingSAE
-from sae_lens.saes.sae import TrainingSAEConfig, mse_loss
+from sae_lens.saes.sae import TrainingSAEConfig, TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
 
 from sae_whiten._files import load_tensors, save_tensors
+from sae_whiten.architectures.description import describe
 from sae_whiten.architectures.folding import (
     FoldError,
     fold_whitening_into_weights,
     folded_copy,
     why_not_foldable,
 )
-from sae_whiten.architectures.losses import (
-    ReconstructionMetric,
-    SparsityNorms,
-    losses_for,
-    why_not_original_norms,
-)
+from sae_whiten.architectures.losses import ReconstructionMetric, SparsityNorms
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.whitening import Whitening
 
@@ -58,8 +54,6 @@ _DECIDES_WHAT_WEIGHTS_MEAN = (
     "variance",
 )
 
-_Base = TrainingSAE[Any] if TYPE_CHECKING else object
-
 
 @runtime_checkable
 class FoldingTrainer(Protocol):
@@ -72,13 +66,21 @@ class FoldingTrainer(Protocol):
         ...
 
 
-class _WhitenedTrainingSAE(_Base):
+class _WhitenedTrainingSAE(TrainingSAE[Any]):
     """What every training SAE does otherwise while its weights are in whitened coordinates."""
 
     stock_class: type[TrainingSAE[Any]]
     whitening: Whitening | None
     trainer: "weakref.ref[FoldingTrainer] | None"
     sparsity_norms: SparsityNorms | None
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The fast step of the architecture where it has one and takes this step."""
+        architecture = describe(self.stock_class)
+        output = None
+        if architecture.fast_step is not None and self.stock_class in architecture.sae_classes:
+            output = architecture.fast_step(self, step_input)
+        return super().training_forward_pass(step_input) if output is None else output
 
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save a folded copy: a plain SAE for raw activations.
@@ -140,8 +142,13 @@ class _WhitenedTrainingSAE(_Base):
 
 
 @functools.cache
-def _whitened_class(stock_class: type[TrainingSAE[Any]]) -> type[Any]:
-    bases = (_WhitenedTrainingSAE, *losses_for(stock_class), stock_class)
+def _whitened_class(stock_class: type[TrainingSAE[Any]]) -> type[_WhitenedTrainingSAE]:
+    losses = describe(stock_class).losses or TrainingSAE
+    bases = (_WhitenedTrainingSAE, stock_class)
+    if not issubclass(stock_class, losses):
+        bases = (_WhitenedTrainingSAE, losses, stock_class)
+    # made at run time, for a user's own subclass of a stock class has to be among its bases: the
+    # methods that it overrides are trained, and isinstance holds for whoever asks
     return type(f"Whitened{stock_class.__name__}", bases, {"stock_class": stock_class})
 
 
@@ -169,6 +176,8 @@ def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None =
             "this SAE's training_forward_pass was replaced (torch.compile?) before its trainer was "
             "made. Compile it afterwards, or set compile_sae=True in the runner's config."
         )
+    # A copy to train on would leave the caller's reference with the initial weights, which it could
+    # save and fold as if they were trained; and would double the memory and lose its hooks.
     sae.__class__ = _whitened_class(type(sae))
     assert isinstance(sae, _WhitenedTrainingSAE)
     sae.whitening = sae.trainer = sae.sparsity_norms = None
@@ -200,7 +209,7 @@ def set_whitening(
 def _check_sparsity_norms(sae: TrainingSAE[Any], config: WhiteningConfig) -> None:
     if config.sparsity_norms == "whitened":
         return
-    reason = why_not_original_norms(type(sae), sae.cfg)
+    reason = describe(sae).why_not_original_norms(sae.cfg)
     if reason is not None:
         raise ValueError(
             f"WhiteningConfig.sparsity_norms={config.sparsity_norms!r}: {reason}; leave it at "

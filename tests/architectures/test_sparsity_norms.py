@@ -1,14 +1,16 @@
 """Sparsity by decoder norms of the original space, against stock SAEs that live there."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, TopKTrainingSAE
 from sae_lens.saes.sae import TrainingSAE, TrainStepInput
 from torch import Tensor
 
 from sae_whiten import FoldError, Whitening, WhiteningConfig, WhiteningTrainer
+from sae_whiten.architectures import describe, description
 from sae_whiten.architectures.folding import fold_whitening_into_weights, folded_copy
 from sae_whiten.architectures.losses import SparsityNorms
 from sae_whiten.training.training_sae import enter_whitened_space, set_whitening
@@ -166,19 +168,18 @@ def test_the_fold_is_exact(architecture, kind, data, tmp_path):
 
 
 def test_the_proof_sees_a_fold_of_the_wrong_norms(monkeypatch):
-    from sae_whiten.architectures import folding
-
     x = nasty(2000, D)
     whitening = whitening_of(x, WhiteningConfig(sparsity_norms="original"))
     sae, _ = in_whitened_space("topk", whitening)
-    right = folding._weights
+    right = describe("topk")
 
     def wrong(sae: Any) -> Any:
-        weights = right(sae)
-        weights.decoder_norms = sae.W_dec.data.norm(dim=1).double()
-        return weights
+        norms = sae.W_dec.data.norm(dim=1).double()
+        return replace(right.affine_weights(sae), decoder_norms=norms)
 
-    monkeypatch.setattr(folding, "_weights", wrong)
+    monkeypatch.setitem(
+        description._DESCRIPTIONS, TopKTrainingSAE, replace(right, affine_weights=wrong)
+    )
     with pytest.raises(FoldError, match="failed its proof"):
         fold_whitening_into_weights(sae, whitening, activations=x[:200].double())
 

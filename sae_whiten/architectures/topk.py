@@ -1,0 +1,155 @@
+"""topk (Gao et al. 2024, arXiv 2406.04093), abstopk and batchtopk: the largest latents are kept.
+
+With `rescale_acts_by_decoder_norm` latents are ranked by pre-activation times decoder norm, and are
+in units of these norms. Whitening changes norms, so the fold takes them into the encoder first.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import (
+    AbsTopKSAE,
+    AbsTopKTrainingSAE,
+    BatchTopKTrainingSAE,
+    TopKSAE,
+    TopKTrainingSAE,
+)
+from sae_lens.saes.abstopk_sae import calculate_abstopk_aux_acts
+from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
+from torch import Tensor
+
+from sae_whiten.architectures.dead_latents import dead_latents_loss
+from sae_whiten.architectures.description import Architecture, read_weights, register
+from sae_whiten.architectures.losses import SparsityNorms
+from sae_whiten.folding import AffineWeights
+
+__all__ = ["TOPK", "TopKLosses"]
+
+
+class TopKLosses(TopKTrainingSAE):
+    """Ranking by norms of either space, and the AuxK error measured like the main one.
+
+    Latents are in units of the norms that they are ranked by. They are brought to SAELens' units,
+    those of the norms in whitened space, wherever SAELens decodes them.
+    """
+
+    sparsity_norms: SparsityNorms | None
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """SAELens' own, but for the norms."""
+        if self.sparsity_norms is None:
+            return super().encode_with_hidden_pre(x)
+        hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
+        hidden_pre = hidden_pre * self.sparsity_norms(self.W_dec)
+        return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """SAELens' own, of latents in the units of this SAE."""
+        return super().decode(self.in_stock_units(feature_acts))
+
+    def in_stock_units(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """Latents in units of the decoder norms in whitened space."""
+        if self.sparsity_norms is None:
+            return acts
+        return acts * (self.W_dec.norm(dim=-1) / self.sparsity_norms(self.W_dec))
+
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """AuxK, see `dead_latents_loss`."""
+        return self.auxk_loss(
+            sae_in, sae_out, hidden_pre, dead_neuron_mask, calculate_topk_aux_acts
+        )
+
+    def auxk_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+        select: Any,
+    ) -> Tensor:
+        """AuxK, for a way to `select` among the dead latents."""
+        if dead_neuron_mask is None:
+            return sae_out.new_tensor(0.0)
+        loss = dead_latents_loss(
+            self.mse_loss_fn,
+            (sae_in - sae_out).detach(),
+            hidden_pre,
+            dead_neuron_mask,
+            select,
+            lambda acts: act_times_W_dec(
+                self.in_stock_units(acts), self.W_dec, self.cfg.rescale_acts_by_decoder_norm
+            ),
+        )
+        return self.cfg.aux_loss_coefficient * loss
+
+
+class AbsTopKLosses(TopKLosses, AbsTopKTrainingSAE):
+    """The same for latents of either sign."""
+
+    def calculate_abstopk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """AuxK, see `dead_latents_loss`."""
+        return self.auxk_loss(
+            sae_in, sae_out, hidden_pre, dead_neuron_mask, calculate_abstopk_aux_acts
+        )
+
+
+def _affine_weights(sae: Any) -> AffineWeights:
+    return replace(read_weights(sae), decoder_norms=_ranking_norms(sae))
+
+
+def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"] | None:
+    """The norms that latents are ranked by, if they are: float64, at least 1e-8 as in SAELens."""
+    if not sae.cfg.rescale_acts_by_decoder_norm:
+        return None
+    W_dec = sae.W_dec.data
+    # of an SAE that is being trained with sparsity_norms="original"
+    in_original_space = getattr(sae, "sparsity_norms", None)
+    if in_original_space is None:
+        norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
+    else:
+        norms = in_original_space(W_dec.to(torch.promote_types(W_dec.dtype, torch.float32)))
+    return norms.double().clamp(min=1e-8)
+
+
+def _why_not_original_norms(cfg: Any) -> str | None:
+    if cfg.rescale_acts_by_decoder_norm:
+        return None
+    name = cfg.architecture()
+    return f"{name} with rescale_acts_by_decoder_norm=False ranks latents without their norms"
+
+
+def _batchtopk_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
+    # 0.01, SAELens' default, has not converged after a few hundred steps
+    return {"topk_threshold_lr": max(0.01, min(0.05, 20 / max(n_steps, 1)))}
+
+
+TOPK = Architecture(
+    sae_classes=(TopKSAE, TopKTrainingSAE),
+    affine_weights=_affine_weights,
+    set_by_fold={"rescale_acts_by_decoder_norm": False},
+    losses=TopKLosses,
+    why_not_original_norms=_why_not_original_norms,
+    sparsity_field="k",
+    sparsity_is_exact=True,
+)
+ABSTOPK = replace(TOPK, sae_classes=(AbsTopKSAE, AbsTopKTrainingSAE), losses=AbsTopKLosses)
+# in latent units, its threshold stays what it is
+BATCHTOPK = replace(
+    TOPK, sae_classes=(BatchTopKTrainingSAE,), comparison_options=_batchtopk_options
+)
+for _each in (TOPK, ABSTOPK, BATCHTOPK):
+    register(_each)
