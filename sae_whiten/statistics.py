@@ -21,6 +21,7 @@ from jaxtyping import Float
 from scipy.linalg.blas import dsyrk  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
+from sae_whiten import _hub
 from sae_whiten._files import (
     count_field,
     load_tensors,
@@ -282,9 +283,7 @@ class ActivationStatistics:
             ValueError: `hook_name` is None, and the repo holds several.
             CorruptFileError: The file is truncated, foreign or was changed.
         """
-        from sae_whiten.estimation.hub import download_statistics
-
-        return cls.load(download_statistics(repo_id, hook_name, revision))
+        return cls.load(_hub.download(repo_id, hook_name, revision))
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
         """Upload to the Hugging Face hub, as the file of the hook that `provenance` names.
@@ -304,11 +303,13 @@ class ActivationStatistics:
             OSError: The hub cannot be reached, or refuses: no token, or none with the right to
                 write.
         """
-        from sae_whiten.estimation.hub import push_folder
-
+        hook_name = self.provenance.get("hook_name")
+        if not isinstance(hook_name, str):
+            raise ValueError("these statistics do not name their hook: set provenance['hook_name']")
         with tempfile.TemporaryDirectory() as folder:
-            self.save(Path(folder) / "statistics.safetensors")
-            return push_folder(folder, repo_id, private)
+            file = Path(folder) / "statistics.safetensors"
+            self.save(file)
+            return _hub.upload({hook_name: (file, type(self).load(file))}, repo_id, private)
 
     def _to(self, device: torch.device) -> None:
         if self._mean.device != device:

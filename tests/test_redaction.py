@@ -25,8 +25,8 @@ from sae_whiten._files import load_tensors, save_tensors, write_json
 from sae_whiten._redaction import redacted
 from sae_whiten.cli import main
 from sae_whiten.comparison.report import write_report
-from sae_whiten.estimation.hub import push_folder
-from sae_whiten.estimation.provenance import provenance_of, statistics_file
+from sae_whiten.estimation.folders import push_folder, statistics_file
+from sae_whiten.estimation.provenance import provenance_of
 from tests.support import friendly, runner_config, tiny_dataset, tiny_model, training_sae
 from tests.training.test_runner import FEW, runner
 

@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nsaved in {args.out}")
     source = str(args.out)
     if args.push_to_hub is not None:
-        from sae_whiten.estimation.hub import push_folder
+        from sae_whiten.estimation.folders import push_folder
 
         source = args.push_to_hub
         print(f"uploaded: {push_folder(args.out, source)}")

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(sources: Iterable[str]) -> "dict[str, ActivationStatistics]":
-    from sae_whiten.estimation.hub import find_all_statistics
+    from sae_whiten.estimation.folders import find_all_statistics
     from sae_whiten.statistics import ActivationStatistics
 
     found = {}

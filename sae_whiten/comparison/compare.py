@@ -36,7 +36,7 @@ from sae_whiten.comparison.data import (
 )
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.fit import fit_statistics
-from sae_whiten.estimation.provenance import statistics_file
+from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.statistics import ActivationStatistics

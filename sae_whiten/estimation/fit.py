@@ -22,10 +22,16 @@ from sae_lens.config import HfDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten._files import count_field, load_tensors, reading_content, save_tensors
+from sae_whiten._files import (
+    check_writable,
+    count_field,
+    load_tensors,
+    reading_content,
+    save_tensors,
+)
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.distributed import Processes
-from sae_whiten.estimation.provenance import statistics_file
+from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.estimation.sources import (
     ActivationSource,
     CachedActivations,
@@ -177,6 +183,10 @@ def fit_statistics(
             shard=(processes.rank, processes.world_size),
         )
     )
+    if out is not None:
+        check_writable(out)
+        for name in source.hook_names:
+            statistics_file(out, name)  # refuses a name that no file can have, before hours of work
     record: dict[str, Any] = {
         **reading,
         "exclude_special_tokens": exclude_special_tokens,

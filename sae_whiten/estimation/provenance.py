@@ -8,10 +8,10 @@ from typing import Any
 from sae_lens.saes.sae import SAEConfig
 
 from sae_whiten._redaction import redacted
-from sae_whiten.estimation.hub import find_statistics, statistics_file
+from sae_whiten.estimation.folders import find_statistics
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["load_statistics", "provenance_of", "statistics_file"]
+__all__ = ["load_statistics", "provenance_of"]
 
 _FIELDS = (
     "model_name",

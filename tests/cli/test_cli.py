@@ -549,7 +549,7 @@ def test_train_takes_what_fit_wrote_unless_it_was_fitted_otherwise(
     def refuse(*args: Any, **kwargs: Any) -> str:
         raise OSError("the hub does not answer")
 
-    monkeypatch.setattr("sae_whiten.estimation.hub.push_folder", refuse)
+    monkeypatch.setattr("sae_whiten.estimation.folders.push_folder", refuse)
     stats = str(tmp_path / "stats")
     fit = [
         *["fit", "--model-class-name", "AutoModelForCausalLM", "--model-name", f"{tmp_path}/model"],

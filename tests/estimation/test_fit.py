@@ -10,7 +10,7 @@ from transformer_lens import HookedTransformer
 from sae_whiten import ActivationStatistics, NonFiniteActivationsError
 from sae_whiten.cli import main
 from sae_whiten.estimation.fit import fit_statistics
-from sae_whiten.estimation.provenance import statistics_file
+from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.estimation.sources import match_hooks
 from tests.support import runner_config, tiny_dataset, tiny_model
 

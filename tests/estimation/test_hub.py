@@ -12,7 +12,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAEConfig
 
 from sae_whiten import ActivationStatistics, CorruptFileError, WhiteningConfig
 from sae_whiten.cli import main
-from sae_whiten.estimation.hub import (
+from sae_whiten.estimation.folders import (
     find_all_statistics,
     find_statistics,
     push_folder,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_whiten import ActivationStatistics, CorruptFileError, WhiteningConfig, fit_statistics
-from sae_whiten.estimation.provenance import statistics_file
+from sae_whiten.estimation.folders import statistics_file
 from tests.support import friendly, tiny_dataset, tiny_model
 from tests.training.test_runner import runner
 

@@ -1,0 +1,125 @@
+"""Folders of statistics, one file per hook, and where statistics of a hook are found."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from sae_whiten import _hub
+from sae_whiten._redaction import redacted
+from sae_whiten.statistics import ActivationStatistics
+
+__all__ = ["find_all_statistics", "find_statistics", "push_folder", "statistics_file"]
+
+_OF_A_RUN = "activation_statistics.safetensors"
+
+
+def statistics_file(directory: str | Path, hook_name: str) -> Path:
+    """The file to write a hook's statistics to; always directly in the folder.
+
+    Raises:
+        ValueError: The name is empty or too long.
+    """
+    return Path(directory) / _hub.file_name(hook_name)
+
+
+def find_statistics(source: str | Path, hook_name: str | None) -> Path:
+    """The file of a hook's statistics, downloaded if need be.
+
+    Args:
+        source: A file, a folder with one file for each hook, the folder that a training run wrote,
+            or a repo of the Hugging Face hub, "user/name" or "user/name@revision". What exists on
+            disk goes before the hub.
+        hook_name: Name of the hook; None if it is not known, which is no matter where `source` is a
+            file.
+
+    Raises:
+        FileNotFoundError: `source` is none of these, or holds nothing of this hook.
+        ConnectionError: The hub cannot be reached, and the file was not downloaded before.
+        ValueError: `hook_name` is None, and `source` does not hold a single file.
+    """
+    path = Path(source)
+    if not path.exists():
+        with _not_a_path_either(source):
+            repo_id, revision = _hub.repo_and_revision(source)
+            return _hub.download(repo_id, hook_name, revision)
+    if not path.is_dir():
+        return path
+    if (path / _OF_A_RUN).is_file():
+        return path / _OF_A_RUN
+    if hook_name is None:
+        raise ValueError(f"{path} is a folder, and the hook is not known: give the file itself")
+    for name in _hub.file_names(hook_name):
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(_hub.no_such_hook(path, hook_name, [p.name for p in path.iterdir()]))
+
+
+def find_all_statistics(source: str | Path) -> list[Path]:
+    """The files of all hooks' statistics in a file, folder or repo; as for `find_statistics`.
+
+    In the folder that a training run wrote, that is its statistics alone, not its weights.
+
+    Raises:
+        FileNotFoundError: `source` is neither a path nor a repo, or holds no statistics.
+        ConnectionError: The hub cannot be reached, and nothing was downloaded before.
+    """
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        with _not_a_path_either(source):
+            path = _hub.download_all(*_hub.repo_and_revision(source))
+    if (path / _OF_A_RUN).is_file():
+        return [path / _OF_A_RUN]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{source} holds no statistics")
+    return files
+
+
+def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
+    """Upload a folder of statistics to the Hugging Face hub, in one commit.
+
+    The repo is made if there is none, and gets a README.md if it has none; other files in it stay.
+
+    Args:
+        folder: Where the statistics are, as `sae-whiten fit` writes them.
+        repo_id: "user/name".
+        private: Whether a new repo is private; None: the default of the account.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        FileNotFoundError: The folder holds no statistics.
+        CorruptFileError: A file is truncated, foreign or was changed.
+        ValueError: A file does not name its hook or holds a secret, or the repo is public and was
+            to be private.
+        OSError: The hub cannot be reached, or refuses: no token, or none with the right to write.
+    """
+    by_hook: dict[str, tuple[Path, ActivationStatistics]] = {}
+    for file in find_all_statistics(Path(folder).resolve(strict=True)):
+        found = ActivationStatistics.load(file)
+        hook_name = found.provenance.get("hook_name")
+        if not isinstance(hook_name, str):
+            raise ValueError(
+                f"{file} does not say of which hook it is: set provenance['hook_name']"
+            )
+        if hook_name in by_hook:
+            raise ValueError(f"{file} is of {hook_name}, like another file beside it")
+        if redacted(found.provenance) != found.provenance:
+            raise ValueError(
+                f"{file} holds an access token or a password in its provenance: load it and save "
+                "it again, which leaves that out"
+            )
+        by_hook[hook_name] = file, found
+    return _hub.upload(by_hook, repo_id, private)
+
+
+@contextlib.contextmanager
+def _not_a_path_either(source: str | Path) -> Iterator[None]:
+    """Say in errors about a repo that there is no such path, for it may have been meant."""
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError) as error:
+        raise type(error)(f"there is no file or folder {source}, and {error}") from error
