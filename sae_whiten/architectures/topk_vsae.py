@@ -27,6 +27,7 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput,
 from torch import Tensor, nn
 from typing_extensions import override
 
+from sae_whiten._checks import FieldError
 from sae_whiten.architectures._checks import require_number
 from sae_whiten.architectures.description import register
 from sae_whiten.architectures.topk import TOPK
@@ -112,7 +113,7 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
         require_number(self, "kl_warm_up_steps", whole=True)
         require_number(self, "k", whole=True, least=1)
         if self.k > self.d_sae:
-            raise ValueError(f"k={self.k}: there are {self.d_sae} latents")
+            raise FieldError("k", self.k, f"there are {self.d_sae} latents (d_sae)")
         if not isinstance(self.relu_mean, bool):
             raise ValueError(f"relu_mean={self.relu_mean!r}: True or False")
         number = isinstance(self.initial_logvar, (int, float))

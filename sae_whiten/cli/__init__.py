@@ -9,14 +9,18 @@ slow (torch, sae_lens) in `run`.
 
 import argparse
 import contextlib
+import dis
+import errno
 import importlib
 import logging
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from inspect import getdoc
+from typing import NoReturn
 
 from sae_whiten import __version__
+from sae_whiten._checks import FieldError
 
 __all__ = ["main"]
 
@@ -55,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        Exit status: 0 success, 2 wrong usage or input, 130 interrupted by Ctrl-C.
+        Exit status: 0 success, 1 failure, 2 wrong usage or input, 130 interrupted by Ctrl-C.
 
     Raises:
         SystemExit: From argparse (help, wrong usage) and from a run that was ended by a signal.
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     command = importlib.import_module(f"sae_whiten.cli.{args.command}")
-    command_parser = argparse.ArgumentParser(
+    command_parser = _Parser(
         prog=f"sae-whiten {args.command}",
         description=getdoc(command),
         epilog=getattr(command, "EPILOG", None),
@@ -94,10 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{command_parser.prog}: interrupted", file=sys.stderr)
             return 130
         except Exception as error:
-            if args.verbose or not _is_user_error(error):
+            status, message = _outcome(error, command_parser)
+            if args.verbose or message is None:
                 traceback.print_exc()
-            print(f"{command_parser.prog}: error: {error}", file=sys.stderr)
-            return 2 if _is_user_error(error) else 1
+            print(f"{command_parser.prog}: error: {message or error}", file=sys.stderr)
+            return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was wrong in one line, without a usage of thirty flags in front."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows all flags)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,11 +144,64 @@ def _add_logging_arguments(parser: argparse.ArgumentParser, default: object) -> 
     )
 
 
+def _outcome(error: Exception, parser: argparse.ArgumentParser) -> tuple[int, str | None]:
+    """The exit status for an error, and what to tell; None where only its traceback tells it."""
+    if _is_full_disk(error):
+        return 1, f"the disk is full, or its quota used up; free some space ({error})"
+    if isinstance(error, FieldError):
+        name = error.field.rpartition(".")[2]
+        flags = {action.dest: action.option_strings for action in parser._actions}
+        # those of SAELens, which this parser does not know, are named like the fields
+        flag = flags.get(name, [f"--{name}"])[-1]
+        return 2, f"{flag} {error.value}: {error.problem}"
+    return (2, str(error)) if _is_user_error(error) else (1, None)
+
+
 def _is_user_error(error: Exception) -> bool:
     """Whether the message alone tells what to do, and a traceback would only hide it."""
-    # OSError: what is raised for missing files and for models and data sets that cannot be loaded
-    usual = isinstance(error, (ValueError, OSError, argparse.ArgumentError))
-    return usual or type(error).__module__.startswith("sae_whiten.")
+    if type(error).__module__.startswith("sae_whiten."):
+        return True
+    # what is raised for missing files and for models and data sets that cannot be loaded
+    if isinstance(error, (OSError, argparse.ArgumentError)):
+        return True
+    return isinstance(error, ValueError) and _is_deliberate(error)
+
+
+_NUMERICAL_LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "pandas")
+
+
+def _is_deliberate(error: Exception) -> bool:
+    """Whether a `raise` statement outside the numerical libraries raised it.
+
+    These libraries complain of shapes and dtypes, which no user of a command has given.
+    """
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    if tb is None:
+        return True
+    library = tb.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    # an extension in C raises from within the line that calls it
+    instruction = dis.opname[tb.tb_frame.f_code.co_code[tb.tb_lasti]]
+    return library not in _NUMERICAL_LIBRARIES and instruction == "RAISE_VARARGS"
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether writing failed, here or in what led to this error, for want of space."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in numbers:
+            return True
+        # safetensors and PyTorch raise errors of their own, with the number in the text if at all
+        text = str(error)
+        if type(error).__name__ == "SafetensorError" and any(
+            f"(os error {number})" in text for number in numbers
+        ):
+            return True
+        if isinstance(error, RuntimeError) and "inline_container" in text and "fail" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _ProgressBarHandler(logging.Handler):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_whiten._checks import require_context, require_device
 from sae_whiten.cli._values import json_object
 
 if TYPE_CHECKING:
@@ -69,8 +70,9 @@ def load_saes(paths: Iterable[str], device: str) -> "dict[str, SAE[Any]]":
     """SAEs by their paths, each a folder or release/sae_id.
 
     Raises:
-        ValueError: A path is neither.
+        ValueError: A path is neither, or there is no such device.
     """
+    require_device("device", device)
     return {path.rstrip("/"): _load_sae(path, device) for path in paths}
 
 
@@ -110,11 +112,18 @@ def model_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> di
     }
 
 
-def load_model_of(source: Mapping[str, Any], device: str) -> Any:
-    """The model of a `model_source`."""
+def load_model_of(source: Mapping[str, Any], device: str, context_size: int | None = None) -> Any:
+    """The model of a `model_source`.
+
+    Raises:
+        ValueError: It cannot read sequences of `context_size`.
+    """
     from sae_lens.load_model import load_model
 
-    return load_model(**source, device=device)
+    model = load_model(**source, device=device)
+    if context_size is not None:
+        require_context(context_size, model)
+    return model
 
 
 def dataset_path_of(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> str:

@@ -9,9 +9,12 @@ __all__ = ["json_object", "positive"]
 
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, at least 1")
     return number
 
 

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     source = model_source(args, saes)
     dataset_path = dataset_path_of(args, saes)
     dataset = open_dataset_of(args, dataset_path)
-    model = load_model_of(source, args.device)
+    model = load_model_of(source, args.device, args.context_size)
     results = evaluate_afa(
         saes,
         model,

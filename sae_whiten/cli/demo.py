@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_whiten.cli._values import positive
 from sae_whiten.evaluation import source_code
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=_positive,
+        type=positive,
         default=130_000,
         metavar="N",
         help="tokens to train each SAE on; more explain more variance and take longer "
@@ -135,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--d-sae",
-        type=_positive,
+        type=positive,
         default=3072,
         metavar="N",
         help="latents in each SAE's dictionary; a multiple of the 384 dimensions of the "
@@ -143,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--k",
-        type=_positive,
+        type=positive,
         default=32,
         metavar="N",
         help="latents that may be active for one token (its L0); fewer are easier to interpret "
@@ -472,9 +473,3 @@ def _interruptible() -> Iterator[None]:
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-
-
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a positive integer")
-    return int(value)

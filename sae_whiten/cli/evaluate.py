@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     dataset_path = dataset_path_of(args, saes)
     labels = None if args.no_probing else _labels(args)
     dataset = open_dataset_of(args, dataset_path)
-    model = load_model_of(source, args.device)
+    model = load_model_of(source, args.device, args.context_size)
     records = evaluate_saes(
         saes,
         model,

@@ -153,7 +153,7 @@ def _firing(
     dataset = open_dataset_of(args, dataset_path)
     firing = measure_firing(
         saes,
-        load_model_of(model_arguments, args.device),
+        load_model_of(model_arguments, args.device, args.context_size),
         dataset,
         activations=args.of == "activations",
         n_tokens=args.n_tokens,

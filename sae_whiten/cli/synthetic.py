@@ -58,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=float, default=3e-4, help="learning rate (default: %(default)s)")
     add(
         "--condition-number",
+        dest="condition",
         type=float,
         default=1e4,
         metavar="NUMBER",
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--junk",
+        dest="n_junk",
         type=int,
         default=0,
         metavar="N",
@@ -79,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--nuisance",
+        dest="n_nuisance",
         type=int,
         default=0,
         metavar="RANK",
@@ -95,12 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train what has not been trained yet, print the table."""
-    for name in ("seeds", "steps", "jobs"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-
     from tqdm import tqdm
 
+    from sae_whiten._checks import require_device, require_number
     from sae_whiten._files import atomic_path
     from sae_whiten.lenses.figures import plot_recovery
     from sae_whiten.lenses.synthetic.data import SyntheticDataConfig
@@ -113,12 +113,16 @@ def run(args: argparse.Namespace) -> int:
         summarise,
     )
 
+    for name in ("seeds", "steps", "jobs"):
+        require_number(name, getattr(args, name))
+    require_number("lr", args.lr, least=0, whole=False)
+    require_device("device", args.device)
     template = SyntheticRun(
         data=SyntheticDataConfig(
-            condition=args.condition_number,
-            n_junk=args.junk,
+            condition=args.condition,
+            n_junk=args.n_junk,
             junk_variance=args.junk_variance,
-            n_nuisance=args.nuisance,
+            n_nuisance=args.n_nuisance,
         ),
         steps=args.steps,
         lr=args.lr,

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sae_whiten.cli._values import positive
 from sae_whiten.cli._whitening_flags import PREFIX, add_whitening_arguments, given_fields
 from sae_whiten.config import WhiteningConfig
 
@@ -97,12 +98,16 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     from sae_lens.llm_sae_training_runner import InterruptedException
     from sae_lens.registry import get_sae_training_class
 
+    from sae_whiten._checks import require_context
     from sae_whiten._redaction import redact_attributes
     from sae_whiten.architectures.folding import why_not_foldable
+    from sae_whiten.training.checks import check_runner_config
 
+    check_runner_config(cfg, {"sae": cfg.sae})
     try:
         runner = LanguageModelSAETrainingRunner(cfg, **_saved_dataset(cfg))
         redact_attributes(cfg)  # model and dataset are loaded
+        require_context(cfg.context_size, runner.model)
         runner.run()
     except InterruptedException as interruption:
         raise KeyboardInterrupt from interruption
@@ -161,6 +166,7 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
     runner_fields = dataclasses.fields(sae_lens.LanguageModelSAERunnerConfig)
     runner_flags = {field.name for field in runner_fields}
     arguments = [_as_saelens_spells(argument, runner_flags) for argument in arguments]
+    _require_positive(arguments)
     reason = _why_not_whitened(arguments)
     if reason is None:
         # in front, so that a value the user gives wins and can be refused below
@@ -184,6 +190,20 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
             "which trains under covariance_whitening. Leave the flag out, or train with SAELens."
         )
     return cfg
+
+
+def _require_positive(arguments: Sequence[str]) -> None:
+    """Refuse sizes below 1, some of which SAELens divides by as soon as it has parsed them.
+
+    Raises:
+        argparse.ArgumentError: One is; names the flag.
+    """
+    from sae_whiten.training.checks import POSITIVE_FIELDS
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    for name in (*POSITIVE_FIELDS, "wandb_log_frequency"):
+        parser.add_argument(f"--{name}", type=positive)
+    parser.parse_known_args(arguments)
 
 
 def _why_not_whitened(arguments: Sequence[str]) -> str | None:

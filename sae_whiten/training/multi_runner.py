@@ -20,11 +20,13 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.types import MultiHookDataProvider
 from transformer_lens import HookedRootModule
 
+from sae_whiten._checks import require_context
 from sae_whiten._files import write_json
 from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.training.activations_store import PackedActivationsStore, check_buffer
+from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
 from sae_whiten.training.running import (
     check_hook,
@@ -72,7 +74,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     Raises:
         ValueError: No SAE asks for whitening, a configuration is given for one that does not, the
-            buffer is smaller than a batch, or the model has no such hook.
+            buffer is smaller than a batch, or the model has no such hook. A `FieldError` where the
+            value of a field cannot work, as for `WhiteningTrainingRunner`.
         FoldError: No whitening can be folded into an architecture.
     """
 
@@ -93,6 +96,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         self.whitening_configs = _whitening_by_name(
             cfg, whitening, override_saes, self._needs_whitening
         )
+        trained = {name: sae.cfg for name, sae in (override_saes or {}).items()} or cfg.saes
+        check_runner_config(cfg, {f"saes[{name!r}]": sae for name, sae in trained.items()})
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
         super().__init__(
@@ -104,6 +109,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         redact_attributes(self.cfg)  # model and dataset are loaded
         for hook_name in dict.fromkeys(self.cfg.hook_names_per_sae.values()):
             check_hook(self.model, hook_name)
+        require_context(self.cfg.context_size, self.model)
         self.saes = dict(self.saes)
         for name, sae in self.saes.items():
             sae.cfg = copy.deepcopy(sae.cfg)

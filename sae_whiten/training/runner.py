@@ -16,10 +16,12 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import DataProvider
 from transformer_lens import HookedRootModule
 
+from sae_whiten._checks import require_context
 from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
+from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.running import (
     WHITENING_FILENAME,
     check_hook,
@@ -62,7 +64,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
     Raises:
         ValueError: The config does not ask for whitening, its buffer is smaller than a batch, the
             model has no such hook, or the architecture does not go with
-            `whitening.sparsity_norms`.
+            `whitening.sparsity_norms`. A `FieldError` where the value of a field cannot work: a
+            size below 1, k above d_sae, a device that is not there, a context too long for the
+            model.
         FoldError: No whitening can be folded into this architecture.
     """
 
@@ -90,6 +94,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
                 "set it to 'covariance_whitening', or use SAELens' LanguageModelSAETrainingRunner"
             )
         # before the model is loaded
+        check_runner_config(cfg, {"sae": sae_cfg})
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
         self.whitening_config = whitening
@@ -102,6 +107,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         redact_attributes(self.cfg)  # model and dataset are loaded
         if not self.cfg.use_cached_activations:
             check_hook(self.model, self.cfg.hook_name)
+            require_context(self.cfg.context_size, self.model)
         self.sae.cfg = copy.deepcopy(self.sae.cfg)
         self._requested = self.cfg
         self._start_from_folded = override_sae is None and self._check_pretrained()

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import importlib.util
 import json
 import logging
@@ -18,9 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 
 import sae_whiten
 from sae_whiten import ActivationStatistics, WhiteningConfig
@@ -33,6 +36,7 @@ TOPK = ["--architecture", "topk", "--d_in", "16", "--d_sae", "32"]
 class FakeRunner:
     """Records what it is called with and returns an SAE with the metadata of a real run."""
 
+    model = None
     cfg: Any
     whitening: Any
     options: dict[str, Any]
@@ -158,6 +162,117 @@ def test_bugs_keep_their_traceback(
     monkeypatch.setattr(train, "run", raising(RuntimeError("a bug")))
     assert main(["train"]) == 1
     assert capsys.readouterr().err.startswith("Traceback")
+
+
+def inside_torch(args: Namespace) -> int:
+    torch.distributions.Normal(torch.zeros(2), torch.zeros(3))
+    return 0
+
+
+def inside_a_library_in_c(args: Namespace) -> int:
+    np.dot(np.zeros(2), np.zeros(3))
+    return 0
+
+
+@pytest.mark.parametrize("run", [inside_torch, inside_a_library_in_c])
+def test_value_errors_of_numerical_libraries_keep_their_traceback(
+    run: Callable[[Namespace], int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(train, "run", run)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    ],
+    ids=["file", "safetensors", "torch.save"],
+)
+def test_a_full_disk_is_one_line_and_a_failure_that_is_not_the_users(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: Namespace) -> int:
+        try:
+            raise error
+        except Exception as cause:
+            raise ValueError("the SAE was not saved") from cause
+
+    for failing in (raising(error), run):
+        monkeypatch.setattr(train, "run", failing)
+        assert main(["train"]) == 1
+        err = capsys.readouterr().err
+        assert "the disk is full" in err
+        assert err.count("\n") == 1
+
+
+# all fields: tests/test_checks.py
+@pytest.mark.parametrize(
+    ("flags", "whitened"),
+    [
+        (["--training_tokens", "0"], True),
+        (["--train_batch_size_tokens", "0"], True),
+        (["--k", "33"], True),
+        (["--k", "33"], False),
+        (["--k", "0"], False),
+        (["--device", "cuda:99"], True),
+    ],
+)
+def test_train_refuses_what_cannot_be_trained_and_names_the_flag(
+    flags: list[str],
+    whitened: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("nothing is to be loaded first")
+
+    for module in ("sae_lens.llm_sae_training_runner", "sae_lens.load_model"):
+        monkeypatch.setattr(f"{module}.load_model", load)
+    plain = ["--architecture=topk_vsae", "--normalize_activations=none"]
+    chosen = [] if whitened else plain
+    assert main(["-q", "train", *TOPK, "--k", "8", *chosen, *flags]) == 2
+    err = capsys.readouterr().err
+    assert f"{flags[0]}" in err
+    assert flags[1] in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [
+        ("synthetic", "--device", "cuda:99"),
+        ("synthetic", "--steps", "0"),
+        ("synthetic", "--lr", "inf"),
+        ("synthetic", "--junk", "-1"),
+        ("synthetic", "--condition-number", "0.5"),
+        ("landscape", "--angle", "0"),
+        ("landscape", "--ratio", "-1"),
+        ("demo", "--k", "0"),
+        ("afa", "--n-prompts", "few"),
+        ("afa", "--device", "cuda:99"),
+        ("latents", "--device", "cuda:99"),
+    ],
+)
+def test_commands_refuse_what_cannot_work_in_one_line_that_names_the_flag(
+    command: str, flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saes = ["sae"] if command in ("afa", "latents") else []
+    try:
+        status: Any = main([command, *saes, "--out", str(tmp_path / "out.png"), flag, value])
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    err = capsys.readouterr().err
+    assert flag in err
+    assert value in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_is_130_without_a_traceback(
@@ -528,6 +643,8 @@ def test_ctrl_c_in_saelens_own_runner_is_130(
     from sae_lens.llm_sae_training_runner import InterruptedException
 
     class Interrupted:
+        model = None
+
         def __init__(self, cfg: Any) -> None:
             assert cfg.sae.normalize_activations == "expected_average_only_in"
 
@@ -570,6 +687,20 @@ def test_train_takes_what_fit_wrote_unless_it_was_fitted_otherwise(
     assert "autocast_lm=False (training has True)" in capsys.readouterr().err
     assert main(train) == 2
     assert "seqpos_slice=[1, None] (training has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_a_context_longer_than_the_models_is_refused_before_training(
+    whitened: bool, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ["--architecture=topk_vsae", "--normalize_activations=none"]
+    if not whitened:
+        i = arguments.index("--whitening.n_samples")
+        arguments = [*arguments[:i], *arguments[i + 2 :], *plain]
+    assert main(["--quiet", *arguments, "--context_size", "33"]) == 2
+    err = capsys.readouterr().err
+    assert "--context_size 33: the model reads at most 32 tokens" in err
+    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

@@ -19,6 +19,7 @@ more alike the features are and the less sparse the sources: at a probability of
 of 40 degrees they coincide without whitening too.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from sae_whiten._checks import FieldError
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
@@ -54,11 +56,11 @@ class LandscapeConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.angle <= 90:
-            raise ValueError(f"angle={self.angle}: in degrees, above 0 and at most 90")
+            raise FieldError("angle", self.angle, "in degrees, above 0 and at most 90")
         if not 0 < self.activity <= 1:
-            raise ValueError(f"activity={self.activity}: a probability above 0")
-        if not self.ratio > 0:
-            raise ValueError(f"ratio={self.ratio}: must be positive")
+            raise FieldError("activity", self.activity, "a probability above 0")
+        if not 0 < self.ratio < math.inf:
+            raise FieldError("ratio", self.ratio, "a positive number")
 
 
 @dataclass(frozen=True, eq=False)

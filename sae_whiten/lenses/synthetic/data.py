@@ -28,6 +28,7 @@ from sae_lens.synthetic import (
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
+from sae_whiten._checks import require_number
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
@@ -75,8 +76,10 @@ class SyntheticDataConfig:
                 f"{self.n_features / _ZIPF_RANGE:g}, for the most frequent feature cannot fire "
                 "more often than always"
             )
-        if self.condition < 1:
-            raise ValueError(f"condition={self.condition}: a condition number is at least 1")
+        require_number("condition", self.condition, whole=False)
+        require_number("n_junk", self.n_junk, least=0)
+        require_number("junk_variance", self.junk_variance, least=0, whole=False)
+        require_number("n_nuisance", self.n_nuisance, least=0)
         if self.n_nuisance and not 0 < self.nuisance_share < 1:
             raise ValueError(f"nuisance_share={self.nuisance_share}: a share between 0 and 1")
 

@@ -1,0 +1,89 @@
+"""Refuse what cannot work before anything is loaded, and say which field it was."""
+
+import math
+from typing import Any
+
+__all__ = ["FieldError", "require_context", "require_device", "require_number"]
+
+
+class FieldError(ValueError):
+    """A field of a config, or a flag of a command, has a value that cannot work.
+
+    Attributes:
+        field: Its name in Python, such as "context_size" or "sae.k".
+        value: What it was.
+        problem: Why that cannot work, and what would.
+    """
+
+    def __init__(self, field: str, value: object, problem: str) -> None:
+        super().__init__(f"{field}={value!r}: {problem}")
+        self.field, self.value, self.problem = field, value, problem
+
+
+def require_number(
+    field: str, value: object, least: float = 1, *, below: float = math.inf, whole: bool = True
+) -> None:
+    """Refuse what is not a finite number in [least, below), by default an integer from 1 on.
+
+    Raises:
+        FieldError: It is not one.
+    """
+    right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not right or not least <= value < below:  # pyright: ignore[reportOperatorIssue]
+        kind = "a whole number" if whole else "a finite number"
+        bounds = f"at least {least:g}" + (f" and below {below:g}" if below < math.inf else "")
+        raise FieldError(field, value, f"must be {kind}, {bounds}")
+
+
+def require_device(field: str, device: str) -> None:
+    """Refuse a device that PyTorch cannot use on this machine.
+
+    Raises:
+        FieldError: PyTorch cannot put a tensor there; names the devices that it can use.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    # AssertionError: PyTorch was built without CUDA; NotImplementedError: without MPS
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            usable.append("mps")
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise FieldError(
+            field,
+            device,
+            f"PyTorch {torch.__version__} cannot use it on this machine ({reason}); "
+            f"it can use {', '.join(usable)}",
+        ) from error
+
+
+def require_context(context_size: int, model: Any, field: str = "context_size") -> None:
+    """Refuse sequences longer than a model can read; of models that do not tell, none.
+
+    Args:
+        context_size: Tokens per sequence, the beginning-of-sequence token included.
+        model: As SAELens loads it: a `HookedTransformer`, or a wrapped model of transformers.
+        field: The name that an error gives to `context_size`.
+
+    Raises:
+        FieldError: They are longer.
+    """
+    longest = _longest_context(model)
+    if longest is not None and context_size > longest:
+        raise FieldError(
+            field, context_size, f"the model reads at most {longest} tokens: set at most {longest}"
+        )
+
+
+def _longest_context(model: Any) -> int | None:
+    cfg = getattr(model, "cfg", None)
+    if getattr(cfg, "positional_embedding_type", None) == "alibi":
+        return None
+    of_transformers = getattr(getattr(model, "model", None), "config", None)
+    for place, name in ((cfg, "n_ctx"), (of_transformers, "max_position_embeddings")):
+        found = getattr(place, name, None)
+        if isinstance(found, int) and found > 0:
+            return found
+    return None

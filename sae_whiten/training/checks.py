@@ -1,0 +1,69 @@
+"""Refuse runner configs that cannot be trained, before a model or a dataset is loaded."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
+from sae_lens.saes.sae import TrainingSAEConfig
+
+from sae_whiten._checks import FieldError, require_device, require_number
+
+__all__ = ["POSITIVE_FIELDS", "check_runner_config"]
+
+POSITIVE_FIELDS = (
+    "context_size",
+    "store_batch_size_prompts",
+    "train_batch_size_tokens",
+    "training_tokens",
+    "feature_sampling_window",
+)
+"""Fields of the runner's config that are whole numbers from 1 on."""
+
+
+def check_runner_config(
+    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
+    saes: Mapping[str, TrainingSAEConfig],
+) -> None:
+    """Refuse sizes, learning rates and devices that fail later, or train nothing.
+
+    Args:
+        cfg: SAELens' runner config.
+        saes: The configs of the SAEs to be trained, by the name of their field in Python: "sae",
+            or "saes['a']".
+
+    Raises:
+        FieldError: A value cannot work; its `field` is the name of the field.
+    """
+    for name in POSITIVE_FIELDS:
+        # 1e6 tokens are as good as 1000000
+        require_number(name, getattr(cfg, name), whole=name != "training_tokens")
+    if cfg.training_tokens < cfg.train_batch_size_tokens:
+        raise FieldError(
+            "training_tokens",
+            cfg.training_tokens,
+            f"less than one batch (train_batch_size_tokens={cfg.train_batch_size_tokens})",
+        )
+    require_number("lr", cfg.lr, least=0, whole=False)
+    for name in ("adam_beta1", "adam_beta2"):
+        require_number(name, getattr(cfg, name), least=0, below=1, whole=False)
+    for name, sae in saes.items():
+        _check_sizes(name, sae)
+    for name in ("device", "llm_device", "act_store_device"):
+        device = getattr(cfg, name)
+        if device is not None:
+            require_device(name, device)
+
+
+def _check_sizes(name: str, sae: TrainingSAEConfig) -> None:
+    require_number(f"{name}.d_in", sae.d_in)
+    require_number(f"{name}.d_sae", sae.d_sae)
+    k = getattr(sae, "k", None)  # a float for BatchTopK: a mean over the batch
+    if k is None:
+        return
+    if isinstance(k, bool) or not 0 < k <= sae.d_sae:
+        raise FieldError(
+            f"{name}.k",
+            k,
+            f"so many latents are active for one token: above 0, at most d_sae={sae.d_sae}",
+        )
