@@ -80,8 +80,10 @@ def _load_sae(path: str, device: str) -> "SAE[Any]":
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
+    from sae_whiten.training.checkpoint import loadable_folder
+
     if (Path(path) / "cfg.json").is_file():
-        return SAE.load_from_disk(path, device=device)
+        return SAE.load_from_disk(loadable_folder(path), device=device)
     release, _, sae_id = path.partition("/")
     if release not in get_pretrained_saes_directory():
         # a repository on the hub, whose name has a slash of its own

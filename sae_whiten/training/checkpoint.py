@@ -1,16 +1,297 @@
-"""The directories that training writes: checkpoints and finished SAEs."""
+"""The directories that training writes: checkpoints, and finished SAEs.
 
+A checkpoint of one SAE holds
+
+- `cfg.json` and `sae_weights.safetensors`: a plain, folded SAE with its training config, as SAELens
+  writes checkpoints. `TrainingSAE.load_from_disk` opens it, and `SAE.load_from_disk` too;
+- `inference/`: the same for inference, of architectures that SAELens knows for training only
+  (batchtopk, for example, which at the end is saved as jumprelu);
+- `sparsity.safetensors`;
+- `whitened_training_state/`: what training continues from, in whitened coordinates;
+- of a runner, `runner_cfg.json` and the place in the data, `activations_store_state.safetensors`;
+- `checksums.json`: the SHA-256 of every other file.
+
+One of several SAEs has a folder like this for each of them, and the runner's files beside them.
+"""
+
+import hashlib
+import json
 import logging
+import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from torch import Tensor
 
-from sae_whiten._files import recover
+from sae_whiten._files import (
+    CorruptFileError,
+    atomic_directory,
+    load_tensors,
+    recover,
+    save_tensors,
+)
+from sae_whiten.whitening import Whitening
 
-__all__ = ["is_complete_sae"]
+__all__ = [
+    "INFERENCE_DIR",
+    "TRAINING_STATE_DIR",
+    "check_checkpoint",
+    "check_runner_settings",
+    "check_settings",
+    "check_trainer_state",
+    "is_complete_sae",
+    "loadable_folder",
+    "read_training_weights",
+    "save_training_form",
+    "save_training_weights",
+    "settings_of",
+    "writing_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
+
+INFERENCE_DIR = "inference"
+# what resuming needs, under names that SAELens does not open
+TRAINING_STATE_DIR = "whitened_training_state"
+_WEIGHTS_FILENAME = "training_weights.safetensors"
+_WEIGHTS_KIND = "training_weights"
+_CHECKSUMS_FILENAME = "checksums.json"
+_BLOCK = 1 << 20
+
+# settings that do not decide what is trained
+_MAY_CHANGE = {
+    "act_store_device",
+    "checkpoint_path",
+    "compile_llm",
+    "compile_sae",
+    "dataset_trust_remote_code",
+    "device",
+    "eval_batch_size_prompts",
+    "from_pretrained_path",  # the weights are those of the checkpoint
+    "hook_eval",
+    "llm_compilation_mode",
+    "llm_device",
+    "logger",
+    "metadata",
+    "n_checkpoints",
+    "n_eval_batches",
+    "output_path",
+    "prefetch_llm_batches",
+    "resume_from_checkpoint",
+    "sae_compilation_mode",
+    "sae_lens_training_version",
+    "sae_lens_version",
+    "save_final_checkpoint",
+    "streaming",
+    "verbose",
+}
+_LENGTHS = {"total_training_samples", "training_tokens"}
+# each SAE's trainer looks at its own
+_OF_THE_SAES = {"hook_head_indices", "hook_names", "sae", "saes"}
+
+
+@contextmanager
+def writing_checkpoint(path: str | Path) -> Iterator[Path]:
+    """Yield a directory that appears at `path`, with checksums, when the block succeeds."""
+    with atomic_directory(path) as new:
+        yield new
+        listing = json.dumps(dict(_checksums(new)), indent=0)
+        (new / _CHECKSUMS_FILENAME).write_text(listing)
+
+
+def check_checkpoint(path: str | Path) -> None:
+    """Refuse a checkpoint that is not as it was written.
+
+    Raises:
+        FileNotFoundError: There is none, or one of its files is missing.
+        CorruptFileError: A file was changed or damaged.
+    """
+    path = Path(path)
+    recover(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    listing = path / _CHECKSUMS_FILENAME
+    if not listing.is_file():
+        logger.warning("%s was written without checksums: damage may go unnoticed", path)
+        return
+    try:
+        expected = json.loads(listing.read_text())
+        files = {path / name: str(checksum) for name, checksum in expected.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CorruptFileError(f"{listing} is damaged ({error})") from error
+    for file, checksum in files.items():
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing from the checkpoint")
+        if _checksum(file) != checksum:
+            raise CorruptFileError(
+                f"{file}: its checksum is not that in {listing.name}; it was changed or damaged"
+            )
+        if file.name == _CHECKSUMS_FILENAME:
+            check_checkpoint(file.parent)
+
+
+def _checksums(directory: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Of the files in and below a directory; of one that has a list of them, that of the list."""
+    for entry in sorted(directory.iterdir()):
+        name = prefix + entry.name
+        if not entry.is_dir():
+            yield name, _checksum(entry)
+        elif (entry / _CHECKSUMS_FILENAME).is_file():
+            yield f"{name}/{_CHECKSUMS_FILENAME}", _checksum(entry / _CHECKSUMS_FILENAME)
+        else:
+            yield from _checksums(entry, f"{name}/")
+
+
+def _checksum(file: Path) -> str:
+    sha = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(_BLOCK):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config that decide what is trained, as JSON has them.
+
+    The length is not one of them where the learning rate does not depend on it: a checkpoint may
+    be trained on for longer.
+    """
+    left_out = set(_MAY_CHANGE)
+    if cfg.get("lr_scheduler_name") == "constant" and not cfg.get("lr_decay_steps"):
+        left_out |= _LENGTHS
+    kept = {name: value for name, value in cfg.items() if name not in left_out}
+    return json.loads(json.dumps(kept, default=str))
+
+
+def check_settings(path: str | Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse to continue from a checkpoint with settings other than those that it was trained with.
+
+    Args:
+        path: The checkpoint.
+        saved: Its settings, a config as a dictionary. Those that one of the two does not have, for
+            SAELens of another version wrote it, are not looked at.
+        own: Those of this run.
+
+    Raises:
+        ValueError: They differ; names all that do, with both values.
+    """
+    was, now = settings_of(saved), settings_of(own)
+    different = [
+        f"{setting}={was[setting]!r} (now {now[setting]!r})"
+        for setting in now
+        if setting in was and was[setting] != now[setting]
+    ]
+    if different:
+        raise ValueError(
+            f"{path}: the checkpoint was trained with {', '.join(different)}. Resume with the "
+            "same settings; to train on with others, start from its SAE: from_pretrained_path"
+        )
+
+
+def check_runner_settings(path: str | Path, cfg: Mapping[str, Any]) -> None:
+    """`check_settings` of a runner's config, but for the SAEs and hooks in it.
+
+    Raises:
+        FileNotFoundError: The checkpoint does not say which settings it was trained with.
+        CorruptFileError: The file that says so is damaged.
+        ValueError: They differ.
+    """
+    file = Path(path) / RUNNER_CFG_FILENAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is no checkpoint of a runner: there is no {file.name}")
+    try:
+        saved = dict(json.loads(file.read_text()))
+    except (TypeError, ValueError) as error:
+        raise CorruptFileError(f"{file} is damaged ({error})") from error
+    check_settings(
+        path, *({k: v for k, v in c.items() if k not in _OF_THE_SAES} for c in (saved, cfg))
+    )
+
+
+def save_training_form(sae: TrainingSAE[Any], path: Path) -> tuple[Path, Path]:
+    """Write a plain SAE as SAELens writes checkpoints: with its training config.
+
+    Args:
+        sae: The SAE, folded.
+        path: The checkpoint. Gets a folder for inference if SAELens cannot load the training form
+            of this architecture with `SAE.load_from_disk`.
+
+    Returns:
+        Paths of the weights and of the config.
+    """
+    written = sae.save_model(path)
+    if sae.cfg.get_inference_config_class().architecture() != sae.cfg.architecture():
+        sae.save_inference_model(path / INFERENCE_DIR)
+    return written
+
+
+def loadable_folder(path: str | Path) -> Path:
+    """Where below a checkpoint or a finished SAE there is what `SAE.load_from_disk` loads."""
+    inference = Path(path) / INFERENCE_DIR
+    return inference if (inference / SAE_CFG_FILENAME).is_file() else Path(path)
+
+
+def save_training_weights(
+    checkpoint_path: str | Path,
+    state_dict: dict[str, Tensor],
+    cfg: dict[str, Any],
+    whitening: Whitening,
+) -> None:
+    """Write weights in whitened coordinates into a checkpoint directory."""
+    path = Path(checkpoint_path) / TRAINING_STATE_DIR / _WEIGHTS_FILENAME
+    save_tensors(path, _WEIGHTS_KIND, state_dict, {"cfg": cfg, "whitening": whitening.digest})
+
+
+def read_training_weights(
+    checkpoint_path: str | Path, cfg: TrainingSAEConfig, whitening: Whitening | None
+) -> dict[str, Tensor]:
+    """Read what `save_training_weights` wrote.
+
+    Args:
+        checkpoint_path: The checkpoint directory.
+        cfg: Of the SAE that the weights are for.
+        whitening: What the checkpoint says the weights were trained under.
+
+    Raises:
+        FileNotFoundError: The directory is not a checkpoint of this package.
+        CorruptFileError: The file is truncated, foreign or was changed.
+        ValueError: The weights are of an SAE with another config, or were trained under another
+            whitening.
+    """
+    path = Path(checkpoint_path) / TRAINING_STATE_DIR / _WEIGHTS_FILENAME
+    state_dict, fields = load_tensors(path, _WEIGHTS_KIND)
+    check_settings(path, fields["cfg"], cfg.to_dict())
+    if whitening is not None and fields["whitening"] != whitening.digest:
+        raise ValueError(
+            f"{path}: these weights were trained under another whitening than the one beside them"
+        )
+    return state_dict
+
+
+def check_trainer_state(directory: Path) -> None:
+    """Refuse a trainer's state that holds more than tensors and numbers, or cannot be read.
+
+    Raises:
+        FileNotFoundError: There is none.
+        CorruptFileError: It is damaged or foreign.
+    """
+    path = directory / TRAINER_STATE_FILENAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing from the checkpoint")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise CorruptFileError(f"{path} is damaged or foreign ({error})") from error
 
 
 def is_complete_sae(path: str | Path) -> bool:

@@ -18,16 +18,21 @@ from sae_lens.util import path_or_tmp_dir
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten._files import atomic_directory
 from sae_whiten.architectures.folding import folded_copy
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics, naming
 from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.training.checkpoint import (
+    TRAINING_STATE_DIR,
+    check_checkpoint,
+    check_settings,
+    check_trainer_state,
+    writing_checkpoint,
+)
 from sae_whiten.training.scaler import CovarianceWhiteningScaler
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.trainer import WhiteningTrainer
-from sae_whiten.training.training_sae import TRAINING_STATE_DIR
 from sae_whiten.whitening import Whitening
 
 __all__ = ["WhiteningMultiSAETrainer"]
@@ -260,7 +265,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             return
         with path_or_tmp_dir(base) as root:
             path = root / checkpoint_name
-            with atomic_directory(path) as partial:
+            with writing_checkpoint(path) as partial:
                 for name, trainer in self.trainers.items():
                     if name not in self.failures:
                         trainer.save_checkpoint(name, partial, wandb_aliases)
@@ -276,10 +281,11 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             FileNotFoundError: There is no such directory, an SAE is not in it, or a file is
                 missing.
             CorruptFileError: A file is truncated, foreign or was changed.
-            ValueError: An SAE was trained at another hook, with another normalisation, or under
-                another whitening configuration.
+            ValueError: An SAE was trained at another hook, with another normalisation, other
+                settings, or under another whitening configuration.
         """
         path = Path(path)
+        check_checkpoint(path)
         self._check_belongs(path)
         super().load_checkpoint(path)
         self._share_what_was_loaded()
@@ -318,6 +324,9 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
                         else ""
                     )
                 )
+            if name not in self.whitened:  # the others' trainers see to it themselves
+                check_settings(path / name, saved, sae.cfg.to_dict())
+                check_trainer_state(path / name)
 
     def _share_what_was_loaded(self) -> None:
         """Have what is the same in several SAEs' folders once in memory, as it was before."""

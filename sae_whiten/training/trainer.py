@@ -4,17 +4,13 @@ import copy
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import (
-    ACTIVATION_SCALER_CFG_FILENAME,
-    SPARSITY_FILENAME,
-    TRAINER_STATE_FILENAME,
-)
+from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer
 from sae_lens.training.types import DataProvider
@@ -22,7 +18,7 @@ from sae_lens.util import path_or_tmp_dir
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_whiten._files import atomic_directory, load_tensors, save_tensors
+from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import (
     FoldError,
@@ -33,6 +29,17 @@ from sae_whiten.architectures.folding import (
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.training.checkpoint import (
+    TRAINING_STATE_DIR,
+    check_checkpoint,
+    check_settings,
+    check_trainer_state,
+    read_training_weights,
+    save_training_form,
+    save_training_weights,
+    settings_of,
+    writing_checkpoint,
+)
 from sae_whiten.training.data_parallel import (
     SharedStream,
     figures_of_all,
@@ -44,11 +51,8 @@ from sae_whiten.training.data_parallel import (
 from sae_whiten.training.scaler import CovarianceWhiteningScaler
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.training_sae import (
-    TRAINING_STATE_DIR,
     enter_whitened_space,
     leave_whitened_space,
-    read_training_weights,
-    save_training_weights,
     set_whitening,
 )
 from sae_whiten.whitening import Whitening
@@ -330,10 +334,10 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Save a checkpoint, whole or not at all.
+        """Save a checkpoint, whole or not at all; `sae_whiten.training.checkpoint` tells what of.
 
-        The directory is a plain SAE that stock SAELens opens; what resuming needs, in whitened
-        coordinates, lies in a folder inside it.
+        The directory is a plain SAE with its training config, as SAELens' checkpoints are; what
+        resuming needs, in whitened coordinates, lies in a folder inside it.
         """
         base = base_path if base_path is not None else self.cfg.checkpoint_path
         if base is None and not self.cfg.logger.log_to_wandb:
@@ -342,8 +346,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             return
         with path_or_tmp_dir(base) as root:
             path = root / checkpoint_name
-            with atomic_directory(path) as partial:
-                weights, cfg = self.sae.save_inference_model(partial)
+            with writing_checkpoint(path) as partial:
+                weights, cfg = save_training_form(self._plain_sae(), partial)
                 sparsity = partial / SPARSITY_FILENAME
                 save_file({"sparsity": self.log_feature_sparsity}, sparsity)
                 self.save_trainer_state(partial)
@@ -358,6 +362,15 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
                     sparsity_path=path / sparsity.name,
                     wandb_aliases=wandb_aliases,
                 )
+
+    def _plain_sae(self) -> TrainingSAE[Any]:
+        """The SAE as it is for raw activations."""
+        if self.sae.cfg.normalize_activations == "none":
+            return self.sae
+        assert self.whitening is not None
+        folded, _ = folded_copy(self.sae, self.whitening)
+        assert isinstance(folded, TrainingSAE)
+        return folded
 
     def save_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Write what resuming needs into a folder of `checkpoint_path`: weights and whitening,
@@ -386,7 +399,11 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             directory / _PROGRESS_FILENAME,
             _PROGRESS_KIND,
             generators,
-            {"n_served": self.stream.n_served, "n_skipped": self.stream.n_skipped},
+            {
+                "n_served": self.stream.n_served,
+                "n_skipped": self.stream.n_skipped,
+                "settings": settings_of(asdict(self.cfg)),
+            },
         )
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
@@ -397,9 +414,10 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             FileNotFoundError: The directory is not a checkpoint of this package, or a file of it,
                 such as the whitening, is missing.
             CorruptFileError: A file is truncated, foreign or was changed.
-            ValueError: The checkpoint was trained under another whitening configuration, or is of
-                another SAE.
+            ValueError: The checkpoint was trained under another whitening configuration, with
+                other settings of the trainer, or is of another SAE.
         """
+        check_checkpoint(checkpoint_path)
         directory = Path(checkpoint_path) / TRAINING_STATE_DIR
         if not directory.is_dir():
             raise FileNotFoundError(
@@ -409,6 +427,8 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             )
         # everything is read and checked before anything is changed
         progress, fields = load_tensors(directory / _PROGRESS_FILENAME, _PROGRESS_KIND)
+        # (which earlier checkpoints do not hold)
+        check_settings(checkpoint_path, fields.get("settings", {}), asdict(self.cfg))
         saved = CovarianceWhiteningScaler()
         saved.load(directory / ACTIVATION_SCALER_CFG_FILENAME)
         if saved.whitening is None:
@@ -424,7 +444,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             unfold_whitening_from_weights(unfolded, saved.whitening)
             cfg = unfolded.cfg
         weights = read_training_weights(checkpoint_path, cfg, saved.whitening)
-        torch.load(directory / TRAINER_STATE_FILENAME, map_location="cpu")
+        check_trainer_state(directory)
 
         if unfolded is not None:
             unfold_whitening_from_weights(self.sae, saved.whitening)

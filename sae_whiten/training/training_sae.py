@@ -14,10 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from numpy.typing import NDArray
 from sae_lens import TrainingSAE
-from sae_lens.saes.sae import TrainingSAEConfig, TrainStepInput, TrainStepOutput, mse_loss
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
 
-from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.architectures.description import describe
 from sae_whiten.architectures.folding import (
     FoldError,
@@ -27,32 +26,18 @@ from sae_whiten.architectures.folding import (
 )
 from sae_whiten.architectures.losses import ReconstructionMetric, SparsityNorms
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.training.checkpoint import (
+    read_training_weights,
+    save_training_form,
+    save_training_weights,
+)
 from sae_whiten.whitening import Whitening
 
 __all__ = [
-    "TRAINING_STATE_DIR",
     "enter_whitened_space",
     "leave_whitened_space",
-    "read_training_weights",
-    "save_training_weights",
     "set_whitening",
 ]
-
-# beside the plain SAE of a checkpoint: what resuming needs, under names that SAELens does not open
-TRAINING_STATE_DIR = "whitened_training_state"
-_WEIGHTS_FILENAME = "training_weights.safetensors"
-_KIND = "training_weights"
-_DECIDES_WHAT_WEIGHTS_MEAN = (
-    "architecture",
-    "d_in",
-    "d_sae",
-    "dtype",
-    "apply_b_dec_to_input",
-    "rescale_acts_by_decoder_norm",
-    "k",
-    "matryoshka_widths",
-    "variance",
-)
 
 
 @runtime_checkable
@@ -94,8 +79,10 @@ class _WhitenedTrainingSAE(TrainingSAE[Any]):
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save a folded copy and, in a folder beside it, the weights in whitened coordinates."""
-        written = self.save_inference_model(path)
         whitening = self._required_whitening("save")
+        folded, _ = folded_copy(self, whitening)
+        assert isinstance(folded, TrainingSAE)
+        written = save_training_form(folded, Path(path))
         save_training_weights(path, dict(self.state_dict()), self.cfg.to_dict(), whitening)
         return written
 
@@ -221,46 +208,3 @@ def leave_whitened_space(sae: TrainingSAE[Any]) -> None:
     """Give an SAE its stock class back, once it is folded."""
     if isinstance(sae, _WhitenedTrainingSAE):
         sae.leave_whitened_space()
-
-
-def save_training_weights(
-    checkpoint_path: str | Path,
-    state_dict: dict[str, Tensor],
-    cfg: dict[str, Any],
-    whitening: Whitening,
-) -> None:
-    """Write weights in whitened coordinates into a checkpoint directory."""
-    path = Path(checkpoint_path) / TRAINING_STATE_DIR / _WEIGHTS_FILENAME
-    save_tensors(path, _KIND, state_dict, {"cfg": cfg, "whitening": whitening.digest})
-
-
-def read_training_weights(
-    checkpoint_path: str | Path, cfg: TrainingSAEConfig, whitening: Whitening | None
-) -> dict[str, Tensor]:
-    """Read what `save_training_weights` wrote.
-
-    Args:
-        checkpoint_path: The checkpoint directory.
-        cfg: Of the SAE that the weights are for.
-        whitening: What the checkpoint says the weights were trained under.
-
-    Raises:
-        FileNotFoundError: The directory is not a checkpoint of this package.
-        CorruptFileError: The file is truncated, foreign or was changed.
-        ValueError: The weights are of another SAE, or were trained under another whitening.
-    """
-    path = Path(checkpoint_path) / TRAINING_STATE_DIR / _WEIGHTS_FILENAME
-    state_dict, fields = load_tensors(path, _KIND)
-    saved, own = fields["cfg"], cfg.to_dict()
-    different = [
-        f"{name}={saved.get(name)!r} (now {own.get(name)!r})"
-        for name in _DECIDES_WHAT_WEIGHTS_MEAN
-        if saved.get(name) != own.get(name)
-    ]
-    if different:
-        raise ValueError(f"{path}: the checkpoint was trained with {', '.join(different)}")
-    if whitening is not None and fields["whitening"] != whitening.digest:
-        raise ValueError(
-            f"{path}: these weights were trained under another whitening than the one beside them"
-        )
-    return state_dict

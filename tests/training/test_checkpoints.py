@@ -95,7 +95,12 @@ def test_every_checkpoint_opens_in_saelens_as_a_plain_sae(cfg: Any, tmp_path: Pa
         trainer = WhiteningTrainer(trainer_config(40), new_sae(), batches())
         run_by_hand(trainer, n_steps)
         reference = Reference.of(trainer.sae, trainer.whitening)
-        plain = SAE.load_from_disk(directory)
+        if architecture == "batchtopk":  # for which SAELens has no class for inference
+            with pytest.raises(KeyError):
+                SAE.load_from_disk(directory)
+            plain = SAE.load_from_disk(directory / "inference")
+        else:
+            plain = SAE.load_from_disk(directory)
         assert plain.cfg.normalize_activations == "none"
         assert rounding_units(plain, reference, x) <= 1
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {"1344", "final_2560"}

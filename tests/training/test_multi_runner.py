@@ -39,8 +39,8 @@ from sae_whiten import (
 from sae_whiten.architectures.folding import fold_whitening_into_weights
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics
 from sae_whiten.training import multi_trainer
+from sae_whiten.training.checkpoint import TRAINING_STATE_DIR, loadable_folder
 from sae_whiten.training.stream import ActivationStream
-from sae_whiten.training.training_sae import TRAINING_STATE_DIR
 from tests.support import nasty, runner_config, tiny_dataset, tiny_model, training_sae
 
 BATCH, STEPS = 128, 24
@@ -542,7 +542,8 @@ def test_checkpoints_are_plain_saes_and_can_be_resumed(uninterrupted, tmp_path):
     assert {p.name for p in root.iterdir()} == {"1152", "2176", "final_3072"}
     for path in root.iterdir():
         for name in names:
-            assert SAE.load_from_disk(path / name).cfg.normalize_activations == "none"
+            plain = SAE.load_from_disk(loadable_folder(path / name))
+            assert plain.cfg.normalize_activations == "none"
     resumed = runner(*names, resume_from_checkpoint=str(root / "1152"), **options)
     assert_equal(states(resumed.run()), expected)
     for name in names:  # with the figures of the last window of steps

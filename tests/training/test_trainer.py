@@ -25,8 +25,8 @@ from sae_whiten import (
     WhiteningTrainer,
     fold_whitening_into_weights,
 )
+from sae_whiten.training.checkpoint import TRAINING_STATE_DIR, loadable_folder
 from sae_whiten.training.stream import ActivationStream, DataExhaustedError
-from sae_whiten.training.training_sae import TRAINING_STATE_DIR
 from tests.support import ARCHITECTURES, friendly, nasty, training_sae
 
 D, BATCH, STEPS = 16, 64, 30
@@ -306,7 +306,7 @@ def test_a_checkpoint_is_a_plain_sae_and_resumes_to_the_bit(architecture, tmp_pa
     names = sorted(p.name for p in tmp_path.iterdir())
     assert len(names) == 4
     for name in names:
-        plain = SAE.load_from_disk(tmp_path / name)
+        plain = SAE.load_from_disk(loadable_folder(tmp_path / name))
         assert plain.cfg.normalize_activations == "none"
         resumed_sae = training_sae(architecture, D, 64, seed=5)
         trainer = WhiteningTrainer(trainer_config(), resumed_sae, iter(()))
