@@ -1,5 +1,6 @@
 """What all figures share: type sizes for one column of a paper, no display, whole files."""
 
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["new_figure", "paper_style", "save_figure"]
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def paper_style() -> AbstractContextManager[None]:
@@ -34,6 +37,9 @@ def paper_style() -> AbstractContextManager[None]:
             # text that stays text in a paper
             "pdf.fonttype": 42,
             "svg.fonttype": "none",
+            # names of hooks, models and folders are drawn, and a $ in one is no mathematics; text
+            # that is asks for it (parse_math=True)
+            "text.parse_math": False,
         }
     )
 
@@ -61,5 +67,25 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
         ValueError: matplotlib does not know the format.
     """
     path = Path(path)
+    _write_powers_plainly(figure)
     with atomic_path(path) as partial:
         figure.savefig(partial, format=path.suffix.removeprefix(".") or "png")
+
+
+def _write_powers_plainly(figure: "Figure") -> None:
+    """Label logarithmic axes in Unicode, not in the mathtext that matplotlib takes by default."""
+    from matplotlib.ticker import LogFormatterMathtext, LogFormatterSciNotation
+
+    class PlainPowers(LogFormatterSciNotation):
+        def __call__(self, x: float, pos: Any = None) -> str:
+            text = super().__call__(x, pos).replace("\\times", "×")
+            text = re.sub(r"\$\\mathdefault\{(.*)\}\$", r"\1", text)
+            return re.sub(r"\^\{(.*?)\}", lambda power: power[1].translate(_SUPERSCRIPTS), text)
+
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            major, minor = axis.get_major_formatter(), axis.get_minor_formatter()
+            if isinstance(major, LogFormatterMathtext):
+                axis.set_major_formatter(PlainPowers(labelOnlyBase=major.labelOnlyBase))
+            if isinstance(minor, LogFormatterMathtext):
+                axis.set_minor_formatter(PlainPowers(labelOnlyBase=minor.labelOnlyBase))

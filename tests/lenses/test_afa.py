@@ -483,7 +483,7 @@ def test_the_zf_plot_has_every_point_the_line_and_the_bands(drawn):
     assert axes.get_xlim()[1] > max(float(found.code_norm.max()) for found in data.values())
     assert {text.get_text() for text in axes.texts} == {"over-activated", "under-activated"}
     bands, saes = drawn[0].legends
-    assert [text.get_text() for text in bands.get_texts()] == ["$y = x$", "0.25", "0.5", "1"]
+    assert [text.get_text() for text in bands.get_texts()] == ["y = x", "0.25", "0.5", "1"]
     assert saes.get_title().get_text() == "blocks.*.hook_resid_pre"
 
 

@@ -73,9 +73,10 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         # what is left of the height goes below, between the axes and the names of the SAEs
         axes.set_aspect("equal", anchor="N")
         axes.set_xlabel(
-            "norm of the input, $\\|z\\|$" + f" (not shown: {n_hidden} points)" * (n_hidden > 0)
+            "norm of the input, $\\|z\\|$" + f" (not shown: {n_hidden} points)" * (n_hidden > 0),
+            parse_math=True,
         )
-        axes.set_ylabel("norm of the sparse code, $\\|\\tilde{f}\\|$")
+        axes.set_ylabel("norm of the sparse code, $\\|\\tilde{f}\\|$", parse_math=True)
         corner = {"transform": axes.transAxes, "fontsize": 7, "style": "italic"}
         axes.text(0.03, 0.97, "over-activated", va="top", **corner)
         axes.text(0.97, 0.03, "under-activated", ha="right", **corner)
@@ -115,7 +116,7 @@ def _draw_bands(axes: Any, low: float, high: float) -> list[Any]:
         for slope in (lower, upper):
             if math.isfinite(slope):
                 axes.plot(edge, slope * edge, color="0.5", linewidth=0.5, linestyle="--", zorder=1)
-    drawn += axes.plot(edge, edge, color="black", linewidth=0.8, zorder=1, label="$y = x$")
+    drawn += axes.plot(edge, edge, color="black", linewidth=0.8, zorder=1, label="y = x")
     return drawn[::-1]
 
 
@@ -155,7 +156,7 @@ def _add_keys(figure: "Figure", axes: Any, bands: list[Any], pattern: str | None
     figure.legend(
         handles=bands,
         loc="outside upper center",
-        title="bands: $\\varepsilon(h-1)$ at most",
+        title="bands: ε(h−1) at most",
         ncols=len(bands),
         **options,
     )
@@ -199,7 +200,7 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         right.spines["right"].set_visible(True)
         for axes, side, title, columns in (
             (left, -1, "NMSE (left halves)", [found.nmse for found in samples.values()]),
-            (right, 1, "$\\varepsilon$-LBO (right halves)", [f.eps_lbo for f in samples.values()]),
+            (right, 1, "ε-LBO (right halves)", [f.eps_lbo for f in samples.values()]),
         ):
             _draw_halves(axes, columns, side, title)
         left.set_xlim(-0.6, len(samples) - 0.4)
