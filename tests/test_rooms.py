@@ -20,9 +20,6 @@ ROOMS = (
 )
 PACKAGE = ROOT / "sae_whiten"
 
-# methods of the statistics for the hub, whose functions read statistics
-KNOWN = {("sae_whiten.statistics", "sae_whiten.estimation.hub")}
-
 
 def module_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -50,9 +47,7 @@ def imports() -> dict[str, set[str]]:
                     public = sae_whiten._MODULES.get(alias.name) if own == "sae_whiten" else None
                     submodule = f"{own}.{alias.name}"
                     names.add(public or (submodule if submodule in sources else own))
-        found[module] = {
-            name for name in names & sources.keys() - {module} if (module, name) not in KNOWN
-        }
+        found[module] = names & sources.keys() - {module}
     return found
 
 
