@@ -7,6 +7,10 @@ divergence of the posterior from a standard normal distribution,
 
     0.5 * sum(mu^2 + exp(logvar) - 1 - logvar)        of each input, averaged over inputs.
 
+Noise comes from a stream of the SAE's own. Its seed is derived from `torch.initial_seed()` when the
+SAE is made; seed and position are part of the SAE's state dict, so that a resumed training goes on
+with the noise it would have had, and neither depends on what else draws random numbers.
+
 What is not training knows no noise: `encode` selects the k largest of mu. The trained SAE is
 therefore a TopK SAE, and is saved as one.
 
@@ -16,15 +20,17 @@ authors' code multiplies the mean KL by the mean norm instead.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput, TrainStepOutput
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from sae_whiten._checks import FieldError
@@ -38,6 +44,7 @@ __all__ = ["TopKVSAETrainingConfig", "TopKVSAETrainingSAE", "kl_to_standard_norm
 # where decoding k rows costs less than a product with the whole decoder
 _SPARSE_BELOW = 1 / 16
 _MAX_LOGVAR = 60.0
+_NOISE = "_extra_state"  # PyTorch's name, in state dicts, of what `get_extra_state` returns
 
 
 @dataclass
@@ -161,6 +168,8 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     b_var: nn.Parameter
 
     def __init__(self, cfg: TopKVSAETrainingConfig, use_error_term: bool = False):
+        # seed and number of draws so far. On the CPU wherever the SAE is, for each step reads it
+        self._noise = torch.tensor([_noise_seed(), 0], device="cpu")
         self._step: _Posterior | None = None
         self._in_training_step = False
         super().__init__(cfg, use_error_term)
@@ -201,7 +210,8 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         if not self._in_training_step:
             return super().encode_with_hidden_pre(x)
         hidden_pre, mu, logvar = self._posterior_of(x)
-        indices, noise = _select(mu, logvar, self.cfg.k)
+        generator = None if logvar is None else _next_noise(self._noise, mu.device)
+        indices, noise = _select(mu, logvar, self.cfg.k, generator)
         values = mu.gather(-1, indices)
         logvars = logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
         charged = (mu, logvar) if self.cfg.kl_over == "all" else (values, logvars)
@@ -294,8 +304,25 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
-        for name in ("W_var", "b_var"):
+        for name in ("W_var", "b_var", _NOISE):
             state_dict.pop(name, None)
+
+    @override
+    def get_extra_state(self) -> Integer[Tensor, "2"]:
+        """The seed of the noise and how often it was drawn: int64, part of the state dict."""
+        return self._noise
+
+    @override
+    def set_extra_state(self, state: Integer[Tensor, "2"]) -> None:
+        """Go on with the noise at this place."""
+        self._noise.copy_(state)
+
+    @override
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """PyTorch's own. Weights without a place in the noise leave it where it is."""
+        return super().load_state_dict({_NOISE: self._noise, **state_dict}, strict, assign)
 
     def _posterior_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float | None]:
         """Pre-activations, mean and log variance of the latents, shape (batch, d_sae)."""
@@ -325,6 +352,25 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         if dead is not None:
             found["live_fraction"] = 1 - dead.float().mean()
         return found
+
+
+def _noise_seed() -> int:
+    """A seed that follows from PyTorch's but whose stream is not that of the initial weights."""
+    return _mixed(torch.initial_seed()) >> 1  # int64 has no more
+
+
+def _next_noise(place: Tensor, device: torch.device) -> torch.Generator:
+    """A generator for the noise at this place of the stream, which is moved on."""
+    seed, n_draws = place.tolist()
+    place[1] += 1
+    # processes that share a batch need noise of their own for their part of it
+    shared = distributed.is_available() and distributed.is_initialized()
+    rank = distributed.get_rank() if shared else 0
+    return torch.Generator(device).manual_seed(_mixed(seed, n_draws, rank))
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def kl_to_standard_normal(

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import math
 import subprocess
@@ -69,7 +70,8 @@ def step(
     logged: bool = False,
     seed: int = 5,
 ) -> TrainStepOutput:
-    torch.manual_seed(seed)
+    if isinstance(sae, TopKVSAETrainingSAE):
+        sae.set_extra_state(torch.tensor([seed, 0]))
     return sae.training_forward_pass(
         TrainStepInput(
             sae_in=x,
@@ -79,6 +81,18 @@ def step(
             is_logging_step=logged,
         )
     )
+
+
+def noise_of(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What `step` samples with."""
+    generator = topk_vsae._next_noise(torch.tensor([seed, 0]), torch.device("cpu"))
+    return torch.randn(N, D_SAE, dtype=dtype, generator=generator)
+
+
+def weights(sae: TrainingSAE[Any]) -> dict[str, Tensor]:
+    """Without what stock TopK does not have."""
+    own = ("W_var", "b_var", "_extra_state")
+    return {name: value for name, value in sae.state_dict().items() if name not in own}
 
 
 def metric(output: TrainStepOutput, name: str) -> float:
@@ -138,7 +152,7 @@ def penalised(like: TopKVSAETrainingSAE) -> PenalisedTopK:
     sae = PenalisedTopK(
         TopKTrainingSAEConfig(**{**given, "metadata": copy.deepcopy(like.cfg.metadata)})
     )
-    sae.load_state_dict(like.state_dict())
+    sae.load_state_dict(weights(like))
     sae.over, sae.relu_mean = like.cfg.kl_over, like.cfg.relu_mean
     return sae
 
@@ -290,8 +304,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(k, variance, kl_over, relu
             rescale_acts_by_decoder_norm=rescale,
         )
         dead = some_dead(sae, x)
-        torch.manual_seed(5)
-        noise = torch.randn(N, D_SAE, dtype=x.dtype)
+        noise = noise_of(5, x.dtype)
         loss, parts, expected = reference(sae, x, noise, dead, 0.7)
         found = step(sae, x, dead, seed=5)
         eps = torch.finfo(x.dtype).eps * (N * D_SAE) ** 0.5
@@ -366,12 +379,11 @@ def test_the_initial_log_variance_is_that_of_every_input():
         TopKVSAETrainingConfig(d_in=D, d_sae=D_SAE, k=SPARSE, initial_logvar=-2.5, variance="fixed")
     )
     assert not hasattr(fixed, "W_var")
-    fixed.load_state_dict({n: v for n, v in sae.state_dict().items() if "var" not in n})
+    fixed.load_state_dict(weights(sae))
     assert torch.equal(step(sae, x).feature_acts, step(fixed, x).feature_acts)
     # and these latents are sampled with it
     latents, pre = step(fixed, x).feature_acts.double(), step(fixed, x).hidden_pre.double()
-    torch.manual_seed(5)
-    z = pre + torch.randn(N, D_SAE).double() * math.exp(-1.25)
+    z = pre + noise_of(5).double() * math.exp(-1.25)
     active = latents != 0
     assert torch.allclose(latents[active], z[active], rtol=1e-4, atol=1e-3)
 
@@ -381,7 +393,7 @@ def test_the_initial_log_variance_is_that_of_every_input():
 def test_nothing_is_sampled_outside_of_a_training_step(variance, relu_mean):
     sae = vsae(variance=variance, relu_mean=relu_mean)
     stock = penalised(vsae(variance="none"))
-    stock.load_state_dict({n: v for n, v in sae.state_dict().items() if "var" not in n})
+    stock.load_state_dict(weights(sae))
     x = friendly(N, D)
     for training in (True, False):
         sae.train(training)
@@ -429,6 +441,126 @@ def test_hooks_on_latents_act_in_training_as_in_saelens(k):
         outputs.append(step(each, x).sae_out.detach())
     assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
     assert not torch.allclose(outputs[0], untouched, atol=1e-2)
+
+
+# --- the noise is the SAE's own ---
+
+
+def sampled() -> TopKVSAETrainingSAE:
+    torch.manual_seed(3)
+    return vsae(initial_logvar=-4.0)
+
+
+def same(a: TrainingSAE[Any], b: TrainingSAE[Any]) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def test_noise_depends_on_nothing_else_that_draws_random_numbers():
+    trained = []
+    for beside in (False, True):
+        sae = sampled()
+        trainer = SAETrainer(trainer_config(5), sae, iter(()))
+        other = SAETrainer(trainer_config(5), vsae(seed=8), iter(()))
+        before = torch.get_rng_state()
+        for batch in batches(5):
+            trainer.step(batch)
+            if beside:
+                torch.rand(7)
+                other.step(batch)
+        assert beside or torch.equal(torch.get_rng_state(), before)
+        trained.append(sae)
+    assert same(*trained)
+
+
+def test_in_lockstep_it_becomes_what_it_becomes_alone():
+    trained = []
+    for names in ("a", "ab"):
+        torch.manual_seed(1)
+        saes: dict[str, Any] = {"a": TopKVSAETrainingSAE(config("none", initial_logvar=-4.0))}
+        if "b" in names:
+            saes["b"] = TopKVSAETrainingSAE(config(initial_logvar=-3.0))
+        else:
+            saes["c"] = training_sae("topk", k=SPARSE)
+        runner = WhiteningMultiSAETrainingRunner(
+            multi_config(training_tokens=128 * 8, saes={n: each.cfg for n, each in saes.items()}),
+            whitening=FEW,
+            override_dataset=tiny_dataset(),
+            override_model=tiny_model(),
+            override_saes=saes,
+        )
+        torch.manual_seed(2)
+        trained.append(runner.run()["a"])
+    assert same(*trained)
+
+
+def test_noise_follows_from_the_seed_that_the_sae_was_made_with():
+    first, again = sampled(), sampled()
+    x = friendly(N, D)
+    outputs = []
+    for each in (first, again):
+        torch.manual_seed(len(outputs))  # is not asked any more
+        outputs.append(each.training_forward_pass(TrainStepInput(x, {"kl": 1.0}, None, 0, False)))
+    assert torch.equal(outputs[0].feature_acts, outputs[1].feature_acts)
+    # the next draw is another one, and so is that of another seed
+    later = first.training_forward_pass(TrainStepInput(x, {"kl": 1.0}, None, 0, False))
+    assert not torch.equal(later.feature_acts, outputs[0].feature_acts)
+    torch.manual_seed(4)
+    other = TopKVSAETrainingSAE(first.cfg)
+    other.load_state_dict(weights(first), strict=False)
+    assert not torch.equal(other.get_extra_state(), again.get_extra_state())
+
+
+def test_parts_of_a_batch_in_several_processes_have_noise_of_their_own(monkeypatch):
+    def drawn(rank: int) -> Tensor:
+        monkeypatch.setattr(topk_vsae.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(topk_vsae.distributed, "get_rank", lambda: rank)
+        return noise_of(5)
+
+    assert torch.equal(drawn(0), noise_of(5))
+    assert abs(float((drawn(0) * drawn(1)).mean())) < 0.1
+
+
+def test_saelens_trainer_resumes_the_noise(tmp_path):
+    x = list(batches(6))
+    expected = SAETrainer(trainer_config(6), sampled(), iter(x)).fit()
+    stopped = SAETrainer(trainer_config(6), sampled(), iter(x))
+    for i in range(3):
+        stopped.step(x[i])
+        stopped.n_training_steps += 1
+    stopped.save_checkpoint("there", base_path=tmp_path)
+    torch.manual_seed(99)
+    resumed = SAETrainer(trainer_config(6), vsae(seed=5), iter(x[3:]))
+    resumed.load_trainer_state(tmp_path / "there")
+    resumed.sae.load_weights_from_checkpoint(tmp_path / "there")
+    assert same(resumed.fit(), expected)
+
+
+def test_whitened_training_resumes_the_noise(tmp_path):
+    def trainer(sae: TrainingSAE[Any], data: Any, **options: Any) -> WhiteningTrainer:
+        return WhiteningTrainer(trainer_config(20, **options), sae, data, FEW)
+
+    def white(seed: int) -> TrainingSAE[Any]:
+        return vsae(seed=seed, normalize_activations="covariance_whitening", initial_logvar=-4.0)
+
+    options = {"n_checkpoints": 1, "checkpoint_path": str(tmp_path)}
+    expected = trainer(white(0), batches(30), **options).fit()
+    torch.manual_seed(99)
+    resumed = trainer(white(5), iter(()))
+    (checkpoint,) = tmp_path.iterdir()
+    resumed.load_trainer_state(checkpoint)
+    resumed.stream.source = itertools.islice(batches(30), resumed.stream.n_served, None)
+    assert same(resumed.fit(), expected)
+
+
+def test_weights_without_a_place_in_the_noise_are_loaded():
+    sae = sampled()
+    saved = {n: v for n, v in sae.state_dict().items() if n != "_extra_state"}
+    other = vsae(seed=5)
+    place = other.get_extra_state().clone()
+    other.load_state_dict(saved)
+    assert torch.equal(other.W_enc, sae.W_enc)
+    assert torch.equal(other.get_extra_state(), place)
 
 
 # --- metrics ---
@@ -737,10 +869,28 @@ def config(normalize: str = "covariance_whitening", **options: Any) -> TopKVSAET
         d_sae=128,
         k=SPARSE,
         kl_coefficient=1e-3,
-        initial_logvar=-4.0,
         normalize_activations=normalize,  # pyright: ignore[reportArgumentType]
-        **options,
+        **{"initial_logvar": -4.0, **options},
     )
+
+
+def multi_config(saes: dict[str, Any], **options: Any) -> MultiSAETrainingRunnerConfig:
+    defaults: dict[str, Any] = {
+        "hook_names": dict.fromkeys(saes, "blocks.1.hook_resid_pre"),
+        "model_name": "tiny",
+        "dataset_path": "local",
+        "streaming": False,
+        "context_size": 32,
+        "training_tokens": 128 * 24,
+        "train_batch_size_tokens": 128,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 16,
+        "lr": 3e-3,
+        "logger": runner_config().logger,
+        "checkpoint_path": None,
+        "output_path": None,
+    }
+    return MultiSAETrainingRunnerConfig(saes=saes, **{**defaults, **options})
 
 
 def run(path: Path, normalize: str, whitening: WhiteningConfig | None, **options: Any) -> Any:
@@ -769,20 +919,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
     torch.manual_seed(7)
     multi = WhiteningMultiSAETrainingRunner(
-        MultiSAETrainingRunnerConfig(
+        multi_config(
             saes={"a": config(variance="fixed"), "b": config("none", variance="none")},
-            hook_names=dict.fromkeys("ab", "blocks.1.hook_resid_pre"),
-            model_name="tiny",
-            dataset_path="local",
-            streaming=False,
-            context_size=32,
-            training_tokens=128 * 24,
-            train_batch_size_tokens=128,
-            store_batch_size_prompts=4,
-            n_batches_in_buffer=16,
-            lr=3e-3,
-            logger=runner_config().logger,
-            checkpoint_path=None,
             output_path=str(root / "multi"),
         ),
         whitening=FEW,
