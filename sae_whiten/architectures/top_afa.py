@@ -153,6 +153,8 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
                 "latents would compare reconstructions in normalized units with a residual in the "
                 "model's; set aux_loss_coefficient=0, or normalize with expected_average_only_in"
             )
+        # in cfg.json, for those whom SAELens tells KeyError: 'top_afa'
+        self.metadata.import_before_loading = "sae_whiten"
         super().__post_init__()
 
 
