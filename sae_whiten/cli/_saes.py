@@ -147,10 +147,9 @@ def dataset_path_of(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") ->
 
 def open_dataset_of(args: argparse.Namespace, path: str) -> Any:
     """The dataset at a path, streamed where that is possible and not refused."""
-    from sae_whiten.evaluation.labels import open_dataset
+    from sae_whiten.estimation.dataset import open_dataset
 
-    streaming = not args.no_streaming and "[" not in args.dataset_split
-    return open_dataset(path, args.dataset_split, streaming)
+    return open_dataset(path, args.dataset_split, streaming=not args.no_streaming)
 
 
 def _shared(saes: "Mapping[str, SAE[Any]]", field: str, flag: str, default: Any = None) -> Any:

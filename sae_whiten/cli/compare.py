@@ -146,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
     from sae_whiten.comparison.report import write_report
-    from sae_whiten.evaluation.labels import dataset_texts, library_texts, open_dataset
+    from sae_whiten.estimation.dataset import open_dataset
+    from sae_whiten.evaluation.labels import dataset_texts, library_texts
 
     exclude = args.exclude_special_tokens
     comparison = Comparison(

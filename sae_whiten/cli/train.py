@@ -40,7 +40,8 @@ their prefix (--sae.k, --logger.log_to_wandb) or as SAELens shows them. A flag s
 None when its value is left out: --checkpoint_path alone turns checkpoints off.
 --normalize_activations is covariance_whitening here; others are for topk_vsae and for architectures
 that no whitening can be folded into, which SAELens' own runner trains. --dataset_path may also be a
-folder written by save_to_disk. More output: sae-whiten --verbose train ...
+file or folder on this machine (JSON lines, parquet, save_to_disk), which needs no network. More
+output: sae-whiten --verbose train ...
 """
 
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten import WhiteningTrainingRunner
 
     whitening = None if resumes_as_it_was else whitening
-    sae = WhiteningTrainingRunner(cfg, whitening, **_saved_dataset(cfg)).run()
+    sae = WhiteningTrainingRunner(cfg, whitening).run()
     check = sae.cfg.metadata.whitening["fold"]["check"]
     print(
         f"fold error: {check['fold_error']:.2g} on {check['source']} activations "
@@ -101,11 +102,13 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     from sae_whiten._checks import require_context
     from sae_whiten._redaction import redact_attributes
     from sae_whiten.architectures.folding import why_not_foldable
+    from sae_whiten.estimation.dataset import local_dataset
     from sae_whiten.training.checks import check_runner_config
 
     check_runner_config(cfg, {"sae": cfg.sae})
     try:
-        runner = LanguageModelSAETrainingRunner(cfg, **_saved_dataset(cfg))
+        dataset = local_dataset(cfg.dataset_path, cfg.streaming)
+        runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
         redact_attributes(cfg)  # model and dataset are loaded
         require_context(cfg.context_size, runner.model)
         runner.run()
@@ -118,14 +121,6 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     known = cfg.sae.get_inference_config_class().__module__.startswith("sae_lens.")
     _say_where(cfg, ours=not known)
     return 0
-
-
-def _saved_dataset(cfg: "LanguageModelSAERunnerConfig[Any]") -> dict[str, Any]:
-    """The dataset, if its path is a folder that `save_to_disk` wrote: SAELens cannot open it."""
-    from sae_whiten.evaluation.labels import is_saved_to_disk, open_dataset
-
-    path = cfg.dataset_path
-    return {"override_dataset": open_dataset(path)} if is_saved_to_disk(path) else {}
 
 
 def _say_where(cfg: "LanguageModelSAERunnerConfig[Any]", ours: bool = False) -> None:

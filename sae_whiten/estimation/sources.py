@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
 
+from sae_whiten.estimation.dataset import check_length, is_on_this_machine, open_dataset
+
 __all__ = [
     "ActivationSource",
     "CachedActivations",
@@ -71,7 +73,7 @@ class ModelActivations:
 
     Args:
         model: As SAELens loads it.
-        dataset: A dataset, or a path for `datasets.load_dataset`, with tokens or with text.
+        dataset: A dataset, or a path or name as for `open_dataset`, with tokens or with text.
         hook_names: Hook names or glob patterns.
         hook_head_index: As in SAELens.
         exclude_special_tokens: As in SAELens.
@@ -105,11 +107,13 @@ class ModelActivations:
         self._head = hook_head_index
         self._batch_size = batch_size_prompts
         self._autocast = autocast_lm
+        self._context_size: int = options["context_size"]
         self._slice = slice(*options["seqpos_slice"])
         self._special = _special_tokens(model, exclude_special_tokens)
         self._run_options = stopping_after(model, self.hook_names)
-        if isinstance(dataset, str) and split != "train":
-            dataset = datasets.load_dataset(dataset, split=split, streaming=options["streaming"])
+        # what is left to SAELens is the training split of a dataset on the hub
+        if isinstance(dataset, str) and (split != "train" or is_on_this_machine(dataset)):
+            dataset = open_dataset(dataset, split, options["streaming"])
         store = token_store(model, dataset, self.hook_names[0], options)
         store.dataset = part_of(store.dataset, *shard)
         sequences: Iterator[Tensor] = iter(store.iterable_sequences)
@@ -122,6 +126,8 @@ class ModelActivations:
         sequences = list(itertools.islice(self._sequences, self._batch_size))
         if not sequences:
             return False
+        for i, sequence in enumerate(sequences):
+            check_length(len(sequence), self._context_size, self.n_sequences + i)
         self.n_sequences += len(sequences)
         tokens = torch.stack(sequences).to(next(self._model.parameters()).device)
         mask = None

@@ -14,6 +14,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+from sae_whiten.estimation.dataset import open_dataset
 from sae_whiten.evaluation.source_code import (
     docstrings,
     functions,
@@ -23,7 +24,7 @@ from sae_whiten.evaluation.source_code import (
     source_files,
 )
 
-__all__ = ["LIBRARIES", "LabelledTexts", "Split", "dataset_texts", "library_texts", "open_dataset"]
+__all__ = ["LIBRARIES", "LabelledTexts", "Split", "dataset_texts", "library_texts"]
 
 logger = logging.getLogger(__name__)
 
@@ -177,36 +178,6 @@ def dataset_texts(
     cells = {cell: (texts[:n], texts[n : 2 * n]) for cell, texts in found.items()}
     source.update(text_column=text_column, n_texts=n, seed=seed)
     return _assembled(label_columns, cells, source, seed)
-
-
-def is_saved_to_disk(path: str) -> bool:
-    """Whether a path is a folder that `save_to_disk` of datasets wrote."""
-    return any((Path(path) / n).is_file() for n in ("state.json", "dataset_dict.json"))
-
-
-def open_dataset(path: str, split: str = "train", streaming: bool = False) -> Any:
-    """A dataset of the hub, a folder of files, or a folder written by `save_to_disk`.
-
-    Args:
-        path: Name or folder.
-        split: Which part; without streaming also such as "train[90%:]".
-        streaming: Read it as it is used, without downloading all of it first.
-    """
-    from datasets import DatasetDict, ReadInstruction, load_dataset, load_from_disk
-
-    if not is_saved_to_disk(path):
-        return load_dataset(path, split=split, streaming=streaming)
-    dataset = load_from_disk(path)
-    if isinstance(dataset, DatasetDict):
-        if split not in dataset:
-            raise ValueError(
-                f"{path} has no split {split!r}; it has {', '.join(map(str, dataset))}"
-            )
-        return dataset[split]
-    if split != "train":
-        (part,) = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
-        return dataset.select(range(part.from_, part.to))
-    return dataset
 
 
 def _assembled(

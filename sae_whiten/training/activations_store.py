@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten._files import load_tensors, save_tensors
+from sae_whiten.estimation.dataset import check_length
 from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 
 __all__ = ["PackedActivationsStore", "ResumableActivationsStore", "check_buffer"]
@@ -121,6 +122,7 @@ class ResumableActivationsStore(ActivationsStore):
                 "larger dataset, or shrinkage='oas'"
             )
         for sequence in super()._iterate_tokenized_sequences():
+            check_length(len(sequence), self.context_size, self.n_sequences)
             self.n_sequences += 1
             yield sequence
 

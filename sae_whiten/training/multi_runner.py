@@ -25,6 +25,7 @@ from sae_whiten._files import write_json
 from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.training.activations_store import PackedActivationsStore, check_buffer
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
@@ -100,6 +101,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         check_runner_config(cfg, {f"saes[{name!r}]": sae for name, sae in trained.items()})
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
+        if override_dataset is None:
+            override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         super().__init__(
             _copied(cfg),
             override_dataset=override_dataset,

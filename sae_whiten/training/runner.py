@@ -20,6 +20,7 @@ from sae_whiten._checks import require_context
 from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.running import (
@@ -98,6 +99,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
         self.whitening_config = whitening
+        if override_dataset is None:
+            override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         super().__init__(
             copy.deepcopy(cfg),
             override_dataset=override_dataset,

@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 
 from sae_whiten.evaluation import labels as labels_module
-from sae_whiten.evaluation.labels import dataset_texts, library_texts, open_dataset
+from sae_whiten.evaluation.labels import dataset_texts, library_texts
 
 
 def shared(a: str, b: str) -> float:
@@ -118,17 +118,3 @@ def test_datasets_that_cannot_serve_are_refused_with_the_reason():
         dataset_texts(labelled_rows(120), ["topic"], "body")
     with pytest.raises(ValueError, match="400 rows for 200"):
         dataset_texts(labelled_rows(), ["body"], "body")
-
-
-def test_folders_of_files_and_folders_saved_to_disk_open(tmp_path):
-    rows = labelled_rows(40)
-    rows.to_parquet(tmp_path / "files" / "part.parquet")
-    rows.save_to_disk(tmp_path / "saved")
-    DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(tmp_path / "splits")
-    for name in ("files", "saved", "splits"):
-        assert open_dataset(str(tmp_path / name))["body"][:] == rows["body"][:]
-    assert len(open_dataset(str(tmp_path / "splits"), "test")) == 5
-    assert open_dataset(str(tmp_path / "saved"), "train[90%:]")["body"][:] == rows["body"][36:]
-    assert len(list(open_dataset(str(tmp_path / "files"), streaming=True))) == 40
-    with pytest.raises(ValueError, match="no split 'validation'; it has train, test"):
-        open_dataset(str(tmp_path / "splits"), "validation")

@@ -17,8 +17,8 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_whiten.estimation.dataset import open_dataset
 from sae_whiten.estimation.sources import Model
-from sae_whiten.evaluation.labels import open_dataset
 from sae_whiten.evaluation.metrics import _as_float64
 from sae_whiten.evaluation.model_view import (
     View,

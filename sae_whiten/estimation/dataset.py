@@ -1,0 +1,131 @@
+"""Datasets of text or tokens: files and folders on this machine, or names on the hub.
+
+SAELens looks tokenised data up on the hub by the path that it was given, and does not open what
+`save_to_disk` wrote. So what is on this machine is opened here, without a network.
+"""
+
+import glob
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+from sae_lens.config import HfDataset
+
+__all__ = ["check_length", "is_on_this_machine", "local_dataset", "open_dataset"]
+
+_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".zst", ".xz")
+
+
+def open_dataset(source: str, split: str = "train", streaming: bool = False) -> Any:
+    """A dataset.
+
+    Args:
+        source: A file (JSON lines, parquet...), a folder of such files, a folder that
+            `save_to_disk` wrote, or a name on the hub; what exists on disk goes before the hub.
+        split: Which part; also such as "train[90%:]", for which all of the dataset is read or
+            downloaded first.
+        streaming: Read it as it is used, without downloading or converting all of it first.
+
+    Raises:
+        FileNotFoundError: `source` is the path of nothing, or a folder without data.
+        ValueError: There is no such split, nothing in it, or something that is not of its format.
+        ConnectionError: The hub cannot be reached.
+    """
+    path = Path(source)
+    if not path.exists():
+        if _is_meant_as_path(source):
+            raise FileNotFoundError(f"{source}: there is no such dataset, neither file nor folder")
+        return datasets.load_dataset(source, split=split, streaming=_can_stream(streaming, split))
+    saved = _is_saved_to_disk(path)
+    dataset = _part(path, split) if saved else _from_files(path, split, streaming)
+    if next(iter(dataset), None) is None:
+        raise ValueError(f"{source}: the dataset is empty")
+    return dataset
+
+
+def is_on_this_machine(source: str) -> bool:
+    """Whether a dataset is a file or folder, or meant as one, and not a name on the hub."""
+    return bool(source) and (Path(source).exists() or _is_meant_as_path(source))
+
+
+def local_dataset(source: str, streaming: bool) -> HfDataset | None:
+    """The dataset that training is to take from this machine; None if it is one of the hub.
+
+    Args:
+        source: Path or name, as for `open_dataset`; "" for none.
+        streaming: As there.
+
+    Raises:
+        FileNotFoundError, ValueError: As there.
+    """
+    return open_dataset(source, streaming=streaming) if is_on_this_machine(source) else None
+
+
+def check_length(n_tokens: int, context_size: int, number: int) -> None:
+    """Refuse a tokenised sequence that is too short for the context; SAELens looks at the first.
+
+    Args:
+        n_tokens: Its length, at most `context_size`.
+        context_size: The length wanted.
+        number: Of the sequence in the dataset.
+
+    Raises:
+        ValueError: It is too short.
+    """
+    if n_tokens < context_size:
+        raise ValueError(
+            f"sequence {number} of the dataset has {n_tokens} tokens, fewer than "
+            f"context_size={context_size}: all have to be as long, as SAELens' PretokenizeRunner "
+            "makes them"
+        )
+
+
+def _is_saved_to_disk(path: Path) -> bool:
+    one = all((path / name).is_file() for name in ("state.json", "dataset_info.json"))
+    return one or (path / "dataset_dict.json").is_file()
+
+
+def _part(path: Path, split: str) -> datasets.Dataset:
+    """A split, or a part of one, of what `save_to_disk` wrote."""
+    saved = datasets.load_from_disk(str(path))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    if split in splits:
+        return splits[split]
+    lengths = {str(name): len(rows) for name, rows in splits.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} has no split {split!r}; it has {', '.join(lengths)} ({error})"
+        ) from error
+    return datasets.concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    )
+
+
+def _from_files(path: Path, split: str, streaming: bool) -> Any:
+    # by its absolute path, or a folder named "json" would be taken for the format
+    where = path.resolve()
+    folder, files = (where.parent, glob.escape(where.name)) if where.is_file() else (where, None)
+    try:
+        return datasets.load_dataset(
+            str(folder), data_files=files, split=split, streaming=_can_stream(streaming, split)
+        )
+    except FileNotFoundError:
+        raise
+    except (ValueError, DatasetsError) as error:
+        cause = f" ({error.__cause__})" if error.__cause__ else ""
+        raise ValueError(f"{path}: {error}{cause}") from error
+
+
+def _can_stream(streaming: bool, split: str) -> bool:
+    return streaming and "[" not in split and "+" not in split
+
+
+def _is_meant_as_path(source: str) -> bool:
+    """Whether what does not exist cannot be the name of a dataset on the hub either."""
+    if "://" in source:
+        return False
+    begins_as_path = Path(source).is_absolute() or source.startswith((".", "~"))
+    return begins_as_path or source.count("/") > 1 or source.endswith(_SUFFIXES)
