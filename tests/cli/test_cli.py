@@ -478,14 +478,6 @@ def test_saelens_flags_pass_through(runner: type[FakeRunner]) -> None:
     assert cfg.checkpoint_path is None
 
 
-def test_a_dataset_of_save_to_disk_is_opened(runner: type[FakeRunner], tmp_path: Path) -> None:
-    Dataset.from_dict({"input_ids": [[1, 2, 3]]}).save_to_disk(tmp_path / "tokens")
-    assert main(["train", *TOPK, "--dataset_path", str(tmp_path / "tokens")]) == 0
-    assert runner.options["override_dataset"][0] == {"input_ids": [1, 2, 3]}
-    assert main(["train", *TOPK]) == 0
-    assert runner.options == {}
-
-
 def test_nested_flags_with_their_prefix(runner: type[FakeRunner]) -> None:
     flags = ["--sae.k", "9", "--sae.d_in=64", "--sae.dtype=bfloat16", "--logger.log_to_wandb=False"]
     assert main(["train", *TOPK, *flags]) == 0
@@ -769,7 +761,6 @@ def test_example_is_short_and_uses_public_names_only() -> None:
 def test_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from datasets import Dataset
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformers import AutoTokenizer
 
