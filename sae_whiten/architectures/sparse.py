@@ -118,7 +118,7 @@ def select(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, "d_sae"],
-    scale: Float[Tensor, "d_sae"] | None,
+    scale: Float[Tensor, "d_sae"],
     selector: Selector,
     columns: Integer[Tensor, "n_columns"],
     keep_hidden_pre: bool = False,
@@ -132,7 +132,7 @@ def select(
         x: Shape (batch, d_in), what the encoder sees.
         W_enc: Shape (d_in, d_sae).
         b_enc: Shape (d_sae,).
-        scale: Shape (d_sae,), such as the norms of the decoder; 1 if None.
+        scale: Shape (d_sae,), such as the norms of the decoder.
         selector: `top_k` or `batch_top_k`.
         columns: Shape (n_columns,), latents whose pre-activations are wanted for every input.
         keep_hidden_pre: Whether all pre-activations are wanted.
@@ -153,24 +153,17 @@ def select(
     )
 
 
-def _pre_activations(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None
-) -> Iterator[Tensor]:
+def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor) -> Iterator[Tensor]:
     kind = x.device.type
     dtype = torch.promote_types(W_enc.dtype, torch.float32)
-    b_enc = b_enc.to(dtype)
-    if scale is not None:
-        scale = scale.to(dtype)
-        b_enc = b_enc * scale
+    scale = scale.to(dtype)
+    b_enc = b_enc.to(dtype) * scale
     if torch.is_autocast_enabled(kind):
         reduced = torch.get_autocast_dtype(kind)
         x, W_enc = x.to(reduced), W_enc.to(reduced)
     for rows in x.split(_ROWS.get(kind, len(x))):
         pre = (rows @ W_enc).to(dtype)
-        if scale is None:
-            yield pre.add_(b_enc)
-        else:
-            yield torch.addcmul(b_enc, pre, scale, out=pre)
+        yield torch.addcmul(b_enc, pre, scale, out=pre)
 
 
 def top_k(k: int, by_magnitude: bool = False) -> Selector:
@@ -189,11 +182,21 @@ def top_k(k: int, by_magnitude: bool = False) -> Selector:
     return selector
 
 
-def batch_top_k(n: int) -> Selector:
-    """Select the n largest of the batch, of those that are positive."""
+def batch_top_k(n: int, least: Callable[[Tensor], Tensor] | None = None) -> Selector:
+    """Select the n largest of the batch, of those that are positive.
+
+    Args:
+        n: How many.
+        least: From their values, shape (m,), the least that is to be kept, shape (1,), or shape
+            (0,) if all are.
+    """
 
     def selector(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         values, positions, width = largest_of_all(chunks, n)
+        bound = values[:0] if least is None else least(values)
+        if len(bound) > 0:
+            kept = values >= bound
+            values, positions = values[kept], positions[kept]
         return values, positions // width, positions % width
 
     return selector

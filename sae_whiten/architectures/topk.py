@@ -23,6 +23,7 @@ from torch import Tensor
 from sae_whiten.architectures.dead_latents import dead_latents_loss
 from sae_whiten.architectures.description import Architecture, read_weights, register
 from sae_whiten.architectures.losses import SparsityNorms
+from sae_whiten.architectures.sparse_step import sparse_step
 from sae_whiten.folding import AffineWeights
 
 __all__ = ["TOPK", "TopKLosses"]
@@ -143,6 +144,7 @@ TOPK = Architecture(
     set_by_fold={"rescale_acts_by_decoder_norm": False},
     losses=TopKLosses,
     why_not_original_norms=_why_not_original_norms,
+    fast_step=sparse_step,
     sparsity_field="k",
     sparsity_is_exact=True,
 )

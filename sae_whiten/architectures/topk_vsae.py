@@ -515,6 +515,7 @@ register(
         TOPK,
         sae_classes=(TopKVSAETrainingSAE,),
         affine_weights=_affine_weights,
+        fast_step=None,
         why_not_original_norms=_why_not_original_norms,
         scaled_fields={"kl_coefficient": 2},
         comparison_options=_comparison_options,

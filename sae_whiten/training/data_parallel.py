@@ -14,9 +14,9 @@ Weights start equal, for they are sent from process 0, and stay equal, for all-r
 process the same bits.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
+from sae_whiten.architectures.sparse import Selector, batch_top_k
 from sae_whiten.estimation.distributed import DistributedError, Processes
 from sae_whiten.estimation.sources import part_of
 from sae_whiten.statistics import NonFiniteActivationsError
@@ -140,11 +141,10 @@ def take_share(store: ActivationsStore, processes: Processes) -> None:
 
 def output_of_all(output: TrainStepOutput, processes: Processes) -> TrainStepOutput:
     """A step's output in which inputs and reconstructions are those of all processes."""
-    return replace(
-        output,
-        sae_in=processes.concatenated(output.sae_in),
-        sae_out=processes.concatenated(output.sae_out),
-    )
+    output = copy.copy(output)
+    output.sae_in = processes.concatenated(output.sae_in)
+    output.sae_out = processes.concatenated(output.sae_out)
+    return output
 
 
 def figures_of_all(own: Mapping[str, Any], stream: SharedStream) -> dict[str, Any]:
@@ -230,11 +230,21 @@ class SharedBatchTopK(nn.Module):
         """The activations kept, of the shape of `x`, (n, d_sae)."""
         acts = x.relu()
         flat = acts.detach().flatten()
-        n_kept = int(self.k * self._stream.n_rows)
-        largest = torch.topk(flat, min(n_kept, flat.numel())).values
-        everybodys = self._stream.processes.concatenated(largest)
-        kept = torch.topk(everybodys, min(n_kept, everybodys.numel())).values
-        self.least = kept[kept > 0][-1:]
-        if len(self.least) == 0:
+        largest = torch.topk(flat, min(self._n_kept(), flat.numel())).values
+        if len(self._find_least(largest)) == 0:
             return acts
         return torch.where(acts >= self.least, acts, 0.0)
+
+    def sparse_selector(self) -> Selector:
+        """The same selection for `sparse_step`."""
+        return batch_top_k(self._n_kept(), self._find_least)
+
+    def _n_kept(self) -> int:
+        return int(self.k * self._stream.n_rows)
+
+    def _find_least(self, largest: Tensor) -> Tensor:
+        """`least`, from the largest of this part."""
+        everybodys = self._stream.processes.concatenated(largest)
+        kept = torch.topk(everybodys, min(self._n_kept(), everybodys.numel())).values
+        self.least = kept[kept > 0][-1:]
+        return self.least

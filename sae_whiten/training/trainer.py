@@ -141,6 +141,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         sae.cfg = copy.deepcopy(sae.cfg)
         redact_attributes(sae.cfg.metadata)  # which every file of the SAE holds
         super().__init__(cfg, sae, data_provider, self._evaluate, save_checkpoint_fn)
+        _fuse(self.optimizer, cfg.device)
         self._given_evaluator = evaluator
         self.whitening: Whitening | None = None
         self._given_config = whitening
@@ -302,11 +303,9 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
     ) -> dict[str, Any]:
         """SAELens' figures, with explained variance taken in the space of the activations; in
         several processes, of all parts of the batch."""
-        output = replace(
-            output,
-            sae_in=self.scaler.unscale(_float32_at_least(output.sae_in)),
-            sae_out=self.scaler.unscale(_float32_at_least(output.sae_out)),
-        )
+        output = copy.copy(output)
+        output.sae_in = self.scaler.unscale(_float32_at_least(output.sae_in))
+        output.sae_out = self.scaler.unscale(_float32_at_least(output.sae_out))
         if not isinstance(self.stream, SharedStream):
             return super().build_train_step_log_dict(output, n_training_samples)
         figures = super().build_train_step_log_dict(
@@ -490,6 +489,13 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             super()._checkpoint_if_needed()
         finally:
             self.n_training_steps -= 1
+
+
+def _fuse(optimizer: torch.optim.Adam, device: str) -> None:
+    """Let Adam take its step in one pass over the parameters, where torch can do that."""
+    if torch.device(device).type in ("cpu", "cuda"):
+        for group in optimizer.param_groups:
+            group["fused"] = True
 
 
 def _float32_at_least(x: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ def test_selection_is_that_of_dense_pre_activations(
 ) -> None:
     monkeypatch.setitem(sparse._ROWS, "cpu", 5)  # not a divisor of the number of rows
     x, W, b = random(12, 6), random(6, 64), random(64)
-    scale = random(64).abs() + 0.1 if scaled else None
-    dense = (x @ W + b) * (1 if scale is None else scale)
+    scale = random(64).abs() + 0.1 if scaled else torch.ones(64).double()
+    dense = (x @ W + b) * scale
     columns = torch.tensor([3, 60])
     selector = {"top_k": top_k(4), "abs_top_k": top_k(4, True), "batch_top_k": batch_top_k(48)}
     found = select(x, W, b, scale, selector[name], columns, keep_hidden_pre=True)
@@ -99,7 +99,7 @@ def test_selection_is_that_of_dense_pre_activations(
 
 def test_nothing_dense_is_kept_unless_asked_for() -> None:
     found = select(
-        random(4, 6), random(6, 64), random(64), None, top_k(4), torch.tensor([], dtype=torch.long)
+        random(4, 6), random(6, 64), random(64), torch.ones(64), top_k(4), torch.tensor([]).long()
     )
     assert found.hidden_pre is None
     assert found.columns.shape == (4, 0)
@@ -196,7 +196,7 @@ def test_product_is_taken_in_the_dtype_of_autocast() -> None:
     x, W, b = random(8, 16).float(), random(16, 64).float(), random(64).float()
     none = torch.tensor([], dtype=torch.long)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = select(x, W, b, None, top_k(4), none, keep_hidden_pre=True)
+        found = select(x, W, b, torch.ones(64), top_k(4), none, keep_hidden_pre=True)
         expected = x @ W + b
     assert found.hidden_pre is not None
     assert found.hidden_pre.dtype == torch.float32

@@ -1,0 +1,267 @@
+"""Training steps of topk, abstopk, batchtopk and matryoshka_batchtopk with sparse latents.
+
+Values and gradients are those of SAELens' `training_forward_pass` under this package's losses, to
+rounding; the sums are in `sparse`. What cancels is left out: a latent is relu(pre) * norm, and is
+decoded by W_dec / norm, so decoder norms decide what is selected, and nothing else.
+"""
+
+from collections.abc import Callable
+from functools import reduce
+from itertools import pairwise
+from operator import add
+from typing import Any
+
+import torch
+from jaxtyping import Float, Integer
+from sae_lens import (
+    AbsTopKTrainingSAE,
+    BatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAE,
+)
+from sae_lens.saes.abstopk_sae import AbsTopK, calculate_abstopk_aux_acts
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK, calculate_topk_aux_acts
+from torch import Tensor, nn
+
+from sae_whiten.architectures.dead_latents import dead_latents_loss
+from sae_whiten.architectures.sparse import (
+    ActivePairs,
+    Selection,
+    Selector,
+    batch_top_k,
+    decode,
+    encode,
+    select,
+    to_coo,
+    top_k,
+)
+
+__all__ = ["SparseStepOutput", "is_hooked", "sparse_step"]
+
+# Share of the latents up to which sums over the active ones cost less than dense products.
+_SPARSE_UP_TO = 1 / 16
+
+
+class SparseStepOutput(TrainStepOutput):
+    """A step's output in which pre-activations are computed if somebody asks for them.
+
+    `feature_acts` is a sparse COO tensor, as SAELens has it with `use_sparse_activations`.
+    """
+
+    def __init__(self, hidden_pre: Tensor | Callable[[], Tensor], **fields: Any) -> None:
+        super().__init__(hidden_pre=torch.empty(0), **fields)
+        self._hidden_pre = hidden_pre
+
+    @property
+    def hidden_pre(self) -> Tensor:
+        """Pre-activations, shape (batch, d_sae), without a gradient.
+
+        Raises:
+            RuntimeError: The weights have changed since the step.
+        """
+        if not isinstance(self._hidden_pre, Tensor):
+            self._hidden_pre = self._hidden_pre()
+        return self._hidden_pre
+
+    @hidden_pre.setter
+    def hidden_pre(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, value: Tensor
+    ) -> None:
+        self._hidden_pre = value
+
+
+def is_hooked(hook: nn.Module) -> bool:
+    """Whether somebody sees what passes a hook point."""
+    return bool(
+        hook._forward_hooks
+        or hook._forward_pre_hooks
+        or hook._backward_hooks
+        or hook._backward_pre_hooks
+    )
+
+
+def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
+    """The training step of an SAE of the TopK family, under whitening.
+
+    Args:
+        sae: One of the four, with the attribute `sparsity_norms`, which may be None.
+        step_input: Of the step. If it is to be logged, `feature_acts` and `hidden_pre` of the
+            output are dense; else see `SparseStepOutput`.
+
+    Returns:
+        None where the dense step has to be taken: somebody hooks the input or the latents, k is too
+        large for sparse sums to pay, the selection is not SAELens', or the step is being compiled.
+    """
+    selector = _selector(sae, len(step_input.sae_in))
+    if selector is None or not _can_be_sparse(sae, step_input.sae_in):
+        return None
+    sae_in, logged = step_input.sae_in, step_input.is_logging_step
+    with torch.no_grad():
+        x = sae.process_sae_in(sae_in)
+        norms = _ranking_norms(sae)
+        dead = _dead_latents(sae, step_input)
+        found = select(x, sae.W_enc, sae.b_enc, norms, selector, dead, keep_hidden_pre=logged)
+    widths = _widths(sae)
+    pairs = _pairs(found, widths, len(x))
+    values, of_dead = encode(
+        x,
+        sae.W_enc,
+        sae.b_enc,
+        sae.b_dec if sae.cfg.apply_b_dec_to_input else None,
+        found.values / norms[found.latents],
+        found.columns / norms[dead],
+        pairs,
+        dead,
+    )
+    if not isinstance(sae, AbsTopKTrainingSAE):
+        values = values.relu()
+    decoded, rows_of_dead = decode(values, sae.W_dec, pairs, dead)
+    levels = decoded.view(len(x), len(widths), -1).cumsum(dim=1) + sae.b_dec
+    levels = levels.to(sae.W_dec.dtype).unbind(dim=1)
+    sae_out = sae.hook_sae_recons(levels[-1])
+
+    losses = {
+        "mse_loss": _mean_error(sae, sae_out, sae_in),
+        "auxiliary_reconstruction_loss": sae_out.new_tensor(0.0),
+    }
+    if len(dead) > 0:
+        outputs = levels if _has_auxk_by_level(sae) else (sae_out,)
+        losses["auxiliary_reconstruction_loss"] = _auxk_loss(
+            sae, [(sae_in - out).detach() for out in outputs], dead, of_dead, norms, rows_of_dead
+        )
+    for width, level in zip(widths[:-1], levels[:-1], strict=True):
+        losses[f"inner_mse_loss_{width}"] = _mean_error(sae, level, sae_in)
+
+    latents = values * norms[found.latents]
+    feature_acts = to_coo(latents.to(sae.W_enc.dtype), pairs, len(x), sae.cfg.d_sae)
+    hidden_pre = found.hidden_pre
+    output = SparseStepOutput(
+        sae_in=sae_in,
+        sae_out=sae_out,
+        feature_acts=feature_acts.to_dense() if logged else feature_acts,
+        hidden_pre=_later(sae, sae_in) if hidden_pre is None else hidden_pre.to(sae.W_enc.dtype),
+        loss=reduce(add, losses.values()),
+        losses=losses,
+    )
+    if isinstance(sae, BatchTopKTrainingSAE):
+        sae.update_topk_threshold(latents.detach())
+        output.metrics["topk_threshold"] = sae.topk_threshold
+    return output
+
+
+def _selector(sae: Any, n_rows: int) -> Selector | None:
+    activation_fn = sae.activation_fn
+    if type(activation_fn) in (TopK, AbsTopK):
+        return top_k(activation_fn.k, by_magnitude=type(activation_fn) is AbsTopK)
+    if type(activation_fn) is BatchTopK:
+        return batch_top_k(int(activation_fn.k * n_rows))
+    if hasattr(activation_fn, "sparse_selector"):
+        return activation_fn.sparse_selector()
+    return None
+
+
+def _can_be_sparse(sae: Any, sae_in: Tensor) -> bool:
+    hooks = (sae.hook_sae_input, sae.hook_sae_acts_pre, sae.hook_sae_acts_post)
+    return (
+        sae.activation_fn.k <= _SPARSE_UP_TO * sae.cfg.d_sae
+        and not any(map(is_hooked, hooks))
+        and not sae_in.requires_grad
+        and sae_in.ndim == 2
+        and sae_in.device.type in ("cpu", "cuda")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"]:
+    """What latents are ranked by besides their pre-activations, float32 at least."""
+    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
+    if not sae.cfg.rescale_acts_by_decoder_norm:
+        return torch.ones(sae.cfg.d_sae, dtype=dtype, device=sae.W_dec.device)
+    if sae.sparsity_norms is not None:
+        return sae.sparsity_norms(sae.W_dec.to(dtype))
+    return torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=dtype)
+
+
+def _dead_latents(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
+    """Those that AuxK is to revive, ascending."""
+    dead = step_input.dead_neuron_mask
+    if dead is None or sae.cfg.aux_loss_coefficient == 0:
+        return torch.empty(0, dtype=torch.long, device=sae.W_dec.device)
+    return dead.nonzero().squeeze(1)
+
+
+def _widths(sae: Any) -> list[int]:
+    """Up to which latent each level goes; there is one unless the SAE is a Matryoshka SAE."""
+    if isinstance(sae, MatryoshkaBatchTopKTrainingSAE):
+        return sae.cfg.matryoshka_widths
+    return [sae.cfg.d_sae]
+
+
+def _pairs(found: Selection, widths: list[int], n_rows: int) -> ActivePairs:
+    """The pairs, with a bag for every level of every row."""
+    levels = torch.searchsorted(found.latents.new_tensor(widths), found.latents, right=True)
+    bags = found.rows * len(widths) + levels
+    return ActivePairs.of(found.rows, found.latents, widths[-1], bags, n_rows * len(widths))
+
+
+def _mean_error(sae: Any, reconstruction: Tensor, sae_in: Tensor) -> Tensor:
+    return sae.mse_loss_fn(reconstruction, sae_in).sum(dim=-1).mean()
+
+
+def _has_auxk_by_level(sae: Any) -> bool:
+    return isinstance(sae, MatryoshkaBatchTopKTrainingSAE) and sae.cfg.use_matryoshka_aux_loss
+
+
+def _auxk_loss(
+    sae: Any,
+    residuals: list[Tensor],
+    dead: Integer[Tensor, "n_dead"],
+    pre: Float[Tensor, "batch n_dead"],
+    norms: Float[Tensor, "d_sae"],
+    W_dec: Float[Tensor, "n_dead d_in"],
+) -> Float[Tensor, ""]:
+    """AuxK among the dead latents alone, whose pre-activations and decoder rows are given.
+
+    Args:
+        sae: The SAE.
+        residuals: Shape (batch, d_in) each: one for every level, or one for all latents.
+        dead: Shape (n_dead,), ascending.
+        pre: Shape (batch, n_dead).
+        norms: Shape (d_sae,), what latents are ranked by.
+        W_dec: Shape (n_dead, d_in).
+    """
+    by_magnitude = isinstance(sae, AbsTopKTrainingSAE)
+    ends = _widths(sae) if len(residuals) > 1 else [sae.cfg.d_sae]
+    n_dead_up_to = torch.searchsorted(dead, dead.new_tensor([0, *ends])).tolist()
+    total = pre.new_tensor(0.0)
+    for residual, (start, end) in zip(residuals, pairwise(n_dead_up_to), strict=True):
+        own_norms, own_W_dec = norms[dead[start:end]], W_dec[start:end]
+        total = total + dead_latents_loss(
+            sae.mse_loss_fn,
+            residual,
+            pre[:, start:end] * own_norms,
+            torch.ones_like(own_norms, dtype=torch.bool),
+            calculate_abstopk_aux_acts if by_magnitude else calculate_topk_aux_acts,
+            lambda acts, own_norms=own_norms, own_W_dec=own_W_dec: (
+                (acts / own_norms).to(own_W_dec.dtype) @ own_W_dec
+            ),
+        )
+    return sae.cfg.aux_loss_coefficient * total
+
+
+def _later(sae: Any, sae_in: Tensor) -> Callable[[], Tensor]:
+    """Pre-activations of this step, for as long as the weights are what they are now."""
+    weights = list(sae.parameters())
+    versions = [weight._version for weight in weights]
+
+    def compute() -> Tensor:
+        if versions != [weight._version for weight in weights]:
+            raise RuntimeError(
+                "hidden_pre of this step was not kept, and the weights have changed since: read it "
+                "before the optimizer's step, or set is_logging_step=True in the TrainStepInput"
+            )
+        with torch.no_grad():
+            return sae.encode_with_hidden_pre(sae_in)[1]
+
+    return compute
