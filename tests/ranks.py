@@ -18,8 +18,8 @@ def run_ranks(
     function: Callable[..., Any],
     *args: Any,
     n: int = 2,
-    timeout: float = 60,
-    deadline: float = 180,
+    timeout: float = 300,
+    deadline: float = 600,
 ) -> list[Any]:
     """Call `function(rank, *args)` in n processes of a gloo group.
 
@@ -72,7 +72,7 @@ def _main(
         "gloo",
         rank=rank,
         world_size=n,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=300),
     )
     try:
         found = function(rank, *args)

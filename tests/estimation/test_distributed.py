@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from sae_whiten.estimation.distributed import Processes, joined_processes
 from sae_whiten.statistics import ActivationStatistics
@@ -58,12 +59,13 @@ def test_a_process_alone_needs_no_group():
         assert processes.gather("x") == ["x"]
 
 
-def exchange_until_one_is_gone(rank: int, how: str) -> None:
+def exchange_until_one_is_gone(rank: int, how: str, timeout: float) -> None:
+    dist.barrier()  # from here on they have only the timeout, and one may have started later
     processes = Processes()
     for i in range(3):
         if rank == 1 and i == 2:
             if how == "hangs":
-                time.sleep(12)
+                time.sleep(3 * timeout)
             os.kill(os.getpid(), signal.SIGKILL)
         processes.total(i)
 
@@ -71,12 +73,12 @@ def exchange_until_one_is_gone(rank: int, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "timeout", "said"),
     [
-        ("dies", 60, "failed, was killed, or did not answer"),
-        ("hangs", 3, "did not answer for 0.05 minutes"),
+        ("dies", 300, "failed, was killed, or did not answer"),
+        ("hangs", 6, "did not answer for 0.1 minutes"),
     ],
 )
 def test_when_a_process_is_gone_the_other_says_so_and_does_not_hang(how, timeout, said):
-    survivor, gone = run_ranks(exchange_until_one_is_gone, how, timeout=timeout)
+    survivor, gone = run_ranks(exchange_until_one_is_gone, how, timeout, timeout=timeout)
     assert survivor.startswith("DistributedError")
     assert said in survivor
     assert gone is None

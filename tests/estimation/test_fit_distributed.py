@@ -139,7 +139,7 @@ def test_torchrun_starts_fit_on_several_processes(tmp_path):
     command += ["--context-size", "32", "--n-samples", "100000", "--out", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("activations of width 32") == 1  # said by one of them

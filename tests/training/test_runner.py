@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +66,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, T
     return state(runner(output_path=str(path)).run()), path
 
 
-def test_the_output_is_a_stock_sae_for_a_process_that_never_heard_of_us(uninterrupted):
+def test_the_output_is_a_stock_sae_for_a_process_that_never_heard_of_us(uninterrupted, tmp_path):
     _, path = uninterrupted
     x = runner().activations_store.next_batch()
-    torch.save(x, path / "x.pt")
+    torch.save(x, tmp_path / "x.pt")
     code = """
         import sys, torch
         from sae_lens import SAE
-        path = sys.argv[1]
-        sae = SAE.load_from_disk(path)
-        x = torch.load(path + "/x.pt")
+        sae = SAE.load_from_disk(sys.argv[1])
+        x = torch.load(sys.argv[2])
         with torch.no_grad():
             error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
         assert "sae_whiten" not in sys.modules
@@ -85,13 +83,12 @@ def test_the_output_is_a_stock_sae_for_a_process_that_never_heard_of_us(uninterr
         print(float(error))
     """
     output = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(path)],
+        [sys.executable, "-c", textwrap.dedent(code), str(path), str(tmp_path / "x.pt")],
         capture_output=True,
         text=True,
         check=True,
     )
     assert float(output.stdout) < 0.7
-    (path / "x.pt").unlink()
 
 
 def test_the_output_folder_holds_everything_and_says_how_it_was_made(uninterrupted):
@@ -164,12 +161,30 @@ def test_interrupted_training_resumes_to_the_bit(
 
 
 KILLED = """
-    import sys, torch
+    import os, sys, torch
     from sae_whiten import WhiteningConfig, WhiteningTrainingRunner
     from tests.support import runner_config, tiny_dataset, tiny_model
+    path, signum, when, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    n_passed = 0
+
+    def passed():
+        global n_passed
+        n_passed += 1
+        if n_passed == moment:
+            os.kill(os.getpid(), signum)
+
+    def file_event(event, args):
+        if event in ("open", "os.mkdir", "os.rename") and str(args[0]).startswith(path):
+            passed()
+
+    if when == "writing":
+        sys.addaudithook(file_event)
+    else:
+        step = torch.optim.Adam.step
+        torch.optim.Adam.step = lambda *args, **options: (step(*args, **options), passed())[0]
     torch.manual_seed(7)
     WhiteningTrainingRunner(
-        runner_config(checkpoint_path=sys.argv[1], n_checkpoints=79),
+        runner_config(checkpoint_path=path, n_checkpoints=79),
         WhiteningConfig(n_samples=1500),
         override_dataset=tiny_dataset(),
         override_model=tiny_model(),
@@ -177,25 +192,29 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_is_killed_resumes_to_the_bit(signum, uninterrupted, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
+@pytest.mark.parametrize(
+    ("signum", "when", "moment", "statuses"),
+    [
+        # sent by the process itself, so that the moment does not depend on the load
+        (signal.SIGKILL, "writing", 200, {-signal.SIGKILL}),
+        (signal.SIGINT, "training", 30, {-signal.SIGINT, 130}),
+        (signal.SIGTERM, "training", 30, {143}),
+    ],
+)
+def test_a_process_that_is_killed_resumes_to_the_bit(
+    signum, when, moment, statuses, uninterrupted, tmp_path
+):
+    arguments = [str(tmp_path), str(int(signum)), when, str(moment)]
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), *arguments],
         cwd=ROOT,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        check=False,
     )
-    deadline = time.monotonic() + 120
-    while len(checkpoints(tmp_path)) < 5:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    expected = {signal.SIGINT: (-signal.SIGINT, 130), signal.SIGTERM: (143,)}
-    assert process.returncode in expected.get(signum, (-signum,)), errors
+    assert process.returncode in statuses, process.stderr
     latest = max(checkpoints(tmp_path), key=lambda p: int(p.name))
-    # every checkpoint that is there is whole, whenever the process was killed
+    # every checkpoint that is there is whole
     for path in checkpoints(tmp_path):
         SAE.load_from_disk(path)
     resumed = runner(None, resume_from_checkpoint=str(latest))
