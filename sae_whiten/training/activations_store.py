@@ -1,9 +1,10 @@
 """SAELens' activations store, able to continue exactly where a checkpoint left it."""
 
+import hashlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.estimation.dataset import check_length
+from sae_whiten.estimation.sources import resolution_of
 from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 
 __all__ = ["PackedActivationsStore", "ResumableActivationsStore", "check_buffer"]
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 _KIND = "activations_store_state"
 _MAX_USELESS_PASSES = 100
-_ANCHOR_FIELDS = ("n_batches", "position", "n_epochs", "n_dataset_processed")
+_ANCHOR_FIELDS = ("n_batches", "position", "sequences", "n_epochs", "n_dataset_processed")
+_N_FINGERPRINT = 16  # activations that tell one model from another
 
 
 def check_buffer(n_batches_in_buffer: int, n_positions: int, train_batch_size_tokens: int) -> None:
@@ -74,6 +77,8 @@ class ResumableActivationsStore(ActivationsStore):
     n_skipped: int = 0
     """Activations left out because they were not finite."""
 
+    _known_fingerprint: tuple[str, Tensor] | None = None
+
     @classmethod
     def adopt(cls, store: ActivationsStore) -> "ResumableActivationsStore":
         """What SAELens' store is, as a store of this class; nothing may be drawn from either yet.
@@ -112,7 +117,7 @@ class ResumableActivationsStore(ActivationsStore):
             yield finite
 
     def _iterate_tokenized_sequences(self) -> Any:
-        self.n_sequences = 0
+        self._begin_epoch()
         self.n_epochs += 1
         training = self.training_position
         if self.n_epochs == 2 and training is not None and training() == 0:
@@ -124,6 +129,7 @@ class ResumableActivationsStore(ActivationsStore):
         for sequence in super()._iterate_tokenized_sequences():
             check_length(len(sequence), self.context_size, self.n_sequences)
             self.n_sequences += 1
+            self._drawn.append(sequence)
             yield sequence
 
     def get_activations(self, batch_tokens: Tensor) -> Tensor:
@@ -176,6 +182,8 @@ class ResumableActivationsStore(ActivationsStore):
         fields["n_served"] = n_served
         fields["n_skipped"] = self.n_skipped
         fields["widths"] = list(self.widths.items())
+        fields["n_rows"] = self._n_rows()
+        fields["first_sequence"], tensors["fingerprint"] = self._fingerprint()
         path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
         save_tensors(path, _KIND, tensors, fields)
 
@@ -185,7 +193,7 @@ class ResumableActivationsStore(ActivationsStore):
         Raises:
             FileNotFoundError: The directory holds no such state.
             CorruptFileError: The file is truncated, foreign or was changed.
-            ValueError: It is of other hooks.
+            ValueError: It is of other hooks, other data or another model.
         """
         path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
         tensors, fields = load_tensors(path, _KIND)
@@ -196,13 +204,14 @@ class ResumableActivationsStore(ActivationsStore):
                 f"{path}: the checkpoint was trained at {_listed(saved)}, and this run is at "
                 f"{_listed(own)}"
             )
+        self._check_source(path, tensors, fields)
         self._prepare()
         self._anchors.clear()
         self._generator.set_state(tensors["generator"])
         buffer = tensors.get("buffer")
         self._buffer = None if buffer is None else buffer.to(self.device)
         self._n_batches = int(fields["n_batches"])
-        self._seek(fields["position"])
+        self._seek(path, int(fields["position"]), fields.get("sequences"))
         self.n_dataset_processed = int(fields["n_dataset_processed"])
         self.n_epochs = int(fields["n_epochs"])
         self._draws = [(int(n), int(size)) for n, size in fields["draws"]]
@@ -219,6 +228,7 @@ class ResumableActivationsStore(ActivationsStore):
         # a generator of its own: whoever else draws random numbers cannot change the data order
         self._generator = torch.Generator()
         self._generator.set_state(torch.get_rng_state())
+        self._begin_epoch()
         self._buffer: Tensor | None = None
         self._n_batches = 0
         self._anchors: deque[dict[str, Any]] = deque()
@@ -234,17 +244,97 @@ class ResumableActivationsStore(ActivationsStore):
     def _position(self) -> int:
         return self.n_sequences if self.cached_activation_dataset is None else self.current_row_idx
 
-    def _seek(self, position: int) -> None:
-        """Move to a position in the epoch; the epochs are all the same."""
+    def _seek(self, path: Path, position: int, expected: str | None) -> None:
+        """Move to a position in the epoch, by reading up to it; the epochs are all the same."""
         if self.cached_activation_dataset is not None:
             self.current_row_idx = position
             return
         if position < self.n_sequences:
             self.iterable_sequences = self._iterate_tokenized_sequences()
-            self.n_sequences = 0
+            self._begin_epoch()
         skip = position - self.n_sequences
         for _ in tqdm(range(skip), desc="Skipping to the place in the dataset", leave=False):
-            next(self.iterable_sequences)
+            if next(self.iterable_sequences, None) is None:
+                raise ValueError(
+                    f"{path}: the checkpoint is {position} sequences into its dataset, and this "
+                    f"one ends after {self.n_sequences}: resume on the same data"
+                )
+        if expected is not None and self._sequences() != expected:
+            raise ValueError(
+                f"{path}: the first {position} sequences of this dataset are not those that the "
+                "checkpoint was trained on: resume on the same data"
+            )
+
+    def _begin_epoch(self) -> None:
+        self.n_sequences = 0
+        self._drawn: list[Tensor] = []
+        self._digest = hashlib.sha256()
+
+    def _sequences(self) -> str:
+        """Checksum of all sequences drawn in this epoch."""
+        if self._drawn:  # together, for a GPU that holds them is asked once
+            self._digest.update(torch.cat(self._drawn).cpu().numpy().tobytes())
+            self._drawn.clear()
+        return self._digest.hexdigest()
+
+    def _n_rows(self) -> int | None:
+        """Rows of the dataset, if it knows them."""
+        cached = self.cached_activation_dataset
+        source = self.dataset if cached is None else cached
+        return len(source) if isinstance(source, Sized) else None
+
+    @torch.no_grad()
+    def _fingerprint(self) -> tuple[str, Tensor]:
+        """Checksum of the dataset's first sequence, and activations on it, shape (n, d_in)."""
+        if self._known_fingerprint is not None:
+            return self._known_fingerprint
+        if self.cached_activation_dataset is not None:
+            activations, content = self.cached_activation_dataset[:1][self.hook_name], b""
+        else:
+            # from the beginning of the data, whatever was drawn from them
+            drawn, n_processed = self.iterable_sequences, self.n_dataset_processed
+            self.iterable_sequences = super()._iterate_tokenized_sequences()
+            try:
+                tokens = super().get_batch_tokens(1)
+            finally:
+                self.iterable_sequences, self.n_dataset_processed = drawn, n_processed
+            activations, content = self.get_activations(tokens), tokens.cpu().numpy().tobytes()
+        rows = activations.reshape(-1, self.d_in)[:_N_FINGERPRINT].float().cpu()
+        self._known_fingerprint = hashlib.sha256(content).hexdigest(), rows
+        return self._known_fingerprint
+
+    def _check_source(self, path: Path, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained on other data or another model."""
+        if "fingerprint" not in tensors:
+            return  # of an earlier release
+        n_rows = self._n_rows()
+        if n_rows != fields["n_rows"] and None not in (n_rows, fields["n_rows"]):
+            raise ValueError(
+                f"{path}: the checkpoint was trained on a dataset of {fields['n_rows']} rows, and "
+                f"this one has {n_rows}: resume on the same data"
+            )
+        first_sequence, fingerprint = self._fingerprint()
+        if first_sequence != fields["first_sequence"]:
+            raise ValueError(
+                f"{path}: the dataset does not begin with the sequence of tokens that the "
+                "checkpoint was trained on: resume on the same data, in sequences of the same "
+                "length"
+            )
+        eps = max(resolution_of(self.model, self.autocast_lm), torch.finfo(self.dtype).eps)
+        tolerance = max(1e-3, 8 * eps)
+        cached = self.cached_activation_dataset is not None
+        other = "other cached activations" if cached else "another model, or other weights of it"
+        start = 0
+        for name, width in self.widths.items():
+            was, now = (t[:, start : start + width] for t in (tensors["fingerprint"], fingerprint))
+            start += width
+            difference = _typical_difference(was, now)
+            if difference > tolerance:
+                raise ValueError(
+                    f"{path}: the checkpoint was trained on {other}: at {name}, activations on "
+                    f"the first sequence differ by {difference:.2%}, and another machine explains "
+                    f"{tolerance:.2%}"
+                )
 
     def _anchor(self) -> dict[str, Any]:
         return {
@@ -252,6 +342,7 @@ class ResumableActivationsStore(ActivationsStore):
             "buffer": self._buffer,
             "generator": self._generator.get_state(),
             "position": self._position(),
+            "sequences": None if self.dataset is None else self._sequences(),
             "n_epochs": self.n_epochs,
             "n_dataset_processed": self.n_dataset_processed,
         }
@@ -362,6 +453,15 @@ class PackedActivationsStore(ResumableActivationsStore):
             for name, part in self.split(acts).items():
                 finite_rows(part, "raise", f"pass {number} of the model, at {name},")
             raise
+
+
+def _typical_difference(a: Tensor, b: Tensor) -> float:
+    """Median of |a - b| in units of |a| and of the deviation of its column; (n, d) each."""
+    if a.shape != b.shape:
+        return math.inf
+    difference = (a - b).abs() / (a.abs() + a.std(dim=0, correction=0))
+    median = float(difference.nanmedian())  # what is zero or not finite in both says nothing
+    return 0.0 if math.isnan(median) else median
 
 
 def _listed(widths: list[tuple[str, int]]) -> str:

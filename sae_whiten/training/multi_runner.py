@@ -27,6 +27,7 @@ from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.training.activations_store import PackedActivationsStore, check_buffer
+from sae_whiten.training.checkpoint import check_runner_settings
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
 from sae_whiten.training.running import (
@@ -173,6 +174,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         )
         if resume_from is not None:
             logger.info("resuming from checkpoint %s", resume_from)
+            check_runner_settings(resume_from, self.cfg.to_dict())
             self.trainer.load_checkpoint(resume_from)
         store.on_nonfinite = stream.on_nonfinite
         if resume_from is not None:

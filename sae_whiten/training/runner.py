@@ -22,6 +22,7 @@ from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
+from sae_whiten.training.checkpoint import check_runner_settings
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.running import (
     WHITENING_FILENAME,
@@ -158,6 +159,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
         if resume_from is not None:
             logger.info("resuming from checkpoint %s", resume_from)
+            check_runner_settings(resume_from, self.cfg.to_dict())
             self.trainer.load_trainer_state(resume_from)
             store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
             store.load_from_checkpoint(resume_from)
