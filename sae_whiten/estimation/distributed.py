@@ -55,16 +55,19 @@ class Processes:
     Exchanges go through the CPU (gloo), whatever the backend of the default group, and are
     collective: every process has to call them, in the same order.
 
+    Args:
+        alone: This process only, whatever group it is in.
+
     Attributes:
         rank: Number of this process, 0 for the first or only one.
         world_size: How many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
         self.rank, self.world_size = 0, 1
         self._group: Any = None
         self._device_backends: set[str] = set()
-        if dist.is_available() and dist.is_initialized():
+        if not alone and dist.is_available() and dist.is_initialized():
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.world_size > 1:
             with _clear_errors():
@@ -176,7 +179,12 @@ class Processes:
         padded[: len(tensor)] = tensor.cpu()
         found = [torch.empty_like(padded) for _ in sizes]
         with _clear_errors():
-            dist.all_gather(found, padded, group=self._group)
+            # as bytes, for gloo does not know every dtype
+            dist.all_gather(
+                [part.view(torch.uint8) for part in found],
+                padded.view(torch.uint8),
+                group=self._group,
+            )
         parts = [part[:size] for part, size in zip(found, sizes, strict=True)]
         return torch.cat(parts).to(tensor.device)
 

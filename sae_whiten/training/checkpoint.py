@@ -9,6 +9,8 @@ A checkpoint of one SAE holds
 - `sparsity.safetensors`;
 - `whitened_training_state/`: what training continues from, in whitened coordinates;
 - of a runner, `runner_cfg.json` and the place in the data, `activations_store_state.safetensors`;
+- `process-1/` and so on, where several processes trained it: the place in the data and the random
+  state of each process but the first;
 - `checksums.json`: the SHA-256 of every other file.
 
 One of several SAEs has a folder like this for each of them, and the runner's files beside them.
@@ -19,7 +21,7 @@ import json
 import logging
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from sae_whiten._files import (
     recover,
     save_tensors,
 )
+from sae_whiten.estimation.distributed import Processes
 from sae_whiten.whitening import Whitening
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "check_trainer_state",
     "is_complete_sae",
     "loadable_folder",
+    "own_part",
     "read_training_weights",
     "save_training_form",
     "save_training_weights",
@@ -101,12 +105,42 @@ _OF_THE_SAES = {"hook_head_indices", "hook_names", "sae", "saes"}
 
 
 @contextmanager
-def writing_checkpoint(path: str | Path) -> Iterator[Path]:
-    """Yield a directory that appears at `path`, with checksums, when the block succeeds."""
-    with atomic_directory(path) as new:
-        yield new
-        listing = json.dumps(dict(_checksums(new)), indent=0)
-        (new / _CHECKSUMS_FILENAME).write_text(listing)
+def writing_checkpoint(path: str | Path, processes: Processes) -> Iterator[Path]:
+    """Yield a directory that appears at `path`, with checksums, when the block succeeds.
+
+    Several processes, which have to share the file system, write it together: it is process 0 that
+    is given the directory, and each of the others a folder in it for what only they know. It
+    appears once the blocks of all have succeeded.
+    """
+    with ExitStack() as stack:
+        first = processes.rank == 0
+        new = processes.from_first(
+            processes.together(
+                lambda: stack.enter_context(atomic_directory(path)) if first else Path(path)
+            )
+        )
+        own = own_part(new, processes)
+        own.mkdir(exist_ok=True)
+        failures: list[Exception] = []
+        try:
+            yield own
+        except Exception as error:  # the others must hear of it
+            failures.append(error)
+
+        def finish() -> None:
+            if failures:
+                raise failures[0]
+
+        processes.together(finish)
+        if first:
+            listing = json.dumps(dict(_checksums(new)), indent=0)
+            (new / _CHECKSUMS_FILENAME).write_text(listing)
+        processes.together(stack.close)
+
+
+def own_part(path: str | Path, processes: Processes) -> Path:
+    """Where a checkpoint holds what only this process knows, such as its place in the data."""
+    return Path(path) / f"process-{processes.rank}" if processes.rank else Path(path)
 
 
 def check_checkpoint(path: str | Path) -> None:

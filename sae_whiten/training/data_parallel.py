@@ -16,7 +16,9 @@ process the same bits.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ __all__ = [
     "SharedBatchTopK",
     "SharedStream",
     "figures_of_all",
+    "logging_once",
     "open_stream",
     "output_of_all",
     "share_training",
@@ -67,27 +70,51 @@ class SharedStream(ActivationStream):
         self.n_rows, self.share = 0, 1.0
         self._returned: Tensor | None = None
 
+    def lookahead(self) -> Iterator[Tensor]:
+        """The batches to come with the rows of all processes, as long as every process has one."""
+        own = super().lookahead()
+        while True:
+            batch, n_without = self._with_the_others(lambda: next(own, None))
+            if n_without:
+                return
+            assert batch is not None
+            yield self.processes.concatenated(batch)
+
     def __next__(self) -> Tensor:
+        batch, _ = self._with_the_others(super().__next__)
+        assert batch is not None
+        self.share = len(batch) / self.n_rows
+        return batch
+
+    def _with_the_others(self, take: Callable[[], Tensor | None]) -> tuple[Tensor | None, int]:
+        """What `take` returns, and in how many processes it is None.
+
+        Raises:
+            StopRequested: In all processes, where one was asked to stop; what was taken meanwhile
+                is kept.
+            Exception: What `take` raises here, or else what says what it raised elsewhere.
+        """
         batch: Tensor | None = None
         error: Exception | None = None
+        n_served = self.n_served
         try:
-            batch = super().__next__()
+            batch = take()
         except Exception as found:  # the others must hear of it before it is raised
             error = found
         stopping = isinstance(error, StopRequested)
+        failed = error is not None and not stopping
         n_own = 0 if batch is None else len(batch)
-        n_rows, n_stopping, n_failed = self.processes.total(
-            n_own, stopping, error is not None and not stopping
+        n_rows, n_without, n_stopping, n_failed = self.processes.total(
+            n_own, batch is None and error is None, stopping, failed
         )
+        self.n_rows = int(n_rows)
         if n_failed:
-            self._raise_together(None if stopping else error)
-        if n_stopping or batch is None:
-            if batch is not None:
-                self._returned = batch
-                self.n_served -= 1
+            self._raise_together(error if failed else None)
+        if n_stopping:
+            if self.n_served > n_served:
+                self._returned, self.n_served = batch, n_served
             raise StopRequested
-        self.n_rows, self.share = int(n_rows), n_own / n_rows
-        return batch
+        return batch, int(n_without)
 
     def _raise_together(self, own: Exception | None) -> None:
         found = self.processes.gather(None if own is None else (type(own).__name__, str(own)))
@@ -137,6 +164,22 @@ def take_share(store: ActivationsStore, processes: Processes) -> None:
         store.cached_activation_dataset = part_of(store.cached_activation_dataset, rank, n)
     else:
         store.dataset = part_of(store.dataset, rank, n)
+
+
+@contextmanager
+def logging_once(processes: Processes) -> Iterator[None]:
+    """Let only process 0 log to Weights & Biases. The others take the same steps to it."""
+    if processes.rank == 0:
+        yield
+        return
+    before = os.environ.get("WANDB_MODE")
+    os.environ["WANDB_MODE"] = "disabled"
+    try:
+        yield
+    finally:
+        os.environ.pop("WANDB_MODE")
+        if before is not None:
+            os.environ["WANDB_MODE"] = before
 
 
 def output_of_all(output: TrainStepOutput, processes: Processes) -> TrainStepOutput:

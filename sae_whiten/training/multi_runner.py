@@ -26,9 +26,11 @@ from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
+from sae_whiten.estimation.distributed import Processes
 from sae_whiten.training.activations_store import PackedActivationsStore, check_buffer
-from sae_whiten.training.checkpoint import check_runner_settings
+from sae_whiten.training.checkpoint import check_runner_settings, own_part
 from sae_whiten.training.checks import check_runner_config
+from sae_whiten.training.data_parallel import logging_once, open_stream, take_share
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
 from sae_whiten.training.running import (
     check_hook,
@@ -40,7 +42,6 @@ from sae_whiten.training.running import (
     without_resuming,
     write_final_sae,
 )
-from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.training_sae import enter_whitened_space
 
 __all__ = ["WhiteningMultiSAETrainingRunner"]
@@ -122,6 +123,10 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
                 enter_whitened_space(sae, self.whitening_configs[name])
         self._requested = self.cfg
         self.activations_store = PackedActivationsStore.adopt(self.activations_store)
+        self.processes = Processes()
+        take_share(self.activations_store, self.processes)
+        # SAELens gives every config a folder of its own
+        self.cfg.checkpoint_path = self.processes.from_first(self.cfg.checkpoint_path)
         self.evaluator.activations_store = self.activations_store
         # called by _evaluate instead: it draws batches, and must not while reading ahead is paused
         self.evaluator.user_evaluator = None
@@ -139,7 +144,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
         self._requested = self.cfg
-        with without_resuming(self):
+        with without_resuming(self), logging_once(self.processes):
             saes = super().run()
         failures = self.trainer.failures
         if failures:
@@ -160,7 +165,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             wandb.config.update(redacted(self.cfg.to_dict()), allow_val_change=True)
         store, resume_from = self.activations_store, self.cfg.resume_from_checkpoint
         assert isinstance(store, PackedActivationsStore)
-        stream = ActivationStream(store, store.d_in, n_wanted=trainer.cfg.total_training_steps)
+        stream = open_stream(store, store.d_in, n_wanted=trainer.cfg.total_training_steps)
         connect(stream, store)
         self.trainer = WhiteningMultiSAETrainer(
             cfg=trainer.cfg,
@@ -178,7 +183,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             self.trainer.load_checkpoint(resume_from)
         store.on_nonfinite = stream.on_nonfinite
         if resume_from is not None:
-            store.load_from_checkpoint(resume_from)
+            store.load_from_checkpoint(own_part(resume_from, self.processes))
         return train_interruptibly(self.trainer, stream, store, self.cfg)
 
     def _set_sae_metadata(self) -> None:
@@ -197,6 +202,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         self, saes: dict[str, TrainingSAE[Any]], trainer: MultiSAETrainer
     ) -> None:
         assert self.cfg.output_path is not None
+        if self.processes.rank > 0:
+            return
         base = Path(self.cfg.output_path)
         for name, sae in saes.items():
             if name in self.trainer.failures:

@@ -13,6 +13,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.training.types import MultiHookDataProvider
 from sae_lens.util import path_or_tmp_dir
 from torch import Tensor
@@ -29,6 +30,13 @@ from sae_whiten.training.checkpoint import (
     check_settings,
     check_trainer_state,
     writing_checkpoint,
+)
+from sae_whiten.training.data_parallel import (
+    SharedStream,
+    figures_of_all,
+    output_of_all,
+    share_training,
+    shared_step,
 )
 from sae_whiten.training.scaler import CovarianceWhiteningScaler
 from sae_whiten.training.stream import ActivationStream
@@ -89,6 +97,9 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             name: _OneOfSeveral(self, name, config) for name, config in whitening.items()
         }
         self.trainers.update(self.whitened)
+        if isinstance(stream, SharedStream):
+            plain = [name for name in self.saes if name not in self.whitened]
+            self.trainers.update({name: _PlainOfSeveral(self, name, stream) for name in plain})
         self.failures: dict[str, Exception] = {}
         self.is_prepared = False
         self._given_evaluator = evaluator
@@ -124,6 +135,9 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             ValueError: The data ended too early, or an activation is not finite.
         """
         self.estimate_whitenings()
+        for name, sae in self.saes.items():
+            if isinstance(self.stream, SharedStream) and name not in self.whitened:
+                share_training(sae, self.stream)
         saes = super().fit()
         self._held_out = None
         for trainer in self.whitened.values():
@@ -222,7 +236,12 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
                 norms = batch[name].norm(dim=-1)
                 total[name] += norms.float().sum().item()
                 count[name] += norms.numel()
-        return {name: total[name] / count[name] for name in hook_names}
+        processes = self.stream.processes
+        means = {}
+        for name in sorted(hook_names):  # the same order in every process
+            norm, n = processes.total(total[name], count[name])
+            means[name] = norm / n
+        return means
 
     def activations_to_prove_on(self, hook_name: str) -> tuple[Tensor | None, str]:
         """Activations of a hook, the same whenever asked for, and what they are."""
@@ -265,7 +284,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             return
         with path_or_tmp_dir(base) as root:
             path = root / checkpoint_name
-            with writing_checkpoint(path) as partial:
+            with writing_checkpoint(path, self.stream.processes) as partial:
                 for name, trainer in self.trainers.items():
                     if name not in self.failures:
                         trainer.save_checkpoint(name, partial, wandb_aliases)
@@ -419,6 +438,41 @@ class _OneOfSeveral(WhiteningTrainer):
 
     def _failed_fold_path(self) -> Path:
         return super()._failed_fold_path() / self._name
+
+
+class _PlainOfSeveral(SAETrainer[Any, Any]):
+    """The trainer of an SAE without whitening, where several processes train together."""
+
+    def __init__(self, owner: WhiteningMultiSAETrainer, name: str, stream: SharedStream) -> None:
+        super().__init__(
+            # as SAELens' trainer of several SAEs has it for each of them
+            cfg=replace(
+                owner.cfg, n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False
+            ),
+            sae=owner.saes[name],
+            data_provider=iter(()),
+        )
+        self._stream = stream
+
+    def step(self, batch: Tensor) -> TrainStepOutput:
+        return shared_step(self, self._stream, super().step, batch)
+
+    def build_train_step_log_dict(
+        self, output: TrainStepOutput, n_training_samples: int
+    ) -> dict[str, Any]:
+        figures = super().build_train_step_log_dict(
+            output_of_all(output, self._stream.processes), n_training_samples
+        )
+        return figures_of_all(figures, self._stream)
+
+    def save_checkpoint(
+        self,
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        if self._stream.processes.rank == 0:
+            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
 
 
 def _with_config(whitening: Whitening, config: WhiteningConfig) -> Whitening:

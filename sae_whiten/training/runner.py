@@ -21,9 +21,11 @@ from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
+from sae_whiten.estimation.distributed import Processes
 from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
-from sae_whiten.training.checkpoint import check_runner_settings
+from sae_whiten.training.checkpoint import check_runner_settings, own_part
 from sae_whiten.training.checks import check_runner_config
+from sae_whiten.training.data_parallel import logging_once, take_share
 from sae_whiten.training.running import (
     WHITENING_FILENAME,
     check_hook,
@@ -102,6 +104,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         self.whitening_config = whitening
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
+        self.processes = Processes()
         super().__init__(
             copy.deepcopy(cfg),
             override_dataset=override_dataset,
@@ -118,6 +121,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         # before SAELens compiles the training step, for it is compiled with its losses
         enter_whitened_space(self.sae, whitening)
         self.activations_store = ResumableActivationsStore.adopt(self.activations_store)
+        take_share(self.activations_store, self.processes)
+        # SAELens gives every config a folder of its own
+        self.cfg.checkpoint_path = self.processes.from_first(self.cfg.checkpoint_path)
         self.evaluator.activations_store = self.activations_store
 
     def run(self) -> TrainingSAE[Any]:
@@ -131,7 +137,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
         self._requested = self.cfg
-        with without_resuming(self):
+        with without_resuming(self), logging_once(self.processes):
             return super().run()
 
     def run_trainer_with_interruption_handling(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -162,7 +168,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             check_runner_settings(resume_from, self.cfg.to_dict())
             self.trainer.load_trainer_state(resume_from)
             store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
-            store.load_from_checkpoint(resume_from)
+            store.load_from_checkpoint(own_part(resume_from, self.processes))
         return train_interruptibly(self.trainer, stream, store, self.cfg)
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
@@ -180,6 +186,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
         """Write the folded SAE, its whitening and the statistics: each file whole or not at all."""
+        if self.processes.rank > 0:
+            return
         # SAELens passes the sparsity of the trainer that ours took the place of
         weights, cfg, sparsity = write_final_sae(
             Path(output_path), sae, self.trainer, self.cfg.to_dict()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.stopping import MAX_EMPTY_BATCHES, flatten_heads
 from sae_whiten.statistics import finite_rows
 
@@ -51,6 +52,7 @@ class ActivationStream(Iterator[Tensor]):
         resolution: Machine epsilon of what the activations were computed in, where that is coarser
             than their dtype; 0 if it is not known.
         last: The batch served last.
+        processes: Who trains together, each on its own part of every batch.
         next_is: What the next batch is to be called in reports; a dataset that begins anew makes
             it one that was trained on before.
     """
@@ -72,6 +74,7 @@ class ActivationStream(Iterator[Tensor]):
         self.resolution = 0.0
         self.last: Tensor | None = None
         self.next_is: Callable[[], str] = lambda: "held-out"
+        self.processes = Processes(alone=True)
         self._stop = self._stop_put_off = False
         self._spool: Any = None
         self._spooled: deque[tuple[torch.Size, torch.dtype, torch.device, int]] = deque()

@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import ACTIVATION_SCALER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
 from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer
 from sae_lens.training.types import DataProvider
@@ -34,6 +39,7 @@ from sae_whiten.training.checkpoint import (
     check_checkpoint,
     check_settings,
     check_trainer_state,
+    own_part,
     read_training_weights,
     save_training_form,
     save_training_weights,
@@ -247,12 +253,13 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             self._weights_before_fold = {k: v.clone() for k, v in self.sae.state_dict().items()}
             self._cfg_before_fold = self.sae.cfg.to_dict()
         activations, source = self._activations_to_prove_on()
+        # whether the fold holds must come out the same in every process
+        activations, source = self.stream.processes.from_first(
+            (None if activations is None else activations[:_N_CHECK], source)
+        )
         try:
             report = fold_whitening_into_weights(
-                self.sae,
-                whitening,
-                activations=None if activations is None else activations[:_N_CHECK],
-                source=source,
+                self.sae, whitening, activations=activations, source=source
             )
         except FoldError as error:
             raise FoldError(f"{error} Both forms are in {self._keep_both_forms()}") from error
@@ -345,20 +352,26 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             return
         with path_or_tmp_dir(base) as root:
             path = root / checkpoint_name
-            with writing_checkpoint(path) as partial:
-                weights, cfg = save_training_form(self._plain_sae(), partial)
-                sparsity = partial / SPARSITY_FILENAME
-                save_file({"sparsity": self.log_feature_sparsity}, sparsity)
-                self.save_trainer_state(partial)
+            processes = self.stream.processes
+            with writing_checkpoint(path, processes) as partial:
+                if processes.rank == 0:
+                    save_training_form(self._plain_sae(), partial)
+                    sparsity = partial / SPARSITY_FILENAME
+                    save_file({"sparsity": self.log_feature_sparsity}, sparsity)
+                    self.save_trainer_state(partial)
+                else:
+                    self._save_progress(partial)
                 if self.save_checkpoint_fn is not None:
                     self.save_checkpoint_fn(checkpoint_path=partial if base is not None else None)
+            if processes.rank > 0:
+                return
             logger.info("checkpoint saved: %s", path)
             if self.cfg.logger.log_to_wandb:
                 self.cfg.logger.log(
                     self,
-                    path / weights.name,
-                    path / cfg.name,
-                    sparsity_path=path / sparsity.name,
+                    path / SAE_WEIGHTS_FILENAME,
+                    path / SAE_CFG_FILENAME,
+                    sparsity_path=path / SPARSITY_FILENAME,
                     wandb_aliases=wandb_aliases,
                 )
 
@@ -391,14 +404,19 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         )
         if scaler.statistics is not None:
             scaler.statistics.save(directory / STATISTICS_FILENAME)
+        self._save_progress(checkpoint_path)
+
+    def _save_progress(self, checkpoint_path: Path | str) -> None:
+        """Write what differs between processes that train together."""
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators["cuda"] = torch.stack(torch.cuda.get_rng_state_all())
         save_tensors(
-            directory / _PROGRESS_FILENAME,
+            Path(checkpoint_path) / TRAINING_STATE_DIR / _PROGRESS_FILENAME,
             _PROGRESS_KIND,
             generators,
             {
+                "n_processes": self.stream.processes.world_size,
                 "n_served": self.stream.n_served,
                 "n_skipped": self.stream.n_skipped,
                 "settings": settings_of(asdict(self.cfg)),
@@ -425,7 +443,19 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
                 "Checkpoints of SAELens' own trainer cannot be resumed here.)"
             )
         # everything is read and checked before anything is changed
-        progress, fields = load_tensors(directory / _PROGRESS_FILENAME, _PROGRESS_KIND)
+        processes = self.stream.processes
+        own = own_part(checkpoint_path, processes) / TRAINING_STATE_DIR / _PROGRESS_FILENAME
+        if own.is_file():
+            progress, fields = load_tensors(own, _PROGRESS_KIND)
+        else:
+            _, fields = load_tensors(directory / _PROGRESS_FILENAME, _PROGRESS_KIND)
+            progress = {}
+        n_processes = int(fields.get("n_processes", 1))
+        if n_processes != processes.world_size or not progress:
+            raise ValueError(
+                f"{checkpoint_path} was trained by {n_processes} processes, each with a place of "
+                f"its own in the data, and this run has {processes.world_size}: resume with as many"
+            )
         # (which earlier checkpoints do not hold)
         check_settings(checkpoint_path, fields.get("settings", {}), asdict(self.cfg))
         saved = CovarianceWhiteningScaler()
