@@ -13,6 +13,7 @@ import dis
 import errno
 import importlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_logging_arguments(command_parser, default=argparse.SUPPRESS)
         args = command_parser.parse_args(args.arguments, args)
 
-    with _logging_to_stderr(args.verbose, args.quiet):
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    if not is_first:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    with _logging_to_stderr(args.verbose, args.quiet or not is_first):
         try:
             return command.run(args)
         except KeyboardInterrupt:

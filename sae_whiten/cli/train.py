@@ -81,9 +81,13 @@ def run(args: argparse.Namespace) -> int:
     resumes_as_it_was = cfg.resume_from_checkpoint is not None and not given
 
     from sae_whiten import WhiteningTrainingRunner
+    from sae_whiten.estimation.distributed import joined_processes
 
     whitening = None if resumes_as_it_was else whitening
-    sae = WhiteningTrainingRunner(cfg, whitening).run()
+    with joined_processes() as rank:
+        sae = WhiteningTrainingRunner(cfg, whitening).run()
+    if rank > 0:
+        return 0
     check = sae.cfg.metadata.whitening["fold"]["check"]
     print(
         f"fold error: {check['fold_error']:.2g} on {check['source']} activations "
