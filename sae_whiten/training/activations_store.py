@@ -27,20 +27,30 @@ _KIND = "activations_store_state"
 _MAX_USELESS_PASSES = 100
 _ANCHOR_FIELDS = ("n_batches", "position", "sequences", "n_epochs", "n_dataset_processed")
 _N_FINGERPRINT = 16  # activations that tell one model from another
+_SEQUENCES_IN_BUFFER = 20  # SAELens' default while it had one
 
 
-def check_buffer(n_batches_in_buffer: int, n_positions: int, train_batch_size_tokens: int) -> None:
-    """Refuse a mixing buffer that cannot hold a training batch.
+def check_buffer(
+    n_batches_in_buffer: int | None, n_positions: int, train_batch_size_tokens: int
+) -> int:
+    """The size of the mixing buffer, which has to hold a training batch.
 
     Args:
-        n_batches_in_buffer: As in SAELens' `LanguageModelSAERunnerConfig`, in sequences.
+        n_batches_in_buffer: As in SAELens' `LanguageModelSAERunnerConfig`, in sequences. None (not
+            set, in newer versions): 20, or as many as four training batches take.
         n_positions: Positions of a sequence that are trained on: its length, or what
             `seqpos_slice` leaves of it.
         train_batch_size_tokens: As there.
 
+    Returns:
+        The number of sequences.
+
     Raises:
         ValueError: The batch is larger than the buffer; says what to set.
     """
+    if n_batches_in_buffer is None:
+        four = math.ceil(4 * train_batch_size_tokens / max(n_positions, 1))
+        return max(_SEQUENCES_IN_BUFFER, four)
     size = n_batches_in_buffer * n_positions
     if size < train_batch_size_tokens:
         raise ValueError(
@@ -50,6 +60,7 @@ def check_buffer(n_batches_in_buffer: int, n_positions: int, train_batch_size_to
             f"least {math.ceil(train_batch_size_tokens / max(n_positions, 1))}, or a smaller "
             "train_batch_size_tokens"
         )
+    return n_batches_in_buffer
 
 
 class ResumableActivationsStore(ActivationsStore):
@@ -350,10 +361,10 @@ class ResumableActivationsStore(ActivationsStore):
     @torch.no_grad()
     def _mix(self) -> Iterator[Tensor]:
         """`sae_lens.training.mixing_buffer.mixing_buffer`, with anchors."""
-        buffer_size = self.n_batches_in_buffer * self.training_context_size
         batch_size = self.train_batch_size_tokens
         mix_fraction = self.activations_mixing_fraction
-        check_buffer(self.n_batches_in_buffer, self.training_context_size, batch_size)
+        n_sequences = check_buffer(self.n_batches_in_buffer, self.training_context_size, batch_size)
+        buffer_size = n_sequences * self.training_context_size
         if not 0 <= mix_fraction <= 1:
             raise ValueError(f"activations_mixing_fraction={mix_fraction}: must be in [0, 1]")
         fresh = self._iterate_filtered_activations()

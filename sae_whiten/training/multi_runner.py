@@ -102,11 +102,14 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         trained = {name: sae.cfg for name, sae in (override_saes or {}).items()} or cfg.saes
         check_runner_config(cfg, {f"saes[{name!r}]": sae for name, sae in trained.items()})
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-        check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
+        cfg = _copied(cfg)
+        cfg.n_batches_in_buffer = check_buffer(
+            cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens
+        )
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         super().__init__(
-            _copied(cfg),
+            cfg,
             override_dataset=override_dataset,
             override_model=override_model,
             override_saes=override_saes,

@@ -100,13 +100,16 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         # before the model is loaded
         check_runner_config(cfg, {"sae": sae_cfg})
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
-        check_buffer(cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens)
+        cfg = copy.deepcopy(cfg)
+        cfg.n_batches_in_buffer = check_buffer(
+            cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens
+        )
         self.whitening_config = whitening
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         self.processes = Processes()
         super().__init__(
-            copy.deepcopy(cfg),
+            cfg,
             override_dataset=override_dataset,
             override_model=override_model,
             override_sae=override_sae,

@@ -22,7 +22,7 @@ from sae_whiten import (
     WhiteningConfig,
     WhiteningTrainingRunner,
 )
-from sae_whiten.training.activations_store import ResumableActivationsStore
+from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
 from sae_whiten.training.stream import ActivationStream
 from tests.support import ROOT, runner_config, tiny_dataset, tiny_model
 
@@ -538,3 +538,15 @@ def test_a_buffer_smaller_than_a_batch_is_refused_before_the_model_is_loaded(
         WhiteningTrainingRunner(runner_config(**options))
     with pytest.raises(AssertionError, match="loaded"):
         WhiteningTrainingRunner(runner_config(**{**options, "n_batches_in_buffer": enough}))
+
+
+def test_a_buffer_that_saelens_leaves_open_holds_four_batches_and_is_recorded(tmp_path):
+    config = runner_config(training_tokens=128 * 4, output_path=str(tmp_path))
+    config.n_batches_in_buffer = None  # pyright: ignore[reportAttributeAccessIssue]
+    made = WhiteningTrainingRunner(
+        config, FEW, override_dataset=tiny_dataset(), override_model=tiny_model()
+    )
+    made.run()
+    assert json.loads((tmp_path / "runner_cfg.json").read_text())["n_batches_in_buffer"] == 20
+    assert check_buffer(None, 128, 4096) == 128
+    assert config.n_batches_in_buffer is None
