@@ -5,13 +5,16 @@ a name that somebody else chose.
 """
 
 import base64
-import html
+import functools
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 __all__ = [
     "Block",
@@ -32,6 +35,7 @@ __all__ = [
 class Heading:
     """A heading of level 1 to 6."""
 
+    kind: ClassVar = "heading"
     text: str
     level: int
 
@@ -40,6 +44,7 @@ class Heading:
 class Paragraph:
     """Running text."""
 
+    kind: ClassVar = "paragraph"
     text: str
 
 
@@ -47,6 +52,7 @@ class Paragraph:
 class Items:
     """A list of short texts."""
 
+    kind: ClassVar = "items"
     texts: Sequence[str]
 
 
@@ -54,6 +60,7 @@ class Items:
 class Code:
     """Text as it is, in a fixed width."""
 
+    kind: ClassVar = "code"
     text: str
 
 
@@ -64,6 +71,7 @@ class Table:
     A newline within a cell is a line break in HTML and a space in Markdown.
     """
 
+    kind: ClassVar = "table"
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
@@ -73,6 +81,7 @@ class Table:
 class Figure:
     """A PNG file and what it shows."""
 
+    kind: ClassVar = "figure"
     path: Path
     caption: str
 
@@ -81,6 +90,7 @@ class Figure:
 class Details:
     """Blocks that are folded away until the reader asks for them, and not printed."""
 
+    kind: ClassVar = "details"
     title: str
     blocks: "Sequence[Block]"
 
@@ -89,45 +99,6 @@ Block: TypeAlias = Heading | Paragraph | Items | Code | Table | Figure | Details
 
 _SPAN = re.compile(r"(`[^`]*`)")
 _BOLD = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
-
-_STYLE = """
-:root { color-scheme: light dark; --rule: #bbb; --soft: #8881; --dim: #666; }
-@media (prefers-color-scheme: dark) { :root { --rule: #555; --dim: #aaa; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; }
-h2 { font-size: 1.25rem; margin-top: 2.5rem; border-bottom: 1px solid var(--rule); }
-h3 { font-size: 1.05rem; margin-top: 1.8rem; }
-p, li { max-width: 50rem; }
-.table { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; color: var(--dim); padding-top: 0.4rem; }
-thead { border-top: 1.5px solid; border-bottom: 1px solid; }
-tbody { border-bottom: 1.5px solid; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; vertical-align: top; }
-th { font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: normal; vertical-align: top; }
-tr > :first-child { text-align: left; padding-left: 0; white-space: nowrap; }
-tbody tr:nth-child(even) { background: var(--soft); }
-td { white-space: nowrap; }
-code, pre { font: 0.9em ui-monospace, monospace; }
-pre { overflow-x: auto; padding: 0.7rem; background: var(--soft); white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-figure { margin: 1.2rem 0; }
-figure img { max-width: 100%; width: 56rem; background: #fff; }
-figcaption { color: var(--dim); max-width: 50rem; font-size: 0.87rem; }
-summary { cursor: pointer; margin: 1rem 0; }
-@page { size: A4 landscape; margin: 12mm; }
-@media print {
-  body { font-size: 9.5pt; max-width: none; margin: 0; padding: 0; }
-  h1, h2, h3 { break-after: avoid; }
-  table { font-size: 7.5pt; }
-  th, td { padding: 0.15rem 0.35rem; }
-  .table { overflow: visible; }
-  tr, figure, pre { break-inside: avoid; }
-  figure img { width: auto; max-height: 165mm; }
-  details:not([open]) { display: none; }
-}
-"""
 
 
 def code(name: object) -> str:
@@ -175,61 +146,38 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
     Raises:
         FileNotFoundError: A figure has not been drawn.
     """
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(_plain(title))}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(map(_html, blocks))
-        + "\n</body>\n</html>\n"
+    return _environment().get_template("report.html.j2").render(title=title, blocks=blocks)
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("sae_whiten.comparison"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    environment.filters.update(inline=_inline, plain=_plain, png_url=_png_url)
+    return environment
 
 
-def _html(block: Block) -> str:
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{_inline(text)}</h{level}>"
-        case Paragraph(text):
-            return f"<p>{_inline(text)}</p>"
-        case Items(texts):
-            return "<ul>\n" + "\n".join(f"<li>{_inline(text)}</li>" for text in texts) + "\n</ul>"
-        case Code(text):
-            return f"<pre>{html.escape(text)}</pre>"
-        case Table(header, rows, caption):
-            below = f"<caption>{_inline(caption)}</caption>\n" if caption else ""
-            head = "".join(f'<th scope="col">{_inline(cell)}</th>' for cell in header)
-            body = "\n".join(_html_row(row) for row in rows)
-            return (
-                f'<div class="table"><table>\n{below}<thead><tr>{head}</tr></thead>\n'
-                f"<tbody>\n{body}\n</tbody>\n</table></div>"
-            )
-        case Figure(path, caption):
-            data = base64.b64encode(path.read_bytes()).decode()
-            alt = html.escape(_plain(caption))
-            return (
-                f'<figure><img src="data:image/png;base64,{data}" alt="{alt}">\n'
-                f"<figcaption>{_inline(caption)}</figcaption></figure>"
-            )
-        case Details(title, inner):
-            body = "\n".join(map(_html, inner))
-            return f"<details>\n<summary>{_inline(title)}</summary>\n{body}\n</details>"
-
-
-def _html_row(cells: Sequence[str]) -> str:
-    first, *others = (_inline(cell) for cell in cells)
-    return f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{c}</td>" for c in others) + "</tr>"
-
-
-def _inline(text: str) -> str:
+def _inline(text: str) -> Markup:
     """Escape a text and mark up its code spans and bold parts."""
     parts = []
     for part in _SPAN.split(text):
-        escaped = html.escape(part)
+        escaped = str(escape(part))
         if _SPAN.fullmatch(part):
             parts.append(f"<code>{escaped[1:-1]}</code>")
         else:
             parts.append(_BOLD.sub(r"<strong>\1</strong>", escaped).replace("\n", "<br>"))
-    return "".join(parts)
+    return Markup("".join(parts))
 
 
 def _plain(text: str) -> str:
     return text.replace("`", "").replace("**", "").replace("[", "(").replace("]", ")")
+
+
+def _png_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

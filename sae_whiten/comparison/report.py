@@ -12,6 +12,7 @@ from tqdm import tqdm
 from sae_whiten._files import atomic_path
 from sae_whiten._redaction import redacted
 from sae_whiten.comparison import document
+from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.document import (
     Block,
     Code,
@@ -34,14 +35,24 @@ from sae_whiten.comparison.summary import (
     BASELINES,
     MAIN_METRICS,
     TESTED_METRICS,
-    Comparison,
+    Frame,
     Group,
-    Metric,
     Spread,
-    SweepPoint,
+    Summary,
     read_metrics,
     spread,
     summarise,
+)
+from sae_whiten.evaluation.catalogue import (
+    CE_LOSS_SCORE,
+    CURVES,
+    EXPLAINED_VARIANCE,
+    MEASUREMENTS,
+    SCR_AT,
+    SPARSE_PROBING_AT,
+    TPP_AT,
+    Metric,
+    name_of,
 )
 
 __all__ = [
@@ -51,29 +62,18 @@ __all__ = [
     "write_report",
 ]
 
-_CONDITIONS = {
-    "none": "raw activations",
-    "centred": "the mean subtracted, nothing else",
-    "expected_average_only_in": "SAELens' scaling of the inputs to a norm of sqrt(d) on average",
-    "whitened": "whitened, reconstruction loss in whitened space (SAELens' built-in)",
-    "original": "whitened, reconstruction loss in the space of the activations (the paper)",
-    "half": "whitened with strength 0.5, reconstruction loss in that space",
-    "original_zca": "as `original`, whitened by ZCA instead of PCA",
-    "original_norms": "as `original`, sparsity charged by decoder norms of the original space",
-}
-
 # Saraswatula & Klindt 2025: standard, whitened, change, p
 _PAPER = {
-    ("standard", "ce_loss_score"): (0.980, 0.954, "-2.6%", 3e-5),
-    ("standard", "explained_variance"): (0.813, 0.772, "-5.0%", 3e-6),
-    ("standard", "sparse_probing_top_1"): (0.757, 0.812, "+7.2%", 1e-5),
-    ("standard", "scr_top_20"): (0.176, 0.271, "+54%", 3e-6),
-    ("standard", "tpp_top_20"): (0.021, 0.098, "+372%", 6e-6),
-    ("topk", "ce_loss_score"): (0.990, 0.968, "-2.3%", 5e-4),
-    ("topk", "explained_variance"): (0.837, 0.794, "-5.2%", 1e-4),
-    ("topk", "sparse_probing_top_1"): (0.754, 0.809, "+7.3%", 3e-5),
-    ("topk", "scr_top_20"): (0.311, 0.304, "-2.4%", 0.23),
-    ("topk", "tpp_top_20"): (0.141, 0.152, "+8.0%", 0.24),
+    ("standard", CE_LOSS_SCORE): (0.980, 0.954, "-2.6%", 3e-5),
+    ("standard", EXPLAINED_VARIANCE): (0.813, 0.772, "-5.0%", 3e-6),
+    ("standard", SPARSE_PROBING_AT[1]): (0.757, 0.812, "+7.2%", 1e-5),
+    ("standard", SCR_AT[20]): (0.176, 0.271, "+54%", 3e-6),
+    ("standard", TPP_AT[20]): (0.021, 0.098, "+372%", 6e-6),
+    ("topk", CE_LOSS_SCORE): (0.990, 0.968, "-2.3%", 5e-4),
+    ("topk", EXPLAINED_VARIANCE): (0.837, 0.794, "-5.2%", 1e-4),
+    ("topk", SPARSE_PROBING_AT[1]): (0.754, 0.809, "+7.3%", 3e-5),
+    ("topk", SCR_AT[20]): (0.311, 0.304, "-2.4%", 0.23),
+    ("topk", TPP_AT[20]): (0.141, 0.152, "+8.0%", 0.24),
 }
 _PAPER_SETUP = (
     "Saraswatula & Klindt, arXiv 2511.13981: Pythia-160M layer 8 and Gemma-2-2B layer 12, "
@@ -81,16 +81,6 @@ _PAPER_SETUP = (
 )
 # conditions that stand for the paper's whitening, its own loss first
 _WHITENED = ("original", "whitened")
-
-_SERIES = {
-    "sparse_probing": ("sparse probing", "latents used, K"),
-    "residual_sparse_probing": ("sparse probing", "latents used, K"),
-    "scr": ("SCR", "latents removed, N"),
-    "tpp": ("TPP", "latents removed, N"),
-}
-_AT_N = re.compile(rf"({'|'.join(_SERIES)})_top_(\d+)")
-
-_ABSENT = {"ce_loss": "CE loss score and KL", "tpp": "TPP", "scr": "SCR"}
 
 _L0_TOLERANCE = 0.05  # relative; beyond it, SAEs are said not to be equally sparse
 _MOST_NAMES_IN_A_FIGURE = 12
@@ -173,19 +163,21 @@ def write_report(
     return [table, *written, page]
 
 
-def comparison_markdown(comparison: Comparison, settings: Mapping[str, Any] | None = None) -> str:
+def comparison_markdown(comparison: Summary, settings: Mapping[str, Any] | None = None) -> str:
     """Tables and sentences of a comparison, without figures; settings as for `write_report`."""
     settings = settings or {}
     blocks = _introduction_blocks(comparison, settings) + _comparison_blocks(comparison, settings)
     return document.to_markdown(blocks, ".")
 
 
-def _introduction_blocks(comparison: Comparison, settings: Mapping[str, Any]) -> list[Block]:
+def _introduction_blocks(comparison: Summary, settings: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Heading("Conditions", 2)]
     blocks.append(
         Items(
             [
-                f"{code(name)}: {_CONDITIONS[name]}" if name in _CONDITIONS else code(name)
+                f"{code(name)}: {CONDITIONS[name].description}"
+                if name in CONDITIONS
+                else code(name)
                 for name in comparison.conditions
             ]
         )
@@ -208,7 +200,7 @@ def _introduction_blocks(comparison: Comparison, settings: Mapping[str, Any]) ->
     return blocks
 
 
-def _comparison_blocks(comparison: Comparison, settings: Mapping[str, Any]) -> list[Block]:
+def _comparison_blocks(comparison: Summary, settings: Mapping[str, Any]) -> list[Block]:
     shown = [metric for metric in MAIN_METRICS if metric.key in comparison.metrics]
     blocks: list[Block] = []
     for group in comparison.groups:
@@ -217,7 +209,7 @@ def _comparison_blocks(comparison: Comparison, settings: Mapping[str, Any]) -> l
     return blocks + _paper_blocks(comparison, settings)
 
 
-def _group_name(comparison: Comparison, group: Group) -> str:
+def _group_name(comparison: Summary, group: Group) -> str:
     several = len({g.hook_name for g in comparison.groups}) > 1
     hook = f", {code(group.hook_name)}" if several else ""
     return f"{code(group.architecture)}{hook}, {_sparsity(group)}"
@@ -229,7 +221,7 @@ def _sparsity(group: Group) -> str:
     return f"{'L0' if group.interpolated else 'k'} = {group.sparsity:g}"
 
 
-def _brief_blocks(comparison: Comparison) -> list[Block]:
+def _brief_blocks(comparison: Summary) -> list[Block]:
     """How often each condition was significantly better or worse than the first baseline."""
     baseline = next((name for name in BASELINES if name in comparison.conditions), None)
     tested = [metric for metric in TESTED_METRICS if metric.key in comparison.metrics]
@@ -303,12 +295,12 @@ def _brief_blocks(comparison: Comparison) -> list[Block]:
     ]
 
 
-def _group_blocks(group: Group, shown: Sequence[Metric], comparison: Comparison) -> list[Block]:
+def _group_blocks(group: Group, shown: Sequence[Metric], comparison: Summary) -> list[Block]:
     blocks: list[Block] = [_means_table(group, shown)]
     warning = _sparsity_warning(group)
     if warning:
         blocks.append(Paragraph(warning))
-    if group.matched:
+    if len(group.matched):
         blocks += [Heading("Other architectures at the same L0", 3), _matched_table(group, shown)]
     for baseline in BASELINES:
         pairs = [pair for pair in group.differences if pair[1] == baseline]
@@ -324,68 +316,65 @@ def _group_blocks(group: Group, shown: Sequence[Metric], comparison: Comparison)
     return blocks
 
 
+def _table(columns: Mapping[str, Sequence[str]], caption: str = "") -> Table:
+    return Table(list(columns), list(zip(*columns.values(), strict=True)), caption)
+
+
 def _means_table(group: Group, shown: Sequence[Metric]) -> Table:
-    columns = []
+    columns = {"condition": [code(name) for name in group.conditions]}
+    n, any_bold = len(group.seeds), False
     for metric in shown:
-        spreads = {name: group.spread(name, metric.key) for name in group.values}
-        decimals = _column_decimals(metric.decimals, [s.sd for s in spreads.values()])
         best = _significantly_best(group, metric)
-        cells = []
-        for name, found in spreads.items():
-            if found.n == 0 and _outside(group, name):
-                cells.append("outside the sweep")
-                continue
-            cell = _mean_and_sd(found, decimals, len(group.seeds))
-            cells.append(f"**{cell}**" if name == best else cell)
-        columns.append(cells)
-    rows = [[code(name), *(column[i] for column in columns)] for i, name in enumerate(group.values)]
-    n = len(group.seeds)
+        any_bold |= best is not None
+        cells = _cells([group.spread(name, metric.key) for name in group.conditions], metric, n)
+        columns[metric.name] = [
+            "outside the sweep"
+            if group.is_outside(name)
+            else f"**{cell}**"
+            if name == best
+            else cell
+            for name, cell in zip(group.conditions, cells, strict=True)
+        ]
     caption = "One seed." if n == 1 else f"Mean ± standard deviation over {n} seeds."
     if group.interpolated:
         caption += f" Every seed's sweep was interpolated at {_sparsity(group)}, linear in log L0."
-    if any("**" in cell for row in rows for cell in row):
+    if any_bold:
         caption += (
             f" Bold: the best of its column, where its difference from {code(BASELINES[0])} is "
             "significant (where it is the baseline itself: from all others)."
         )
-    return Table(["condition", *(metric.name for metric in shown)], rows, caption)
+    return _table(columns, caption)
 
 
 def _matched_table(group: Group, shown: Sequence[Metric]) -> Table:
     """The architecture itself and, condition by condition, the others."""
-    values = {}
-    for condition in group.values:
-        values[condition, group.architecture] = group.values[condition]
-        values |= {key: found for key, found in group.matched.items() if key[0] == condition}
-    columns = []
+    rows: dict[tuple[str, str], Frame] = {}
+    for condition in group.conditions:
+        rows[condition, group.architecture] = group.values.loc[condition]
+        if condition in group.matched.index.unique("condition"):
+            others = group.matched.loc[condition].groupby("architecture", sort=False)
+            rows |= {(condition, name): values for name, values in others}
+    columns = {
+        "condition": [code(condition) for condition, _ in rows],
+        "architecture": [code(architecture) for _, architecture in rows],
+    }
     for metric in shown:
-        spreads = [spread(found.get(metric.key, {}).values()) for found in values.values()]
-        decimals = _column_decimals(metric.decimals, [found.sd for found in spreads])
-        columns.append(
-            [
-                _mean_and_sd(found, decimals, len(group.seeds)) if of else "outside the sweep"
-                for found, of in zip(spreads, values.values(), strict=True)
-            ]
-        )
-    rows = [
-        [code(condition), code(architecture), *(column[i] for column in columns)]
-        for i, (condition, architecture) in enumerate(values)
-    ]
+        spreads = [spread(values[metric.key]) for values in rows.values()]
+        cells = _cells(spreads, metric, len(group.seeds))
+        columns[metric.name] = [
+            "outside the sweep" if values.isna().to_numpy().all() else cell
+            for values, cell in zip(rows.values(), cells, strict=True)
+        ]
     caption = (
         f"SAEs of the others, every seed's interpolated, linear in log L0, at the L0 that "
         f"{code(group.architecture)} came to under the same condition; none is extrapolated. "
         "Differences between architectures are not tested."
     )
-    return Table(["condition", "architecture", *(metric.name for metric in shown)], rows, caption)
-
-
-def _outside(group: Group, condition: str) -> bool:
-    """Whether no sweep of the condition reaches the L0 of the group."""
-    return group.interpolated and not group.values[condition]
+    return _table(columns, caption)
 
 
 def _significantly_best(group: Group, metric: Metric) -> str | None:
-    means = {name: group.spread(name, metric.key).mean for name in group.values}
+    means = {name: group.spread(name, metric.key).mean for name in group.conditions}
     means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
     if not metric.better or not means:
         return None
@@ -402,8 +391,8 @@ def _sparsity_warning(group: Group) -> str | None:
     """What keeps the conditions of a group from being equally sparse, in words."""
     if group.interpolated:
         gaps = []
-        for name, found in group.values.items():
-            n_inside = len(found.get("l0", {}))
+        for name in group.conditions:
+            n_inside = group.spread(name, "l0").n
             if n_inside < len(group.seeds) and name in group.swept:
                 low, high = group.swept[name]
                 gaps.append(
@@ -417,7 +406,7 @@ def _sparsity_warning(group: Group) -> str | None:
         if gaps:
             said += f" Not all sweeps reach {_sparsity(group)}: {'; '.join(gaps)}."
         return said
-    l0s = {name: group.spread(name, "l0").mean for name in group.values}
+    l0s = {name: group.spread(name, "l0").mean for name in group.conditions}
     l0s = {name: mean for name, mean in l0s.items() if not math.isnan(mean)}
     if not l0s or max(l0s.values()) <= (1 + _L0_TOLERANCE) * min(l0s.values()):
         return None
@@ -482,7 +471,7 @@ def describe_difference(group: Group, condition: str, baseline: str) -> str:
     found = group.differences[condition, baseline]
     pair = f"{code(condition)} and {code(baseline)}"
     for name in (condition, baseline):
-        if _outside(group, name):
+        if group.is_outside(name):
             return f"{pair} are not compared: no sweep of {code(name)} reaches {_sparsity(group)}."
     significant, not_significant, untested = [], [], []
     for metric in TESTED_METRICS:
@@ -527,8 +516,7 @@ def describe_difference(group: Group, condition: str, baseline: str) -> str:
 
 def _describe_significant(difference: PairedDifference, metric: Metric) -> str:
     sign = 1 if difference.mean > 0 else -1
-    counted = metric.key == "dead_latents"
-    more = (("fewer", "more") if counted else ("lower", "higher"))[sign > 0]
+    more = (("fewer", "more") if metric.is_count else ("lower", "higher"))[sign > 0]
     better = "better" if sign * metric.better > 0 else "worse"
     decimals = _decimals(difference, metric)
     low, high = sorted((sign * difference.low, sign * difference.high))
@@ -541,31 +529,28 @@ def _describe_significant(difference: PairedDifference, metric: Metric) -> str:
 
 def _why_not_compared(group: Group, condition: str, baseline: str, metric: str) -> str | None:
     """Why a metric that one of the two has was not compared; None if neither has it."""
-    a, b = (group.values[name].get(metric, {}) for name in (condition, baseline))
-    if not a and not b:
+    by_seed = group.by_seed(metric).reindex(columns=[condition, baseline])
+    if by_seed.isna().to_numpy().all():
         return None
-    return "infinite in some runs" if a.keys() & b.keys() else "no seed has it in both"
+    return "infinite in some runs" if len(by_seed.dropna()) else "no seed has it in both"
 
 
 def _other_metrics_table(group: Group, keys: Sequence[str]) -> Table:
     rows = []
     for key in keys:
-        spreads = [group.spread(name, key) for name in group.values]
-        if not any(found.n for found in spreads):
-            continue
-        decimals = _column_decimals(3, [found.sd for found in spreads])
-        cells = [_mean_and_sd(found, decimals, len(group.seeds)) for found in spreads]
-        rows.append([_metric_name(key), *cells])
-    return Table(["metric", *map(code, group.values)], rows, "Not tested.")
+        spreads = [group.spread(name, key) for name in group.conditions]
+        if any(found.n for found in spreads):
+            rows.append([name_of(key), *_cells(spreads, None, len(group.seeds))])
+    return Table(["metric", *map(code, group.conditions)], rows, "Not tested.")
 
 
-def _paper_blocks(comparison: Comparison, settings: Mapping[str, Any]) -> list[Block]:
+def _paper_blocks(comparison: Summary, settings: Mapping[str, Any]) -> list[Block]:
     """The paper's figures beside ours, where both have the architecture and the metric."""
     ours = [name for name in _WHITENED if name in comparison.conditions]
     rows = []
     for group in comparison.groups:
         for metric in TESTED_METRICS:
-            paper = _PAPER.get((group.architecture, metric.key))
+            paper = _PAPER.get((group.architecture, metric))
             changes = [group.relative_change(name, BASELINES[0], metric.key) for name in ours]
             if paper is None or all(map(math.isnan, changes)):
                 continue
@@ -589,7 +574,7 @@ def _paper_blocks(comparison: Comparison, settings: Mapping[str, Any]) -> list[B
     header = ["", "paper: standard", "paper: whitened", "change", "p", f"ours: {code('none')}"]
     for name in ours:
         header += [f"ours: {code(name)}", "change", "adjusted p"]
-    hooks = dict.fromkeys(str(g.hook_name) for g in comparison.groups if g.hook_name is not None)
+    hooks = dict.fromkeys(g.hook_name for g in comparison.groups if g.hook_name)
     setup = [code(settings["model_name"])] if settings.get("model_name") else []
     setup += [code(settings["hook_name"])] if settings.get("hook_name") else map(code, hooks)
     if settings.get("training_tokens"):
@@ -637,7 +622,7 @@ def _evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
     others = [key for key in keys if key not in {metric.key for metric in shown}]
     if others:
         table = [
-            [_metric_name(key), *(_number(metrics.get(key, math.nan), 3) for _, metrics in saes)]
+            [name_of(key), *(_number(metrics.get(key, math.nan), 3) for _, metrics in saes)]
             for key in others
         ]
         header = ["metric", *(code(name) for name, _ in saes)]
@@ -650,7 +635,9 @@ def _why_absent(records: Sequence[Mapping[str, Any]]) -> list[Block]:
     reasons: dict[str, list[str]] = {}
     for record in records:
         for key, why in (record.get("absent") or {}).items():
-            reasons.setdefault(f"No {_ABSENT.get(key, key)}: {why}", []).append(str(record["name"]))
+            reasons.setdefault(f"No {MEASUREMENTS.get(key, key)}: {why}", []).append(
+                str(record["name"])
+            )
     return [
         Paragraph(why + ("." if len(set(names)) == len(records) else f" ({', '.join(names)})."))
         for why, names in reasons.items()
@@ -669,10 +656,10 @@ def _named_metrics(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict
 # --- figures
 
 
-def _comparison_figures(comparison: Comparison) -> list[_Drawing]:
+def _comparison_figures(comparison: Summary) -> list[_Drawing]:
     figures: list[_Drawing] = []
-    for (hook_name, architecture), sweeps in comparison.sweeps.items():
-        several_hooks = len({hook for hook, _ in comparison.sweeps}) > 1
+    several_hooks = comparison.runs.hook_name.nunique() > 1
+    for hook_name, architecture in comparison.families:
         label = code(architecture) + (f", {code(hook_name)}" if several_hooks else "")
         stem = _file_name(architecture + (f"-{hook_name}" if several_hooks else ""))
         groups = [
@@ -680,19 +667,19 @@ def _comparison_figures(comparison: Comparison) -> list[_Drawing]:
             for group in comparison.groups
             if (group.hook_name, group.architecture) == (hook_name, architecture)
         ]
+        sweeps = {n: comparison.sweep(hook_name, architecture, n) for n in comparison.conditions}
         # what is at no sparsity of its own can be judged beside what is at several
-        beside = dict.fromkeys(pair for group in groups for pair in group.matched)
+        beside = {
+            f"{other}, {name}": comparison.sweep(hook_name, other, name)
+            for group in groups
+            for name, other in group.matched.index.droplevel("seed").unique()
+        }
         panels = {}
         for metric in TESTED_METRICS:
-            lines = {
-                name: _points(sweeps.get(name, []), metric.key) for name in comparison.conditions
-            }
-            if not any(lines.values()):
-                continue
-            for name, other in beside:
-                found = comparison.sweeps[hook_name, other].get(name, [])
-                lines[f"{other}, {name}"] = _points(found, metric.key)
-            panels[_title(metric)] = lines
+            lines = {name: _points(sweep, metric.key) for name, sweep in sweeps.items()}
+            if any(lines.values()):
+                lines |= {name: _points(sweep, metric.key) for name, sweep in beside.items()}
+                panels[_title(metric)] = lines
         if panels:
             caption = (
                 f"{label}: metrics against L0, with arrows to what is better. Bars: standard "
@@ -722,12 +709,10 @@ def _comparison_figures(comparison: Comparison) -> list[_Drawing]:
     return figures
 
 
-def _points(sweep: Sequence[SweepPoint], key: str) -> list[Point]:
-    points = []
-    for l0, metrics in sweep:
-        if key in metrics and math.isfinite(metrics[key].mean):
-            points.append(Point(l0.mean, metrics[key].mean, l0.sd, metrics[key].sd))
-    return points
+def _points(sweep: Frame, key: str) -> list[Point]:
+    columns = [("l0", "mean"), (key, "mean"), ("l0", "std"), (key, "std")]
+    points = [Point(*row) for row in sweep[columns].itertuples(index=False, name=None)]
+    return [point for point in points if math.isfinite(point.y)]
 
 
 def _title(metric: Metric) -> str:
@@ -751,31 +736,27 @@ def _n_latents_panels(
     group: Group, conditions: Sequence[str]
 ) -> dict[str, tuple[str, dict[str, list[Point]]]]:
     panels: dict[str, tuple[str, dict[str, list[Point]]]] = {}
-    residual: list[Point] = []
-    for name, metrics in group.values.items():
-        for key in metrics:
-            match = _AT_N.fullmatch(key)
-            found = group.spread(name, key)
-            if match is None or not math.isfinite(found.mean):
-                continue
-            series, n = match[1], float(match[2])
-            title, x_label = _SERIES[series]
-            point = Point(n, found.mean, y_sd=found.sd)
-            if series.startswith("residual"):
-                # the same for all conditions
-                if not any(other.x == n for other in residual):
-                    residual.append(point)
-                continue
-            empty: dict[str, list[Point]] = {condition: [] for condition in conditions}
-            _, lines = panels.setdefault(f"{title}, {_sparsity(group)}", (x_label, empty))
-            lines[name].append(point)
-    probing = f"{_SERIES['sparse_probing'][0]}, {_sparsity(group)}"
-    if probing in panels and residual:
-        panels[probing][1]["residual channels"] = residual
-    for _, lines in panels.values():
-        for points in lines.values():
-            points.sort()
+    for curve in CURVES:
+        lines = {name: _curve_points(group, [name], curve.metrics) for name in conditions}
+        if any(lines.values()):
+            # the same for all conditions
+            baseline = _curve_points(group, conditions, curve.baselines)
+            lines |= {"residual channels": baseline} if baseline else {}
+            panels[f"{curve.name}, {_sparsity(group)}"] = (curve.x_label, lines)
     return panels
+
+
+def _curve_points(
+    group: Group, conditions: Sequence[str], metrics: Mapping[int, Metric]
+) -> list[Point]:
+    """Of the first of these conditions that has a value at each number of latents."""
+    points = []
+    for n, metric in metrics.items():
+        found = (group.spread(name, metric.key) for name in conditions)
+        known = next((s for s in found if math.isfinite(s.mean)), None)
+        if known is not None:
+            points.append(Point(n, known.mean, y_sd=known.sd))
+    return points
 
 
 def _evaluation_figures(
@@ -824,7 +805,7 @@ def _run_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
     for record, metrics in runs:
         row = ["–" if record.get(field) is None else code(record[field]) for field in fields]
         rows.append(row + [_number(metrics.get(key, math.nan), 4) for key in keys])
-    header = [field.replace("_", " ") for field in fields] + [_metric_name(key) for key in keys]
+    header = [field.replace("_", " ") for field in fields] + [name_of(key) for key in keys]
     lines = "\n".join(_json(record) for record in records)
     return [
         Heading("Runs", 2),
@@ -834,10 +815,6 @@ def _run_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 # --- numbers in words
-
-
-def _metric_name(key: str) -> str:
-    return next((m.name for m in MAIN_METRICS if m.key == key), key.replace("_", " "))
 
 
 def _number(value: float, decimals: int) -> str:
@@ -852,6 +829,12 @@ def _mean_and_sd(found: Spread, decimals: int, n_expected: int) -> str:
     if found.n and not math.isnan(found.sd):
         cell += f" ± {found.sd:.{decimals}f}"
     return cell + (f" ({found.n} of {n_expected})" if 0 < found.n < n_expected else "")
+
+
+def _cells(spreads: Sequence[Spread], metric: Metric | None, n_expected: int) -> list[str]:
+    """Means and deviations, with as many decimals as the deviations ask for."""
+    decimals = _column_decimals(3 if metric is None else metric.decimals, [s.sd for s in spreads])
+    return [_mean_and_sd(found, decimals, n_expected) for found in spreads]
 
 
 def _column_decimals(fewest: int, sds: Sequence[float]) -> int:

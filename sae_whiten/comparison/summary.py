@@ -1,22 +1,34 @@
 """From the records of single runs to means, spreads and paired differences at equal sparsity."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
 
 from sae_whiten.comparison.paired import PairedDifference, compare_metrics, interpolate_at
+from sae_whiten.evaluation.catalogue import (
+    CE_LOSS_SCORE,
+    DEAD_LATENTS,
+    EXPLAINED_VARIANCE,
+    KL,
+    L0,
+    SCR_AT,
+    SCR_DENOMINATOR,
+    SPARSE_PROBING_AT,
+    TPP_AT,
+)
 
 __all__ = [
     "BASELINES",
     "MAIN_METRICS",
     "TESTED_METRICS",
-    "Comparison",
     "Group",
-    "Metric",
     "Spread",
-    "SweepPoint",
+    "Summary",
     "read_metrics",
     "spread",
     "summarise",
@@ -25,37 +37,36 @@ __all__ = [
 BASELINES = ("none", "centred")
 """Conditions that all others are compared with; the second shows what centring alone gives."""
 
-
-class Metric(NamedTuple):
-    """How a metric is called and read.
-
-    Attributes:
-        key: Its name in a record.
-        name: In words.
-        better: 1 if more is better, -1 if less is, 0 if neither.
-        decimals: Fewest decimals that it is printed with.
-    """
-
-    key: str
-    name: str
-    better: int
-    decimals: int
-
-
 MAIN_METRICS = (
-    Metric("explained_variance", "explained variance", 1, 3),
-    Metric("l0", "L0", 0, 1),
-    Metric("dead_latents", "dead latents", -1, 1),
-    Metric("ce_loss_score", "CE loss score", 1, 3),
-    Metric("kl", "KL divergence", -1, 3),
-    Metric("sparse_probing_top_1", "sparse probing top 1", 1, 3),
-    Metric("scr_top_20", "SCR top 20", 1, 3),
-    Metric("scr_denominator", "SCR denominator", 0, 3),
-    Metric("tpp_top_20", "TPP top 20", 1, 3),
+    EXPLAINED_VARIANCE,
+    L0,
+    DEAD_LATENTS,
+    CE_LOSS_SCORE,
+    KL,
+    SPARSE_PROBING_AT[1],
+    SCR_AT[20],
+    SCR_DENOMINATOR,
+    TPP_AT[20],
 )
+"""The columns of the main tables."""
 
-TESTED_METRICS = tuple(metric for metric in MAIN_METRICS if metric.better)
-"""One family of tests: these metrics, for one condition against one baseline, in one group."""
+TESTED_METRICS = (
+    EXPLAINED_VARIANCE,
+    DEAD_LATENTS,
+    CE_LOSS_SCORE,
+    KL,
+    SPARSE_PROBING_AT[1],
+    SCR_AT[20],
+    TPP_AT[20],
+)
+"""The family of tests that Holm's method corrects together: these metrics, as far as they were
+measured, for one condition against one baseline in one group."""
+
+Frame: TypeAlias = Any
+"""A `pandas.DataFrame`; of what is selected from one, pandas' own annotations say too little."""
+
+_SETTING = ["sparsity", "coefficient"]
+_RUN = ["hook_name", "architecture", "condition", *_SETTING, "seed"]
 
 
 class Spread(NamedTuple):
@@ -66,21 +77,19 @@ class Spread(NamedTuple):
     sd: float
 
 
-class SweepPoint(NamedTuple):
-    """One setting of sparsity: spread over seeds of L0 and of the metrics, by key."""
-
-    l0: Spread
-    metrics: dict[str, Spread]
-
-
 def spread(values: Iterable[float]) -> Spread:
-    """Mean and standard deviation of the values that are not NaN."""
+    """Mean and standard deviation of the values that are not NaN.
+
+    >>> spread([1.0, float("nan"), 3.0])
+    Spread(n=2, mean=2.0, sd=1.4142135623730951)
+    """
     kept = [value for value in values if not math.isnan(value)]
     if not kept:
         return Spread(0, math.nan, math.nan)
     finite = all(map(math.isfinite, kept))
-    sd = stdev(kept) if finite and len(kept) > 1 else math.nan
-    return Spread(len(kept), fmean(kept), sd)
+    # the module's sums are exact: equal values have no deviation
+    sd = statistics.stdev(kept) if finite and len(kept) > 1 else math.nan
+    return Spread(len(kept), statistics.fmean(kept), sd)
 
 
 @dataclass(frozen=True)
@@ -88,84 +97,98 @@ class Group:
     """Runs of one architecture that are compared at one sparsity.
 
     Attributes:
-        hook_name: The activations, if the records say so.
+        hook_name: The activations; empty if the records do not say.
         architecture: Name of the architecture.
         sparsity: k, or the L0 at which sweeps were interpolated; None where nothing sets it, and
             SAEs are compared at the L0 that they came to.
         interpolated: Whether it is an L0.
-        seeds: All seeds of the group, in ascending order.
-        values: `values[condition][metric][seed]`; metrics and seeds without a value are absent.
-            Conditions are in the order of the comparison.
+        values: A column per metric, and a row per run or interpolated sweep, indexed by condition
+            (in the order of the comparison) and seed. NaN: not measured, or outside the sweep.
         swept: For interpolated groups the lowest and highest L0 that any seed of a condition had.
+        matched: Where `sparsity` is None, other architectures under the same conditions: every
+            seed's SAEs interpolated at the L0 that this one's SAE of that seed and condition came
+            to. Like `values`, with the architecture in the index between condition and seed.
         differences: `differences[condition, baseline][metric]`, `condition - baseline` over the
             seeds that both have, Holm's correction over the tested metrics.
-        matched: Where `sparsity` is None, `matched[condition, architecture][metric][seed]`: other
-            architectures under the same conditions, every seed's SAEs interpolated at the L0 that
-            this one's SAE of that seed and condition came to.
     """
 
-    hook_name: str | None
+    hook_name: str
     architecture: str
     sparsity: float | None
     interpolated: bool
-    seeds: tuple[int, ...]
-    values: dict[str, dict[str, dict[int, float]]]
+    values: Frame
     swept: dict[str, tuple[float, float]]
+    matched: Frame
     differences: dict[tuple[str, str], dict[str, PairedDifference]]
-    matched: dict[tuple[str, str], dict[str, dict[int, float]]]
+
+    @property
+    def conditions(self) -> list[str]:
+        """In the order of the comparison."""
+        return list(self.values.index.unique("condition"))
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds of the group, in ascending order."""
+        return sorted(self.values.index.unique("seed"))
+
+    def by_seed(self, metric: str) -> Frame:
+        """A row per seed, a column per condition; nothing at all of what was not measured."""
+        if metric not in self.values:
+            return pd.DataFrame()
+        return self.values[metric].unstack("condition")
 
     def spread(self, condition: str, metric: str) -> Spread:
         """Over seeds; n is 0 if there is no value."""
-        return spread(self.values[condition].get(metric, {}).values())
+        return spread(self.by_seed(metric).get(condition, ()))
+
+    def is_outside(self, condition: str) -> bool:
+        """Whether no sweep of the condition reaches the L0 of the group."""
+        return self.interpolated and bool(self.values.loc[condition].isna().to_numpy().all())
 
     def relative_change(self, condition: str, baseline: str, metric: str) -> float:
         """`mean(condition) / mean(baseline) - 1` over the seeds that have both.
 
         NaN if there is none, or if the baseline's mean is not positive.
         """
-        a, b = (self.values.get(name, {}).get(metric, {}) for name in (condition, baseline))
-        seeds = a.keys() & b.keys()
-        if not seeds or not fmean(b[seed] for seed in seeds) > 0:
-            return math.nan
-        return fmean(a[seed] for seed in seeds) / fmean(b[seed] for seed in seeds) - 1
+        a, b = _pairs(self.by_seed(metric), condition, baseline).mean()
+        return float(a / b - 1) if b > 0 else math.nan
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Summary:
     """Result of `summarise`.
 
     Attributes:
         conditions: Baselines first, then in the order of the records.
+        families: Hook and architecture, in the order of the records.
         metrics: Keys of all metrics that any run has a value of.
-        groups: By hook and architecture in the order of the records, then by sparsity.
-        sweeps: `sweeps[hook_name, architecture][condition]`: what was measured at every k or
-            coefficient, by ascending L0.
+        groups: In the order of the families, then by sparsity.
+        runs: A row per record: hook_name, architecture, condition, sparsity, coefficient, seed, and
+            a column per metric.
     """
 
-    conditions: tuple[str, ...]
-    metrics: tuple[str, ...]
-    groups: tuple[Group, ...]
-    sweeps: dict[tuple[str | None, str], dict[str, list[SweepPoint]]]
+    conditions: list[str]
+    families: list[tuple[str, str]]
+    metrics: list[str]
+    groups: list[Group]
+    runs: Frame
 
+    def sweep(self, hook_name: str, architecture: str, condition: str) -> Frame:
+        """What was measured at every k or coefficient, by ascending L0.
 
-class _Run(NamedTuple):
-    hook_name: str | None
-    architecture: str
-    condition: str
-    sparsity: float | None
-    coefficient: float | None
-    seed: int
-    metrics: dict[str, float]
-
-    @property
-    def is_as_it_comes(self) -> bool:
-        """Whether nothing sets its sparsity."""
-        return self.sparsity is None and self.coefficient is None
+        Returns:
+            A row per setting, and columns (metric, "mean") and (metric, "std"), over seeds.
+        """
+        wanted = [hook_name, architecture, condition]
+        runs = self.runs[(self.runs[_RUN[:3]] == wanted).all(axis=1)]
+        settings = runs.drop(columns=[*_RUN[:3], "seed"]).groupby(_SETTING, dropna=False)
+        points = settings.agg(["mean", "std"])
+        return points[points["l0", "mean"].notna()].sort_values(("l0", "mean"))
 
 
 def summarise(
     records: Sequence[Mapping[str, Any]], targets: Sequence[float | int] | None = None
-) -> Comparison:
+) -> Summary:
     """Summarise the runs of a comparison over seeds, at equal sparsity.
 
     Runs with a k are compared at equal k. Those with a coefficient are sweeps: for every seed each
@@ -182,36 +205,32 @@ def summarise(
     Raises:
         ValueError: A record lacks a field, has a metric that is not a number, or occurs twice.
     """
-    runs = [_read_run(record, i) for i, record in enumerate(records)]
-    seen: set[tuple[object, ...]] = set()
-    for i, run in enumerate(runs):
-        if run[:-1] in seen:
-            raise ValueError(
-                f"record {i} repeats {run.architecture}, {run.condition}, sparsity {run.sparsity}, "
-                f"coefficient {run.coefficient}, seed {run.seed}: one run cannot count twice"
-            )
-        seen.add(run[:-1])
-    if targets is None:
-        targets = sorted({run.sparsity for run in runs if run.sparsity is not None})
-    found = list(dict.fromkeys(run.condition for run in runs))
+    runs = _runs(records)
+    found = list(dict.fromkeys(runs.condition))
     conditions = [name for name in BASELINES if name in found]
     conditions += [name for name in found if name not in BASELINES]
+    if targets is None:
+        targets = sorted(runs.sparsity.dropna().unique())
+    families = list(dict.fromkeys(zip(runs.hook_name, runs.architecture, strict=True)))
+    # here as in whatever is made of them
+    runs = runs.sort_values("seed", kind="stable")
+    runs = runs.sort_values("condition", key=lambda c: c.map(conditions.index), kind="stable")
+    is_exact, is_swept = runs.sparsity.notna(), runs.sparsity.isna() & runs.coefficient.notna()
     groups: list[Group] = []
-    sweeps = {}
-    for hook_name, architecture in dict.fromkeys(run[:2] for run in runs):
-        family = [run for run in runs if run[:2] == (hook_name, architecture)]
-        for k in sorted({run.sparsity for run in family if run.sparsity is not None}):
-            groups.append(_group([run for run in family if run.sparsity == k], conditions, k))
-        swept = [run for run in family if run.sparsity is None and run.coefficient is not None]
-        if swept:
-            groups += [_group(swept, conditions, target) for target in targets]
-        as_they_are = [run for run in family if run.is_as_it_comes]
-        if as_they_are:
-            others = [run for run in runs if run.hook_name == hook_name and not run.is_as_it_comes]
-            groups.append(_group(as_they_are, conditions, None, others))
-        sweeps[hook_name, architecture] = _sweep_points(family, conditions)
-    metrics = dict.fromkeys(metric for run in runs for metric in run.metrics)
-    return Comparison(tuple(conditions), tuple(metrics), tuple(groups), sweeps)
+    for hook_name, architecture in families:
+        at_hook = runs.hook_name == hook_name
+        family = at_hook & (runs.architecture == architecture)
+        for k, at_k in runs[family & is_exact].groupby("sparsity"):
+            groups.append(_group(at_k, _values(at_k), k))
+        swept = runs[family & is_swept]
+        for target in targets if len(swept) else []:
+            groups.append(_group(swept, _interpolated(swept, target), float(target)))
+        free = runs[family & ~is_exact & ~is_swept]
+        if len(free):
+            matched = _matched(free, runs[at_hook & (is_exact | is_swept)])
+            groups.append(_group(free, _values(free), None, matched))
+    measured = [key for key in _values(runs) if runs[key].notna().any()]
+    return Summary(conditions, families, measured, groups, runs)
 
 
 def read_metrics(record: Mapping[str, Any], where: str) -> dict[str, float]:
@@ -234,118 +253,107 @@ def read_metrics(record: Mapping[str, Any], where: str) -> dict[str, float]:
     return values
 
 
-def _read_run(record: Mapping[str, Any], i: int) -> _Run:
-    for field in ("architecture", "condition", "seed"):
-        if record.get(field) is None:
-            raise ValueError(f"record {i} has no {field!r}; it has {', '.join(record)}")
-    sparsity, coefficient = record.get("sparsity"), record.get("coefficient")
-    return _Run(
-        hook_name=record.get("hook_name"),
-        architecture=record["architecture"],
-        condition=record["condition"],
-        sparsity=None if sparsity is None else float(sparsity),
-        coefficient=None if coefficient is None else float(coefficient),
-        seed=record["seed"],
-        metrics=read_metrics(record, f"record {i}"),
-    )
+def _runs(records: Sequence[Mapping[str, Any]]) -> Frame:
+    """`Summary.runs` in the order of the records; what is shown or tested always has a column."""
+    rows = []
+    for i, record in enumerate(records):
+        for field in ("architecture", "condition", "seed"):
+            if record.get(field) is None:
+                raise ValueError(f"record {i} has no {field!r}; it has {', '.join(record)}")
+        run = {field: record.get(field) for field in _RUN}
+        rows.append({**run, **read_metrics(record, f"record {i}")})
+    usual = [metric.key for metric in (*MAIN_METRICS, *TESTED_METRICS)]
+    columns = dict.fromkeys([*_RUN, *(key for row in rows for key in row), *usual])
+    runs: Frame = pd.DataFrame(rows, columns=list(columns))
+    runs["hook_name"] = runs.hook_name.fillna("")
+    numbers = [name for name in columns if name in _SETTING or name not in _RUN]
+    runs[numbers] = runs[numbers].astype(float)
+    for i in runs.index[runs.duplicated(_RUN)]:
+        run = ", ".join(f"{field} {records[i].get(field)}" for field in _RUN[1:])
+        raise ValueError(f"record {i} repeats {run}: one run cannot count twice")
+    return runs
+
+
+def _values(runs: Frame) -> Frame:
+    """`Group.values` of runs that are compared as they are."""
+    return runs.set_index(["condition", "seed"]).drop(columns=[*_RUN[:2], *_SETTING])
 
 
 def _group(
-    runs: Sequence[_Run],
-    conditions: Sequence[str],
-    sparsity: float | int | None,
-    others: Sequence[_Run] = (),
+    runs: Frame, values: Frame, sparsity: float | None, matched: Frame | None = None
 ) -> Group:
-    """Of runs that have a k, `sparsity`, or are interpolated at it, or, if it is None, neither."""
-    target = sparsity if runs[0].sparsity is None else None
-    present = [name for name in conditions if any(run.condition == name for run in runs)]
-    by_condition = {name: [run for run in runs if run.condition == name] for name in present}
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    swept = {}
-    for name, members in by_condition.items():
-        values[name] = {}
-        for seed in sorted({run.seed for run in members}):
-            of_seed = [run for run in members if run.seed == seed]
-            found = of_seed[0].metrics if target is None else _at_l0(of_seed, target)
-            for metric, value in found.items():
-                values[name].setdefault(metric, {})[seed] = value
-        l0s = [run.metrics["l0"] for run in members if "l0" in run.metrics]
-        if target is not None and l0s:
-            swept[name] = (min(l0s), max(l0s))
+    """Runs of one architecture, which have these values at the sparsity."""
+    interpolated = sparsity is not None and bool(runs.sparsity.isna().all())
+    swept: dict[str, tuple[float, float]] = {}
+    if interpolated:
+        ranges = runs.groupby("condition", sort=False).l0.agg(["min", "max"]).dropna()
+        swept = {name: (low, high) for name, low, high in ranges.itertuples()}
+    present = list(values.index.unique("condition"))
     return Group(
-        hook_name=runs[0].hook_name,
-        architecture=runs[0].architecture,
-        sparsity=None if sparsity is None else float(sparsity),
-        interpolated=target is not None,
-        seeds=tuple(sorted({run.seed for run in runs})),
+        hook_name=runs.hook_name.iloc[0],
+        architecture=runs.architecture.iloc[0],
+        sparsity=sparsity,
+        interpolated=interpolated,
         values=values,
         swept=swept,
+        matched=_matched(runs.iloc[:0], runs) if matched is None else matched,
         differences={
-            (name, baseline): _differences(values[name], values[baseline])
-            for baseline in BASELINES
+            (name, baseline): _differences(values, name, baseline)
+            for i, baseline in enumerate(BASELINES)
             for name in present
             # the baselines themselves are compared once
-            if baseline in present and name not in BASELINES[: BASELINES.index(baseline) + 1]
+            if baseline in present and name not in BASELINES[: i + 1]
         },
-        matched=_matched(runs, others),
     )
 
 
-def _at_l0(runs: Sequence[_Run], target: float | int) -> dict[str, float]:
-    """Metrics of one seed's sweep at an L0; empty if the sweep does not reach it."""
-    l0s = [run.metrics.get("l0", math.nan) for run in runs]
-    at_target = {}
-    for metric in dict.fromkeys(metric for run in runs for metric in run.metrics):
-        points = [run.metrics.get(metric, math.nan) for run in runs]
-        value = interpolate_at(l0s, points, target)
-        if not math.isnan(value):
-            # a straight line in log L0 does not give back L0 itself
-            at_target[metric] = float(target) if metric == "l0" else value
-    return at_target
+def _interpolated(sweeps: Frame, l0: float | int) -> Frame:
+    """`Group.values` of every seed's sweep at an L0."""
+    found = {
+        run: _at_l0(_values(sweep), l0)
+        for run, sweep in sweeps.groupby(["condition", "seed"], sort=False)
+    }
+    return _stacked(found, ["condition", "seed"], _values(sweeps).columns)
 
 
-def _matched(
-    runs: Sequence[_Run], others: Sequence[_Run]
-) -> dict[tuple[str, str], dict[str, dict[int, float]]]:
-    """`Group.matched` of these runs; without values where no other run is on either side."""
-    found: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
-    for run in runs:
-        alike = [o for o in others if (o.condition, o.seed) == (run.condition, run.seed)]
-        for architecture in dict.fromkeys(other.architecture for other in alike):
-            values = found.setdefault((run.condition, architecture), {})
-            l0 = run.metrics.get("l0", math.nan)
-            if not 0 < l0 < math.inf:
-                continue
-            at_l0 = _at_l0([other for other in alike if other.architecture == architecture], l0)
-            for metric, value in at_l0.items():
-                values.setdefault(metric, {})[run.seed] = value
-    return found
+def _matched(runs: Frame, others: Frame) -> Frame:
+    """`Group.matched`: what sweeps of others are at the L0 of each of these runs."""
+    found = {
+        (run.condition, architecture, run.seed): _at_l0(_values(sweep), run.l0)
+        for run in runs.itertuples()
+        for architecture, sweep in others[
+            (others.condition == run.condition) & (others.seed == run.seed)
+        ].groupby("architecture", sort=False)
+    }
+    return _stacked(found, ["condition", "architecture", "seed"], _values(others).columns)
 
 
-def _differences(
-    values: Mapping[str, Mapping[int, float]], baseline: Mapping[str, Mapping[int, float]]
-) -> dict[str, PairedDifference]:
+def _stacked(rows: Mapping[Any, Mapping[str, float]], index: list[str], columns: Any) -> Frame:
+    frame = pd.DataFrame(list(rows.values()), columns=columns, dtype=float)
+    return frame.set_index(pd.MultiIndex.from_tuples(list(rows), names=index))
+
+
+def _at_l0(sweep: Frame, l0: float | int) -> dict[str, float]:
+    """Every metric of one seed's sweep; NaN if the sweep does not reach the L0."""
+    if not 0 < l0 < math.inf:
+        return {}
+    points = {key: sweep[key].to_numpy() for key in sweep}
+    found = {key: interpolate_at(points["l0"], values, l0) for key, values in points.items()}
+    # a straight line in log L0 does not give back L0 itself
+    return {**found, "l0": math.nan if math.isnan(found["l0"]) else float(l0)}
+
+
+def _differences(values: Frame, condition: str, baseline: str) -> dict[str, PairedDifference]:
     pairs = {}
-    for key, *_ in TESTED_METRICS:
-        a, b = values.get(key, {}), baseline.get(key, {})
-        seeds = sorted(a.keys() & b.keys())
-        first, second = [a[seed] for seed in seeds], [b[seed] for seed in seeds]
+    for metric in TESTED_METRICS:
+        by_seed = values[metric.key].unstack("condition")
+        found = _pairs(by_seed, condition, baseline).to_numpy()
         # an infinite KL divergence can be reported, but has no difference
-        if seeds and all(map(math.isfinite, first + second)):
-            pairs[key] = (first, second)
+        if len(found) and np.isfinite(found).all():
+            pairs[metric.key] = (found[:, 0], found[:, 1])
     return compare_metrics(pairs)
 
 
-def _sweep_points(runs: Sequence[_Run], conditions: Sequence[str]) -> dict[str, list[SweepPoint]]:
-    points: dict[str, list[SweepPoint]] = {}
-    for name in conditions:
-        members = [run for run in runs if run.condition == name]
-        for setting in dict.fromkeys((run.sparsity, run.coefficient) for run in members):
-            at_setting = [r for r in members if (r.sparsity, r.coefficient) == setting]
-            keys = dict.fromkeys(metric for run in at_setting for metric in run.metrics)
-            spreads = {
-                key: spread(run.metrics.get(key, math.nan) for run in at_setting) for key in keys
-            }
-            if "l0" in spreads:
-                points.setdefault(name, []).append(SweepPoint(spreads["l0"], spreads))
-    return {name: sorted(found, key=lambda p: p.l0.mean) for name, found in points.items()}
+def _pairs(by_seed: Frame, condition: str, baseline: str) -> Frame:
+    """The values of two conditions, of those seeds that have both."""
+    return by_seed.reindex(columns=[condition, baseline]).dropna()

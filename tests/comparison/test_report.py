@@ -28,7 +28,8 @@ from sae_whiten.comparison.report import (
     evaluation_table,
     write_report,
 )
-from sae_whiten.comparison.summary import Group, summarise
+from sae_whiten.comparison.summary import TESTED_METRICS, Group, summarise
+from sae_whiten.evaluation import catalogue
 
 NAN = math.nan
 
@@ -133,10 +134,10 @@ class Page(HTMLParser):
 
 def test_means_and_deviations_over_seeds() -> None:
     comparison = summarise(RECORDS)
-    assert comparison.conditions == ("none", "original")  # the baseline first
+    assert comparison.conditions == ["none", "original"]  # the baseline first
     (group,) = comparison.groups
     assert (group.architecture, group.sparsity, group.interpolated) == ("topk", 32, False)
-    assert group.seeds == (0, 1, 2)
+    assert group.seeds == [0, 1, 2]
     found = group.spread("none", "explained_variance")
     assert found.n == 3
     assert found.mean == pytest.approx(0.82)
@@ -164,9 +165,27 @@ def test_differences_are_paired_and_corrected_over_the_tested_metrics() -> None:
     assert found["kl"].p_value == 1
 
 
+def test_another_metric_changes_no_p_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = catalogue.Metric("stability", lambda measured: 0.5, "stability over seeds", better=1)
+    monkeypatch.setattr(catalogue, "METRICS", (*catalogue.METRICS, extra))
+    runs = [
+        {**run, "metrics": {**run["metrics"], "stability": 0.5 + 0.1 * i + 0.01 * run["seed"] ** i}}
+        for i, run in enumerate(RECORDS)
+    ]
+    before, after = summarise(RECORDS), summarise(runs)
+    assert after.groups[0].differences == before.groups[0].differences
+    assert [m.key for m in TESTED_METRICS] == [
+        "explained_variance", "dead_latents", "ce_loss_score", "kl", "sparse_probing_top_1",
+        "scr_top_20", "tpp_top_20",
+    ]  # fmt: skip
+    # but it is reported
+    (others,) = (t for t in tables(comparison_markdown(after)) if "metric" in t[0])
+    assert {row["metric"] for row in others} == {"sparse probing top 2", "stability over seeds"}
+
+
 def test_seeds_that_only_one_condition_has_are_not_compared() -> None:
     (group,) = summarise([*RECORDS, record("none", 7, explained_variance=0.1, l0=32)]).groups
-    assert group.seeds == (0, 1, 2, 7)
+    assert group.seeds == [0, 1, 2, 7]
     assert group.spread("none", "explained_variance").mean == pytest.approx((3 * 0.82 + 0.1) / 4)
     assert group.differences["original", "none"]["explained_variance"].n_pairs == 3
 
@@ -174,7 +193,7 @@ def test_seeds_that_only_one_condition_has_are_not_compared() -> None:
 def test_every_condition_is_compared_with_both_baselines_once() -> None:
     names = ("half", "centred", "none", "zca")
     (group,) = summarise([record(n, s, l0=32, kl=0.1 * s) for n in names for s in (0, 1)]).groups
-    assert list(group.values) == ["none", "centred", "half", "zca"]
+    assert group.conditions == ["none", "centred", "half", "zca"]
     assert set(group.differences) == {
         ("centred", "none"),
         ("half", "none"),
@@ -201,13 +220,14 @@ def sweeps() -> list[dict[str, Any]]:
 def test_sweeps_are_interpolated_for_every_seed() -> None:
     at_20, at_99 = summarise(sweeps(), targets=[20, 99]).groups
     assert at_20.interpolated
-    values = {name: metrics["explained_variance"] for name, metrics in at_20.values.items()}
-    assert values["none"] == pytest.approx({0: 0.6, 1: 0.61})
+    variances = at_20.by_seed("explained_variance")
+    assert variances["none"].to_dict() == pytest.approx({0: 0.6, 1: 0.61})
     # not extrapolated
-    assert values["whitened"] == pytest.approx({0: 0.5})
-    assert at_20.values["none"]["l0"] == {0: 20, 1: 20}
+    assert variances["whitened"].to_dict() == pytest.approx({0: 0.5, 1: NAN}, nan_ok=True)
+    assert at_20.by_seed("l0")["none"].to_dict() == {0: 20, 1: 20}
     assert at_20.differences["whitened", "none"]["explained_variance"].n_pairs == 1
-    assert at_99.values == {"none": {}, "whitened": {}}
+    assert at_99.conditions == ["none", "whitened"]
+    assert at_99.values.isna().to_numpy().all()
     assert at_99.swept == {"none": (10, 40), "whitened": (10, 40)}
     assert at_99.differences["whitened", "none"] == {}
 
@@ -218,7 +238,7 @@ def test_sweeps_are_compared_at_the_k_of_the_others_by_default() -> None:
         ("standard", 32),
         ("topk", 32),
     ]
-    assert summarise(sweeps()).groups == ()
+    assert summarise(sweeps()).groups == []
 
 
 def free(condition: str, seed: int, **metrics: Any) -> dict[str, Any]:
@@ -237,18 +257,18 @@ def runs_at_their_own_l0() -> list[dict[str, Any]]:
 def test_what_has_no_sparsity_is_compared_as_it_is_and_others_at_its_l0() -> None:
     group = summarise(runs_at_their_own_l0()).groups[0]
     assert (group.architecture, group.sparsity, group.interpolated) == ("top_afa", None, False)
-    assert group.values["none"]["l0"] == {0: 20, 1: 30}
-    assert group.values["none"]["explained_variance"] == pytest.approx({0: 0.7, 1: 0.8})
+    assert group.by_seed("l0")["none"].to_dict() == {0: 20, 1: 30}
+    assert group.by_seed("explained_variance")["none"].to_dict() == pytest.approx({0: 0.7, 1: 0.8})
     assert group.swept == {}
     found = group.differences["scaled", "none"]["explained_variance"]
     assert (found.n_pairs, found.mean) == (2, pytest.approx(-0.1))
     # 20 is, in a logarithm, the middle; 30 is beyond the only SAE of that seed; of "scaled" topk
     # has none at all
-    assert group.matched.keys() == {("none", "topk")}
-    matched = group.matched["none", "topk"]
-    assert matched["explained_variance"] == pytest.approx({0: 0.6})
-    assert matched["l0"] == {0: 20}
-    assert all(other.matched == {} for other in summarise(RECORDS).groups)
+    assert list(group.matched.index) == [("none", "topk", 0), ("none", "topk", 1)]
+    first, second = group.matched[["explained_variance", "l0"]].to_numpy().tolist()
+    assert first == pytest.approx([0.6, 20])
+    assert second == pytest.approx([NAN, NAN], nan_ok=True)
+    assert all(len(other.matched) == 0 for other in summarise(RECORDS).groups)
 
 
 def test_the_report_of_what_has_no_sparsity() -> None:
@@ -273,7 +293,7 @@ def test_the_report_of_what_has_no_sparsity() -> None:
     unequal = summarise([free("none", 0, l0=20), free("scaled", 0, l0=30)])
     assert "Nothing sets their sparsity, and these SAEs are not" in comparison_markdown(unequal)
     dead = summarise([free("none", 0, l0=0), record("none", 0, 10, l0=10, kl=1)])
-    assert dead.groups[0].matched == {("none", "topk"): {}}
+    assert list(dead.groups[0].matched.index) == [("none", "topk", 0)]
     assert "outside the sweep" in comparison_markdown(dead)
 
 
@@ -297,7 +317,7 @@ def test_hooks_are_not_mixed() -> None:
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        ([*RECORDS, RECORDS[0]], "record 6 repeats topk, original"),
+        ([*RECORDS, RECORDS[0]], "record 6 repeats architecture topk, condition original"),
         ([{"architecture": "topk", "condition": "none", "metrics": {}}], "record 0 has no 'seed'"),
         ([{**RECORDS[0], "metrics": None}], "record 0 has no 'metrics'"),
         ([record("none", 0, kl="low")], "record 0: metric 'kl' is 'low', not a number"),
