@@ -20,10 +20,11 @@ import hashlib
 import json
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from sae_lens import SAE
@@ -56,6 +57,7 @@ __all__ = [
     "loadable_folder",
     "own_part",
     "read_training_weights",
+    "save_or_keep",
     "save_training_form",
     "save_training_weights",
     "settings_of",
@@ -63,6 +65,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 INFERENCE_DIR = "inference"
 # what resuming needs, under names that SAELens does not open
@@ -326,6 +330,43 @@ def check_trainer_state(directory: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CorruptFileError(f"{path} is damaged or foreign ({error})") from error
+
+
+def save_or_keep(
+    save: Callable[[Path], T], path: str | Path, checkpoint_path: str | Path | None
+) -> T:
+    """Save what was trained, or else keep it where there is room for it.
+
+    Args:
+        save: Writes to the path that it is given.
+        path: Where the result belongs.
+        checkpoint_path: Where it is kept if that fails; or, where that fails too or there is none,
+            in a temporary folder.
+
+    Returns:
+        What `save` returns.
+
+    Raises:
+        OSError: It could not be saved. Says why, and where it is instead.
+    """
+    try:
+        return save(Path(path))
+    except Exception as error:
+        kept = _keep(save, Path(path).name, checkpoint_path)
+        raise OSError(f"the trained SAE could not be saved in {path} ({error}); {kept}") from error
+
+
+def _keep(save: Callable[[Path], Any], name: str, checkpoint_path: str | Path | None) -> str:
+    for folder in (checkpoint_path, None):
+        try:
+            base = Path(folder or tempfile.mkdtemp(prefix="sae_whiten_"))
+            save(base / f"unsaved_{name}")
+            return f"it is in {base / f'unsaved_{name}'}"
+        except Exception as error:
+            logger.error(
+                "it could not be kept in %s either: %s", folder or "the temp folder", error
+            )
+    return "nor anywhere else, so this process has the only copy"
 
 
 def is_complete_sae(path: str | Path) -> bool:

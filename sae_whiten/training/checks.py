@@ -8,6 +8,7 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from sae_whiten._checks import FieldError, require_device, require_number
+from sae_whiten._files import check_writable
 
 __all__ = ["POSITIVE_FIELDS", "check_runner_config"]
 
@@ -25,7 +26,7 @@ def check_runner_config(
     cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
     saes: Mapping[str, TrainingSAEConfig],
 ) -> None:
-    """Refuse sizes, learning rates and devices that fail later, or train nothing.
+    """Refuse sizes, learning rates, devices and paths that fail later, or train nothing.
 
     Args:
         cfg: SAELens' runner config.
@@ -53,6 +54,14 @@ def check_runner_config(
         device = getattr(cfg, name)
         if device is not None:
             require_device(name, device)
+    for name in ("checkpoint_path", "output_path"):
+        path = getattr(cfg, name)
+        if path is None:
+            continue
+        try:
+            check_writable(path)
+        except OSError as error:
+            raise FieldError(name, path, f"cannot be written to ({error})") from error
 
 
 def _check_sizes(name: str, sae: TrainingSAEConfig) -> None:

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.training.activations_store import PackedActivationsStore, check_buffer
-from sae_whiten.training.checkpoint import check_runner_settings, own_part
+from sae_whiten.training.checkpoint import check_runner_settings, own_part, save_or_keep
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.data_parallel import logging_once, open_stream, take_share
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
@@ -143,6 +144,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         Raises:
             FoldError: Folding an SAE failed. The message says where both its forms are; the others
                 are finished and saved.
+            OSError: An SAE could not be saved; the message says where it is instead.
             KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
@@ -207,13 +209,18 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         assert self.cfg.output_path is not None
         if self.processes.rank > 0:
             return
-        base = Path(self.cfg.output_path)
+        base, problems = Path(self.cfg.output_path), []
         for name, sae in saes.items():
             if name in self.trainer.failures:
                 continue
             # SAELens passes the trainer that ours took the place of
             one = self.trainer.trainers[name]
-            weights, cfg, sparsity = write_final_sae(base / name, sae, one)
+            save = partial(write_final_sae, sae=sae, trainer=one)
+            try:
+                weights, cfg, sparsity = save_or_keep(save, base / name, self.cfg.checkpoint_path)
+            except OSError as error:
+                problems.append(str(error))
+                continue
             if self.cfg.logger.log_to_wandb:
                 self.cfg.logger.log(
                     SimpleNamespace(sae=sae, cfg=self.trainer.cfg),
@@ -222,6 +229,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
                     sparsity_path=sparsity,
                     wandb_aliases=["final_model"],
                 )
+        if problems:
+            raise OSError("; ".join(problems))
         write_json(base / RUNNER_CFG_FILENAME, self.cfg.to_dict())
 
     def _evaluate(

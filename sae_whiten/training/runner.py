@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
-from sae_whiten.training.checkpoint import check_runner_settings, own_part
+from sae_whiten.training.checkpoint import check_runner_settings, own_part, save_or_keep
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.data_parallel import logging_once, take_share
 from sae_whiten.training.running import (
@@ -136,6 +137,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             The folded SAE.
 
         Raises:
+            OSError: What was trained could not be saved; the message says where it is instead.
             KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
@@ -188,13 +190,16 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         output_path: str,
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
-        """Write the folded SAE, its whitening and the statistics: each file whole or not at all."""
+        """Write the folded SAE, its whitening and the statistics: all of it or nothing.
+
+        Raises:
+            OSError: That failed; the message says where the SAE is instead.
+        """
         if self.processes.rank > 0:
             return
         # SAELens passes the sparsity of the trainer that ours took the place of
-        weights, cfg, sparsity = write_final_sae(
-            Path(output_path), sae, self.trainer, self.cfg.to_dict()
-        )
+        save = partial(write_final_sae, sae=sae, trainer=self.trainer, cfg=self.cfg.to_dict())
+        weights, cfg, sparsity = save_or_keep(save, output_path, self.cfg.checkpoint_path)
         if self.cfg.logger.log_to_wandb:
             self.cfg.logger.log(
                 self, weights, cfg, sparsity_path=sparsity, wandb_aliases=["final_model"]

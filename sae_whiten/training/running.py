@@ -4,7 +4,6 @@ import copy
 import difflib
 import logging
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -20,7 +19,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from transformer_lens import HookedRootModule
 
-from sae_whiten._files import write_json
+from sae_whiten._files import atomic_files, write_json
 from sae_whiten.estimation.sources import resolution_of
 from sae_whiten.statistics import NonFiniteActivationsError
 from sae_whiten.training.activations_store import ResumableActivationsStore
@@ -233,8 +232,8 @@ def write_final_sae(
     trainer: SAETrainer[Any, Any],
     cfg: dict[str, Any] | None = None,
 ) -> tuple[Path, Path, Path]:
-    """Write a trained SAE, its sparsity and, if it was whitened, whitening and statistics: each
-    file whole or not at all.
+    """Write a trained SAE, its sparsity and, if it was whitened, whitening and statistics: all of
+    it or nothing. Other files in the directory are left alone.
 
     Args:
         target: The directory.
@@ -245,9 +244,8 @@ def write_final_sae(
     Returns:
         Paths of the weights, the SAE's config and the sparsity.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".partial-") as name:
-        staging = Path(name)
+    optional = (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, WHITENING_FILENAME, STATISTICS_FILENAME)
+    with atomic_files(target, SAE_CFG_FILENAME, also_replaced=optional) as staging:
         weights, sae_cfg = sae.save_inference_model(staging)
         save_file({"sparsity": trainer.log_feature_sparsity}, staging / SPARSITY_FILENAME)
         if cfg is not None:
@@ -257,7 +255,5 @@ def write_final_sae(
                 trainer.whitening.save(staging / WHITENING_FILENAME)
             if trainer.scaler.statistics is not None:
                 trainer.scaler.statistics.save(staging / STATISTICS_FILENAME)
-        for file in sorted(staging.iterdir()):
-            file.replace(target / file.name)
     logger.info("SAE saved: %s", target)
     return target / weights.name, target / sae_cfg.name, target / SPARSITY_FILENAME
