@@ -101,6 +101,7 @@ RELIED_ON: tuple[Method | Attribute, ...] = (
     Method(
         SAETrainer, "build_train_step_log_dict", ("output", "n_training_samples"), MultiSAETrainer
     ),
+    Method(SAETrainer, "step", ("batch",), SAETrainer),
     Method(SAETrainer, "maybe_reset_sparsity", (), SAETrainer),
     Method(
         SAETrainer,
@@ -185,6 +186,7 @@ RELIED_ON: tuple[Method | Attribute, ...] = (
         for trainer in (SAETrainer, MultiSAETrainer)
     ),
     Method(TrainingSAE, "log_histograms", (), SAETrainer),
+    Method(TrainingSAE, "training_forward_pass", ("step_input",), SAETrainer),
     Method(TrainingSAE, "encode_with_hidden_pre", ("x",), TrainingSAE),
     Method(TrainingSAE, "decode", ("feature_acts",), TrainingSAE),
     Method(

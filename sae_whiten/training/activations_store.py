@@ -25,6 +25,15 @@ logger = logging.getLogger(__name__)
 
 _KIND = "activations_store_state"
 _MAX_USELESS_PASSES = 100
+_OURS = (
+    "__iter__",
+    "__next__",
+    "get_data_loader",
+    "get_multi_hook_data_loader",
+    "save_to_checkpoint",
+    "load_from_checkpoint",
+)
+_TRAIN_ON_ANY_ITERATOR = "WhiteningTrainer trains on any iterator of activations"
 _ANCHOR_FIELDS = ("n_batches", "position", "sequences", "n_epochs", "n_dataset_processed")
 _N_FINGERPRINT = 16  # activations that tell one model from another
 _SEQUENCES_IN_BUFFER = 20  # SAELens' default while it had one
@@ -91,14 +100,37 @@ class ResumableActivationsStore(ActivationsStore):
     _known_fingerprint: tuple[str, Tensor] | None = None
 
     @classmethod
-    def adopt(cls, store: ActivationsStore) -> "ResumableActivationsStore":
-        """What SAELens' store is, as a store of this class; nothing may be drawn from either yet.
+    def adopt(cls, store: Any) -> "ResumableActivationsStore":
+        """What SAELens' store is, as a store of this class, at the beginning of its data.
 
         Args:
-            store: Is not to be used any more.
+            store: An `ActivationsStore`, not to be used any more. If it is of a subclass, what
+                that overrides is kept.
+
+        Raises:
+            TypeError: It is no `ActivationsStore`, or its class overrides how batches are mixed or
+                saved, which is what makes a run resumable.
         """
-        own = cls.__new__(cls)
+        if isinstance(store, cls):
+            return store
+        if not isinstance(store, ActivationsStore):
+            raise TypeError(
+                f"activations_store is of {type(store).__name__}, not an ActivationsStore of "
+                f"SAELens'. {_TRAIN_ON_ANY_ITERATOR}"
+            )
+        given = type(store)
+        ignored = [n for n in _OURS if getattr(given, n) is not getattr(ActivationsStore, n)]
+        if ignored and not issubclass(given, ResumableActivationsStore):
+            raise TypeError(
+                f"{given.__name__} overrides {', '.join(ignored)}, and the runner has its own, for "
+                f"runs that can be resumed. {_TRAIN_ON_ANY_ITERATOR}"
+            )
+        kind: Any = cls
+        if given is not ActivationsStore:
+            kind = type(f"Resumable{given.__name__}", (cls, given), {})
+        own = kind.__new__(kind)
         vars(own).update(vars(store))
+        own._dataloader, own.n_dataset_processed, own.current_row_idx = None, 0, 0
         if own.dataset is not None:
             own.iterable_sequences = own._iterate_tokenized_sequences()
         return own
@@ -176,6 +208,14 @@ class ResumableActivationsStore(ActivationsStore):
         """Endless stream of filtered and mixed activations, (train_batch_size_tokens, d_in)."""
         self._prepare()
         return self._mix()
+
+    def count_from_here(self) -> None:
+        """Count batches from the next one on, as training does: some may have been looked at."""
+        self._prepare()
+        for anchor in self._anchors:
+            anchor["n_batches"] -= self._n_batches
+        self._draws = [(n - self._n_batches, size) for n, size in self._draws]
+        self._n_batches = 0
 
     def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
         """Write, into a checkpoint directory, what resuming after `training_position` needs."""
@@ -419,8 +459,17 @@ class PackedActivationsStore(ResumableActivationsStore):
     """
 
     @classmethod
-    def adopt(cls, store: ActivationsStore) -> "PackedActivationsStore":
-        """A store made by `ActivationsStore.from_config_multi_hook`, as one of this class."""
+    def adopt(cls, store: Any) -> "PackedActivationsStore":
+        """A store made by `ActivationsStore.from_config_multi_hook`, as one of this class.
+
+        Raises:
+            TypeError: As for a store of one hook, or it is one.
+        """
+        if isinstance(store, ActivationsStore) and store._hook_names is None:
+            raise TypeError(
+                "activations_store is of one hook: make it with "
+                "ActivationsStore.from_config_multi_hook"
+            )
         own = super().adopt(store)
         assert isinstance(own, PackedActivationsStore)
         own.d_in = sum(own.widths.values())

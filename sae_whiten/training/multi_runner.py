@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import wandb
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import (
+    MultiSAEEvaluator,
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
@@ -132,8 +134,6 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         # SAELens gives every config a folder of its own
         self.cfg.checkpoint_path = self.processes.from_first(self.cfg.checkpoint_path)
         self.evaluator.activations_store = self.activations_store
-        # called by _evaluate instead: it draws batches, and must not while reading ahead is paused
-        self.evaluator.user_evaluator = None
 
     def run(self) -> dict[str, TrainingSAE[Any]]:
         """Train, fold, prove the folds and save.
@@ -149,6 +149,10 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
         self._requested = self.cfg
+        put_in = PackedActivationsStore.adopt(self.activations_store)
+        if put_in is not self.activations_store:
+            take_share(put_in, self.processes)
+            self.activations_store = put_in
         with without_resuming(self), logging_once(self.processes):
             saes = super().run()
         failures = self.trainer.failures
@@ -199,9 +203,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
         if checkpoint_path is None:
             return
-        store = self.activations_store
-        assert isinstance(store, PackedActivationsStore)
-        save_runner_files(checkpoint_path, self.trainer.stream, store, self.cfg.to_dict())
+        stream = self.trainer.stream if hasattr(self, "trainer") else None
+        save_runner_files(checkpoint_path, stream, self.activations_store, self.cfg.to_dict())
 
     def _save_final_outputs(
         self, saes: dict[str, TrainingSAE[Any]], trainer: MultiSAETrainer
@@ -240,13 +243,18 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         activation_scalers: dict[str, Any],
         hook_names: dict[str, str],
     ) -> dict[str, Any]:
+        if not isinstance(self.evaluator, MultiSAEEvaluator):  # but one of the user's
+            return self.evaluator(saes, data_provider, activation_scalers, hook_names)
+        # what the user adds draws batches, and must not while reading ahead is paused
+        own = self.evaluator.user_evaluator
         with paused(self.trainer.stream):
-            metrics = self.evaluator(saes, data_provider, activation_scalers, hook_names)
-        if self.cfg.evaluator is not None:
+            built_in = replace(self.evaluator, user_evaluator=None)
+            metrics = built_in(saes, data_provider, activation_scalers, hook_names)
+        if own is not None:
             for name, sae in saes.items():
                 view = (batch[hook_names[name]] for batch in data_provider)
-                own = self.cfg.evaluator(sae, view, activation_scalers[name])
-                metrics.update({f"{name}/{key}": value for key, value in own.items()})
+                found = own(sae, view, activation_scalers[name])
+                metrics.update({f"{name}/{key}": value for key, value in found.items()})
         return metrics
 
 

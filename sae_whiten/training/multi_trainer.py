@@ -93,7 +93,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             save_checkpoint_fn=save_checkpoint_fn,
         )
         self.stream, self.split = stream, split
-        self.whitened: dict[str, WhiteningTrainer] = {
+        self.whitened: dict[str, WhiteningTrainer[Any, Any]] = {
             name: _OneOfSeveral(self, name, config) for name, config in whitening.items()
         }
         self.trainers.update(self.whitened)
@@ -175,7 +175,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             trainer.estimate_whitening()  # there is one: only takes it into use
 
     def _load_statistics(
-        self, trainers: Mapping[str, WhiteningTrainer]
+        self, trainers: Mapping[str, WhiteningTrainer[Any, Any]]
     ) -> dict[str, ActivationStatistics]:
         known: dict[Any, ActivationStatistics] = {}
         loaded = {}
@@ -194,7 +194,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         """Statistics by hook, for these SAEs."""
         if not names:
             return {}
-        at: dict[str, list[WhiteningTrainer]] = {}
+        at: dict[str, list[WhiteningTrainer[Any, Any]]] = {}
         for name in names:
             at.setdefault(self.hook_names[name], []).append(self.whitened[name])
         required = {
@@ -410,7 +410,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             pbar.refresh()
 
 
-class _OneOfSeveral(WhiteningTrainer):
+class _OneOfSeveral(WhiteningTrainer[TrainingSAE[Any], Any]):
     """The trainer of one SAE, whose activations `owner` hands out."""
 
     def __init__(

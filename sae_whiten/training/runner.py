@@ -10,7 +10,7 @@ import torch
 import wandb
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
-from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
@@ -38,7 +38,7 @@ from sae_whiten.training.running import (
     write_final_sae,
 )
 from sae_whiten.training.trainer import WhiteningTrainer
-from sae_whiten.training.training_sae import enter_whitened_space
+from sae_whiten.training.training_sae import enter_whitened_space, is_in_whitened_space
 
 __all__ = ["WhiteningTrainingRunner"]
 
@@ -75,7 +75,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         FoldError: No whitening can be folded into this architecture.
     """
 
-    trainer: WhiteningTrainer
+    trainer: WhiteningTrainer[TrainingSAE[Any], Any]
 
     def __init__(
         self,
@@ -142,6 +142,10 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
         self._requested = self.cfg
+        put_in = ResumableActivationsStore.adopt(self.activations_store)
+        if put_in is not self.activations_store:
+            take_share(put_in, self.processes)
+            self.activations_store = put_in
         with without_resuming(self), logging_once(self.processes):
             return super().run()
 
@@ -180,9 +184,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         """Add the runner's files to a checkpoint directory."""
         if checkpoint_path is None:
             return
-        store = self.activations_store
-        assert isinstance(store, ResumableActivationsStore)
-        save_runner_files(checkpoint_path, self.trainer.stream, store, self.cfg.to_dict())
+        # there is none if the user trains with a trainer of their own, and saves with this method
+        stream = self.trainer.stream if hasattr(self, "trainer") else None
+        save_runner_files(checkpoint_path, stream, self.activations_store, self.cfg.to_dict())
 
     def save_final_sae(
         self,
@@ -190,15 +194,26 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         output_path: str,
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
-        """Write the folded SAE, its whitening and the statistics: all of it or nothing.
+        """Write a folded SAE and, if it was trained here, its whitening and the statistics: all of
+        it or nothing.
 
         Raises:
-            OSError: That failed; the message says where the SAE is instead.
+            FoldError: The SAE is to be whitened, and was not trained yet.
+            OSError: Saving failed; the message says where the SAE is instead.
         """
         if self.processes.rank > 0:
             return
-        # SAELens passes the sparsity of the trainer that ours took the place of
-        save = partial(write_final_sae, sae=sae, trainer=self.trainer, cfg=self.cfg.to_dict())
+        if not hasattr(self, "trainer") and is_in_whitened_space(sae):
+            raise FoldError("this SAE was not trained yet: its whitening has not been estimated")
+        trained_here = hasattr(self, "trainer") and self.trainer.sae is sae
+        save = partial(
+            write_final_sae,
+            sae=sae,
+            trainer=self.trainer if trained_here else None,
+            cfg=self.cfg.to_dict(),
+            # SAELens' run passes that of the trainer that ours took the place of
+            log_feature_sparsity=None if trained_here else log_feature_sparsity,
+        )
         weights, cfg, sparsity = save_or_keep(save, output_path, self.cfg.checkpoint_path)
         if self.cfg.logger.log_to_wandb:
             self.cfg.logger.log(
@@ -231,5 +246,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         return True
 
     def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
-        # SAELens' evaluator pauses a prefetching thread, which it must be able to recognise
-        return self.evaluator(sae, data_provider.source, activation_scaler)
+        if isinstance(self.evaluator, LLMSaeEvaluator):
+            # pauses a prefetching thread, which it must be able to recognise
+            data_provider = data_provider.source
+        return self.evaluator(sae, data_provider, activation_scaler)

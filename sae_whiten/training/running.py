@@ -14,9 +14,11 @@ from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
+from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from sae_whiten._files import atomic_files, write_json
@@ -83,6 +85,7 @@ def without_resuming(runner: Any) -> Iterator[None]:
 
 def connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:
     """Let a stream and the store that it reads from know of each other."""
+    store.count_from_here()
     store.training_position = lambda: stream.n_served
     stream.source_is_finite = True
     stream.resolution = resolution_of(store.model, store.autocast_lm)
@@ -91,9 +94,9 @@ def connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:
     )
 
 
-def paused(stream: ActivationStream) -> AbstractContextManager[None]:
+def paused(stream: ActivationStream | None) -> AbstractContextManager[None]:
     """Keep a thread that reads ahead, if there is one, from drawing batches meanwhile."""
-    source = stream.source
+    source = None if stream is None else stream.source
     return source.paused() if isinstance(source, PrefetchingIterator) else nullcontext()
 
 
@@ -215,8 +218,8 @@ def _stop_on_signals(stream: ActivationStream) -> Iterator[list[int]]:
 
 def save_runner_files(
     checkpoint_path: str | Path,
-    stream: ActivationStream,
-    store: ResumableActivationsStore,
+    stream: ActivationStream | None,
+    store: ActivationsStore,
     cfg: dict[str, Any],
 ) -> None:
     """Add the position in the data and the runner's config to a checkpoint directory."""
@@ -229,25 +232,30 @@ def save_runner_files(
 def write_final_sae(
     target: Path,
     sae: TrainingSAE[Any],
-    trainer: SAETrainer[Any, Any],
+    trainer: SAETrainer[Any, Any] | None,
     cfg: dict[str, Any] | None = None,
-) -> tuple[Path, Path, Path]:
+    log_feature_sparsity: Tensor | None = None,
+) -> tuple[Path, Path, Path | None]:
     """Write a trained SAE, its sparsity and, if it was whitened, whitening and statistics: all of
     it or nothing. Other files in the directory are left alone.
 
     Args:
         target: The directory.
         sae: The SAE, folded.
-        trainer: Trained it.
+        trainer: Trained it, if one did.
         cfg: The runner's config, if it is to be written too.
+        log_feature_sparsity: Shape (d_sae,); None: that of `trainer`.
 
     Returns:
-        Paths of the weights, the SAE's config and the sparsity.
+        Paths of the weights, the SAE's config and the sparsity, if that is known.
     """
     optional = (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, WHITENING_FILENAME, STATISTICS_FILENAME)
     with atomic_files(target, SAE_CFG_FILENAME, also_replaced=optional) as staging:
         weights, sae_cfg = sae.save_inference_model(staging)
-        save_file({"sparsity": trainer.log_feature_sparsity}, staging / SPARSITY_FILENAME)
+        if trainer is not None and log_feature_sparsity is None:
+            log_feature_sparsity = trainer.log_feature_sparsity
+        if log_feature_sparsity is not None:
+            save_file({"sparsity": log_feature_sparsity}, staging / SPARSITY_FILENAME)
         if cfg is not None:
             write_json(staging / RUNNER_CFG_FILENAME, cfg)
         if isinstance(trainer, WhiteningTrainer):
@@ -256,4 +264,5 @@ def write_final_sae(
             if trainer.scaler.statistics is not None:
                 trainer.scaler.statistics.save(staging / STATISTICS_FILENAME)
     logger.info("SAE saved: %s", target)
-    return target / weights.name, target / sae_cfg.name, target / SPARSITY_FILENAME
+    sparsity = None if log_feature_sparsity is None else target / SPARSITY_FILENAME
+    return target / weights.name, target / sae_cfg.name, sparsity

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -16,7 +16,12 @@ from sae_lens.constants import (
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
 )
-from sae_lens.saes.sae import TrainingSAE, TrainStepOutput
+from sae_lens.saes.sae import (
+    T_TRAINING_SAE,
+    T_TRAINING_SAE_CONFIG,
+    TrainingSAE,
+    TrainStepOutput,
+)
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer
 from sae_lens.training.types import DataProvider
 from sae_lens.util import path_or_tmp_dir
@@ -58,6 +63,7 @@ from sae_whiten.training.scaler import CovarianceWhiteningScaler
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.training_sae import (
     enter_whitened_space,
+    is_in_whitened_space,
     leave_whitened_space,
     set_whitening,
 )
@@ -70,10 +76,12 @@ logger = logging.getLogger(__name__)
 STATISTICS_FILENAME = "activation_statistics.safetensors"
 _PROGRESS_FILENAME = "progress.safetensors"
 _PROGRESS_KIND = "training_progress"
+_FOLDED = "the SAE is trained and folded already"
+_KEEP_RESUMABLE = "save_final_checkpoint=True writes a checkpoint that can be"
 _N_CHECK = 512  # activations to prove the fold on
 
 
-class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
+class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """An `SAETrainer` that whitens activations, trains, and returns a plain, folded SAE.
 
     The whitening is estimated from the first batches of the data provider, which are then trained
@@ -109,10 +117,10 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
     def __init__(
         self,
         cfg: SAETrainerConfig,
-        sae: TrainingSAE[Any],
+        sae: T_TRAINING_SAE,
         data_provider: DataProvider,
         whitening: WhiteningConfig | None = None,
-        evaluator: Evaluator[Any] | None = None,
+        evaluator: Evaluator[T_TRAINING_SAE] | None = None,
         save_checkpoint_fn: Callable[..., None] | None = None,
         start_from_folded: bool = False,
     ) -> None:
@@ -171,7 +179,7 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """Whether there is a whitening, so that a checkpoint can be saved."""
         return self.whitening is not None
 
-    def fit(self) -> TrainingSAE[Any]:
+    def fit(self) -> T_TRAINING_SAE:
         """Estimate the whitening if there is none, train, fold, prove the fold.
 
         Returns:
@@ -239,7 +247,13 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
             share_training(self.sae, self.stream)
 
     def step(self, batch: Tensor) -> TrainStepOutput:
-        """SAELens' training step; in several processes, of all parts of the batch."""
+        """SAELens' training step; in several processes, of all parts of the batch.
+
+        Estimates the whitening first if there is none: an SAE that saw raw activations until then
+        would have learned in another space.
+        """
+        if self.whitening is None:
+            self.estimate_whitening()
         if isinstance(self.stream, SharedStream):
             return shared_step(self, self.stream, super().step, batch)
         return super().step(batch)
@@ -297,13 +311,17 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         return path
 
     def _evaluate(
-        self, sae: TrainingSAE[Any], data_provider: DataProvider, activation_scaler: Any
+        self, sae: T_TRAINING_SAE, data_provider: DataProvider, activation_scaler: Any
     ) -> dict[str, Any]:
         """Let the evaluator see a plain SAE: what it makes of the decoder would be wrong else."""
         if self._given_evaluator is None or self.whitening is None:
             return {}
         folded, _ = folded_copy(sae, self.whitening)
-        return self._given_evaluator(folded, data_provider, CovarianceWhiteningScaler())
+        # a stop in the middle of a step could not be resumed
+        with self.stream.uninterrupted():
+            return self._given_evaluator(
+                cast(T_TRAINING_SAE, folded), data_provider, CovarianceWhiteningScaler()
+            )
 
     def build_train_step_log_dict(
         self, output: TrainStepOutput, n_training_samples: int
@@ -343,7 +361,11 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """Save a checkpoint, whole or not at all; `sae_whiten.training.checkpoint` tells what of.
 
         The directory is a plain SAE with its training config, as SAELens' checkpoints are; what
-        resuming needs, in whitened coordinates, lies in a folder inside it.
+        resuming needs, in whitened coordinates, lies in a folder inside it. After `fit` it is the
+        plain SAE alone.
+
+        Raises:
+            FoldError: There is no whitening yet.
         """
         base = base_path if base_path is not None else self.cfg.checkpoint_path
         if base is None and not self.cfg.logger.log_to_wandb:
@@ -353,13 +375,17 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         with path_or_tmp_dir(base) as root:
             path = root / checkpoint_name
             processes = self.stream.processes
+            is_folded = self._weights_before_fold is None and not is_in_whitened_space(self.sae)
+            if is_folded:
+                logger.warning("%s: %s cannot be resumed. %s", _FOLDED, path, _KEEP_RESUMABLE)
             with writing_checkpoint(path, processes) as partial:
                 if processes.rank == 0:
                     save_training_form(self._plain_sae(), partial)
                     sparsity = partial / SPARSITY_FILENAME
                     save_file({"sparsity": self.log_feature_sparsity}, sparsity)
-                    self.save_trainer_state(partial)
-                else:
+                    if not is_folded:
+                        self.save_trainer_state(partial)
+                elif not is_folded:
                     self._save_progress(partial)
                 if self.save_checkpoint_fn is not None:
                     self.save_checkpoint_fn(checkpoint_path=partial if base is not None else None)
@@ -379,28 +405,39 @@ class WhiteningTrainer(SAETrainer[TrainingSAE[Any], Any]):
         """The SAE as it is for raw activations."""
         if self.sae.cfg.normalize_activations == "none":
             return self.sae
-        assert self.whitening is not None
+        if self.whitening is None:
+            raise FoldError("cannot save this SAE: its whitening has not been estimated yet")
         folded, _ = folded_copy(self.sae, self.whitening)
         assert isinstance(folded, TrainingSAE)
         return folded
 
     def save_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Write what resuming needs into a folder of `checkpoint_path`: weights and whitening,
-        optimizer, schedules, counters and random generators."""
+        optimizer, schedules, counters and random generators.
+
+        Raises:
+            ValueError: There is no whitening yet, or the SAE is folded already.
+        """
         directory = Path(checkpoint_path) / TRAINING_STATE_DIR
-        scaler = self.scaler
-        in_use, scaler.whitening = scaler.whitening, self.whitening
+        scaler, weights = self.scaler, self._weights_before_fold
+        whitening = scaler.whitening if self.whitening is None else self.whitening
+        if whitening is None:
+            raise ValueError(
+                "there is no whitening yet, and without it no training that could be resumed: call "
+                "estimate_whitening() first"
+            )
+        if weights is None and not is_in_whitened_space(self.sae):
+            raise ValueError(f"{_FOLDED}: its training cannot be resumed. {_KEEP_RESUMABLE}")
+        in_use, scaler.whitening = scaler.whitening, whitening
         try:
             super().save_trainer_state(directory)
         finally:
             scaler.whitening = in_use
-        assert self.whitening is not None
-        weights = self._weights_before_fold
         save_training_weights(
             checkpoint_path,
             dict(self.sae.state_dict()) if weights is None else weights,
             self.sae.cfg.to_dict() if weights is None else self._cfg_before_fold,
-            self.whitening,
+            whitening,
         )
         if scaler.statistics is not None:
             scaler.statistics.save(directory / STATISTICS_FILENAME)

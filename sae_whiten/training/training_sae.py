@@ -35,6 +35,7 @@ from sae_whiten.whitening import Whitening
 
 __all__ = [
     "enter_whitened_space",
+    "is_in_whitened_space",
     "leave_whitened_space",
     "set_whitening",
 ]
@@ -168,6 +169,11 @@ def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None =
     sae.__class__ = _whitened_class(type(sae))
     assert isinstance(sae, _WhitenedTrainingSAE)
     sae.whitening = sae.trainer = sae.sparsity_norms = None
+
+
+def is_in_whitened_space(sae: TrainingSAE[Any]) -> bool:
+    """Whether an SAE's weights are in whitened coordinates: whether it is not folded yet."""
+    return isinstance(sae, _WhitenedTrainingSAE)
 
 
 def set_whitening(

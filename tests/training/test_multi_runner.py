@@ -24,6 +24,8 @@ from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunnerConfig,
 )
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from sae_whiten import (
@@ -775,6 +777,60 @@ def test_evaluators_see_plain_saes_and_their_own_hook(prefetch, wandb_log):
     # in the space of the activations, as the evaluator measures it
     for log, values in zip(steps[1::2], (seen[:4], seen[4:]), strict=True):
         assert log["white/metrics/explained_variance"] == pytest.approx(values[2][2], abs=0.1)
+
+
+def test_the_users_evaluator_is_called_by_the_runners_too():
+    def evaluator(sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
+        return {"width": next(data_provider).shape[1]}
+
+    made = runner("white", "wide", evaluator=evaluator, n_eval_batches=1)
+    made.run()
+    metrics = made.evaluator(
+        saes=made.saes,
+        data_provider=made.activations_store.get_multi_hook_data_loader(),
+        activation_scalers={name: ActivationScaler() for name in made.saes},
+        hook_names=made.cfg.hook_names_per_sae,
+    )
+    assert (metrics["white/width"], metrics["wide/width"]) == (32, 128)
+    assert "white/model_performance_preservation" in metrics
+
+
+def test_an_evaluator_of_the_users_takes_the_place_of_saelens(wandb_log):
+    def evaluator(saes: Any, data_provider: Any, activation_scalers: Any, hook_names: Any) -> Any:
+        return {f"{name}/rows": len(next(data_provider)[hook_names[name]]) for name in saes}
+
+    log = LoggingConfig(log_to_wandb=True, wandb_log_frequency=12, eval_every_n_wandb_logs=1)
+    made = runner("white", "wide", logger=log)
+    made.evaluator = evaluator
+    made.run()
+    assert [entry["wide/rows"] for entry in wandb_log if "wide/rows" in entry] == [BATCH] * 2
+
+
+def test_a_store_put_in_before_training_is_trained_on():
+    expected = states(runner("white", "wide").run())
+    other = runner("white", "wide").activations_store
+    store = ActivationsStore.from_config_multi_hook(
+        other.model,
+        dataset=tiny_dataset(),
+        hook_names=[RESID, MLP],
+        hook_d_ins={RESID: 32, MLP: 128},
+        context_size=32,
+        n_batches_in_buffer=16,
+        store_batch_size_prompts=4,
+        train_batch_size_tokens=BATCH,
+    )
+    made = runner("white", "wide")
+    made.activations_store = store
+    assert_equal(states(made.run()), expected)
+
+
+def test_a_store_of_one_hook_is_refused():
+    made = runner("white", "wide")
+    made.activations_store = ActivationsStore.from_config(
+        made.model, runner_config(), override_dataset=tiny_dataset()
+    )
+    with pytest.raises(TypeError, match="from_config_multi_hook"):
+        made.run()
 
 
 def test_stopping_in_an_evaluation_waits_for_its_end(tmp_path, wandb_log, monkeypatch):

@@ -5,21 +5,38 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Array2D, Dataset, Features
-from sae_lens import SAE, TopKSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import (
+    SAE,
+    StandardTrainingSAE,
+    StandardTrainingSAEConfig,
+    TopKSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.constants import (
+    ACTIVATIONS_STORE_STATE_FILENAME,
+    RUNNER_CFG_FILENAME,
+    SPARSITY_FILENAME,
+)
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_whiten import (
     ActivationStatistics,
+    FoldError,
     NonFiniteActivationsError,
     Whitening,
     WhiteningConfig,
+    WhiteningTrainer,
     WhiteningTrainingRunner,
 )
 from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
@@ -250,6 +267,127 @@ def test_the_order_of_batches_is_that_of_saelens():
     assert all(torch.equal(ours.next_batch(), batch) for batch in expected)
 
 
+def stock_store(cls: type[ActivationsStore] = ActivationsStore, **options: Any) -> ActivationsStore:
+    return cls.from_config(tiny_model(), runner_config(**options), override_dataset=tiny_dataset())
+
+
+class DoublingStore(ActivationsStore):
+    """A user's store, which changes the activations."""
+
+    def get_activations(self, batch_tokens: Tensor) -> Tensor:
+        return 2 * super().get_activations(batch_tokens)
+
+
+class OwnOrder(ActivationsStore):
+    """A user's store that does not mix."""
+
+    def get_data_loader(self) -> Any:
+        return self._iterate_filtered_activations()
+
+
+def short_run(**options: Any) -> WhiteningTrainingRunner:
+    return runner(WhiteningConfig(n_samples=500), training_tokens=128 * 20, **options)
+
+
+@pytest.mark.parametrize("drawn", [0, 3])
+def test_a_store_put_in_before_training_is_trained_on_from_its_beginning(drawn):
+    expected = state(short_run().run())
+    store = stock_store()
+    for _ in range(drawn):
+        store.next_batch()
+    made = short_run()
+    made.activations_store = store
+    assert equal(state(made.run()), expected)
+
+
+def test_what_a_users_store_overrides_is_kept(tmp_path, monkeypatch):
+    def made(**options: Any) -> WhiteningTrainingRunner:
+        store = stock_store(DoublingStore)
+        one = short_run(**options)
+        one.activations_store = store
+        return one
+
+    doubled = made()
+    expected = state(doubled.run())
+    plain = short_run()
+    plain.run()
+    assert doubled.trainer.whitening is not None
+    assert plain.trainer.whitening is not None
+    torch.testing.assert_close(doubled.trainer.whitening.mean, 2 * plain.trainer.whitening.mean)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            made(checkpoint_path=str(tmp_path)).run()
+    (checkpoint,) = tmp_path.glob("*/*")
+    assert equal(state(made(resume_from_checkpoint=str(checkpoint)).run()), expected)
+
+
+@pytest.mark.parametrize(
+    ("store", "facts"),
+    [
+        (lambda: iter([torch.zeros(128, 32)]), ["list_iterator", "WhiteningTrainer"]),
+        (lambda: stock_store(OwnOrder), ["OwnOrder overrides get_data_loader", "WhiteningTrainer"]),
+    ],
+)
+def test_a_store_that_could_not_be_resumed_is_refused_by_its_class(store, facts):
+    made = runner()
+    made.activations_store = store()
+    with pytest.raises(TypeError) as raised:
+        made.run()
+    assert all(fact in str(raised.value) for fact in facts)
+
+
+def test_batches_drawn_before_training_do_not_disturb_resuming(tmp_path, monkeypatch):
+    def made(**options: Any) -> WhiteningTrainingRunner:
+        one = short_run(**options)
+        for _ in range(3):
+            next(one.activations_store)
+        return one
+
+    def stopped(run: WhiteningTrainingRunner, n_served: int) -> str:
+        with monkeypatch.context() as patch:
+            stop_at(patch, n_served, signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                run.run()
+        (checkpoint,) = Path(run.cfg.checkpoint_path or "").iterdir()
+        return str(checkpoint)
+
+    expected = state(made().run())
+    first = stopped(made(checkpoint_path=str(tmp_path / "first")), 6)
+    again = short_run(checkpoint_path=str(tmp_path / "second"), resume_from_checkpoint=first)
+    second = stopped(again, 12)
+    assert equal(state(short_run(resume_from_checkpoint=second).run()), expected)
+
+
+def test_a_trainer_of_the_users_own_saves_with_the_runners_method(tmp_path):
+    made = short_run()
+    made.activations_store = stock_store()
+    cfg = replace(made.cfg.to_sae_trainer_config(), n_checkpoints=1, checkpoint_path=str(tmp_path))
+    trainer = WhiteningTrainer(
+        cfg,
+        made.sae,
+        made.activations_store,
+        WhiteningConfig(n_samples=500),
+        save_checkpoint_fn=made.save_checkpoint,
+    )
+    trainer.fit()
+    (checkpoint,) = tmp_path.iterdir()
+    for name in (RUNNER_CFG_FILENAME, ACTIVATIONS_STORE_STATE_FILENAME):
+        assert (checkpoint / name).is_file()
+
+
+def test_a_finished_sae_is_saved_before_training_and_one_to_be_whitened_is_not(tmp_path):
+    made = runner()
+    with pytest.raises(FoldError, match="not been estimated"):
+        made.save_final_sae(made.sae, str(tmp_path / "own"))
+    sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=32, d_sae=64))
+    sparsity = torch.arange(64.0)
+    made.save_final_sae(sae, str(tmp_path / "other"), log_feature_sparsity=sparsity)
+    assert torch.equal(SAE.load_from_disk(tmp_path / "other").W_enc, sae.W_enc)
+    saved = load_file(tmp_path / "other" / SPARSITY_FILENAME)["sparsity"]
+    assert torch.equal(saved, sparsity)
+
+
 @pytest.mark.parametrize("mixing", [0.0, 0.5, 1.0])
 def test_evaluations_in_between_do_not_disturb_resuming(mixing, tmp_path):
     """An evaluator draws sequences from the same dataset."""
@@ -322,8 +460,6 @@ def test_fine_tuning_weights_of_an_unknown_basis_is_refused(tmp_path):
     sae = TopKTrainingSAEConfig(
         d_in=32, d_sae=128, k=8, normalize_activations="covariance_whitening"
     )
-    from sae_lens.saes.sae import TrainingSAE
-
     TrainingSAE.from_dict(sae.to_dict()).save_model(tmp_path)
     with pytest.raises(ValueError, match="whitened coordinates"):
         runner(from_pretrained_path=str(tmp_path))

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, MatchingPursuitTrainingSAE, MatchingPursuitTrainingSAEConfig
+from sae_lens import (
+    SAE,
+    LoggingConfig,
+    MatchingPursuitTrainingSAE,
+    MatchingPursuitTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -26,7 +33,7 @@ from sae_whiten import (
     fold_whitening_into_weights,
 )
 from sae_whiten.training.checkpoint import TRAINING_STATE_DIR, loadable_folder
-from sae_whiten.training.stream import ActivationStream, DataExhaustedError
+from sae_whiten.training.stream import ActivationStream, DataExhaustedError, StopRequested
 from tests.support import ARCHITECTURES, friendly, nasty, training_sae
 
 D, BATCH, STEPS = 16, 64, 30
@@ -543,3 +550,75 @@ def test_a_provider_that_is_no_iterator_is_refused_by_its_type(provider: Any, me
     with pytest.raises(TypeError, match=message):
         construct(object.__new__(WhiteningTrainer), trainer_config(), sae, data_provider=provider)
     assert type(sae) is before
+
+
+def test_a_trainer_can_be_annotated_with_its_sae_and_config():
+    trainer: WhiteningTrainer[TopKTrainingSAE, TopKTrainingSAEConfig] = WhiteningTrainer[
+        TopKTrainingSAE, TopKTrainingSAEConfig
+    ](trainer_config(), training_sae("topk", D, 64), batches())  # pyright: ignore[reportArgumentType]
+    assert isinstance(trainer.fit(), TopKTrainingSAE)
+
+
+def test_state_saved_before_there_is_a_whitening_is_refused_and_nothing_written(tmp_path):
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches())
+    with pytest.raises(ValueError, match=r"estimate_whitening\(\)"):
+        trainer.save_trainer_state(tmp_path / "state")
+    with pytest.raises(FoldError, match="not been estimated"):
+        trainer.save_checkpoint("early", base_path=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_state_is_saved_under_a_whitening_that_was_estimated_by_hand(tmp_path):
+    """As a user does who calls SAELens' scaler, and then only folds."""
+    trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches())
+    trainer.scaler.estimate_whitening(D, batches(seed=1))
+    assert trainer.scaler.whitening is not None
+    trainer.save_trainer_state(tmp_path)
+    resumed = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches(seed=2))
+    resumed.load_trainer_state(tmp_path)
+    assert resumed.whitening is not None
+    assert resumed.whitening.digest == trainer.scaler.whitening.digest
+
+
+def test_a_checkpoint_saved_after_training_is_the_plain_sae_and_is_not_resumed(tmp_path, caplog):
+    """The weights are folded by then: resumed as whitened ones they would be of another space."""
+    sae, trainer = fit(checkpoint_path=str(tmp_path / "of_training"))
+    trainer.save_checkpoint("late", base_path=tmp_path)
+    assert equal(state(SAE.load_from_disk(tmp_path / "late")), state(sae))
+    assert not (tmp_path / "late" / TRAINING_STATE_DIR).exists()
+    assert "save_final_checkpoint=True" in caplog.text
+    with pytest.raises(ValueError, match="folded already"):
+        trainer.save_trainer_state(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_step_taken_by_hand_is_taken_in_whitened_space():
+    def trainer() -> WhiteningTrainer[Any, Any]:
+        return WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches())
+
+    expected, by_hand, batch = trainer(), trainer(), next(batches(seed=1))
+    expected.estimate_whitening()
+    for each in (expected, by_hand):
+        each.step(batch)
+    assert equal(state(expected.sae), state(by_hand.sae))
+
+
+def test_stopping_in_an_evaluation_waits_for_its_end(monkeypatch):
+    """In the middle of a step there is nothing that could be resumed."""
+    log = LoggingConfig(log_to_wandb=True, wandb_log_frequency=5, eval_every_n_wandb_logs=1)
+    monkeypatch.setattr("wandb.log", lambda values, step: None)
+    finished = []
+
+    def evaluator(sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
+        trainer.stream.request_stop()
+        next(data_provider)
+        finished.append(trainer.n_training_steps)
+        return {}
+
+    trainer = WhiteningTrainer(
+        trainer_config(logger=log), training_sae("topk", D, 64), batches(), evaluator=evaluator
+    )
+    with pytest.raises(StopRequested):
+        trainer.fit()
+    assert finished == [4]
+    assert trainer.n_training_steps == 5

@@ -81,10 +81,14 @@ def test_every_method_that_we_override_is_listed() -> None:
 
 
 def _private_names(package: Any) -> set[str]:
-    """Attributes, functions and imports of a package whose names start with one underscore."""
+    """Attributes, functions and imports whose names start with one underscore, in the files of a
+    package that import SAELens."""
     names: set[str] = set()
     for file in Path(package.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        source = file.read_text(encoding="utf-8")
+        if "import sae_lens" not in source and "from sae_lens" not in source:
+            continue
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Attribute):
                 names.add(node.attr)
             elif isinstance(node, ast.FunctionDef):
