@@ -31,6 +31,7 @@ COMMANDS = {
     "demo": "watch whitening at work on a small pretrained model, without a network",
     "evaluate": "what any SAEs are worth: reconstruction, loss of the model, probing",
     "fit": "estimate the statistics of many hooks in one pass over a dataset",
+    "fold": "make a correct SAE of a checkpoint that SAELens wrote under its own whitening",
     "inspect": "what statistics say: anisotropy, outliers, how well they were estimated",
     "landscape": "draw where sparsity leads in two dimensions, before and after whitening",
     "latents": "draw where the latents of SAEs lie, and how often they fire",
@@ -157,7 +158,8 @@ def _outcome(error: Exception, parser: argparse.ArgumentParser) -> tuple[int, st
         flags = {action.dest: action.option_strings for action in parser._actions}
         # those of SAELens, which this parser does not know, are named like the fields
         flag = flags.get(name, [f"--{name}"])[-1]
-        return 2, f"{flag} {error.value}: {error.problem}"
+        given = "" if error.value is None else f" {error.value}"
+        return 2, f"{flag}{given}: {error.problem}"
     return (2, str(error)) if _is_user_error(error) else (1, None)
 
 

@@ -51,11 +51,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dataset_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add where tokens or texts come from."""
-    group.add_argument(
-        "--dataset-path", help="name on the hub or a folder (default: the SAEs' training data)"
-    )
+def add_dataset_arguments(
+    group: argparse._ArgumentGroup, default: str = "the SAEs' training data"
+) -> None:
+    """Add where tokens or texts come from; `default` says what is read without any of these."""
+    group.add_argument("--dataset-path", help=f"name on the hub or a folder (default: {default})")
     group.add_argument(
         "--dataset-split",
         default="train",

@@ -1,0 +1,135 @@
+"""Make a correct, plain SAE of a checkpoint that SAELens wrote under its own whitening.
+
+Under normalize_activations="covariance_whitening" SAELens saves checkpoints during training with
+weights in whitened coordinates, and the whitening beside them. Opened as they are, they are wrong.
+This folds the whitening into the weights, proves it, and writes an SAE that plain SAELens opens.
+
+A final checkpoint is folded already, and one of a run that was resumed from a final checkpoint is
+folded twice: both are told from the weights. The first is copied as it is. The second fold is
+undone, for which --whitening has to name the whitening of the second run. What cannot be told for
+certain is refused: then --state says it. Activations, if there are any, make it more certain:
+cached ones, or those of a model on a dataset.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sae_whiten.cli._saes import (
+    add_dataset_arguments,
+    add_model_arguments,
+    dataset_path_of,
+    load_model_of,
+    model_source,
+    open_dataset_of,
+)
+from sae_whiten.cli._values import positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EPILOG = """\
+examples:
+  sae-whiten fold checkpoints/x7k2p9qa/500000 --out sae
+  sae-whiten fold checkpoints/x7k2p9qa/500000 --out sae \\
+    --dataset-path monology/pile-uncopyrighted
+  sae-whiten fold checkpoints/r5c1m8zd/final_2000000 --out sae \\
+    --whitening checkpoints/r5c1m8zd/1500000
+"""
+
+_STATES = ("whitened", "folded", "folded-twice")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint, the output, and what tells the state of the weights."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of one SAE")
+    add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")
+    add(
+        "--whitening",
+        type=Path,
+        metavar="PATH",
+        help="activation_whitening.safetensors, or the folder that it is in (default: CHECKPOINT)",
+    )
+    add(
+        "--state",
+        choices=_STATES,
+        help="what the weights are (default: find out, and refuse if it is not certain)",
+    )
+    add("--device", default="cpu", help="where to compute (default: %(default)s)")
+    group = parser.add_argument_group("activations (default: none)")
+    group.add_argument(
+        "--cached-activations",
+        type=Path,
+        metavar="DIRECTORY",
+        help="written by SAELens' CacheActivationsRunner, of the SAE's hook",
+    )
+    group.add_argument(
+        "--n-activations",
+        type=positive,
+        default=4096,
+        metavar="N",
+        help="so many at most (default: %(default)s)",
+    )
+    add_dataset_arguments(group, default="none")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fold, save, and say what the checkpoint was."""
+    from sae_whiten._checks import require_device
+    from sae_whiten.training.builtin_checkpoints import fold_builtin_checkpoint
+
+    require_device("device", args.device)
+    done = fold_builtin_checkpoint(
+        args.checkpoint,
+        args.out,
+        whitening=args.whitening,
+        state=args.state,
+        activations=_activations(args),
+        device=args.device,
+    )
+    print(
+        f"{args.checkpoint}: "
+        + {
+            "whitened": "in whitened coordinates; the whitening is folded in now",
+            "folded": "a plain SAE, folded already; copied",
+            "folded-twice": "folded twice; the second fold is undone",
+        }[done.state]
+        + (" (the state was given)" if done.given else "")
+    )
+    if done.diagnosis is not None:
+        print(f"{'weights taken as':18}{'alignment':>12}{'explained variance':>22}")
+        for state, alignment in done.diagnosis.alignment.items():
+            explained = done.diagnosis.explained_variance.get(state)
+            print(
+                f"{state:18}{alignment:12.3f}"
+                f"{'-' if explained is None else format(explained, '.4g'):>22}"
+            )
+        print(f"(of {done.diagnosis.source} activations)")
+    check = done.sae.cfg.metadata.whitening["fold"]["check"]
+    if check is not None:
+        print(f"fold error: {check['fold_error']:.2g} (tolerance {check['tolerance']:.2g})")
+    print(f"\nsaved in {args.out}; load it: SAE.load_from_disk({str(args.out)!r})")
+    return 0
+
+
+def _activations(args: argparse.Namespace) -> "Tensor | None":
+    """Raw activations from the cache, or from the model on the dataset, if either is given."""
+    if args.cached_activations is None and args.dataset_path is None:
+        return None
+    if args.cached_activations is not None and args.dataset_path is not None:
+        raise ValueError("--cached-activations takes the place of --dataset-path: give one of them")
+    from sae_whiten.training.builtin_checkpoints import (
+        cached_activations,
+        load_builtin_checkpoint,
+        model_activations,
+    )
+
+    sae = load_builtin_checkpoint(args.checkpoint)
+    if args.cached_activations is not None:
+        return cached_activations(sae, args.cached_activations, args.n_activations)
+    saes = {str(args.checkpoint): sae}
+    model = load_model_of(model_source(args, saes), args.device, sae.cfg.metadata.context_size)
+    dataset = open_dataset_of(args, dataset_path_of(args, saes))
+    return model_activations(sae, model, dataset, args.n_activations)
