@@ -424,14 +424,14 @@ def test_architecture_that_cannot_be_folded_is_refused_unless_it_is_not_to_be_wh
 ) -> None:
     assert main(["train", f"--architecture={architecture}", *flags]) == 2
     err = capsys.readouterr().err
-    assert f"--architecture {architecture}: whitening cannot be folded into" in err
-    assert "To train it without, add --normalize_activations none" in err
+    assert f"--architecture {architecture}" in err
+    assert "--normalize_activations none" in err
     assert err.count("\n") == 1
 
     none = ["--normalize_activations", "none", "--whitening.eps", "0.1"]
     assert main(["train", "--architecture", architecture, *none]) == 2
     err = capsys.readouterr().err
-    assert "--whitening.eps is given, but with --normalize_activations none nothing is" in err
+    assert "--whitening.eps" in err
 
 
 def test_flags_of_our_architectures(
@@ -512,7 +512,7 @@ def test_a_parser_that_saelens_moved_is_a_clear_error(
     monkeypatch.delattr(sae_lens.llm_sae_training_runner, "_parse_cfg_args")
     assert main(["train", *TOPK]) != 0
     err = capsys.readouterr().err
-    assert f"sae-lens {sae_lens.__version__} has moved the parser" in err
+    assert f"sae-lens {sae_lens.__version__}" in err
 
 
 # --- sae-whiten train: running
@@ -618,7 +618,7 @@ def test_top_afa_is_trained_without_whitening_and_the_report_says_so(
     arguments[arguments.index("topk")] = "top_afa"
     assert main(["--quiet", *arguments, "--normalize_activations", "none"]) == 0
     out = capsys.readouterr().out
-    assert "not whitened, for whitening cannot be folded into TopAFATrainingSAE: it selects" in out
+    assert "not whitened" in out
     program = out[out.index("load it:") :].replace("load it:", "        ")
     names: dict[str, Any] = {}
     exec(textwrap.dedent(program), names)

@@ -85,7 +85,8 @@ def test_shards_of_different_things_are_refused_even_with_one_between_that_says_
     other = save(tmp_path / "c", x[200:], **{name: values[1]})
     assert main(["merge", first, silent, other, "--out", str(out)]) == 2
     message = capsys.readouterr().err
-    assert f"{first} and {other} do not belong together: {name} is {values[0]!r}" in message
+    assert f"{first} and {other}" in message
+    assert f"{name} is {values[0]!r}" in message
     assert not out.exists()
     texts = [save(tmp_path / text, x[i::2], dataset_path=text) for i, text in enumerate("de")]
     assert main(["merge", *texts, "--out", str(out)]) == 0
@@ -96,7 +97,7 @@ def test_files_are_not_merged_into_a_folder(
 ) -> None:
     shards = [save(tmp_path / name, friendly(50, 4, seed)) for seed, name in enumerate("ab")]
     assert main(["merge", *shards, "--out", str(tmp_path)]) == 2
-    assert f"{tmp_path} is a folder: give the file to write" in capsys.readouterr().err
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
 
 
 def test_the_digest_is_of_the_numbers_alone(tmp_path: Path) -> None:

@@ -115,9 +115,9 @@ def test_what_no_test_can_be_made_of() -> None:
 
 
 def test_values_that_do_not_pair_are_refused() -> None:
-    with pytest.raises(ValueError, match="one of each condition for every seed"):
+    with pytest.raises(ValueError, match="for every seed"):
         paired_difference([1.0, 2.0], [1.0])
-    with pytest.raises(ValueError, match="2 pairs, none of them with both"):
+    with pytest.raises(ValueError, match="2 pairs"):
         paired_difference([1.0, math.nan], [math.nan, 1.0])
     with pytest.raises(ValueError, match="infinite"):
         paired_difference([1.0, math.inf], [0.0, 1.0])

@@ -162,7 +162,7 @@ def test_parts_of_splits(tokenised):
     datasets.DatasetDict({"train": half, "test": half.select(range(5))}).save_to_disk("two")
     assert len(open_dataset("two", "test")) == 5
     assert len(open_dataset("two", "train[:10]+test[2:]")) == 13
-    with pytest.raises(ValueError, match="no split 'validation'; it has train, test"):
+    with pytest.raises(ValueError, match="'validation'.* train, test"):
         open_dataset("two", "validation")
     assert len(list(open_dataset("jsonl", streaming=True))) == 200
 

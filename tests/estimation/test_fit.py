@@ -252,7 +252,7 @@ def test_the_progress_of_another_fit_is_refused_and_left_alone(tmp_path, monkeyp
         fit_statistics(tiny_model(1), tiny_dataset(3000), HOOKS, out=tmp_path, **ADAPTIVE)
     assert file.read_bytes() == content
     file.rename(file.with_name(file.name.replace("of-1", "of-4")))
-    with pytest.raises(ValueError, match="progress of 4 processes, and now there are 1"):
+    with pytest.raises(ValueError, match="4 processes.* 1"):
         fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, out=tmp_path, **ADAPTIVE)
 
 
@@ -270,7 +270,7 @@ def test_the_progress_of_another_stream_or_of_a_folder_that_changed_is_refused(
         fit_killed_at(6, out, monkeypatch, dataset(0))
         with pytest.raises(ValueError, match=r"beginning=.*\(now"):
             fit_statistics(tiny_model(), dataset(1), HOOKS, out=out, **ADAPTIVE)
-        with pytest.raises(ValueError, match="shorter than when this estimation was begun"):
+        with pytest.raises(ValueError, match="shorter"):
             fit_statistics(tiny_model(), dataset(0, n=2), HOOKS, out=out, **ADAPTIVE)
 
 
@@ -303,7 +303,7 @@ def test_cached_activations_are_a_source_too(tmp_path):
         fit_statistics(None, None, "ln", cached_activations=tmp_path / "cache")
     refused: list[dict[str, Any]] = [{"hook_head_index": 0}, {"seqpos_slice": (1, None)}]
     for option in refused:
-        with pytest.raises(ValueError, match="cannot be applied to cached_activations"):
+        with pytest.raises(ValueError, match="cached_activations"):
             fit_statistics(None, None, "*", cached_activations=tmp_path / "cache", **option)
     with pytest.raises(ValueError, match="not both"):
         fit_statistics(model, dataset, HOOKS[0], cached_activations=tmp_path / "cache")

@@ -107,7 +107,7 @@ def test_statistics_that_do_not_fit_are_one_clear_error(tmp_path):
     statistics.update(friendly(100, 16))
     path = statistics_file(tmp_path, "blocks.0.hook_resid_pre")
     statistics.save(path)
-    with pytest.raises(ValueError, match="width 16, the SAE of width 32"):
+    with pytest.raises(ValueError, match="width 16.* 32"):
         runner(WhiteningConfig(statistics=str(path))).run()
     with pytest.raises(
         FileNotFoundError, match=f"no statistics of {HOOK}.*blocks.0.hook_resid_pre"

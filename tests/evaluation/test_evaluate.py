@@ -176,7 +176,7 @@ def test_loss_and_core_metrics_are_those_of_saelens(model, text, exclude):
 def test_a_model_of_random_weights_gets_no_loss_and_is_told_why():
     sae = sae_of(32, 128, "blocks.1.hook_resid_pre", context_size=32)
     (result,) = evaluate_saes({"sae": sae}, tiny_model(), tiny_dataset(), n_tokens=4096)
-    assert "is no less than that of guessing among 100 tokens" in result["absent"]["ce_loss"]
+    assert "guessing among 100 tokens" in result["absent"]["ce_loss"]
     assert not {key for key in result["metrics"] if key.startswith(("ce_loss", "kl"))}
     table = evaluation_table([result])
     assert "CE loss score |" not in table
@@ -454,7 +454,7 @@ def test_what_cannot_be_computed_is_absent_with_the_reason(model, text):
     assert "tpp_top_5" not in scaled["metrics"]
     assert "sparse_probing_top_1" in scaled["metrics"]
     table = evaluation_table([linear, scaled])
-    assert "No TPP: the SAE scales every activation by its own norm" in table
+    assert "No TPP" in table
 
 
 def test_models_of_all_classes_of_saelens_serve(text):
@@ -523,7 +523,7 @@ def test_the_command_writes_results_and_table(tmp_path, text, capsys):
     paths = [str(tmp_path / name) for name in saes]
     command = ["evaluate", *paths, "--out", str(tmp_path / "report"), "--n-tokens", "640"]
     assert main(command) == 2
-    assert "metadata do not tell dataset_path; give --dataset-path" in capsys.readouterr().err
+    assert "--dataset-path" in capsys.readouterr().err
     command += ["--dataset-path", str(tmp_path / "tokens")]
     command += ["--labels-dataset", str(tmp_path / "texts"), "--text-column", "words"]
     command += ["--label-column", "case", "--n-texts", "20"]

@@ -81,7 +81,7 @@ def test_what_is_not_held_out_is_refused() -> None:
         other = statistics_of(x)
         other.provenance["date"] = "another"
         describe_statistics(statistics_of(x), held_out=other)
-    with pytest.raises(ValueError, match="width 7, the others of width 8"):
+    with pytest.raises(ValueError, match="width 7.* 8"):
         describe_statistics(statistics_of(x), held_out=statistics_of(x[:, :7]))
 
 

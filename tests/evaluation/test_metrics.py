@@ -90,7 +90,7 @@ def test_explained_variance_refuses_what_it_cannot_answer() -> None:
         explained_variance(X, X / 0)
     metric = ExplainedVariance()
     metric.update(X, X)
-    with pytest.raises(ValueError, match="width 3 after batches of width 2"):
+    with pytest.raises(ValueError, match="width 3 .*width 2"):
         metric.update(torch.ones(4, 3), torch.ones(4, 3))
 
 
@@ -152,7 +152,7 @@ def test_activity_refuses_what_it_cannot_answer() -> None:
         l0(LATENTS[:0])
     activity = LatentActivity()
     activity.update(LATENTS)
-    with pytest.raises(ValueError, match="3 latents after batches of 4"):
+    with pytest.raises(ValueError, match="3 latents .*4"):
         activity.update(LATENTS[:, :3])
 
 

@@ -595,7 +595,7 @@ def test_the_command_writes_everything_and_prints_a_table(tmp_path, capsys):
     out = tmp_path / "out"
     command = ["afa", *paths, "--out", str(out), "--n-prompts", "10"]
     assert main(command) == 2
-    assert "metadata do not tell dataset_path; give --dataset-path" in capsys.readouterr().err
+    assert "--dataset-path" in capsys.readouterr().err
     assert main([*command, "--dataset-path", str(tmp_path / "texts")]) == 0
     printed = capsys.readouterr().out
 
@@ -618,8 +618,8 @@ def test_the_command_writes_everything_and_prints_a_table(tmp_path, capsys):
     assert second["prompts"]["l0"] == [9] * 10
     assert second["summary"]["eps_lbo_mean"] == pytest.approx(np.mean(second["prompts"]["eps_lbo"]))
     assert f"{second['summary']['eps_lbo_mean']:.2e}" in printed
-    assert f"{paths[1]}: its codes are little more than the decoder bias" in printed
-    assert f"{paths[0]}: its codes are little" not in printed
+    assert f"{paths[1]}: its codes" in printed
+    assert f"{paths[0]}: its codes" not in printed
     for name, magic in (("zf.png", b"\x89PNG"), ("zf.pdf", b"%PDF"),
                         ("violins.png", b"\x89PNG"), ("violins.pdf", b"%PDF")):  # fmt: skip
         assert (out / name).read_bytes().startswith(magic)

@@ -1,6 +1,7 @@
 """The latent-space view: the embedding, its figure, firing rates on a model, and the command."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,9 @@ def test_what_cannot_be_embedded_is_refused():
     x, _ = clusters(n=20)
     with pytest.raises(ValueError, match="no SAEs"):
         embed()
-    with pytest.raises(ValueError, match="names of their own, not sae, sae"):
+    with pytest.raises(ValueError, match="names.* sae, sae"):
         embed(latents(x), latents(x))
-    with pytest.raises(ValueError, match=r"hook differ in width: 24 \(sae\), 23 \(b\)"):
+    with pytest.raises(ValueError, match=r"width.* 24 \(sae\), 23 \(b\)"):
         embed(latents(x), latents(x[:, 1:], name="b"))
     with pytest.raises(ValueError, match="sae: only 3 latents to embed"):
         embed(latents(np.concatenate([x[:3], 0 * x])))
@@ -222,7 +223,7 @@ def test_what_cannot_be_embedded_is_refused():
     with pytest.raises(ValueError, match="rate of latent 2 is 1.5"):
         latents(x, np.array([0, 1, 1.5, *[0.1] * 17]))
     x[7, 1] = np.nan
-    with pytest.raises(ValueError, match="vector of latent 7 is not finite"):
+    with pytest.raises(ValueError, match="latent 7 .*not finite"):
         latents(x)
 
 
@@ -324,7 +325,7 @@ def test_panels_of_one_space_have_the_same_axes_and_other_spaces_their_own(drawn
     norms = {axes.collections[1].norm.vmin for axes in panels.values()}
     assert len(norms) == 1
     said = drawn[0]._supxlabel.get_text().replace("\n", " ")
-    assert "not comparable with each other: one (a, bb, dddd); two (ccc)" in said
+    assert "one (a, bb, dddd); two (ccc)" in said
 
 
 def test_nothing_outside_the_figure_and_no_text_over_another(drawn):
@@ -454,7 +455,7 @@ def test_the_command_draws_and_writes_coordinates(tmp_path, text, capsys):
     out = tmp_path / "figures" / "latents.png"
     command = ["latents", *paths, "--out", str(out), "--n-tokens", "640", "--max-latents", "60"]
     assert main(command) == 2
-    assert "metadata do not tell dataset_path; give --dataset-path" in capsys.readouterr().err
+    assert "--dataset-path" in capsys.readouterr().err
     command += ["--dataset-path", str(tmp_path / "tokens")]
     for of in ("decoder", "activations"):
         assert main([*command, "--of", of]) == 0
@@ -492,4 +493,4 @@ def test_numbers_that_mean_nothing_are_refused_at_once(tmp_path, capsys):
     for flag in ("--n-tokens", "--context-size", "--max-latents", "--batch-size-prompts"):
         with pytest.raises(SystemExit):
             main(["latents", "sae", "--out", str(tmp_path / "a.png"), flag, "0"])
-        assert f"argument {flag}: 0: must be at least 1" in capsys.readouterr().err
+        assert re.search(f"{flag}.* at least 1", capsys.readouterr().err)

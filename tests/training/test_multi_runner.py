@@ -2,6 +2,7 @@ import copy
 import json
 import logging
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -573,7 +574,7 @@ def test_what_does_not_belong_is_not_resumed(tmp_path):
     swapped = {"plain": RESID, "white": HEADS, "heads": RESID}
     with pytest.raises(ValueError, match="white was trained with hook_name='blocks.1"):
         runner(*names, hook_names=swapped, **resume).run()
-    with pytest.raises(ValueError, match=r"trained at .*hook_z \(width 32\), and this run is at"):
+    with pytest.raises(ValueError, match=r"hook_z \(width 32\)"):
         runner("white", "plain", **resume).run()
     changed = {**config(*names).saes, "white": topk("none")}
     with pytest.raises(ValueError, match="white has normalize_activations='covariance_whitening'"):
@@ -858,7 +859,7 @@ def test_messages_name_the_hooks(caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         runner("white", "heads", whitening=WhiteningConfig(tolerance=1e-4)).run()
     for hook in (RESID, HEADS):
-        assert f"{hook}: whitening estimated from 896 activations: held-out" in caplog.text
+        assert re.search(f"{re.escape(hook)}.* 896 activations", caplog.text)
 
 
 def test_the_package_exports_it():
