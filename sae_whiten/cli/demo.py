@@ -223,7 +223,7 @@ def _demo(args: argparse.Namespace) -> None:
     save_file({"activations": activations}, path)
     results = _evaluate(args.out, path, [plain, whitened])
 
-    whitening = Whitening.load(whitened / "whitening.safetensors")
+    whitening = Whitening.load(whitened / "sae_whiten" / "whitening.safetensors")
     eigenvalues = []
     for x in (activations, whitening.whiten(activations)):
         statistics = ActivationStatistics(_D_IN)

@@ -10,7 +10,8 @@ from sae_whiten.statistics import ActivationStatistics
 
 __all__ = ["find_all_statistics", "find_statistics", "push_folder", "statistics_file"]
 
-_OF_A_RUN = "activation_statistics.safetensors"
+# where a training run writes its statistics, and where earlier releases wrote them
+_OF_A_RUN = ("sae_whiten/activation_statistics.safetensors", "activation_statistics.safetensors")
 
 
 def statistics_file(directory: str | Path, hook_name: str) -> Path:
@@ -44,8 +45,9 @@ def find_statistics(source: str | Path, hook_name: str | None) -> Path:
             return _hub.download(repo_id, hook_name, revision)
     if not path.is_dir():
         return path
-    if (path / _OF_A_RUN).is_file():
-        return path / _OF_A_RUN
+    of_a_run = _of_a_run(path)
+    if of_a_run is not None:
+        return of_a_run
     if hook_name is None:
         raise ValueError(f"{path} is a folder, and the hook is not known: give the file itself")
     for name in _hub.file_names(hook_name):
@@ -69,8 +71,9 @@ def find_all_statistics(source: str | Path) -> list[Path]:
     if not path.exists():
         with _not_a_path_either(source):
             path = _hub.download_all(*_hub.repo_and_revision(source))
-    if (path / _OF_A_RUN).is_file():
-        return [path / _OF_A_RUN]
+    of_a_run = _of_a_run(path)
+    if of_a_run is not None:
+        return [of_a_run]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{source} holds no statistics")
@@ -114,6 +117,10 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -
             )
         by_hook[hook_name] = file, found
     return _hub.upload(by_hook, repo_id, private)
+
+
+def _of_a_run(folder: Path) -> Path | None:
+    return next((folder / name for name in _OF_A_RUN if (folder / name).is_file()), None)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from sae_whiten.training.stream import ActivationStream, StopRequested
 from sae_whiten.training.trainer import STATISTICS_FILENAME, WhiteningTrainer
 
 __all__ = [
+    "OWN_DIR",
     "WHITENING_FILENAME",
     "InterruptibleTrainer",
     "check_hook",
@@ -43,6 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+OWN_DIR = "sae_whiten"
 WHITENING_FILENAME = "whitening.safetensors"
 
 T = TypeVar("T")
@@ -236,8 +238,9 @@ def write_final_sae(
     cfg: dict[str, Any] | None = None,
     log_feature_sparsity: Tensor | None = None,
 ) -> tuple[Path, Path, Path | None]:
-    """Write a trained SAE, its sparsity and, if it was whitened, whitening and statistics: all of
-    it or nothing. Other files in the directory are left alone.
+    """Write a trained SAE and its sparsity: all of it or nothing. If it was whitened, a folder
+    inside holds whitening and statistics, of 2 d_in^2 numbers each, which nobody needs who uses the
+    SAE. Other files in the directory are left alone.
 
     Args:
         target: The directory.
@@ -249,8 +252,10 @@ def write_final_sae(
     Returns:
         Paths of the weights, the SAE's config and the sparsity, if that is known.
     """
-    optional = (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, WHITENING_FILENAME, STATISTICS_FILENAME)
-    with atomic_files(target, SAE_CFG_FILENAME, also_replaced=optional) as staging:
+    optional = (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, OWN_DIR)
+    # (which earlier releases wrote beside the SAE)
+    formerly = (WHITENING_FILENAME, STATISTICS_FILENAME)
+    with atomic_files(target, SAE_CFG_FILENAME, also_replaced=(*optional, *formerly)) as staging:
         weights, sae_cfg = sae.save_inference_model(staging)
         if trainer is not None and log_feature_sparsity is None:
             log_feature_sparsity = trainer.log_feature_sparsity
@@ -260,9 +265,9 @@ def write_final_sae(
             write_json(staging / RUNNER_CFG_FILENAME, cfg)
         if isinstance(trainer, WhiteningTrainer):
             if trainer.whitening is not None:
-                trainer.whitening.save(staging / WHITENING_FILENAME)
+                trainer.whitening.save(staging / OWN_DIR / WHITENING_FILENAME)
             if trainer.scaler.statistics is not None:
-                trainer.scaler.statistics.save(staging / STATISTICS_FILENAME)
+                trainer.scaler.statistics.save(staging / OWN_DIR / STATISTICS_FILENAME)
     logger.info("SAE saved: %s", target)
     sparsity = None if log_feature_sparsity is None else target / SPARSITY_FILENAME
     return target / weights.name, target / sae_cfg.name, sparsity

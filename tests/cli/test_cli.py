@@ -671,7 +671,9 @@ def test_train_takes_what_fit_wrote_unless_it_was_fitted_otherwise(
     same = ["--seqpos_slice", "1", "16", "--exclude_special_tokens", "True"]
     assert main([*train, *same]) == 0
     fitted = ActivationStatistics.load(Path(stats) / "transformer.h.0.safetensors")
-    trained = ActivationStatistics.load(tmp_path / "sae" / "activation_statistics.safetensors")
+    trained = ActivationStatistics.load(
+        tmp_path / "sae" / "sae_whiten" / "activation_statistics.safetensors"
+    )
     assert trained.digest == fitted.digest
     capsys.readouterr()
     assert main([*train, *same, "--autocast_lm", "True"]) == 2

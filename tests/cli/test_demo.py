@@ -51,7 +51,7 @@ def test_on_a_real_singular_covariance_the_fold_is_exact_and_nothing_is_blown_up
     check = metadata["whitening"]["fold"]["check"]
     assert check["source"] == "held-out"
     assert check["fold_error"] < 1e-5
-    whitening = Whitening.load(path / "whitened" / "whitening.safetensors")
+    whitening = Whitening.load(path / "whitened" / "sae_whiten" / "whitening.safetensors")
     spectrum = whitening.covariance_eigenvalues
     assert spectrum[0] < 1e-10 * spectrum[-1]  # after a LayerNorm
     x = load_file(path / "held_out_activations.safetensors")["activations"]

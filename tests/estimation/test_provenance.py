@@ -15,7 +15,7 @@ def estimated(tmp_path, **provenance):
     """Statistics as a run of the runner writes them, in a folder of hooks."""
     out = tmp_path / "first"
     runner(output_path=str(out)).run()
-    statistics = ActivationStatistics.load(out / "activation_statistics.safetensors")
+    statistics = ActivationStatistics.load(out / "sae_whiten" / "activation_statistics.safetensors")
     statistics.provenance.update(provenance)
     statistics.save(statistics_file(tmp_path / "stats", HOOK))
     return statistics
@@ -28,7 +28,13 @@ def test_training_takes_given_statistics_and_estimates_nothing(tmp_path, monkeyp
         raise AssertionError("estimated")
 
     monkeypatch.setattr(ActivationStatistics, "update", refuse)
-    for path in (tmp_path / "stats", statistics_file(tmp_path / "stats", HOOK), tmp_path / "first"):
+    statistics.save(tmp_path / "of_earlier_release" / "activation_statistics.safetensors")
+    for path in (
+        tmp_path / "stats",
+        statistics_file(tmp_path / "stats", HOOK),
+        tmp_path / "first",
+        tmp_path / "of_earlier_release",
+    ):
         made = runner(WhiteningConfig(statistics=str(path)), output_path=str(tmp_path / "second"))
         made.run()
         assert made.trainer.whitening is not None

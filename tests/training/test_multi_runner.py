@@ -402,7 +402,7 @@ def test_given_statistics_are_taken_and_nothing_is_estimated(uninterrupted, tmp_
     expected, _, path = uninterrupted
     folder = tmp_path / "statistics"
     for name, hook in (("white", RESID), ("heads", HEADS), ("wide", MLP)):
-        statistics = path / name / "activation_statistics.safetensors"
+        statistics = path / name / "sae_whiten" / "activation_statistics.safetensors"
         ActivationStatistics.load(statistics).save(folder / f"{hook}.safetensors")
     given = WhiteningConfig(statistics=str(folder))
     made = runner(whitening=given)
@@ -429,11 +429,10 @@ def test_every_sae_has_a_folder_as_the_single_runner_writes_it(uninterrupted, tm
     _, made, path = uninterrupted
     assert {p.name for p in path.iterdir()} == {*SAES, "runner_cfg.json"}
     stock = {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
-    ours = {"activation_statistics.safetensors", "whitening.safetensors"}
     for name in SAES:
         whitened = name in made.trainer.whitenings
         found = {p.name for p in (path / name).iterdir()}
-        assert found == (stock | ours if whitened else stock)
+        assert found == (stock | {"sae_whiten"} if whitened else stock)
         made.saes[name].save_inference_model(tmp_path)
         assert_equal({name: weights_in(path / name)}, {name: weights_in(tmp_path)})
         metadata = json.loads((path / name / "cfg.json").read_text())["metadata"]
@@ -441,9 +440,9 @@ def test_every_sae_has_a_folder_as_the_single_runner_writes_it(uninterrupted, tm
         assert ("whitening" in metadata) == whitened
         if whitened:
             statistics = ActivationStatistics.load(
-                path / name / "activation_statistics.safetensors"
+                path / name / "sae_whiten" / "activation_statistics.safetensors"
             )
-            whitening = Whitening.load(path / name / "whitening.safetensors")
+            whitening = Whitening.load(path / name / "sae_whiten" / "whitening.safetensors")
             assert torch.equal(whitening.W, Whitening.from_statistics(statistics, FEW).W)
             assert metadata["whitening"]["n_samples"] == statistics.n_samples == 1024
             # which SAELens does not write

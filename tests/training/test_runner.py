@@ -115,6 +115,10 @@ def test_the_output_folder_holds_everything_and_says_how_it_was_made(uninterrupt
         "sae_weights.safetensors",
         "sparsity.safetensors",
         "runner_cfg.json",
+        "sae_whiten",
+    }
+    own = path / "sae_whiten"
+    assert {p.name for p in own.iterdir()} == {
         "activation_statistics.safetensors",
         "whitening.safetensors",
     }
@@ -125,10 +129,10 @@ def test_the_output_folder_holds_everything_and_says_how_it_was_made(uninterrupt
     assert source == "next (of a dataset that was begun anew)"
     assert metadata["hook_name"] == "blocks.1.hook_resid_pre"
     assert 0 < metadata["l0"] <= 8
-    statistics = ActivationStatistics.load(path / "activation_statistics.safetensors")
+    statistics = ActivationStatistics.load(own / "activation_statistics.safetensors")
     assert statistics.provenance["hook_name"] == "blocks.1.hook_resid_pre"
     assert statistics.n_samples == metadata["whitening"]["n_samples"]
-    whitening = Whitening.load(path / "whitening.safetensors")
+    whitening = Whitening.load(own / "whitening.safetensors")
     assert torch.equal(whitening.W, Whitening.from_statistics(statistics, FEW).W)
 
 
@@ -382,10 +386,13 @@ def test_a_finished_sae_is_saved_before_training_and_one_to_be_whitened_is_not(t
         made.save_final_sae(made.sae, str(tmp_path / "own"))
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=32, d_sae=64))
     sparsity = torch.arange(64.0)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "whitening.safetensors").write_text("of another SAE, saved here before")
     made.save_final_sae(sae, str(tmp_path / "other"), log_feature_sparsity=sparsity)
     assert torch.equal(SAE.load_from_disk(tmp_path / "other").W_enc, sae.W_enc)
     saved = load_file(tmp_path / "other" / SPARSITY_FILENAME)["sparsity"]
     assert torch.equal(saved, sparsity)
+    assert not (tmp_path / "other" / "whitening.safetensors").exists()
 
 
 @pytest.mark.parametrize("mixing", [0.0, 0.5, 1.0])

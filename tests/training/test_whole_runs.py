@@ -157,7 +157,9 @@ def test_the_saved_config_says_how_it_was_whitened(tmp_path: Path) -> None:
     config = WhiteningConfig(kind="zca", eps=2e-3, shrinkage=0.1, n_samples=1900)
     cfg = runner_config(training_tokens=1280, output_path=f"{tmp_path}/ours")
     ours_runner(cfg, whitening=config).run()
-    statistics = ActivationStatistics.load(tmp_path / "ours" / "activation_statistics.safetensors")
+    statistics = ActivationStatistics.load(
+        tmp_path / "ours" / "sae_whiten" / "activation_statistics.safetensors"
+    )
     assert 1900 <= statistics.n_samples < 1900 + 128
     assert statistics.provenance["hook_name"] == HOOK
     assert statistics.provenance["model_name"] == "tiny"
