@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -272,6 +273,9 @@ def token_store(
     if isinstance(dataset, datasets.Dataset):
         # the store sets the format of the dataset that it is given, and this one is the user's
         dataset = dataset.with_format(dataset.format["type"])
+    parameters = inspect.signature(ActivationsStore.__init__).parameters
+    # newer versions call it n_sequences_in_buffer
+    buffer = next(name for name in parameters if name.endswith("_in_buffer"))
     try:
         return ActivationsStore(
             model=cast(HookedRootModule, model),
@@ -279,7 +283,7 @@ def token_store(
             hook_name=hook_name,
             hook_head_index=None,
             d_in=1,
-            n_batches_in_buffer=1,
+            **{buffer: 1},
             total_training_tokens=0,
             store_batch_size_prompts=1,
             train_batch_size_tokens=1,

@@ -42,16 +42,30 @@ class Requirement:
         n_samples: Activations needed, or None.
         tolerance: Relative excess variance of held-out activations to be reached, or None.
         on_nonfinite: As for `ActivationStatistics`.
+        max_batches: Batches to read at most, with a warning where they are too few; or None.
     """
 
     d_in: int
     n_samples: int | None
     tolerance: float | None
     on_nonfinite: Literal["raise", "skip"]
+    max_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_batches is not None and self.max_batches < 1:
+            raise ValueError(f"n_batches_for_norm_estimate={self.max_batches}: must be at least 1")
 
     @classmethod
-    def of(cls, d_in: int, configs: Sequence[WhiteningConfig]) -> "Requirement":
-        """What satisfies every one of `configs`."""
+    def of(
+        cls, d_in: int, configs: Sequence[WhiteningConfig], max_batches: int | None = None
+    ) -> "Requirement":
+        """What satisfies every one of `configs`.
+
+        Args:
+            d_in: Width of the activations.
+            configs: One at least.
+            max_batches: Limit of what `tolerance` takes; `n_samples` is not limited by it.
+        """
         fixed = [c.n_samples for c in configs if c.n_samples is not None]
         adaptive = [c.tolerance for c in configs if c.n_samples is None]
         skip = all(c.on_nonfinite == "skip" for c in configs)
@@ -60,6 +74,7 @@ class Requirement:
             max(fixed, default=None),
             min(adaptive, default=None),
             "skip" if skip else "raise",
+            None if fixed else max_batches,
         )
 
 
@@ -67,7 +82,6 @@ class Requirement:
 def estimate_statistics(
     batches: Iterator[Mapping[str, Tensor]],
     required: Mapping[str, Requirement],
-    n_batches: int | None = None,
     resolution: float = 0.0,
 ) -> dict[str, ActivationStatistics]:
     """Mean and covariance at every hook, from the first batches of a stream.
@@ -80,7 +94,6 @@ def estimate_statistics(
             (n, n_heads, d_head).
         required: What is needed, by hook. A hook that is alone may have the name "", which
             messages leave out.
-        n_batches: Read at most this many batches, and warn if that is too few.
         resolution: Machine epsilon of what the activations were computed in, which may be coarser
             than the dtype they are given in.
 
@@ -92,19 +105,14 @@ def estimate_statistics(
             or one is not finite and `on_nonfinite` is "raise".
     """
     hooks = {name: _Hook(name, requirement) for name, requirement in required.items()}
-    n_read = 0
     with tqdm(desc="Estimating whitening", unit=" tokens", leave=False) as bar:
-        while n_read != n_batches:
-            waiting = [hook for hook in hooks.values() if not hook.done]
-            if not waiting:
-                break
+        while waiting := [hook for hook in hooks.values() if not hook.done]:
             try:
                 batch = next(batches)
             except StopIteration:
                 for hook in waiting:
                     hook.end_of_data()
                 break
-            n_read += 1
             for hook in waiting:
                 with naming(hook.name):
                     hook.update(batch[hook.name])
@@ -150,6 +158,8 @@ class _Hook:
 
     def _is_enough(self) -> bool:
         n, tolerance = self.halves.n_samples, self.required.tolerance
+        if self._n_batches == self.required.max_batches:
+            return True
         if n < (self.required.n_samples or 0):
             return False
         if tolerance is None or n >= self._limit:
@@ -216,7 +226,13 @@ class _Hook:
                 self._n_batches,
             )
         elif tolerance is not None and self._look() > tolerance:
-            logger.warning("%s%s", self._prefix, too_inaccurate(self._look(), n, tolerance))
+            ended = self._n_batches == self.required.max_batches
+            logger.warning(
+                "%s%s%s",
+                self._prefix,
+                too_inaccurate(self._look(), n, tolerance),
+                f"; n_batches_for_norm_estimate={self._n_batches} ended it" if ended else "",
+            )
         if self.halves.n_skipped:
             logger.warning(
                 "%s%d activations with a NaN or an infinity were left out",

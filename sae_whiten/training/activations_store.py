@@ -19,7 +19,7 @@ from sae_whiten.estimation.dataset import check_length
 from sae_whiten.estimation.sources import resolution_of
 from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 
-__all__ = ["PackedActivationsStore", "ResumableActivationsStore", "check_buffer"]
+__all__ = ["PackedActivationsStore", "ResumableActivationsStore", "buffer_field", "check_buffer"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,15 @@ _TRAIN_ON_ANY_ITERATOR = "WhiteningTrainer trains on any iterator of activations
 _ANCHOR_FIELDS = ("n_batches", "position", "sequences", "n_epochs", "n_dataset_processed")
 _N_FINGERPRINT = 16  # activations that tell one model from another
 _SEQUENCES_IN_BUFFER = 20  # SAELens' default while it had one
+
+
+def buffer_field(holder: Any) -> str:
+    """The attribute of a config or store of SAELens that sets the size of the mixing buffer.
+
+    Newer versions call it n_sequences_in_buffer, and have None for n_batches_in_buffer.
+    """
+    old, new = "n_batches_in_buffer", "n_sequences_in_buffer"
+    return old if getattr(holder, old, None) is not None or not hasattr(holder, new) else new
 
 
 def check_buffer(
@@ -403,7 +412,8 @@ class ResumableActivationsStore(ActivationsStore):
         """`sae_lens.training.mixing_buffer.mixing_buffer`, with anchors."""
         batch_size = self.train_batch_size_tokens
         mix_fraction = self.activations_mixing_fraction
-        n_sequences = check_buffer(self.n_batches_in_buffer, self.training_context_size, batch_size)
+        asked_for = getattr(self, buffer_field(self))
+        n_sequences = check_buffer(asked_for, self.training_context_size, batch_size)
         buffer_size = n_sequences * self.training_context_size
         if not 0 <= mix_fraction <= 1:
             raise ValueError(f"activations_mixing_fraction={mix_fraction}: must be in [0, 1]")

@@ -32,6 +32,7 @@ from sae_whiten.architectures.sparse import Selector, batch_top_k
 from sae_whiten.estimation.distributed import DistributedError, Processes
 from sae_whiten.estimation.sources import part_of
 from sae_whiten.statistics import NonFiniteActivationsError
+from sae_whiten.training.activations_store import buffer_field
 from sae_whiten.training.stream import ActivationStream, DataExhaustedError, StopRequested
 
 __all__ = [
@@ -159,7 +160,8 @@ def take_share(store: ActivationsStore, processes: Processes) -> None:
             f"processes together, and cannot be divided by {n}"
         )
     store.train_batch_size_tokens //= n
-    store.n_batches_in_buffer = math.ceil(store.n_batches_in_buffer / n)
+    field = buffer_field(store)
+    setattr(store, field, math.ceil(getattr(store, field) / n))
     if store.cached_activation_dataset is not None:
         store.cached_activation_dataset = part_of(store.cached_activation_dataset, rank, n)
     else:

@@ -30,7 +30,11 @@ from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
-from sae_whiten.training.activations_store import PackedActivationsStore, check_buffer
+from sae_whiten.training.activations_store import (
+    PackedActivationsStore,
+    buffer_field,
+    check_buffer,
+)
 from sae_whiten.training.checkpoint import check_runner_settings, own_part, save_or_keep
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.data_parallel import logging_once, open_stream, take_share
@@ -106,9 +110,9 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         check_runner_config(cfg, {f"saes[{name!r}]": sae for name, sae in trained.items()})
         n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         cfg = _copied(cfg)
-        cfg.n_batches_in_buffer = check_buffer(
-            cfg.n_batches_in_buffer, n_positions, cfg.train_batch_size_tokens
-        )
+        asked_for = getattr(cfg, buffer_field(cfg))
+        n_sequences = check_buffer(asked_for, n_positions, cfg.train_batch_size_tokens)
+        setattr(cfg, buffer_field(cfg), n_sequences)
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         super().__init__(

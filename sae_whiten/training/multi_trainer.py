@@ -38,7 +38,7 @@ from sae_whiten.training.data_parallel import (
     share_training,
     shared_step,
 )
-from sae_whiten.training.scaler import CovarianceWhiteningScaler
+from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.trainer import WhiteningTrainer
 from sae_whiten.whitening import Whitening
@@ -199,7 +199,9 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             at.setdefault(self.hook_names[name], []).append(self.whitened[name])
         required = {
             hook_name: Requirement.of(
-                trainers[0].sae.cfg.d_in, [trainer.scaler.config for trainer in trainers]
+                trainers[0].sae.cfg.d_in,
+                [trainer.scaler.config for trainer in trainers],
+                max_batches(self.cfg),
             )
             for hook_name, trainers in at.items()
         }

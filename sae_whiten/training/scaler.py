@@ -1,26 +1,31 @@
 """The activation scaler that SAELens' trainers and evaluators hold."""
 
 import json
-import sys
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
+from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
-from sae_whiten._files import number_field, reading_content, write_json
+from sae_whiten._files import reading_content, write_json
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics, flatten_heads
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
 
-__all__ = ["CovarianceWhiteningScaler"]
+__all__ = ["CovarianceWhiteningScaler", "max_batches"]
 
 _CONFIG_KEY = "whitening_config"
+_SCALES_NOTHING = (
+    "a CovarianceWhiteningScaler has no scaling factor, for whitening sets the scale too: call "
+    "estimate_whitening, or use SAELens' ActivationScaler"
+)
 
 
 class CovarianceWhiteningScaler(ActivationScaler):
@@ -42,6 +47,16 @@ class CovarianceWhiteningScaler(ActivationScaler):
         super().__init__()
         self.config = config or WhiteningConfig()
         self.statistics: ActivationStatistics | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scaling_factor" and value is not None:
+            raise ValueError(_SCALES_NOTHING)
+        if name == "whitening" and not isinstance(value, (Whitening, type(None))):
+            raise TypeError(
+                f"whitening must be a sae_whiten.Whitening, got {type(value).__name__}: derive one "
+                "with Whitening.from_statistics"
+            )
+        super().__setattr__(name, value)
 
     def scale(self, acts: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Whiten; the identity before there is a whitening.
@@ -73,6 +88,8 @@ class CovarianceWhiteningScaler(ActivationScaler):
         d_in: int,
         data_provider: Iterator[Tensor],
         n_batches_for_norm_estimate: int | None = None,
+        eps: float | None = None,
+        *,
         resolution: float = 0.0,
     ) -> None:
         """Estimate the statistics from the first batches of `data_provider` and set `whitening`.
@@ -86,24 +103,41 @@ class CovarianceWhiteningScaler(ActivationScaler):
                 (n, n_heads, d_head); read until there are `config.n_samples` of them, or enough
                 for `config.tolerance`.
             n_batches_for_norm_estimate: Read at most this many batches.
+            eps: As SAELens' scaler has it; must be that of `config`, if it is given.
             resolution: Machine epsilon of what the activations were computed in, if that is
                 coarser than their dtype.
 
         Raises:
-            ValueError: The provider ended too early, a shape does not fit, or an activation is not
-                finite and `config.on_nonfinite` is "raise". Nothing is set then.
+            ValueError: The provider ended too early, a shape does not fit, an activation is not
+                finite and `config.on_nonfinite` is "raise", or `eps` is not that of `config`.
+                Nothing is set then.
         """
         if self.whitening is not None:
             return
-        required = Requirement.of(d_in, [self.config])
+        if eps is not None and eps != self.config.eps:
+            raise ValueError(
+                f"eps={eps}: this scaler whitens as its config says, eps={self.config.eps:g} "
+                f"({self.config.eps_mode}). Set WhiteningConfig(eps=...); SAELens' eps is that of "
+                "eps_mode='absolute'."
+            )
+        required = replace(
+            Requirement.of(d_in, [self.config]), max_batches=n_batches_for_norm_estimate
+        )
         (statistics,) = estimate_statistics(
-            ({"": batch} for batch in data_provider),
-            {"": required},
-            n_batches_for_norm_estimate,
-            resolution,
+            ({"": batch} for batch in data_provider), {"": required}, resolution
         ).values()
         self.whitening = Whitening.from_statistics(statistics, self.config)
         self.statistics = statistics
+
+    def estimate_scaling_factor(
+        self, d_in: int, data_provider: Iterator[Tensor], n_batches_for_norm_estimate: int = 1000
+    ) -> None:
+        """What SAELens' scaler does for `normalize_activations="expected_average_only_in"`.
+
+        Raises:
+            ValueError: Always: this scaler whitens.
+        """
+        raise ValueError(_SCALES_NOTHING)
 
     def save(self, file_path: str) -> None:
         """Write the scaler: a json file and, beside it, the whitening as safetensors.
@@ -139,14 +173,23 @@ class CovarianceWhiteningScaler(ActivationScaler):
             has_whitening = content["has_whitening"]
             if not isinstance(has_whitening, bool):
                 raise ValueError(f"has_whitening={has_whitening!r}: must be true or false")
-            scaling_factor = content.get("scaling_factor")
-            if scaling_factor is not None:
-                scaling_factor = number_field(content, "scaling_factor", 0.0, sys.float_info.max)
+            if content["scaling_factor"] is not None:
+                raise ValueError(_SCALES_NOTHING)
         # never estimated anew when missing: the weights beside it belong to that very basis
         whitening = Whitening.load(_tensors_path(path)) if has_whitening else None
         self.config, self.statistics = config, None
         self.whitening = whitening  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.scaling_factor = scaling_factor
+
+
+def max_batches(cfg: SAETrainerConfig) -> int | None:
+    """How many batches SAELens' config lets an estimation read, if that was set.
+
+    Its default is for scaling factors, and is neither known to suffice for statistics nor meant to
+    limit them.
+    """
+    (default,) = (f.default for f in fields(cfg) if f.name == "n_batches_for_norm_estimate")
+    asked = cfg.n_batches_for_norm_estimate
+    return None if asked == default else asked
 
 
 def _tensors_path(file_path: str | Path) -> Path:

@@ -59,7 +59,7 @@ from sae_whiten.training.data_parallel import (
     share_training,
     shared_step,
 )
-from sae_whiten.training.scaler import CovarianceWhiteningScaler
+from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.training_sae import (
     enter_whitened_space,
@@ -226,6 +226,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.scaler.estimate_whitening(
                 d_in=self.sae.cfg.d_in,
                 data_provider=self.stream.lookahead(),
+                n_batches_for_norm_estimate=(
+                    max_batches(self.cfg) if config.n_samples is None else None
+                ),
                 resolution=self.stream.resolution,
             )
             assert self.scaler.statistics is not None

@@ -7,6 +7,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,7 +40,11 @@ from sae_whiten import (
     WhiteningTrainer,
     WhiteningTrainingRunner,
 )
-from sae_whiten.training.activations_store import ResumableActivationsStore, check_buffer
+from sae_whiten.training.activations_store import (
+    ResumableActivationsStore,
+    buffer_field,
+    check_buffer,
+)
 from sae_whiten.training.stream import ActivationStream
 from tests.support import ROOT, runner_config, tiny_dataset, tiny_model
 
@@ -693,3 +698,15 @@ def test_a_buffer_that_saelens_leaves_open_holds_four_batches_and_is_recorded(tm
     assert json.loads((tmp_path / "runner_cfg.json").read_text())["n_batches_in_buffer"] == 20
     assert check_buffer(None, 128, 4096) == 128
     assert config.n_batches_in_buffer is None
+
+
+def test_the_buffer_goes_by_the_name_that_saelens_has_for_it():
+    old, new = SimpleNamespace(n_batches_in_buffer=5), SimpleNamespace(n_sequences_in_buffer=5)
+    renamed = SimpleNamespace(n_batches_in_buffer=None, n_sequences_in_buffer=5)
+    both = SimpleNamespace(n_batches_in_buffer=7, n_sequences_in_buffer=5)
+    assert [buffer_field(holder) for holder in (old, new, renamed, both)] == [
+        "n_batches_in_buffer",
+        "n_sequences_in_buffer",
+        "n_sequences_in_buffer",
+        "n_batches_in_buffer",
+    ]

@@ -2,22 +2,29 @@
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
 from torch import Tensor
 
-from sae_whiten import CorruptFileError, CovarianceWhiteningScaler, WhiteningConfig
+from sae_whiten import (
+    CorruptFileError,
+    CovarianceWhiteningScaler,
+    WhiteningConfig,
+    WhiteningTrainer,
+)
 from tests.reference import (
     D_IN,
     UNIT,
     estimated_by_stock,
     large_means,
 )
-from tests.support import friendly, whitening_of
+from tests.support import friendly, runner_config, training_sae, whitening_of
 
 
 def saved(folder: Path) -> Path:
@@ -46,9 +53,8 @@ def test_what_was_saved_whitens_alike(tmp_path):
         "{}",
         {"has_whitening": None},
         {"has_whitening": "yes"},
-        {"scaling_factor": "NaN"},
         {"scaling_factor": float("nan")},
-        {"scaling_factor": -1},
+        {"scaling_factor": 2.0},
         {"whitening_config": None},
         {"whitening_config": {"kind": "cholesky"}},
         {"whitening_config": {"bogus": 1}},
@@ -111,3 +117,60 @@ def test_bfloat16_activations_are_whitened_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(ours.scale(x), z)
         assert torch.equal(ours.scale(x.float()).bfloat16(), z)
+
+
+def batches(n: int, d_in: int = 8) -> Iterator[torch.Tensor]:
+    return iter(friendly(50 * n, d_in).split(50))
+
+
+def test_estimation_is_called_as_saelens_calls_it(caplog):
+    config = WhiteningConfig(tolerance=1e-4)
+    by_position, by_name = CovarianceWhiteningScaler(config), CovarianceWhiteningScaler(config)
+    by_position.estimate_whitening(8, batches(20), 10)
+    by_name.estimate_whitening(
+        d_in=8, data_provider=batches(20), n_batches_for_norm_estimate=10, eps=1e-3
+    )
+    for scaler in (by_position, by_name):
+        assert scaler.whitening is not None
+        assert scaler.whitening.n_samples == 500
+        assert scaler.whitening.matrix.shape == (8, 8)
+    assert "n_batches_for_norm_estimate=10 ended it" in caplog.text
+    x = friendly(5, 8)
+    assert torch.equal(by_name(x), by_name.scale(x))
+
+
+def test_what_means_something_else_for_saelens_is_refused_before_a_batch_is_read():
+    scaler, provider = CovarianceWhiteningScaler(), batches(3)
+    with pytest.raises(ValueError, match="WhiteningConfig.eps"):
+        scaler.estimate_whitening(8, provider, 10, 0.5)
+    with pytest.raises(ValueError, match="estimate_whitening"):
+        scaler.estimate_scaling_factor(
+            d_in=8, data_provider=provider, n_batches_for_norm_estimate=1
+        )
+    with pytest.raises(ValueError, match="n_batches_for_norm_estimate=0"):
+        scaler.estimate_whitening(8, provider, 0)
+    with pytest.raises(ValueError, match="no scaling factor"):
+        scaler.scaling_factor = 2.0
+    with pytest.raises(TypeError, match="sae_whiten.Whitening, got ActivationWhitening"):
+        scaler.whitening = ActivationWhitening(torch.zeros(8), torch.eye(8), torch.eye(8))  # pyright: ignore[reportAttributeAccessIssue]
+    assert len(list(provider)) == 3
+    assert (scaler.whitening, scaler.scaling_factor) == (None, None)
+
+
+def test_a_config_that_limits_the_batches_is_obeyed_unless_samples_are_asked_for(caplog):
+    def estimated(**options: Any) -> int:
+        n_batches = options.pop("n_batches_for_norm_estimate", 1000)
+        cfg = replace(
+            runner_config().to_sae_trainer_config(), n_batches_for_norm_estimate=n_batches
+        )
+        provider = (friendly(128, 32, seed) for seed in range(1000))
+        trainer = WhiteningTrainer(cfg, training_sae("topk"), provider, WhiteningConfig(**options))
+        trainer.estimate_whitening()
+        assert trainer.whitening is not None
+        return trainer.whitening.n_samples
+
+    assert estimated(tolerance=1e-4) == 32_000  # 1000 per dimension
+    caplog.clear()
+    assert estimated(tolerance=1e-4, n_batches_for_norm_estimate=20) == 20 * 128
+    assert "n_batches_for_norm_estimate=20 ended it" in caplog.text
+    assert estimated(n_samples=5000, n_batches_for_norm_estimate=20) == 40 * 128
