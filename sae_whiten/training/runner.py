@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import wandb
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
-from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
@@ -31,8 +30,8 @@ from sae_whiten.training.activations_store import (
 from sae_whiten.training.checkpoint import check_runner_settings, own_part, save_or_keep
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.data_parallel import logging_once, take_share
+from sae_whiten.training.pretrained import as_asked_for
 from sae_whiten.training.running import (
-    WHITENING_FILENAME,
     check_hook,
     connect,
     record_reading,
@@ -60,7 +59,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
     Args:
         cfg: SAELens' runner config, with `sae.normalize_activations="covariance_whitening"`. It is
             copied, never changed. With `from_pretrained_path`, a plain SAE is brought into whitened
-            coordinates, exactly, and trained on.
+            coordinates, exactly, and trained on as `cfg.sae` says. (Where that has latents ranked
+            by decoder norms, near ties may change: the norms are those under this whitening.)
         whitening: How to whiten; the default configuration, or that of the checkpoint which is
             resumed, if None.
         override_dataset: As for SAELens' runner.
@@ -73,7 +73,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
     Raises:
         ValueError: The config does not ask for whitening, its buffer is smaller than a batch, the
             model has no such hook, or the architecture does not go with
-            `whitening.sparsity_norms`. A `FieldError` where the value of a field cannot work: a
+            `whitening.sparsity_norms`; or the SAE at `from_pretrained_path` cannot be trained as
+            `cfg.sae` says. A `FieldError` where the value of a field cannot work: a
             size below 1, k above d_sae, a device that is not there, a context too long for the
             model.
         FoldError: No whitening can be folded into this architecture.
@@ -123,9 +124,12 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         if not self.cfg.use_cached_activations:
             check_hook(self.model, self.cfg.hook_name)
             require_context(self.cfg.context_size, self.model)
+        path = self.cfg.from_pretrained_path
+        self._start_from_folded = override_sae is None and path is not None
+        if self._start_from_folded:
+            self.sae = as_asked_for(self.sae, self.cfg.sae, str(path))
         self.sae.cfg = copy.deepcopy(self.sae.cfg)
         self._requested = self.cfg
-        self._start_from_folded = override_sae is None and self._check_pretrained()
         # before SAELens compiles the training step, for it is compiled with its losses
         enter_whitened_space(self.sae, whitening)
         self.activations_store = ResumableActivationsStore.adopt(self.activations_store)
@@ -172,6 +176,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             evaluator=self._evaluate,
             save_checkpoint_fn=self.save_checkpoint,
             start_from_folded=self._start_from_folded,
+            train_as=self.cfg.sae if self._start_from_folded else None,
         )
         stream = self.trainer.stream
         connect(stream, store)
@@ -227,27 +232,6 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
         record_reading(self.sae, self.cfg)
-
-    def _check_pretrained(self) -> bool:
-        """Whether `self.sae` is plain and has to be brought into whitened coordinates."""
-        path = self.cfg.from_pretrained_path
-        if self.sae.cfg.normalize_activations == "covariance_whitening":
-            if path is not None:
-                raise ValueError(
-                    f"{path} holds an SAE whose weights are in whitened coordinates "
-                    f"(normalize_activations='covariance_whitening') and no {WHITENING_FILENAME} "
-                    f"that says in which: a checkpoint of SAELens' own trainer? Its weights mean "
-                    f"nothing under another whitening. Fold it first, with the "
-                    f"{ACTIVATION_WHITENING_FILENAME} it was trained with."
-                )
-            return False
-        if self.sae.cfg.normalize_activations != "none":
-            raise ValueError(
-                f"{path} holds an SAE with "
-                f"normalize_activations={self.sae.cfg.normalize_activations!r}; only a plain one "
-                "('none') can be brought into whitened coordinates"
-            )
-        return True
 
     def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
         if isinstance(self.evaluator, LLMSaeEvaluator):

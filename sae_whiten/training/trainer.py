@@ -20,6 +20,7 @@ from sae_lens.saes.sae import (
     T_TRAINING_SAE,
     T_TRAINING_SAE_CONFIG,
     TrainingSAE,
+    TrainingSAEConfig,
     TrainStepOutput,
 )
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer
@@ -34,7 +35,6 @@ from sae_whiten.architectures.folding import (
     FoldError,
     fold_whitening_into_weights,
     folded_copy,
-    unfold_whitening_from_weights,
 )
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
@@ -59,6 +59,7 @@ from sae_whiten.training.data_parallel import (
     share_training,
     shared_step,
 )
+from sae_whiten.training.pretrained import unfold_for_training
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.training_sae import (
@@ -100,6 +101,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         save_checkpoint_fn: As for `SAETrainer`; called while the directory is being written.
         start_from_folded: Take an SAE with `normalize_activations="none"` and go on training it
             under whitening: it is brought into whitened coordinates before the first step.
+        train_as: With `start_from_folded`, a config with the dtype, and with ranking by decoder
+            norms, that folding took away and training is to have again.
 
     Attributes:
         whitening: The whitening, once it is estimated or loaded. (`scaler.whitening` is None again
@@ -123,6 +126,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         evaluator: Evaluator[T_TRAINING_SAE] | None = None,
         save_checkpoint_fn: Callable[..., None] | None = None,
         start_from_folded: bool = False,
+        train_as: TrainingSAEConfig | None = None,
     ) -> None:
         if not hasattr(data_provider, "__next__"):
             kind = type(data_provider).__name__
@@ -143,7 +147,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if cfg.lr_end is None:
             # as SAELens' runner has it; its trainer asserts that somebody has set it
             cfg = replace(cfg, lr_end=cfg.lr / 10)
-        ranks_by_norm = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
+        ranks_by_norm = getattr(train_as or sae.cfg, "rescale_acts_by_decoder_norm", False)
         by_original = whitening is not None and whitening.sparsity_norms == "original"
         if start_from_folded and ranks_by_norm and by_original:
             raise ValueError(
@@ -159,7 +163,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._given_evaluator = evaluator
         self.whitening: Whitening | None = None
         self._given_config = whitening
-        self._start_from_folded = start_from_folded
+        self._start_from_folded, self._train_as = start_from_folded, train_as
         self._weights_before_fold: dict[str, Tensor] | None = None
         self._cfg_before_fold: dict[str, Any] = {}
         self._finished = False
@@ -243,7 +247,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 f"the whitening is of width {whitening.d_in}, the SAE of width {self.sae.cfg.d_in}"
             )
         if self._start_from_folded and self.n_training_steps == 0:
-            unfold_whitening_from_weights(self.sae, whitening)
+            unfold_for_training(self.sae, whitening, self._train_as)
         self._start_from_folded = False
         set_whitening(self.sae, whitening, trainer=self)
         if isinstance(self.stream, SharedStream):
@@ -510,13 +514,13 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if self._start_from_folded:
             # which is what the weights in the checkpoint were when they were trained
             unfolded = copy.deepcopy(self.sae)
-            unfold_whitening_from_weights(unfolded, saved.whitening)
+            unfold_for_training(unfolded, saved.whitening, self._train_as)
             cfg = unfolded.cfg
         weights = read_training_weights(checkpoint_path, cfg, saved.whitening)
         check_trainer_state(directory)
 
         if unfolded is not None:
-            unfold_whitening_from_weights(self.sae, saved.whitening)
+            unfold_for_training(self.sae, saved.whitening, self._train_as)
         # the optimizer's state goes to where the parameters are
         self.sae.to(self.cfg.device)
         super().load_trainer_state(directory)
