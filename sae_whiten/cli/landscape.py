@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compute, print, draw."""
-    from sae_whiten.lenses.figures import plot_landscapes
+    from sae_whiten.lenses.landscape.figure import plot_landscapes
     from sae_whiten.lenses.landscape.simulation import LandscapeConfig, landscapes
 
     config = LandscapeConfig(args.angle, args.activity, args.ratio, args.seed)

@@ -102,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
 
     from sae_whiten._checks import require_device, require_number
     from sae_whiten._files import atomic_path
-    from sae_whiten.lenses.figures import plot_recovery
     from sae_whiten.lenses.synthetic.data import SyntheticDataConfig
     from sae_whiten.lenses.synthetic.experiment import (
         CHANCE,
@@ -112,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
         run_all,
         summarise,
     )
+    from sae_whiten.lenses.synthetic.figure import plot_recovery
 
     for name in ("seeds", "steps", "jobs"):
         require_number(name, getattr(args, name))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sae_whiten.comparison.paired import PairedDifference
 from sae_whiten.evaluation.metrics import null_directions
+from sae_whiten.evaluation.paper_style import MARKERS, common_pattern, n_legend_columns
 from sae_whiten.evaluation.paper_style import new_figure as _new_figure
 from sae_whiten.evaluation.paper_style import paper_style as _paper_style
 from sae_whiten.evaluation.paper_style import save_figure as _save
@@ -33,8 +34,7 @@ _NAMES_IN_A_COLUMN = 26
 _PAGE_WIDTH = 7.0  # inches, both columns of a paper
 _MOST_TICKS = 7
 
-# told apart in black and white: cycles of lengths 9, 4 and 3 repeat together after 36 lines
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+# with 9 markers, cycles of lengths 9, 4 and 3 repeat together after 36 lines
 _LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
 _GREYS = ("0", "0.45", "0.65")
 
@@ -262,7 +262,7 @@ def _plot_lines(
             axes.set_xlabel(x_label)
         shown = [name for name in names if name in handles]
         width, height = figure.get_size_inches()
-        n_columns = _n_legend_columns(shown, width)
+        n_columns = n_legend_columns(shown, width)
         figure.set_size_inches(width, height + 0.18 * math.ceil(len(shown) / n_columns))
         figure.legend(
             [handles[name] for name in shown],
@@ -275,12 +275,6 @@ def _plot_lines(
         _save(figure, path)
 
 
-def _n_legend_columns(names: Sequence[str], width: float) -> int:
-    """As many as fit side by side, if a letter of the legend is as wide as it is on average."""
-    column = 0.8 + 0.062 * max(map(len, names), default=0)  # inches
-    return max(1, min(len(names), int(width / column)))
-
-
 def _draw_points(axes: Any, points: Sequence[Point], i: int) -> Any:
     """Points of line number `i` with their bars; returns what stands for them in a legend."""
     grey = _GREYS[i % len(_GREYS)]
@@ -290,7 +284,7 @@ def _draw_points(axes: Any, points: Sequence[Point], i: int) -> Any:
         xerr=[0 if math.isnan(point.x_sd) else point.x_sd for point in points],
         yerr=[0 if math.isnan(point.y_sd) else point.y_sd for point in points],
         color=grey,
-        marker=_MARKERS[i % len(_MARKERS)],
+        marker=MARKERS[i % len(MARKERS)],
         markersize=4,
         markerfacecolor=("white", grey)[i % 2],
         markeredgewidth=0.9,
@@ -371,7 +365,7 @@ def _add_key(figure: "Figure", axes: Any) -> None:
     if len(names) == 1:
         figure.suptitle(names[0], fontsize=7)
         return
-    pattern, short = _in_common(names)
+    pattern, short = common_pattern(names)
     figure.legend(
         handles,
         short,
@@ -386,30 +380,6 @@ def _add_key(figure: "Figure", axes: Any) -> None:
         handletextpad=0.5,
         columnspacing=1,
     )
-
-
-def _in_common(names: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What dotted names have in common, as a pattern, and the rest of each.
-
-    >>> _in_common(["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"])
-    ('blocks.*.hook_mlp_out', ['0', '1'])
-    """
-    split = [name.split(".") for name in names]
-    if len(split) < 2:
-        return None, list(names)
-    head = _n_equal(split)
-    rest = [parts[head:] for parts in split]
-    tail = _n_equal([parts[::-1] for parts in rest])
-    short = [".".join(parts[: len(parts) - tail]) for parts in rest]
-    if head + tail == 0 or not all(short):
-        return None, list(names)
-    return ".".join([*split[0][:head], "*", *rest[0][len(rest[0]) - tail :]]), short
-
-
-def _n_equal(lists: Sequence[Sequence[str]]) -> int:
-    """How many elements all lists begin with."""
-    columns = zip(*lists, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _not_shown(null: dict[str, Tensor]) -> str:

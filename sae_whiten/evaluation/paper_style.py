@@ -1,6 +1,8 @@
-"""What all figures share: type sizes for one column of a paper, no display, whole files."""
+"""What all figures share: type sizes for one column of a paper, no display, whole files, names."""
 
+import itertools
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,18 @@ from sae_whiten._files import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["new_figure", "paper_style", "save_figure"]
+__all__ = [
+    "MARKERS",
+    "common_pattern",
+    "n_legend_columns",
+    "new_figure",
+    "paper_style",
+    "save_figure",
+    "without_common_folders",
+]
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+"""Told apart in black and white."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -89,3 +102,48 @@ def _write_powers_plainly(figure: "Figure") -> None:
                 axis.set_major_formatter(PlainPowers(labelOnlyBase=major.labelOnlyBase))
             if isinstance(minor, LogFormatterMathtext):
                 axis.set_minor_formatter(PlainPowers(labelOnlyBase=minor.labelOnlyBase))
+
+
+def n_legend_columns(names: Sequence[str], width: float) -> int:
+    """As many as fit side by side in `width` inches, if a letter is as wide as it is on average."""
+    column = 0.8 + 0.062 * max(map(len, names), default=0)  # inches
+    return max(1, min(len(names), int(width / column)))
+
+
+def common_pattern(names: Sequence[str]) -> tuple[str | None, list[str]]:
+    """What dotted names have in common, as a pattern, and the rest of each.
+
+    >>> common_pattern(["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"])
+    ('blocks.*.hook_mlp_out', ['0', '1'])
+    >>> common_pattern(["embed", "blocks.0.hook_mlp_out"])
+    (None, ['embed', 'blocks.0.hook_mlp_out'])
+    """
+    split = [name.split(".") for name in names]
+    if len(split) < 2:
+        return None, list(names)
+    head = _n_equal(split)
+    rest = [parts[head:] for parts in split]
+    tail = _n_equal([parts[::-1] for parts in rest])
+    short = [".".join(parts[: len(parts) - tail]) for parts in rest]
+    if head + tail == 0 or not all(short):
+        return None, list(names)
+    return ".".join([*split[0][:head], "*", *rest[0][len(rest[0]) - tail :]]), short
+
+
+def without_common_folders(paths: Sequence[str]) -> list[str]:
+    """Paths without the folders that they all are in.
+
+    >>> without_common_folders(["runs/topk/final", "runs/topk_vsae/final"])
+    ['topk/final', 'topk_vsae/final']
+    """
+    if len(paths) < 2:
+        return list(paths)
+    split = [path.split("/") for path in paths]
+    n = min(_n_equal(split), min(map(len, split)) - 1)
+    return ["/".join(parts[n:]) for parts in split]
+
+
+def _n_equal(lists: Sequence[Sequence[str]]) -> int:
+    """How many elements all lists begin with."""
+    columns = zip(*lists, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

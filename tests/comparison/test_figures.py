@@ -144,13 +144,3 @@ def test_the_key_covers_no_line_and_tells_the_lines_apart_without_colour(
     assert grey[-1] < 0.8
     for a, b in itertools.pairwise(lines):
         assert a.get_linestyle() != b.get_linestyle()
-
-
-def test_names_are_shortened_by_what_they_have_in_common() -> None:
-    shorten = figures._in_common
-    assert shorten(["a.1.x", "a.11.x", "a.1.y.x"]) == ("a.*.x", ["1", "11", "1.y"])
-    assert shorten(["h.0", "h.1"]) == ("h.*", ["0", "1"])
-    # nothing in common, or nothing left
-    assert shorten(["a.x", "b.y"]) == (None, ["a.x", "b.y"])
-    assert shorten(["a.x", "a.x.y"]) == (None, ["a.x", "a.x.y"])
-    assert shorten(["a.x"]) == (None, ["a.x"])

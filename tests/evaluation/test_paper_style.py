@@ -8,7 +8,13 @@ from matplotlib.text import Text
 
 from sae_whiten import ActivationStatistics
 from sae_whiten.cli import main
-from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
+from sae_whiten.evaluation.paper_style import (
+    common_pattern,
+    new_figure,
+    paper_style,
+    save_figure,
+    without_common_folders,
+)
 
 from ..support import friendly
 
@@ -52,3 +58,19 @@ def test_inspect_draws_hooks_with_a_dollar_in_their_names(tmp_path: Path) -> Non
     files = [str(path) for path in sorted(tmp_path.glob("*.safetensors"))]
     assert main(["inspect", *files, "--plot", str(tmp_path / "figures")]) == 0
     assert len(list((tmp_path / "figures").iterdir())) >= 2
+
+
+def test_names_are_shortened_by_what_they_have_in_common() -> None:
+    shorten = common_pattern
+    assert shorten(["a.1.x", "a.11.x", "a.1.y.x"]) == ("a.*.x", ["1", "11", "1.y"])
+    assert shorten(["h.0", "h.1"]) == ("h.*", ["0", "1"])
+    # nothing in common, or nothing left
+    assert shorten(["a.x", "b.y"]) == (None, ["a.x", "b.y"])
+    assert shorten(["a.x", "a.x.y"]) == (None, ["a.x", "a.x.y"])
+    assert shorten(["a.x"]) == (None, ["a.x"])
+
+
+def test_paths_are_shown_without_the_folders_that_all_are_in() -> None:
+    assert without_common_folders(["a/b/c", "a/b/d"]) == ["c", "d"]
+    assert without_common_folders(["a/b", "a/b/c"]) == ["b", "b/c"]  # nothing is left empty
+    assert without_common_folders(["a/b"]) == ["a/b"]

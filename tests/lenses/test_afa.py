@@ -445,7 +445,7 @@ def test_what_cannot_be_measured_is_refused_by_name():
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn, instead of files."""
     figures: list[Any] = []
-    monkeypatch.setattr(afa_figures, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(afa_figures, "save_figure", lambda figure, path: figures.append(figure))
     return figures
 
 

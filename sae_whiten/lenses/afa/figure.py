@@ -1,4 +1,4 @@
-"""The ZF plot, and half-violins of NMSE and eps-LBO: see `evaluation.afa`.
+"""The ZF plot, and half-violins of NMSE and eps-LBO: see `norms`.
 
 After the figures of Lee et al. (arXiv 2503.24277), in a form that can be read without colour.
 """
@@ -13,10 +13,15 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from sae_whiten.comparison.figures import _MARKERS, _in_common, _n_equal, _n_legend_columns
-from sae_whiten.evaluation.paper_style import new_figure as _new_figure
-from sae_whiten.evaluation.paper_style import paper_style as _paper_style
-from sae_whiten.evaluation.paper_style import save_figure as _save
+from sae_whiten.evaluation.paper_style import (
+    MARKERS,
+    common_pattern,
+    n_legend_columns,
+    new_figure,
+    paper_style,
+    save_figure,
+    without_common_folders,
+)
 from sae_whiten.lenses.afa.norms import BANDS, AFASamples, band_slopes
 
 if TYPE_CHECKING:
@@ -60,8 +65,8 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         low, high = float(np.quantile(values[values > 0], _CUT)) / 1.2, high * 1.2
     n_hidden = sum(int(((z < low) | (f < low)).sum()) for z, f in points.values())
     pattern, labels = _short_names(list(points))
-    with _paper_style():
-        figure = _new_figure(width=3.4, height=3.4)
+    with paper_style():
+        figure = new_figure(width=3.4, height=3.4)
         axes = figure.add_subplot()
         bands = _draw_bands(axes, low, high)
         for i, (label, (z, f)) in enumerate(zip(labels, points.values(), strict=True)):
@@ -81,7 +86,7 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         axes.text(0.03, 0.97, "over-activated", va="top", **corner)
         axes.text(0.97, 0.03, "under-activated", ha="right", **corner)
         _add_keys(figure, axes, bands, pattern)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _set_logarithmic(axes: Any, low: float, high: float) -> None:
@@ -130,7 +135,7 @@ def _draw_samples(
         z,
         f,
         linestyle="none",
-        marker=_MARKERS[i % len(_MARKERS)],
+        marker=MARKERS[i % len(MARKERS)],
         markersize=2.5,
         markeredgewidth=0.4,
         color=colormaps["viridis"](0.85 * i / max(n - 1, 1)),
@@ -163,7 +168,7 @@ def _add_keys(figure: "Figure", axes: Any, bands: list[Any], pattern: str | None
     saes = [handle for handle in axes.lines if handle.get_marker() != "None"]
     labels = [handle.get_label() for handle in saes]
     width, height = figure.get_size_inches()
-    n_columns = _n_legend_columns(labels, width)
+    n_columns = n_legend_columns(labels, width)
     n_rows = math.ceil(len(labels) / n_columns) + (pattern is not None)
     figure.set_size_inches(width, height + 0.16 * n_rows + 0.5)
     figure.legend(
@@ -189,12 +194,12 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         ValueError: There are no samples, or matplotlib does not know the format.
     """
     pattern, labels = _short_names(list(samples))
-    with _paper_style():
+    with paper_style():
         width = 3.4 if len(samples) < _WIDE_FROM else 7.0
         letters = max(map(len, labels), default=0)
         # names at an angle, which takes height, where they do not fit side by side
         long = 0.07 * letters * len(labels) > width - 1.2
-        figure = _new_figure(width, height=2.4 + 0.03 * letters * long)
+        figure = new_figure(width, height=2.4 + 0.03 * letters * long)
         left = figure.add_subplot()
         right = left.twinx()
         right.spines["right"].set_visible(True)
@@ -213,7 +218,7 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         left.tick_params(axis="x", length=0)
         if pattern is not None:
             left.set_xlabel(pattern)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _draw_halves(axes: Any, columns: Sequence[Tensor], side: int, title: str) -> None:
@@ -276,11 +281,9 @@ def _density(
 def _short_names(names: Sequence[str]) -> tuple[str | None, list[str]]:
     """What hooks have in common, as a pattern, and the rest of each; paths without the folders that
     all are in, and cut where they would leave no room for the axes."""
-    pattern, short = _in_common(names)
-    if pattern is None and len(names) > 1:
-        split = [name.split("/") for name in names]
-        n = min(_n_equal(split), min(map(len, split)) - 1)
-        short = ["/".join(parts[n:]) for parts in split]
+    pattern, short = common_pattern(names)
+    if pattern is None:
+        short = without_common_folders(names)
     cut = _MOST_LETTERS
     return pattern, [name if len(name) <= cut else f"…{name[1 - cut :]}" for name in short]
 

@@ -1,4 +1,4 @@
-"""Norms of inputs and of their sparse codes, at the last token of prompts: see `evaluation.afa`.
+"""Norms of inputs and of their sparse codes, at the last token of prompts: see `norms`.
 
 SAEs are taken as they are: any that SAELens loads, for raw activations, however they were trained.
 """

@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
+from sae_whiten.evaluation.paper_style import (
+    new_figure,
+    paper_style,
+    save_figure,
+    without_common_folders,
+)
 from sae_whiten.lenses.latents.embedding import ACTIVATIONS, LatentMap, LatentSpace
 
 __all__ = ["plot_latent_space"]
@@ -56,7 +61,7 @@ def plot_latent_space(latent_space: LatentSpace, path: str | Path) -> None:
         rates = np.concatenate([m.firing_rates[~m.dead] for m in maps])
         norm = LogNorm(*_decades(rates))
         colours = _colours()
-        titles = _titles([m.name for m in maps])
+        titles = _titles(maps)
         for row, members in zip(grid, rows, strict=True):
             for axes in row[len(members) :]:
                 axes.remove()
@@ -121,18 +126,10 @@ def _draw(axes: Any, title: str, latent_map: LatentMap, norm: Any, colours: Any)
         axes.spines[side].set_visible(True)
 
 
-def _titles(names: Sequence[str]) -> dict[str, str]:
-    """What tells names apart: paths without the folders that they all are in.
-
-    >>> _titles(["runs/topk/final", "runs/topk_vsae/final"])
-    {'runs/topk/final': 'topk/final', 'runs/topk_vsae/final': 'topk_vsae/final'}
-    """
-    parts = [name.split("/") for name in names]
-    n = 0
-    if len(names) > 1:
-        while all(len(p) > n + 1 and p[n] == parts[0][n] for p in parts):
-            n += 1
-    return {name: "/".join(p[n:]) for name, p in zip(names, parts, strict=True)}
+def _titles(maps: Sequence[LatentMap]) -> dict[str, str]:
+    """What tells the names of SAEs apart, by name."""
+    names = [m.name for m in maps]
+    return dict(zip(names, without_common_folders(names), strict=True))
 
 
 def _shown(latent_map: LatentMap) -> str:
@@ -145,7 +142,7 @@ def _shown(latent_map: LatentMap) -> str:
 
 
 def _caption(latent_space: LatentSpace) -> str:
-    titles = _titles([m.name for m in latent_space.maps])
+    titles = _titles(latent_space.maps)
     perplexities = sorted({m.perplexity for m in latent_space.maps})
     said = (
         f"t-SNE of {latent_space.of} by cosine, perplexity "

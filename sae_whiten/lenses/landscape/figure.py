@@ -1,0 +1,89 @@
+"""The figure of the simulation in two dimensions."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
+from sae_whiten.lenses.landscape.simulation import Landscape
+
+__all__ = ["plot_landscapes"]
+
+
+def plot_landscapes(before: Landscape, after: Landscape, path: str | Path) -> None:
+    """Draw both landscapes: recovery in greys, lines of equal sparsity, and the two optima.
+
+    Args:
+        before: Of the activations.
+        after: Of the whitened activations.
+        path: Where to write; its suffix is the format (.png, .pdf, .svg).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: matplotlib does not know the format.
+    """
+    with paper_style():
+        figure = new_figure(width=7.0, height=3.7)
+        panels = figure.subplots(1, 2, sharey=True)
+        greys = None
+        for axes, (title, found) in zip(
+            panels, {"before whitening": before, "after whitening": after}.items(), strict=True
+        ):
+            # rows of the arrays are the first angle, which is drawn from left to right
+            greys = axes.contourf(
+                found.angles,
+                found.angles,
+                found.recovery.T,
+                levels=np.linspace(0.4, 1, 25),
+                cmap="Greys_r",
+                extend="min",
+            )
+            lowest = found.cost.min()
+            axes.contour(
+                found.angles,
+                found.angles,
+                found.cost.T / lowest,
+                levels=[1.02, 1.05, 1.1, 1.2, 1.4, 1.8],
+                colors="black",
+                linewidths=0.6,
+            )
+            for swap in (1, -1):
+                axes.plot(
+                    *found.features[::swap],
+                    "o",
+                    markersize=9,
+                    markerfacecolor="none",
+                    color="black",
+                    linestyle="none",
+                    label="features: best recovery" if swap == 1 else None,
+                )
+                axes.plot(
+                    *found.optimum[::swap],
+                    "x",
+                    markersize=6,
+                    markeredgewidth=1.5,
+                    color="black",
+                    linestyle="none",
+                    label="sparsest dictionary" if swap == 1 else None,
+                )
+            axes.set_title(
+                f"{title}: {found.misalignment:.1f}° apart, recovery "
+                f"{found.recovery_at_optimum:.3f}",
+                fontsize=8,
+            )
+            axes.set_xlabel("angle of the first vector (degrees)")
+            axes.set_xticks([0, 45, 90, 135, 180])
+            axes.set_yticks([0, 45, 90, 135, 180])
+            axes.set_aspect("equal")
+        panels[0].set_ylabel("angle of the second vector (degrees)")
+        assert greys is not None
+        figure.colorbar(
+            greys, ax=list(panels), label="recovery of the sources", ticks=[0.4, 0.6, 0.8, 1]
+        )
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=2,
+            frameon=False,
+        )
+        save_figure(figure, path)
