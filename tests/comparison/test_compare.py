@@ -15,16 +15,10 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_whiten import ActivationStatistics, Whitening
 from sae_whiten.architectures.losses import ReconstructionMetric
-from sae_whiten.comparison.compare import (
-    CONDITIONS,
-    Comparison,
-    _arms,
-    _sae_config,
-    _scales,
-    _unit,
-    compare,
-)
+from sae_whiten.comparison.compare import compare
+from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import describe_rows
+from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
 from sae_whiten.training import multi_runner
 from tests.support import tiny_dataset, tiny_model
 
@@ -96,7 +90,7 @@ def test_what_does_not_go_together_is_left_out_and_said(finished, caplog):
         "topk_vsae": ["original_norms"],
         "matching_pursuit": ["original", "original_norms"],
     }
-    names = [arm.name for arm in _arms(norms)]
+    names = [arm.name for arm in arms(norms)]
     assert "matching_pursuit-none" in names
     assert "standard-original_norms-2" in names
     assert "topk-original_norms-k8" not in names
@@ -106,8 +100,8 @@ def test_options_go_into_the_configs_and_belong_to_the_comparison(finished):
     out, _ = finished
     given = {"topk_vsae": {"variance": "fixed", "initial_logvar": -5.0}, "top_afa": {}}
     comparison = dataclasses.replace(SMALL, sae_options=given)
-    arms = {arm.name: arm for arm in _arms(comparison)}
-    cfg: Any = _sae_config(comparison, arms["topk_vsae-half-k8"])
+    planned = {arm.name: arm for arm in arms(comparison)}
+    cfg: Any = sae_config(comparison, planned["topk_vsae-half-k8"])
     assert (cfg.variance, cfg.initial_logvar, cfg.k) == ("fixed", -5, 8)
     assert cfg.kl_warm_up_steps == 3  # a tenth of 30
     with pytest.raises(ValueError, match=r"holds a comparison with sae_options=\{\} \(now"):
@@ -127,8 +121,8 @@ def test_noise_and_prior_keep_their_proportion_to_the_latents():
     statistics = ActivationStatistics(16)
     statistics.update(100 * torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)))
     found: dict[str, Any] = {
-        arm.condition: _sae_config(SMALL, arm, statistics)
-        for arm in _arms(SMALL)
+        arm.condition: sae_config(SMALL, arm, statistics)
+        for arm in arms(SMALL)
         if arm.architecture == "topk_vsae"
     }
     assert found["original"].initial_logvar == 0
@@ -192,7 +186,7 @@ def test_coefficients_weigh_the_same_in_every_space_and_unit(name, scale):
     x = scale * (spread * torch.randn(5000, 16, generator=g, dtype=torch.float64) + 3)
     statistics = ActivationStatistics(16)
     statistics.update(x)
-    config = CONDITIONS[name]
+    config = CONDITIONS[name].whitening
     if config is None:
         z, loss = x, float((x - x.mean(0)).square().sum(-1).mean())
     else:
@@ -202,8 +196,13 @@ def test_coefficients_weigh_the_same_in_every_space_and_unit(name, scale):
         # of predicting the mean
         loss = float(metric(torch.zeros_like(z), z).sum(-1).mean())
     rms = float((z - z.mean(0)).square().mean().sqrt())
-    scales = _scales(name, statistics)
-    l1, l0, kl = (_unit(f"{kind}_coefficient", *scales) for kind in ("l1", "l0", "kl"))
+
+    def coefficient(architecture, field):
+        arm = Arm(architecture, name, sparsity=8, coefficient=1.0)
+        return getattr(sae_config(SMALL, arm, statistics), field)
+
+    l1, l0 = coefficient("standard", "l1_coefficient"), coefficient("jumprelu", "l0_coefficient")
+    kl = coefficient("topk_vsae", "kl_coefficient")
     assert l1 * rms / (loss / 16) == pytest.approx(1, abs=0.025)
     assert l0 / (loss / 16) == pytest.approx(1, abs=0.025)
     assert kl * rms**2 / (loss / 16) == pytest.approx(1, abs=0.05)
@@ -212,7 +211,7 @@ def test_coefficients_weigh_the_same_in_every_space_and_unit(name, scale):
 def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, monkeypatch):
     out, records = finished
     with monkeypatch.context() as patch:
-        patch.setattr("sae_whiten.comparison.compare._train", None)
+        patch.setattr("sae_whiten.comparison.compare.train_arms", None)
         assert run(out) == records
         (out / "results.jsonl").unlink()  # as if killed before the evaluation
         again = run(out)
@@ -235,14 +234,14 @@ def test_architectures_are_compared_without_whitening_and_k_can_be_added(
     )
     both = dataclasses.replace(one, sparsity=(2, 16))
     with monkeypatch.context() as patch:
-        patch.setattr("sae_whiten.comparison.compare._train", None)
+        patch.setattr("sae_whiten.comparison.compare.train_arms", None)
         with pytest.raises(TypeError):
             run(tmp_path / "a", dataclasses.replace(one, lr=5.0, context_size=16))
     # nothing was trained, so other settings may come, but not take the place of the statistics
     # where these are the same
     statistics = tmp_path / "a" / "statistics"
     with monkeypatch.context() as patch:
-        patch.setattr("sae_whiten.comparison.compare._train", None)
+        patch.setattr("sae_whiten.comparison.compare.train_arms", None)
         before = [path.stat().st_mtime_ns for path in statistics.iterdir()]
         with pytest.raises(TypeError):
             run(tmp_path / "a", dataclasses.replace(one, lr=5.0, context_size=16, seeds=(0, 1)))
@@ -325,14 +324,18 @@ def test_too_few_rows_are_refused_with_their_number(tmp_path, stream):
         ({"conditions": ("none", "white")}, "no condition white; there are none, centred"),
         (
             {"architectures": ("topk",), "conditions": ("none",)},
-            "nothing is whitened; add one of centred.* or another architecture",
+            "nothing is whitened; add another architecture, or one of the conditions centred, wh",
         ),
         ({"seeds": (0, 0)}, "none twice"),
-        ({"training_tokens": 10}, "training_tokens=10: fewer than .*train_batch_size_tokens=128"),
+        ({"training_tokens": 10}, "training_tokens=10: .* at least 128"),
+        ({"sparsity": (0,)}, "sparsity=0: must be"),
+        ({"held_out_sequences": 0}, "held_out_sequences=0: must be"),
+        ({"lr": 0.0}, "lr=0.0: must be"),
+        ({"device": "nowhere"}, "device='nowhere': PyTorch"),
         ({"sparsity": ()}, "at least one"),
         ({"architectures": ("topk", "nope")}, "no architecture nope; there are standard"),
         ({"architectures": ("top_afa",)}, "nothing is whitened .TopAFA.*; add another arch"),
-        ({"sparsity": (8, 300), "d_sae": 256}, "sparsity=300 of d_sae=256 latents"),
+        ({"sparsity": (8, 300), "d_sae": 256}, "d_sae=256: must be .* at least 300"),
         ({"sae_options": {"topk_vsae": {"relu_mean": "no"}}}, "relu_mean='no': True or False"),
         ({"sae_options": {"topk_vsae": {"kl_coefficient": None}}}, "kl_coefficient=None: must be"),
         ({"conditions": ("original", "half")}, "top_afa goes with none of the conditions original"),

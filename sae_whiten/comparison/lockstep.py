@@ -1,0 +1,118 @@
+"""Train SAEs of a comparison together, on one stream of activations."""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE
+from transformer_lens import HookedRootModule
+
+from sae_whiten.comparison.conditions import CONDITIONS
+from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
+from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.training.multi_runner import WhiteningMultiSAETrainingRunner
+
+__all__ = ["train_arms"]
+
+_ESTIMATION_BATCHES = 25  # of expected_average_only_in, which no SAE is trained on
+
+
+class _LockstepRunner(WhiteningMultiSAETrainingRunner):
+    """Trains any SAEs of a comparison, for what is left after a kill may hold no whitened one."""
+
+    _needs_whitening = False
+
+
+def train_arms(
+    comparison: Comparison,
+    untrained: Sequence[Arm],
+    seed: int,
+    model: HookedRootModule,
+    dataset: Any,
+    out: Path,
+    names: Mapping[str, Any],
+) -> None:
+    """Train SAEs of one seed, or go on from their last checkpoint.
+
+    Each becomes what it would have become beside all others of the comparison.
+
+    Args:
+        comparison: That they are of.
+        untrained: Which ones.
+        seed: Of the weights and of the order in which activations are mixed.
+        model: As SAELens loads it.
+        dataset: What is trained on, in the order of this seed.
+        out: Folder of the comparison, with the statistics. Receives the SAEs in `saes/seed-...`,
+            and meanwhile their checkpoints.
+        names: model_name, model_class_name, model_from_pretrained_kwargs and dataset_path for the
+            metadata of the SAEs.
+    """
+    path = statistics_file(out / "statistics", comparison.hook_name)
+    statistics = ActivationStatistics.load(path)
+    saes: dict[str, TrainingSAE[Any]] = {}
+    whitening: dict[str, WhiteningConfig] = {}
+    for arm in _with_the_same_data(comparison, untrained):
+        sae_class, _ = get_sae_training_class(arm.architecture)
+        # equal for all conditions of an architecture
+        torch.manual_seed(seed)
+        saes[arm.name] = sae_class(sae_config(comparison, arm, statistics))
+        config = CONDITIONS[arm.condition].whitening
+        if config is not None:
+            whitening[arm.name] = dataclasses.replace(config, statistics=str(path))
+    checkpoints = out / "checkpoints" / f"seed-{seed}"
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={name: sae.cfg for name, sae in saes.items()},
+        hook_names=comparison.hook_name,
+        **names,
+        streaming=isinstance(dataset, datasets.IterableDataset),
+        context_size=comparison.context_size,
+        prepend_bos=comparison.prepend_bos,
+        exclude_special_tokens=comparison.exclude_special_tokens,
+        store_batch_size_prompts=comparison.store_batch_size_prompts,
+        # four batches to mix
+        n_batches_in_buffer=math.ceil(
+            4 * comparison.train_batch_size_tokens / comparison.context_size
+        ),
+        training_tokens=comparison.training_tokens,
+        train_batch_size_tokens=comparison.train_batch_size_tokens,
+        lr=comparison.lr,
+        lr_warm_up_steps=comparison.n_steps // 20,
+        lr_decay_steps=comparison.n_steps // 5,
+        # SAELens' 1000 steps are more than a short run has, and no latent would count as dead
+        dead_feature_window=min(1000, max(1, comparison.n_steps // 3)),
+        n_batches_for_norm_estimate=_ESTIMATION_BATCHES,
+        device=comparison.device,
+        seed=seed,
+        logger=LoggingConfig(log_to_wandb=False, wandb_id=f"seed-{seed}"),
+        n_checkpoints=2,
+        checkpoint_path=str(checkpoints.parent),
+        output_path=str(out / "saes" / f"seed-{seed}"),
+    )
+    found = [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()]
+    if found:
+        cfg.resume_from_checkpoint = str(checkpoints / str(max(found)))
+    # the order in which SAELens mixes activations comes from torch's generator
+    torch.manual_seed(seed)
+    _LockstepRunner(
+        cfg, whitening, override_dataset=dataset, override_model=model, override_saes=saes
+    ).run()
+    shutil.rmtree(checkpoints, ignore_errors=True)  # of many SAEs, which are saved now
+
+
+def _with_the_same_data(comparison: Comparison, untrained: Sequence[Arm]) -> list[Arm]:
+    """These SAEs, and what they have to be trained beside to get the data that all others had.
+
+    SAELens takes the scaling factor of expected_average_only_in from batches that no SAE is then
+    trained on, so one SAE of that condition shifts the data of all.
+    """
+    shifting = [arm for arm in arms(comparison) if arm.condition == "expected_average_only_in"]
+    return [*untrained, *(shifting[:1] if not set(shifting) & set(untrained) else [])]
