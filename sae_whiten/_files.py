@@ -33,6 +33,7 @@ __all__ = [
     "number_field",
     "reading_content",
     "recover",
+    "require_empty",
     "save_tensors",
     "tensor_of_shape",
     "write_json",
@@ -149,6 +150,17 @@ def check_writable(path: str | Path) -> None:
         raise NotADirectoryError(f"{path} is a file")
     with tempfile.TemporaryFile(dir=path):
         pass
+
+
+def require_empty(path: str | Path) -> None:
+    """Refuse a folder that holds something; it need not exist.
+
+    Raises:
+        FileExistsError: It does, or is a file.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty folder")
 
 
 @contextlib.contextmanager

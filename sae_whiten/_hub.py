@@ -13,14 +13,18 @@ from typing import Any, Protocol
 
 __all__ = [
     "Described",
+    "cell",
     "download",
     "download_all",
     "file_name",
     "file_names",
     "hook_names",
+    "make_repo",
     "no_such_hook",
     "repo_and_revision",
+    "statistics_card",
     "upload",
+    "writing",
 ]
 
 logger = logging.getLogger(__name__)
@@ -179,24 +183,49 @@ def upload(
 
     api = HfApi()
     operations = [CommitOperationAdd(file_name(hook), file) for hook, (file, _) in files.items()]
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id).private:
-            raise ValueError(f"{repo_id} exists and is public: nothing was uploaded")
+    with writing(repo_id, "the statistics"):
+        repo_id = make_repo(repo_id, private)
         if not api.file_exists(repo_id, _CARD):
             described = {hook: content for hook, (_, content) in files.items()}
-            operations.append(CommitOperationAdd(_CARD, _card(repo_id, described).encode()))
+            operations.append(
+                CommitOperationAdd(_CARD, statistics_card(repo_id, described).encode())
+            )
         commit = api.create_commit(
             repo_id, operations, commit_message=f"Statistics of {', '.join(files)}"
         )
+    return commit.commit_url
+
+
+def make_repo(repo_id: str, private: bool | None = None) -> str:
+    """Make a repo unless there is one; its full name.
+
+    Raises:
+        ValueError: It is public and was to be private.
+    """
+    from huggingface_hub import HfApi
+
+    repo_id = HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not HfApi().repo_info(repo_id).private:
+        raise ValueError(f"{repo_id} exists and is public: nothing was uploaded")
+    return repo_id
+
+
+@contextlib.contextmanager
+def writing(repo_id: str, what: str) -> Iterator[None]:
+    """Say in errors of whichever kind what the hub did not take, and what to do.
+
+    Raises:
+        OSError: An exception other than a ValueError was raised in the block.
+    """
+    try:
+        yield
     except ValueError:  # among them the hub's own about a malformed name
         raise
     except Exception as error:
         raise OSError(
-            f"{repo_id}: the Hugging Face hub did not take the statistics ({_one_line(error)}). "
+            f"{repo_id}: the Hugging Face hub did not take {what} ({_one_line(error)}). "
             "Log in with `hf auth login`, or set HF_TOKEN to a token with the right to write."
         ) from error
-    return commit.commit_url
 
 
 def no_such_hook(place: str | Path, hook_name: str | None, files: Iterable[str]) -> str:
@@ -239,7 +268,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _card(repo_id: str, by_hook: Mapping[str, Described]) -> str:
+def statistics_card(repo_id: str, by_hook: Mapping[str, Described]) -> str:
     """README of a repo: what it holds, and how to use it."""
     from huggingface_hub import ModelCardData
 
@@ -255,7 +284,7 @@ def _card(repo_id: str, by_hook: Mapping[str, Described]) -> str:
         f"| `{hook_name}` | {found.d_in} | {found.n_samples} | {_percent(found.provenance)} |"
         for hook_name, found in by_hook.items()
     ]
-    facts = [f"| {key} | {_cell(value)} |" for key, value in shared.items()]
+    facts = [f"| {key} | {cell(value)} |" for key, value in shared.items()]
     return "\n".join(
         [
             "---",
@@ -295,6 +324,7 @@ def _percent(provenance: Mapping[str, Any]) -> str:
     return "-" if inflation is None else f"{inflation:.2%}"
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as the cell of a table in Markdown."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"`{text}`".replace("|", "\\|").replace("\n", " ")

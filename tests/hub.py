@@ -85,6 +85,7 @@ class FakeHub:
                         self.commits.append(value["summary"])
                     elif operation["key"] == "file":
                         target = folder / value["path"]
+                        target.parent.mkdir(parents=True, exist_ok=True)
                         target.write_bytes(base64.b64decode(value["content"]))
                 url = f"https://huggingface.co/{repo_id}/commit/{commit}"
                 return 200, {}, {"commitUrl": url, "commitOid": commit, "success": True}

@@ -36,6 +36,7 @@ COMMANDS = {
     "landscape": "draw where sparsity leads in two dimensions, before and after whitening",
     "latents": "draw where the latents of SAEs lie, and how often they fire",
     "merge": "combine statistics of several shards, exactly",
+    "push": "upload a finished SAE, or statistics, to the Hugging Face hub",
     "synthetic": "compare ways of whitening where the features are known",
     "train": "train an SAE under whitening: SAELens' command line plus --whitening.*",
 }

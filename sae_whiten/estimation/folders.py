@@ -1,14 +1,22 @@
 """Folders of statistics, one file per hook, and where statistics of a hook are found."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from sae_whiten import _hub
+from sae_whiten._files import require_empty
 from sae_whiten._redaction import redacted
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["find_all_statistics", "find_statistics", "push_folder", "statistics_file"]
+__all__ = [
+    "find_all_statistics",
+    "find_statistics",
+    "push_folder",
+    "statistics_file",
+    "write_upload",
+]
 
 # where a training run writes its statistics, and where earlier releases wrote them
 _OF_A_RUN = ("sae_whiten/activation_statistics.safetensors", "activation_statistics.safetensors")
@@ -100,6 +108,30 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -
             to be private.
         OSError: The hub cannot be reached, or refuses: no token, or none with the right to write.
     """
+    return _hub.upload(_to_share(folder), repo_id, private)
+
+
+def write_upload(folder: str | Path, target: str | Path, repo_id: str) -> None:
+    """Write what `push_folder` uploads to a repo that has no README.md yet.
+
+    Args:
+        folder: Where the statistics are.
+        target: A folder that is empty or does not exist.
+        repo_id: The repo that the card is for.
+
+    Raises:
+        FileExistsError: `target` holds something. And as `push_folder`, but for the hub.
+    """
+    by_hook, target = _to_share(folder), Path(target)
+    require_empty(target)
+    target.mkdir(parents=True, exist_ok=True)
+    for hook_name, (file, _) in by_hook.items():
+        shutil.copyfile(file, statistics_file(target, hook_name))
+    described = {hook_name: found for hook_name, (_, found) in by_hook.items()}
+    (target / "README.md").write_text(_hub.statistics_card(repo_id, described))
+
+
+def _to_share(folder: str | Path) -> dict[str, tuple[Path, ActivationStatistics]]:
     by_hook: dict[str, tuple[Path, ActivationStatistics]] = {}
     for file in find_all_statistics(Path(folder).resolve(strict=True)):
         found = ActivationStatistics.load(file)
@@ -116,7 +148,7 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -
                 "it again, which leaves that out"
             )
         by_hook[hook_name] = file, found
-    return _hub.upload(by_hook, repo_id, private)
+    return by_hook
 
 
 def _of_a_run(folder: Path) -> Path | None:

@@ -111,6 +111,7 @@ RELIED_ON: tuple[Method | Attribute, ...] = (
     ),
     Method(SAETrainer, "save_trainer_state", ("checkpoint_path",), SAETrainer),
     Method(SAETrainer, "load_trainer_state", ("checkpoint_path",), MultiSAETrainer),
+    Method(SAETrainer, "set_final_sae_metadata", (), SAETrainer),
     Method(SAETrainer, "_checkpoint_if_needed", (), SAETrainer),
     Method(SAETrainer, "_update_pbar", ("step_output", "pbar", "update_interval"), SAETrainer),
     Attribute(SAETrainer, "activation_scaler"),

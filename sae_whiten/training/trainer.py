@@ -167,6 +167,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._weights_before_fold: dict[str, Tensor] | None = None
         self._cfg_before_fold: dict[str, Any] = {}
         self._finished = False
+        self._explained_variance: float | None = None
         # the same objects under SAELens' names
         self.activation_scaler = self.scaler = CovarianceWhiteningScaler(whitening)
         if not isinstance(data_provider, ActivationStream):
@@ -288,6 +289,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             logger.error("folding failed; what was trained is in %s", self._keep_both_forms())
             raise
         leave_whitened_space(self.sae)
+        if activations is not None:
+            self._explained_variance = _explained_variance(self.sae, activations)
         if report.check is None:
             logger.warning("the fold could not be checked: there are no activations")
         else:
@@ -299,6 +302,21 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 100 * report.check.active_set_change,
                 report.check.n_activations,
                 source,
+            )
+
+    @torch.no_grad()
+    def set_final_sae_metadata(self) -> None:
+        """Record what SAELens records, and the explained variance; log them."""
+        super().set_final_sae_metadata()
+        metadata = self.sae.cfg.metadata
+        metadata.explained_variance = self._explained_variance
+        if self._explained_variance is not None and metadata.l0 is not None:
+            logger.info(
+                "trained: explained variance %.3f, L0 %.1f, %d of %d latents dead",
+                self._explained_variance,
+                metadata.l0,
+                metadata.num_dead_features,
+                self.sae.cfg.d_sae,
             )
 
     def _activations_to_prove_on(self) -> tuple[Tensor | None, str]:
@@ -570,6 +588,15 @@ def _fuse(optimizer: torch.optim.Adam, device: str) -> None:
     if torch.device(device).type in ("cpu", "cuda"):
         for group in optimizer.param_groups:
             group["fused"] = True
+
+
+@torch.no_grad()
+def _explained_variance(sae: TrainingSAE[Any], activations: Tensor) -> float | None:
+    """Share of the variance of activations, shape (n, d_in), that a plain SAE explains."""
+    activations = _float32_at_least(activations.to(sae.device))
+    error = (sae(activations) - activations).square().sum().item()
+    total = (activations - activations.mean(dim=0)).square().sum().item()
+    return None if total == 0 else 1 - error / total
 
 
 def _float32_at_least(x: Tensor) -> Tensor:

@@ -445,8 +445,12 @@ def test_fold_error_is_logged_and_recorded(tmp_path, caplog):
         sae, _ = fit(save_final_checkpoint=True, checkpoint_path=tmp_path)
     error = sae.cfg.metadata.whitening["fold"]["check"]["fold_error"]
     assert f"error {error:.1e}" in caplog.text
+    explained = sae.cfg.metadata.explained_variance
+    assert explained == pytest.approx(explained_variance(sae, next(batches(start=STEPS))), abs=0.1)
+    assert f"explained variance {explained:.3f}, L0 {sae.cfg.metadata.l0:.1f}" in caplog.text
     saved = json.loads((next(tmp_path.iterdir()) / "cfg.json").read_text())
     assert saved["metadata"]["whitening"]["fold"]["check"]["fold_error"] == error
+    assert saved["metadata"]["explained_variance"] == explained
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_no_half_of_it(tmp_path, monkeypatch):

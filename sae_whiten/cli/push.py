@@ -1,0 +1,70 @@
+"""Upload a finished SAE, or statistics, to the Hugging Face hub, with a card that says what it is.
+
+An SAE is uploaded by SAELens' own uploader: weights, config and sparsity, and nothing of the
+whitening, which is folded into the weights. Anyone loads it with SAE.from_pretrained. Access tokens
+that a config holds are left out.
+"""
+
+import argparse
+from pathlib import Path
+
+EPILOG = """\
+examples:
+  sae-whiten push sae-gpt2-6 user/sae-gpt2 --dry-run upload    look at it before it is sent
+  sae-whiten push sae-gpt2-6 user/sae-gpt2
+  sae-whiten push saes user/saes --private                     a folder with several SAEs
+  sae-whiten push gpt2-stats user/gpt2-stats                   what fit wrote
+
+Log in with `hf auth login`, or set HF_TOKEN.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what to upload and where to."""
+    parser.add_argument("path", help="folder of an SAE, of several, or of statistics")
+    parser.add_argument("repo", metavar="USER/NAME", help="repo on the hub, made if need be")
+    parser.add_argument(
+        "--sae-id",
+        metavar="NAME",
+        help="name of the SAE in the repo (default: that of its hook)",
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repo private")
+    parser.add_argument(
+        "--dry-run", metavar="FOLDER", help="write what would be uploaded to a new folder instead"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Upload, or write what would be uploaded; say how to load it."""
+    path = Path(args.path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}")
+    holds_saes = any(path.glob("cfg.json")) or any(path.glob("*/cfg.json"))
+    return _push_saes(args) if holds_saes else _push_statistics(args)
+
+
+def _push_saes(args: argparse.Namespace) -> int:
+    from sae_whiten.evaluation.sharing import find_saes, push_saes, write_upload
+
+    saes = find_saes(args.path, args.sae_id)
+    if args.dry_run is not None:
+        write_upload(saes, args.dry_run, args.repo)
+        print(f"not uploaded; what would be: {args.dry_run}")
+        return 0
+    print(f"uploaded: {push_saes(saes, args.repo, args.private or None)}")
+    for sae_id in saes:
+        print(f'load it:  SAE.from_pretrained("{args.repo}", "{sae_id}")')
+    return 0
+
+
+def _push_statistics(args: argparse.Namespace) -> int:
+    from sae_whiten.estimation.folders import push_folder, write_upload
+
+    if args.sae_id is not None:
+        raise ValueError(f"--sae-id: {args.path} holds no SAE")
+    if args.dry_run is not None:
+        write_upload(args.path, args.dry_run, args.repo)
+        print(f"not uploaded; what would be: {args.dry_run}")
+        return 0
+    print(f"uploaded: {push_folder(args.path, args.repo, args.private or None)}")
+    return 0

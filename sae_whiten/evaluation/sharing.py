@@ -1,0 +1,229 @@
+"""Finished SAEs on the Hugging Face hub: what is uploaded, and the model card."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sae_lens import SAE
+from sae_lens.constants import (
+    RUNNER_CFG_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+)
+
+from sae_whiten._files import require_empty
+from sae_whiten._hub import cell, make_repo, writing
+from sae_whiten._redaction import redacted
+
+__all__ = ["find_saes", "model_card", "push_saes", "write_upload"]
+
+_CARD = "README.md"
+_TAGS = ["saelens", "sparse-autoencoder"]
+
+
+def find_saes(path: str | Path, sae_id: str | None = None) -> dict[str, Path]:
+    """The SAEs in a folder, by the names that they get on the hub.
+
+    Args:
+        path: The folder of an SAE, or one with a folder for each of several, as the runner of
+            several SAEs writes it.
+        sae_id: What to call the SAE, if it is one; None: after its hook. Several are called after
+            their folders.
+
+    Raises:
+        FileNotFoundError: There is no SAE.
+        ValueError: `sae_id` is given for several SAEs, or leads to another folder.
+    """
+    path = Path(path)
+    if (path / SAE_CFG_FILENAME).is_file():
+        metadata = json.loads((path / SAE_CFG_FILENAME).read_text()).get("metadata") or {}
+        name = str(sae_id or metadata.get("hook_name") or path.resolve().name)
+        inner = PurePosixPath(name)
+        if inner.is_absolute() or ".." in inner.parts or "\\" in name:
+            raise ValueError(f"sae_id={name!r}: must be the name of a folder, as 'layer_6/16k'")
+        return {str(inner): path}
+    found = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{SAE_CFG_FILENAME}"))}
+    if not found:
+        raise FileNotFoundError(f"{path} holds no SAE: there is no {SAE_CFG_FILENAME}")
+    if sae_id is not None:
+        raise ValueError(f"sae_id={sae_id!r}: {path} holds several SAEs, {', '.join(found)}")
+    return found
+
+
+def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> None:
+    """Write the files that `push_saes` uploads into a folder: nothing of the whitening, and no
+    access tokens.
+
+    Args:
+        saes: Folders of SAEs, by the names that they get.
+        target: A folder that is empty or does not exist.
+        repo_id: The repo that the card is for.
+
+    Raises:
+        ValueError: An SAE's weights are in whitened coordinates, or an SAE does not load.
+        FileExistsError: `target` holds something.
+    """
+    target = Path(target)
+    require_empty(target)
+    cards = {sae_id: model_card(folder, repo_id, sae_id) for sae_id, folder in saes.items()}
+    for sae_id, folder in saes.items():
+        (target / sae_id).mkdir(parents=True)
+        for name in (SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, target / sae_id / name)
+        for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME):
+            if (folder / name).is_file():
+                content = redacted(json.loads((folder / name).read_text()))
+                (target / sae_id / name).write_text(json.dumps(content))
+        (target / sae_id / _CARD).write_text(cards[sae_id])
+    header = "\n".join(["---", "library_name: saelens", "tags:", *(f"- {t}" for t in _TAGS), "---"])
+    (target / _CARD).write_text(header + "\n\n" + "\n\n".join(cards.values()))
+
+
+def push_saes(saes: Mapping[str, Path], repo_id: str, private: bool | None = None) -> str:
+    """Upload SAEs with SAELens' own uploader, and their cards.
+
+    The repo is made if there is none, and gets a README.md if it has none. Each SAE has a card in
+    its own folder too.
+
+    Args:
+        saes: Folders of SAEs, by the names that they get.
+        repo_id: "user/name".
+        private: Whether a new repo is private; None: the default of the account.
+
+    Returns:
+        Address of the last commit.
+
+    Raises:
+        ValueError: As `write_upload`, or the repo is public and was to be private.
+        OSError: The hub cannot be reached, or refuses: no token, or none with the right to write.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
+
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as name:
+        staging = Path(name)
+        write_upload(saes, staging, repo_id)
+        with writing(repo_id, "the SAE"):
+            repo_id = make_repo(repo_id, private)
+            upload_saes_to_huggingface(
+                {sae_id: staging / sae_id for sae_id in saes}, repo_id, add_default_readme=False
+            )
+            cards = [f"{sae_id}/{_CARD}" for sae_id in saes]
+            if not api.file_exists(repo_id, _CARD):
+                cards.append(_CARD)
+            commit = api.create_commit(
+                repo_id,
+                [CommitOperationAdd(card, staging / card) for card in cards],
+                commit_message=f"Model card of {', '.join(saes)}",
+            )
+    return commit.commit_url
+
+
+def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
+    """What a reader of an SAE needs to know, from what its config tells: Markdown.
+
+    Args:
+        folder: Of the SAE.
+        repo_id: The repo that it is going to be in.
+        sae_id: Its name there.
+
+    Raises:
+        ValueError: The weights are in whitened coordinates, or the SAE does not load.
+    """
+    try:
+        sae = SAE.load_from_disk(folder)
+    except Exception as error:  # whatever it is, nobody else could load it either
+        raise ValueError(f"{folder} is not an SAE that SAELens loads: {error!r}") from error
+    cfg, metadata = sae.cfg, sae.cfg.metadata
+    if cfg.normalize_activations == "covariance_whitening":
+        raise ValueError(
+            f"{folder}: the weights are in whitened coordinates, and mean nothing to a reader "
+            "without the whitening: fold it first"
+        )
+    ours = type(sae).__module__.startswith("sae_whiten.")
+    facts = {
+        "model": metadata.model_name,
+        "hook": metadata.hook_name,
+        "architecture": cfg.architecture(),
+        "trained as": metadata.training_architecture,
+        "width of the activations": cfg.d_in,
+        "latents": cfg.d_sae,
+        "dataset": metadata.dataset_path,
+        "context size": metadata.context_size,
+        "activations trained on": metadata.n_training_samples,
+        "L0": _number(metadata.l0),
+        "explained variance": _number(metadata.explained_variance),
+        "dead latents": metadata.num_dead_features,
+        "input normalisation": cfg.normalize_activations,
+        "sae-lens": metadata.sae_lens_training_version or metadata.sae_lens_version,
+    }
+    return "\n".join(
+        [
+            f"# {sae_id}",
+            "",
+            "A sparse autoencoder for [SAELens](https://github.com/decoderesearch/SAELens).",
+            "",
+            *_table(facts),
+            *_whitening_section(metadata.whitening),
+            "## Use",
+            "",
+            "```python",
+            *([f"import sae_whiten  # SAELens then knows {cfg.architecture()}"] if ours else []),
+            "from sae_lens import SAE",
+            "",
+            f'sae = SAE.from_pretrained("{repo_id}", "{sae_id}")',
+            "```",
+            "",
+            *(
+                [f"`pip install sae-whiten`: plain SAELens does not know {cfg.architecture()}.", ""]
+                if ours
+                else []
+            ),
+        ]
+    )
+
+
+def _whitening_section(whitening: Mapping[str, Any] | None) -> list[str]:
+    """How an SAE was whitened, and how exact the fold is."""
+    if not whitening:
+        return []
+    config, fold = whitening["config"], whitening["fold"]
+    check = fold["check"] or {}
+    facts = {
+        "kind": config["kind"],
+        "loss in": f"{config['loss_space']} space",
+        "eps": f"{config['eps']:g} ({config['eps_mode']})",
+        "strength": config["strength"],
+        "activations that it was estimated from": whitening["n_samples"],
+        "fold error": _number(check.get("fold_error")),
+        "active latents that folding changed": _percent(check.get("active_set_change")),
+        "activations that the fold was proved on": check.get("n_activations"),
+    }
+    return [
+        "## Whitening",
+        "",
+        "Trained on whitened activations ([arXiv 2511.13981](https://arxiv.org/abs/2511.13981)).",
+        "The whitening is folded into the weights: the SAE takes raw activations.",
+        "",
+        *_table(facts),
+    ]
+
+
+def _table(facts: Mapping[str, Any]) -> list[str]:
+    known = {name: value for name, value in redacted(dict(facts)).items() if value is not None}
+    rows = [f"| {name} | {cell(value)} |" for name, value in known.items()]
+    return ["| | |", "|---|---|", *rows, ""]
+
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3%}"

@@ -1,0 +1,182 @@
+"""What is uploaded of a finished SAE, and what its card says."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainingSAE
+
+from sae_whiten import ActivationStatistics
+from sae_whiten.architectures.folding import fold_whitening_into_weights
+from sae_whiten.cli import main
+from sae_whiten.evaluation.sharing import find_saes, push_saes, write_upload
+from tests.hub import FakeHub, serving
+from tests.support import friendly, training_sae, whitening_of
+
+HOOK = "blocks.1.hook_resid_pre"
+D, D_SAE = 8, 16
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    fake = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with serving(fake) as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield fake
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folded SAE as the runner saves it, with a token in its config."""
+    return saved(tmp_path / "sae")
+
+
+def saved(path: Path) -> Path:
+    x = friendly(200, D)
+    sae, whitening = training_sae("topk", D, D_SAE), whitening_of(x)
+    fold_whitening_into_weights(sae, whitening, activations=x)
+    for name, value in {
+        "model_name": "gpt2",
+        "hook_name": HOOK,
+        "l0": 7.5,
+        "explained_variance": 0.8125,
+        "num_dead_features": 3,
+        "model_from_pretrained_kwargs": {"token": "hf_" + "a" * 30},
+    }.items():
+        setattr(sae.cfg.metadata, name, value)
+    sae.save_inference_model(path)
+    (path / "runner_cfg.json").write_text(json.dumps({"api_key": "secret-of-the-run", "lr": 1e-3}))
+    whitening.save(path / "sae_whiten" / "whitening.safetensors")
+    return path
+
+
+def files(path: Path) -> set[str]:
+    return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+
+
+def test_the_sae_alone_is_uploaded_and_comes_back(folder: Path, hub: FakeHub) -> None:
+    url = push_saes(find_saes(folder), "me/sae")
+    assert url.startswith("https://huggingface.co/me/sae/commit/")
+    assert files(hub.folder("me/sae")) == {
+        "README.md",
+        f"{HOOK}/README.md",
+        f"{HOOK}/cfg.json",
+        f"{HOOK}/runner_cfg.json",
+        f"{HOOK}/sae_weights.safetensors",
+    }
+    back, original = SAE.from_pretrained("me/sae", HOOK), SAE.load_from_disk(folder)
+    assert torch.equal(back.W_enc, original.W_enc)
+    assert torch.equal(back.W_dec, original.W_dec)
+
+
+def test_the_card_has_saelens_tag_and_says_how_the_sae_was_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    write_upload(find_saes(folder), tmp_path / "upload", "me/sae")
+    card = ModelCard.load(tmp_path / "upload" / "README.md")
+    assert card.data.to_dict()["library_name"] == "saelens"
+    assert "saelens" in card.data.to_dict()["tags"]
+    for fact in (
+        "| model | `gpt2` |",
+        f"| hook | `{HOOK}` |",
+        "| L0 | `7.5` |",
+        "| explained variance | `0.812` |",
+        "| dead latents | `3` |",
+        "| loss in | `original space` |",
+        "fold error",
+        f'SAE.from_pretrained("me/sae", "{HOOK}")',
+    ):
+        assert fact in card.text
+    assert "import sae_whiten" not in card.text
+
+
+def test_nothing_that_is_secret_is_uploaded(folder: Path, tmp_path: Path) -> None:
+    write_upload(find_saes(folder), tmp_path / "upload", "me/sae")
+    for name in files(tmp_path / "upload"):
+        content = (tmp_path / "upload" / name).read_bytes()
+        assert b"hf_aaa" not in content
+        assert b"secret-of-the-run" not in content
+    assert json.loads((tmp_path / "upload" / HOOK / "runner_cfg.json").read_text())["lr"] == 1e-3
+
+
+def test_a_card_of_an_architecture_of_ours_says_what_to_import(tmp_path: Path) -> None:
+    config = {"architecture": "top_afa", "d_in": D, "d_sae": D_SAE, "afa_coefficient": 0.1}
+    TrainingSAE.from_dict(config).save_inference_model(tmp_path / "sae")
+    saes = find_saes(tmp_path / "sae", "layer_1/afa")
+    write_upload(saes, tmp_path / "upload", "me/sae")
+    card = (tmp_path / "upload" / "layer_1" / "afa" / "README.md").read_text()
+    assert "import sae_whiten" in card
+    assert "pip install sae-whiten" in card
+
+
+def test_several_saes_go_by_their_folders_and_a_readme_that_is_there_stays(
+    tmp_path: Path, hub: FakeHub
+) -> None:
+    for name in ("early", "late"):
+        saved(tmp_path / "saes" / name)
+    push_saes(find_saes(tmp_path / "saes"), "me/saes", private=True)
+    assert hub.private["me/saes"]
+    readme = hub.folder("me/saes") / "README.md"
+    assert all(f'"me/saes", "{name}"' in readme.read_text() for name in ("early", "late"))
+    readme.write_text("mine")
+    push_saes(find_saes(tmp_path / "saes" / "late", "later"), "me/saes")
+    assert readme.read_text() == "mine"
+    assert "later/README.md" in files(hub.folder("me/saes"))
+
+
+def test_what_cannot_be_shared_is_refused_before_anything_is_sent(
+    folder: Path, tmp_path: Path, hub: FakeHub
+) -> None:
+    training_sae("topk", D, D_SAE).save_inference_model(tmp_path / "whitened")
+    with pytest.raises(ValueError, match="whitened coordinates"):
+        push_saes(find_saes(tmp_path / "whitened"), "me/sae")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "cfg.json").write_text("{}")
+    with pytest.raises(ValueError, match="not an SAE that SAELens loads"):
+        push_saes(find_saes(tmp_path / "broken"), "me/sae")
+    for sae_id in ("../other", "/etc"):
+        with pytest.raises(ValueError, match="name of a folder"):
+            find_saes(folder, sae_id)
+    with pytest.raises(FileNotFoundError, match=r"no cfg\.json"):
+        find_saes(tmp_path / "whitened" / "nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(FileExistsError):
+        write_upload(find_saes(folder), tmp_path / "full", "me/sae")
+    assert not hub.requests
+
+
+def test_the_command_dry_or_not(
+    folder: Path, tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "upload"
+    assert main(["--quiet", "push", str(folder), "me/sae", "--dry-run", str(out)]) == 0
+    assert not hub.requests
+    assert main(["--quiet", "push", str(folder), "me/sae"]) == 0
+    assert f'SAE.from_pretrained("me/sae", "{HOOK}")' in capsys.readouterr().out
+    assert files(hub.folder("me/sae")) == files(out)
+
+
+def test_the_command_with_statistics(
+    tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statistics = ActivationStatistics(D)
+    statistics.update(friendly(100, D))
+    statistics.provenance = {"model_name": "gpt2", "hook_name": HOOK}
+    statistics.save(tmp_path / "stats" / f"{HOOK}.safetensors")
+    command = ["--quiet", "push", str(tmp_path / "stats"), "me/stats"]
+    assert main([*command, "--dry-run", str(tmp_path / "upload")]) == 0
+    assert not hub.requests
+    assert main(command) == 0
+    assert files(hub.folder("me/stats")) == files(tmp_path / "upload")
+    assert main([*command, "--sae-id", "x"]) == 2
+    assert "--sae-id" in capsys.readouterr().err
