@@ -42,7 +42,8 @@ class Requirement:
         n_samples: Activations needed, or None.
         tolerance: Relative excess variance of held-out activations to be reached, or None.
         on_nonfinite: As for `ActivationStatistics`.
-        max_batches: Batches to read at most, with a warning where they are too few; or None.
+        max_batches: Batches to read at most, empty ones aside, with a warning where they are too
+            few; or None.
     """
 
     d_in: int
@@ -140,7 +141,7 @@ class _Hook:
         self._n_looked_at = 0
         self._limit = LIMIT_PER_DIMENSION * required.d_in
         self._next_look: float = FIRST_LOOK_PER_DIMENSION * required.d_in
-        self._n_batches = self._n_empty = 0
+        self._n_batches = self._n_empty = self._n_filled = 0
         self._prefix = f"{name}: " if name else ""
 
     def update(self, batch: Tensor) -> None:
@@ -148,7 +149,9 @@ class _Hook:
         before = halves.n_samples
         halves.update(flatten_heads(batch, self.required.d_in))
         self._n_batches += 1
-        self._n_empty = self._n_empty + 1 if halves.n_samples == before else 0
+        is_empty = halves.n_samples == before
+        self._n_empty = self._n_empty + 1 if is_empty else 0
+        self._n_filled += not is_empty
         if self._n_empty == MAX_EMPTY_BATCHES:
             raise ValueError(
                 f"{self._n_empty} batches in a row held no activations to estimate the whitening "
@@ -158,7 +161,7 @@ class _Hook:
 
     def _is_enough(self) -> bool:
         n, tolerance = self.halves.n_samples, self.required.tolerance
-        if self._n_batches == self.required.max_batches:
+        if self._n_filled == self.required.max_batches:
             return True
         if n < (self.required.n_samples or 0):
             return False
@@ -223,15 +226,15 @@ class _Hook:
                 self._prefix,
                 n,
                 wanted,
-                self._n_batches,
+                self._n_filled,
             )
         elif tolerance is not None and self._look() > tolerance:
-            ended = self._n_batches == self.required.max_batches
+            ended = self._n_filled == self.required.max_batches
             logger.warning(
                 "%s%s%s",
                 self._prefix,
                 too_inaccurate(self._look(), n, tolerance),
-                f"; n_batches_for_norm_estimate={self._n_batches} ended it" if ended else "",
+                f"; n_batches_for_norm_estimate={self._n_filled} ended it" if ended else "",
             )
         if self.halves.n_skipped:
             logger.warning(

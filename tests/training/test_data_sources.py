@@ -140,7 +140,7 @@ def test_one_activation_no_activation_no_batch() -> None:
         ours = CovarianceWhiteningScaler()
         with pytest.raises(ValueError, match=message):
             ours.estimate_whitening(D_IN, iter(source))
-        with pytest.raises(ValueError, match="at least 2 activations"):
+        with pytest.raises(ValueError, match=f"at least [12]|{message}"):
             ours.estimate_whitening(D_IN, iter(source), n_batches)
         assert ours.whitening is None
 
