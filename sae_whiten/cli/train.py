@@ -40,8 +40,9 @@ their prefix (--sae.k, --logger.log_to_wandb) or as SAELens shows them. A flag s
 None when its value is left out: --checkpoint_path alone turns checkpoints off.
 --normalize_activations is covariance_whitening here; others are for topk_vsae and for architectures
 that no whitening can be folded into, which SAELens' own runner trains. --dataset_path may also be a
-file or folder on this machine (JSON lines, parquet, save_to_disk), which needs no network. More
-output: sae-whiten --verbose train ...
+file or folder on this machine (JSON lines, parquet, save_to_disk), which needs no network. --seed
+decides initial weights, noise and the order in which activations are mixed. More output: sae-whiten
+--verbose train ...
 """
 
 
@@ -67,9 +68,12 @@ def run(args: argparse.Namespace) -> int:
         args.print_help(sys.stderr)
         return 2
 
+    import torch
+
     given = given_fields(args)
     whitening = WhiteningConfig(**given)
     cfg = _saelens_config(args.arguments)
+    torch.manual_seed(cfg.seed)  # which SAELens reads nowhere
     if cfg.sae.normalize_activations != "covariance_whitening":
         if given:
             raise ValueError(

@@ -45,6 +45,7 @@ from sae_whiten.training.running import (
     paused,
     record_reading,
     save_runner_files,
+    seed_generators,
     train_interruptibly,
     without_resuming,
     write_final_sae,
@@ -70,7 +71,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
     Stopping and resuming are as there, too.
 
     Args:
-        cfg: SAELens' runner config. It is copied, never changed.
+        cfg: SAELens' runner config. It is copied, never changed; its `seed` as for
+            `WhiteningTrainingRunner`.
         whitening: How to whiten all SAEs, or each by its name; the default configuration, or that
             of the checkpoint which is resumed, for those that have none. SAEs at one hook share
             statistics, which satisfy all of them.
@@ -115,6 +117,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         setattr(cfg, buffer_field(cfg), n_sequences)
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
+        seed_generators(cfg)
         super().__init__(
             cfg,
             override_dataset=override_dataset,

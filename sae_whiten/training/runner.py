@@ -36,6 +36,7 @@ from sae_whiten.training.running import (
     connect,
     record_reading,
     save_runner_files,
+    seed_generators,
     train_interruptibly,
     without_resuming,
     write_final_sae,
@@ -58,7 +59,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
 
     Args:
         cfg: SAELens' runner config, with `sae.normalize_activations="covariance_whitening"`. It is
-            copied, never changed. With `from_pretrained_path`, a plain SAE is brought into whitened
+            copied, never changed. Its `seed` decides the initial weights and the order in which
+            activations are mixed; the default, 42, only in scripts that do not call
+            `torch.manual_seed`. With `from_pretrained_path`, a plain SAE is brought into whitened
             coordinates, exactly, and trained on as `cfg.sae` says. (Where that has latents ranked
             by decoder norms, near ties may change: the norms are those under this whitening.)
         whitening: How to whiten; the default configuration, or that of the checkpoint which is
@@ -114,6 +117,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         self.processes = Processes()
+        seed_generators(cfg)
         super().__init__(
             cfg,
             override_dataset=override_dataset,

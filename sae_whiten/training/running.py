@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
@@ -37,6 +38,7 @@ __all__ = [
     "paused",
     "record_reading",
     "save_runner_files",
+    "seed_generators",
     "train_interruptibly",
     "without_resuming",
     "write_final_sae",
@@ -69,6 +71,20 @@ def record_reading(
     """Add to an SAE's metadata what SAELens leaves out of how its activations are made."""
     sae.cfg.metadata.autocast_lm = cfg.autocast_lm
     sae.cfg.metadata.use_chat_formatting = cfg.use_chat_formatting
+
+
+def seed_generators(
+    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
+) -> None:
+    """Seed torch's generators with `cfg.seed`, which SAELens reads nowhere.
+
+    Initial weights, the order in which activations are mixed and noise come from them. The default
+    seed gives way to that of a script which seeded them itself; any other does not.
+    """
+    default = type(cfg).__dataclass_fields__["seed"].default
+    seeded_by_script = torch.initial_seed() < 2**32  # torch begins with 64 random bits
+    if cfg.seed != default or not seeded_by_script:
+        torch.manual_seed(cfg.seed)
 
 
 @contextmanager

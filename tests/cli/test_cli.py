@@ -485,6 +485,15 @@ def test_nested_flags_with_their_prefix(runner: type[FakeRunner]) -> None:
     assert not cfg.logger.log_to_wandb
 
 
+def test_the_seed_reaches_torch_whichever_it_is(runner: type[FakeRunner]) -> None:
+    drawn = []
+    for seed in ("42", "42", "7"):
+        torch.seed()
+        assert main(["train", *TOPK, "--seed", seed]) == 0
+        drawn.append(torch.rand(()).item())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_the_example_in_the_help_is_complete(runner: type[FakeRunner]) -> None:
     program, *arguments = shlex.split(train.EXAMPLE.replace("\\\n", " "))
     assert program == "sae-whiten"

@@ -298,6 +298,24 @@ def short_run(**options: Any) -> WhiteningTrainingRunner:
     return runner(WhiteningConfig(n_samples=500), training_tokens=128 * 20, **options)
 
 
+def test_the_seed_decides_weights_and_order_unless_the_script_has_seeded_torch():
+    data: dict[str, Any] = {"override_dataset": tiny_dataset(), "override_model": tiny_model()}
+
+    def weights(script: int, seed: int) -> Tensor:
+        torch.manual_seed(script)
+        made = WhiteningTrainingRunner(runner_config(seed=seed), FEW, **data)
+        return torch.cat([made.sae.W_enc.flatten(), next(made.activations_store).flatten()])
+
+    first = weights(script=0, seed=5)
+    assert torch.equal(weights(script=1, seed=5), first)
+    assert not torch.equal(weights(script=0, seed=6), first)
+    by_script = weights(script=0, seed=42)
+    assert torch.equal(weights(script=0, seed=42), by_script)
+    assert not torch.equal(weights(script=1, seed=42), by_script)
+    # as in a process that has seeded nothing
+    assert torch.equal(weights(script=2**60, seed=42), weights(script=2**60 + 1, seed=42))
+
+
 @pytest.mark.parametrize("drawn", [0, 3])
 def test_a_store_put_in_before_training_is_trained_on_from_its_beginning(drawn):
     expected = state(short_run().run())
