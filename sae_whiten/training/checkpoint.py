@@ -53,6 +53,7 @@ __all__ = [
     "check_runner_settings",
     "check_settings",
     "check_trainer_state",
+    "folder_of_its_own",
     "is_complete_sae",
     "loadable_folder",
     "own_part",
@@ -356,10 +357,17 @@ def save_or_keep(
         raise OSError(f"the trained SAE could not be saved in {path} ({error}); {kept}") from error
 
 
+def folder_of_its_own() -> str:
+    """A new folder for temporary files, named in the log: for what has no other place."""
+    path = tempfile.mkdtemp(prefix="sae_whiten_")
+    logger.error("what was trained is kept in %s", path)
+    return path
+
+
 def _keep(save: Callable[[Path], Any], name: str, checkpoint_path: str | Path | None) -> str:
     for folder in (checkpoint_path, None):
         try:
-            base = Path(folder or tempfile.mkdtemp(prefix="sae_whiten_"))
+            base = Path(folder or folder_of_its_own())
             save(base / f"unsaved_{name}")
             return f"it is in {base / f'unsaved_{name}'}"
         except Exception as error:

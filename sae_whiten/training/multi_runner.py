@@ -35,7 +35,12 @@ from sae_whiten.training.activations_store import (
     buffer_field,
     check_buffer,
 )
-from sae_whiten.training.checkpoint import check_runner_settings, own_part, save_or_keep
+from sae_whiten.training.checkpoint import (
+    check_runner_settings,
+    folder_of_its_own,
+    own_part,
+    save_or_keep,
+)
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.data_parallel import logging_once, open_stream, take_share
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
@@ -200,7 +205,13 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         store.on_nonfinite = stream.on_nonfinite
         if resume_from is not None:
             store.load_from_checkpoint(own_part(resume_from, self.processes))
-        return train_interruptibly(self.trainer, stream, store, self.cfg)
+        try:
+            return train_interruptibly(self.trainer, stream, store, self.cfg)
+        except Exception:
+            if self.trainer.is_trained:
+                # the final checkpoint failed, which must not cost what was trained
+                self._save_final_outputs(self.saes, trainer)
+            raise
 
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
@@ -216,10 +227,9 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
     def _save_final_outputs(
         self, saes: dict[str, TrainingSAE[Any]], trainer: MultiSAETrainer
     ) -> None:
-        assert self.cfg.output_path is not None
         if self.processes.rank > 0:
             return
-        base, problems = Path(self.cfg.output_path), []
+        base, problems = Path(self.cfg.output_path or folder_of_its_own()), []
         for name, sae in saes.items():
             if name in self.trainer.failures:
                 continue

@@ -41,6 +41,7 @@ from sae_whiten.training.data_parallel import (
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.trainer import WhiteningTrainer
+from sae_whiten.training.training_sae import is_in_whitened_space
 from sae_whiten.whitening import Whitening
 
 __all__ = ["WhiteningMultiSAETrainer"]
@@ -123,6 +124,13 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             for name, trainer in self.whitened.items()
             if trainer.scaler.statistics is not None
         }
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training is done and all SAEs are folded, but for those whose fold failed."""
+        is_done = self.n_training_samples >= self.cfg.total_training_samples
+        waiting = (name for name in self.whitened if is_in_whitened_space(self.saes[name]))
+        return is_done and set(waiting) <= self.failures.keys()
 
     def fit(self) -> dict[str, TrainingSAE[Any]]:
         """Estimate what there is not yet, train, fold, prove the folds.

@@ -27,7 +27,12 @@ from sae_whiten.training.activations_store import (
     buffer_field,
     check_buffer,
 )
-from sae_whiten.training.checkpoint import check_runner_settings, own_part, save_or_keep
+from sae_whiten.training.checkpoint import (
+    check_runner_settings,
+    folder_of_its_own,
+    own_part,
+    save_or_keep,
+)
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.data_parallel import logging_once, take_share
 from sae_whiten.training.pretrained import as_asked_for
@@ -191,7 +196,13 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             self.trainer.load_trainer_state(resume_from)
             store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
             store.load_from_checkpoint(own_part(resume_from, self.processes))
-        return train_interruptibly(self.trainer, stream, store, self.cfg)
+        try:
+            return train_interruptibly(self.trainer, stream, store, self.cfg)
+        except Exception:
+            if not is_in_whitened_space(self.sae):
+                # the final checkpoint failed, which must not cost what was trained
+                self.save_final_sae(self.sae, self.cfg.output_path or folder_of_its_own())
+            raise
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Add the runner's files to a checkpoint directory."""

@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_earlier_sae_as_it_was(
 ) -> None:
     out = tmp_path / "out"
     runner(output_path=str(out)).run()
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     made = runner(k=4, output_path=str(out), checkpoint_path=str(tmp_path / "checkpoints"))
 
     def full(*args: Any, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_earlier_sae_as_it_was(
     monkeypatch.setattr("sae_whiten.training.running.save_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         made.run()
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
 def blocked(path: Path) -> None:
@@ -138,3 +138,20 @@ def test_one_sae_that_cannot_be_saved_does_not_cost_the_others(tmp_path: Path) -
     assert is_complete_sae(tmp_path / "out" / "b")
     (kept,) = (tmp_path / "checkpoints").glob("*/unsaved_a")
     assert is_complete_sae(kept)
+
+
+@pytest.mark.parametrize("make", [runner, multi_runner])
+def test_a_final_checkpoint_that_fails_does_not_cost_what_was_trained(
+    make: Any, tmp_path: Path
+) -> None:
+    made = make(
+        output_path=str(tmp_path / "out"),
+        checkpoint_path=str(tmp_path / "checkpoints"),
+        save_final_checkpoint=True,
+    )
+    blocked(tmp_path / "checkpoints")
+    with pytest.raises(OSError, match="checkpoints"):
+        made.run()
+    for path in (tmp_path / "out",) if make is runner else (tmp_path / "out").glob("[ab]"):
+        assert is_complete_sae(path)
+    assert list((tmp_path / "out").rglob("cfg.json"))
