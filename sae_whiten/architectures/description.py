@@ -6,7 +6,7 @@ One of your own needs no more than that, wherever it is defined: see `register`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sae_lens.registry import (
     SAE_TRAINING_CLASS_REGISTRY,
@@ -27,6 +27,7 @@ from sae_whiten.folding import AffineWeights
 __all__ = ["Architecture", "ComparisonOptions", "FastStep", "describe", "read_weights", "register"]
 
 
+@runtime_checkable
 class FastStep(Protocol):
     """A faster `training_forward_pass`, with the same values and gradients."""
 
@@ -35,6 +36,7 @@ class FastStep(Protocol):
         ...
 
 
+@runtime_checkable
 class ComparisonOptions(Protocol):
     """Fields of the training config that `compare` sets because SAELens' defaults do not fit."""
 
