@@ -1,7 +1,7 @@
 """Covariance whitening for sparse autoencoders trained with SAELens (arXiv 2511.13981).
 
-Names are resolved on first use: statistics and transforms do not import sae_lens, which takes
-seconds. Once sae_lens is imported, by whomever, `sae_whiten.architectures` are in its registries.
+Names are imported on first use. Importing sae_lens takes seconds, and statistics and transforms do
+not need it. Once anything imports sae_lens, `sae_whiten.architectures` are in its registries.
 """
 
 import importlib
@@ -70,7 +70,8 @@ def _register_architectures(sae_lens: Any) -> None:
     importlib.import_module("sae_whiten.architectures")
 
 
-# so that SAE.load_from_disk knows them, without importing what statistics do not need
+# SAE.load_from_disk has to know our architectures after `import sae_whiten`, in either order of the
+# imports. SAELens has no entry points for plugins, and importing it here would cost seconds.
 wrapt.register_post_import_hook(_register_architectures, "sae_lens")
 
 

@@ -1,4 +1,4 @@
-"""The one place where a user says how to whiten."""
+"""The user's choice of how to whiten."""
 
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -19,22 +19,30 @@ class WhiteningConfig:
     space of the original activations. `loss_space="whitened", eps_mode="absolute"` is what
     sae-lens >= 6.52 does under the name `covariance_whitening`.
 
-    Comparisons (docs/comparisons.md) gave no reason to depart from them: for TopK SAEs of two small
-    models, loss in the original space cost no explained variance and loss in whitened space did,
-    while no probe significantly preferred either; with known synthetic features loss in whitened
-    space found far more of them (`strength=0.5` lies between), and ZCA fewer than PCA. eps up to
-    1e-2 and shrinkage up to 0.01 changed little, more did harm; whether less than 1e-3 is better is
+    Comparisons (docs/comparisons.md) gave no reason for other defaults. For TopK SAEs of two small
+    models, loss in the original space cost no explained variance, and loss in whitened space did;
+    no probe significantly preferred either. With known synthetic features, loss in whitened space
+    found far more of them (`strength=0.5` lies between), and ZCA found fewer than PCA. eps up to
+    1e-2 and shrinkage up to 0.01 changed little, more did harm. Whether eps below 1e-3 is better is
     open (one seed).
+
+    >>> config = WhiteningConfig(kind="zca", loss_space="whitened")
+    >>> config.strength
+    1.0
+    >>> WhiteningConfig(strength=2)
+    Traceback (most recent call last):
+    ...
+    ValueError: WhiteningConfig.strength=2: must be a number in [0, 1]
 
     Attributes:
         kind: "pca" rotates into the eigenbasis of the covariance and rescales; "zca" rotates back,
             so that whitened activations stay as close as possible to the original ones.
         eps: Added to the eigenvalues of the covariance before they are inverted.
         eps_mode: "relative" adds `eps` times the mean eigenvalue, so that the result does not
-            depend on the unit of the activations; directions without any variance but that of
-            rounding get the gain of an average direction instead of the largest gain of all.
-            "absolute" adds `eps` itself and keeps the signs of the eigenvectors as the
-            eigensolver returns them, as the sae-lens built-in does.
+            depend on the unit of the activations. Directions in which there is only rounding error
+            get the gain of an average direction, not the largest of all. "absolute" adds `eps`
+            itself and leaves the signs of the eigenvectors as the eigensolver returns them, like
+            the sae-lens built-in.
         shrinkage: Shrinkage of the covariance toward its mean eigenvalue: an intensity in [0, 1],
             or "oas" (Chen et al. 2010, Shrinkage Algorithms for MMSE Covariance Estimation).
             None: no shrinkage, except that "oas" is used, with a warning, when there are fewer
@@ -44,28 +52,28 @@ class WhiteningConfig:
         loss_space: "original" takes every reconstruction error in the space of the original
             activations (the paper's objective), "whitened" in whitened space (the built-in's).
             Both are scaled such that predicting the mean costs d_in.
-        sparsity_norms: In which space the length of a latent's decoder row is taken, where sparsity
-            is charged by it: in the ranking of the topk family (rescale_acts_by_decoder_norm) and
-            in the penalty of standard, gated and jumprelu (tanh mode; other architectures refuse
-            "original"). "whitened" charges directions of large and of small variance alike,
+        sparsity_norms: The space in which decoder norms are taken where sparsity is charged by
+            them: in the ranking of the topk family (rescale_acts_by_decoder_norm) and in the
+            penalty of standard, gated and jumprelu (tanh mode). Other architectures refuse
+            "original". "whitened" charges directions of large and of small variance alike;
             "original" in proportion to what a latent adds to the original activations, scaled such
-            that an average direction weighs the same. With both spaces "original" the objective is
-            that of training without whitening; what is left of it are the mean, the initial
-            weights and the coordinates in which the optimizer steps.
+            that an average direction weighs the same. With loss_space and sparsity_norms both
+            "original", the objective is that of training without whitening. Whitening then changes
+            only the mean, the initial weights and the coordinates of the optimizer's steps.
         n_samples: Number of activations (tokens) to estimate the statistics from, rounded up to
             whole batches. None: as many as `tolerance` needs.
-        tolerance: Relative excess variance of held-out activations under the estimated whitening,
-            measured from two halves of the samples, at which the estimation ends. 2% takes 51
-            activations per dimension of Gaussian data (d / (n - d)) and, because tokens of one
-            text resemble each other, about 125 on all-MiniLM-L6-v2 with prose, where it was also
-            what held-out text showed.
+        tolerance: The estimation ends when the relative excess variance of held-out activations
+            under the estimated whitening, measured between two halves of the samples, is below
+            this. 2% takes 51 activations per dimension of Gaussian data (d / (n - d)). Tokens of
+            one text resemble each other: on all-MiniLM-L6-v2 with prose it took about 125, and
+            held-out text then showed 2% too.
         statistics: File of `ActivationStatistics`, folder of such files named after their hooks
             (`sae-whiten fit`), or repo of the Hugging Face hub ("user/name", "user/name@revision"),
-            to take instead of estimating any. What exists on disk goes before the hub.
-        allow_other_statistics: Take `statistics` even where their provenance contradicts the
-            training run (another model, hook, dataset, context size...).
-        on_nonfinite: What to do with activations that hold a NaN or an infinity: "raise" an error
-            that names the batch, or "skip" and count them.
+            to use instead of estimating any. A path that exists is taken before the hub.
+        allow_other_statistics: Use `statistics` even if their provenance contradicts the training
+            run (another model, hook, dataset, context size...).
+        on_nonfinite: What to do with activations that contain a NaN or an infinity: "raise" an
+            error that names the batch, or "skip" and count them.
     """
 
     kind: Literal["pca", "zca"] = _option("pca", "pca or zca")
@@ -140,7 +148,7 @@ class WhiteningConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary that JSON can hold."""
+        """The fields, as JSON can hold them."""
         return asdict(self)
 
     @classmethod

@@ -1,23 +1,25 @@
-"""Absorb a whitening into the weights of an SAE, and take it out again: pure algebra.
+"""Fold a whitening into the weights of an SAE, and unfold it again: pure algebra.
 
-An SAE in whitened coordinates, with s = 1 if it subtracts b_dec from its input and 0 otherwise,
-gains g (1, but exp(r_mag) for the magnitude path of a gated SAE) and whitenings of input and output
+In whitened coordinates, with whitenings (mean, W, W_inv) of the input and of the output, an SAE has
+pre-activations and reconstructions
 
     pre_i  = g_i * (((x - mean_in) @ W_in - s b_dec) @ W_enc)_i + b_i
     x_hat  = (f @ W_dec + b_dec) @ W_inv_out + mean_out
 
-is the plain SAE, with s' = 1,
+where s is 1 if it subtracts b_dec from its input and 0 otherwise, and g is a gain: exp(r_mag) on
+the magnitude path of a gated SAE, 1 elsewhere. It is equal to the plain SAE with s' = 1 and
 
     W_enc' = W_in @ W_enc      W_dec' = W_dec @ W_inv_out      b_dec' = b_dec @ W_inv_out + mean_out
     b'     = b + g * ((b_dec' - mean_in) @ W_enc' - s b_dec @ W_enc)
 
-When input and output share one whitening and s = 1 the encoder bias does not change; when s = 0 it
-becomes b + g * (b_dec @ W_enc). Setting s' = 1 keeps the mean out of it: s' = 0 would need
-b - g * (mean @ W_enc'), equal in exact arithmetic, of which float32 loses most when the mean is
-large. `b_dec'` stands for its value as stored: the encoder bias makes up for what its rounding
-moved, which is why it does change, by rounding errors of the mean.
+If input and output share one whitening, b' = b for s = 1, and b' = b + g * (b_dec @ W_enc) for
+s = 0. s' = 0 would be possible too, with b' = b - g * (mean @ W_enc'). That is equal in exact
+arithmetic, but float32 loses most of its digits when the mean is large.
 
-Everything is computed in float64, a block of latents at a time, and stored in float32 at least.
+b_dec' is used as it is stored, rounded. So b' makes up for this rounding, and differs from b by
+rounding errors of the mean even where the formula says b' = b.
+
+All is computed in float64, a block of latents at a time, and stored in float32 or better.
 """
 
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ _BLOCK = 1024  # latents per block: float64 temporaries of d_in x 1024
 
 @dataclass
 class AffineWeights:
-    """The weights of an SAE that a change of coordinates touches, by their names in the SAE.
+    """The weights of an SAE that depend on the coordinates of its activations.
 
     Attributes:
         W_enc: The encoder.
@@ -44,13 +46,13 @@ class AffineWeights:
         b_dec: The bias of the decoder.
         encoder_biases: The biases of the encoder, by name.
         subtracts_b_dec: Whether b_dec is subtracted from the input.
-        gains: For the biases whose path multiplies W_enc by a gain, that gain, by the bias's name.
-        decoder_norms: float64, where the SAE ranks its latents by pre-activation times decoder
-            norm. They are multiplied into the encoder and divided out of the decoder first, so that
-            the ranking does not change with the norms, which whitening does.
-        W_skip: For transcoders that add x @ W_skip^T to their output.
-        further_encoders: Further matrices that read the input as W_enc does, each with its bias, by
-            the names of the two; latents are not ranked by them.
+        gains: By the name of a bias: the gain that W_enc is multiplied by on its path, if any.
+        decoder_norms: Norms of decoder rows, if latents are ranked by pre-activation times norm;
+            float64. Whitening would change them, and thereby the ranking. So they are first
+            multiplied into the encoder and divided out of the decoder.
+        W_skip: Of transcoders that add x @ W_skip^T to their output.
+        further_encoders: By the names of a matrix and its bias: other affine maps of the same
+            input, which latents are not ranked by.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -66,7 +68,7 @@ class AffineWeights:
     ] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, Tensor]:
-        """All weights and biases by name.
+        """All weights and biases, by name.
 
         >>> weights = AffineWeights(
         ...     torch.eye(2), torch.eye(2), torch.zeros(2), {"b_enc": torch.ones(2)}, True
@@ -91,7 +93,9 @@ def fold(
     *,
     subtract_b_dec: bool = True,
 ) -> AffineWeights:
-    """The plain weights that do to x what `weights` do to whitened x. The input is not changed.
+    """The weights that do to activations what `weights` do to whitened activations.
+
+    `weights` are not changed.
 
     >>> from sae_whiten import ActivationStatistics
     >>> x = torch.randn(1000, 4, dtype=torch.float64)
@@ -108,8 +112,8 @@ def fold(
         weights: Weights in whitened coordinates.
         whitening: The whitening of the input.
         output_whitening: The whitening of the output, if it is not that of the input.
-        subtract_b_dec: Whether the plain SAE subtracts its b_dec from its input; impossible for
-            transcoders, whose b_dec lives elsewhere.
+        subtract_b_dec: Whether the plain SAE subtracts b_dec from its input. A transcoder cannot,
+            for its b_dec belongs to the output.
     """
     out = output_whitening or whitening
     return _change_coordinates(
@@ -130,7 +134,10 @@ def unfold(
     *,
     subtract_b_dec: bool = True,
 ) -> AffineWeights:
-    """Inverse of `fold`: the weights in whitened coordinates of a plain SAE. Arguments as there."""
+    """The inverse of `fold`: weights in whitened coordinates from those of a plain SAE.
+
+    The arguments are those of `fold`.
+    """
     out = output_whitening or whitening
     return _change_coordinates(
         weights,
@@ -152,20 +159,24 @@ def _change_coordinates(
     b_dec: Tensor,
     subtract_b_dec: bool,
 ) -> AffineWeights:
-    """Weights for inputs y where the old input is (y - origin) @ encoder."""
+    """Weights in coordinates y, where the input was (y - origin) @ encoder before.
+
+    What was written before, times `decoder`, is in the new coordinates of the output; `b_dec` is
+    given in them already.
+    """
     home, dtype = weights.W_enc.device, torch.promote_types(weights.W_enc.dtype, torch.float32)
     device = torch.device("cpu") if home.type == "mps" else home  # MPS has no float64
     encoder, origin, decoder, b_dec = (t.to(device) for t in (encoder, origin, decoder, b_dec))
     W_skip, b_dec = _skip_connection(weights, encoder, origin, decoder, b_dec)
     stored_b_dec = b_dec.to(dtype)
-    # b_dec is of the output's width: it meets the input only where it is subtracted from it
+    # b_dec has the width of the output, which equals that of the input where it is subtracted
     offset = stored_b_dec.double() - origin if subtract_b_dec else -origin
     old_offset = (
         _f64(weights.b_dec, device) if weights.subtracts_b_dec else torch.zeros_like(origin)
     )
 
     def read(W: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """The new encoder, and what its biases are shifted by."""
+        """An encoder in the new coordinates, and the shift of its biases."""
         new = torch.empty(encoder.shape[0], W.shape[1], dtype=dtype, device=home)
         shift = torch.empty_like(norms)
         for block in _blocks(W.shape[1]):
@@ -205,7 +216,7 @@ def _change_coordinates(
 def _skip_connection(
     weights: AffineWeights, encoder: Tensor, origin: Tensor, decoder: Tensor, b_dec: Tensor
 ) -> tuple[Tensor | None, Tensor]:
-    """The new skip connection, if there is one, and b_dec with what it adds of the origin."""
+    """W_skip in the new coordinates, and b_dec less what W_skip makes of the origin."""
     if weights.W_skip is None:
         return None, b_dec
     skip = encoder @ _f64(weights.W_skip, encoder.device).T @ decoder

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from sae_whiten._files import (
@@ -45,11 +45,15 @@ def oas_shrinkage(eigenvalues: Float[Tensor, "d"], n_samples: int) -> float:
     """Oracle approximating shrinkage: the intensity in [0, 1] for a covariance of n samples.
 
     Chen, Wiesel, Eldar & Hero, *Shrinkage Algorithms for MMSE Covariance Estimation* (2010),
-    equation 23 without the terms in 1/d that scikit-learn's `OAS` omits too. It needs only
+    equation 23, without the terms in 1/d that scikit-learn's `OAS` leaves out too. It needs only
     d, n, tr(C) and tr(C^2).
 
+    >>> eigenvalues = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+    >>> round(oas_shrinkage(eigenvalues, n_samples=100), 3)
+    0.248
+
     Args:
-        eigenvalues: Shape (d,), eigenvalues of the covariance.
+        eigenvalues: Eigenvalues of the covariance, with divisor n.
         n_samples: Number of samples that the covariance was estimated from.
     """
     d = eigenvalues.numel()
@@ -61,10 +65,15 @@ def oas_shrinkage(eigenvalues: Float[Tensor, "d"], n_samples: int) -> float:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Take products of float32 in float32 on `device`, whatever the caller has set for speed.
+    """Compute float32 products in float32 on `device`, whatever the caller has set for speed.
 
-    Autocast and TensorFloat-32 keep 8 and 11 bits of each factor: fewer than what is left of
-    activations once a large mean is subtracted.
+    Autocast and TensorFloat-32 keep 8 and 11 bits of each factor. Where the mean is large, that is
+    less than activations have left once it is subtracted.
+
+    >>> x = torch.ones(2, 2)
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(x.device):
+    ...     (x @ x).dtype
+    torch.float32
     """
     with torch.autocast(device.type, enabled=False):
         backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
@@ -88,23 +97,33 @@ def full_precision(device: torch.device) -> Iterator[None]:
 class Whitening:
     """An invertible affine map between activations x and whitened activations z.
 
+    >>> x = torch.randn(1000, 3, dtype=torch.float64) * torch.tensor([1.0, 10.0, 100.0]) + 5
+    >>> statistics = ActivationStatistics(3)
+    >>> statistics.update(x)
+    >>> whitening = Whitening.from_statistics(statistics, WhiteningConfig(eps=0.0))
+    >>> z = whitening.whiten(x)
+    >>> torch.allclose(torch.cov(z.T), torch.eye(3, dtype=torch.float64))
+    True
+    >>> torch.allclose(whitening.dewhiten(z), x)
+    True
+
     Attributes:
-        mean: Shape (d_in,), float64.
-        W: Shape (d_in, d_in), float64; z = (x - mean) @ W.
-        W_inv: Shape (d_in, d_in), float64; x = z @ W_inv + mean.
-        eigenvalues: Shape (d_in,), float64, ascending before regularisation: the regularised
-            eigenvalues of the covariance, one per whitened direction.
-        covariance_eigenvalues: Shape (d_in,), float64: the same before regularisation.
-        config: The configuration it was derived with.
-        shrinkage: The intensity that was applied.
+        mean: Mean of the activations.
+        W: Whitens: z = (x - mean) @ W.
+        W_inv: Dewhitens: x = z @ W_inv + mean.
+        eigenvalues: Regularised eigenvalues of the covariance, one per whitened direction, in the
+            ascending order of `covariance_eigenvalues`.
+        covariance_eigenvalues: The eigenvalues before regularisation, ascending.
+        config: The configuration that the transform was derived with.
+        shrinkage: The intensity of the shrinkage that was applied.
         n_samples: Number of activations behind the statistics.
     """
 
-    mean: Tensor
-    W: Tensor
-    W_inv: Tensor
-    eigenvalues: Tensor
-    covariance_eigenvalues: Tensor
+    mean: Float64[Tensor, "d_in"]
+    W: Float64[Tensor, "d_in d_in"]
+    W_inv: Float64[Tensor, "d_in d_in"]
+    eigenvalues: Float64[Tensor, "d_in"]
+    covariance_eigenvalues: Float64[Tensor, "d_in"]
     config: WhiteningConfig
     shrinkage: float
     n_samples: int
@@ -116,7 +135,7 @@ class Whitening:
     ) -> "Whitening":
         """Derive the transform.
 
-        Warns, through logging, when the samples are too few for the number of dimensions.
+        Logs a warning when the samples are too few for the number of dimensions.
 
         Args:
             stats: Mean and covariance; at least two samples.
@@ -190,32 +209,32 @@ class Whitening:
         return self.config.strength
 
     @property
-    def matrix(self) -> Tensor:
-        """`W`, under the name that SAELens' `ActivationWhitening` has for it."""
+    def matrix(self) -> Float64[Tensor, "d_in d_in"]:
+        """`W`, as SAELens' `ActivationWhitening` calls it."""
         return self.W
 
     @property
-    def inverse_matrix(self) -> Tensor:
-        """`W_inv`, under the name that SAELens' `ActivationWhitening` has for it."""
+    def inverse_matrix(self) -> Float64[Tensor, "d_in d_in"]:
+        """`W_inv`, as SAELens' `ActivationWhitening` calls it."""
         return self.W_inv
 
     @property
     def condition_number(self) -> float:
-        """Condition number of W: the square root of that of the covariance, for strength 1."""
+        """Condition number of W; for strength 1, the square root of the covariance's."""
         ratio = self.eigenvalues.max() / self.eigenvalues.min()
         return float(ratio ** (self.strength / 2))
 
     def whiten(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """z = (x - mean) @ W.
 
-        Computed in float32 at least, whatever the dtype of `x`, under autocast and where
-        TensorFloat-32 is allowed too.
+        Computed in float32 or better, whatever the dtype of `x`, also under autocast and where
+        TensorFloat-32 is allowed.
 
         Args:
-            x: Shape (..., d_in), any floating dtype and device.
+            x: Activations, of any floating dtype and on any device.
 
         Returns:
-            The shape and dtype of `x`.
+            Whitened activations, in the dtype of `x`.
 
         Raises:
             ValueError: The last dimension of `x` is not d_in, or its dtype is not floating.
@@ -224,11 +243,11 @@ class Whitening:
         W, _, mean, mean_rest = self._cast(x)
         with full_precision(x.device):
             rows = x.reshape(-1, self.d_in).to(W.dtype) - mean
-            # what the rounding of the mean left over is subtracted after the product
+            # the mean was rounded to the dtype; mean_rest is what the rounding changes in z
             return torch.addmm(mean_rest, rows, W).reshape(x.shape).to(x.dtype)
 
     def dewhiten(self, z: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """x = z @ W_inv + mean; dtypes, shapes and errors as for `whiten`."""
+        """x = z @ W_inv + mean. Dtypes and errors as for `whiten`."""
         self._check_input(z, "dewhiten")
         _, W_inv, mean, _ = self._cast(z)
         with full_precision(z.device):
@@ -237,14 +256,14 @@ class Whitening:
 
     @property
     def digest(self) -> str:
-        """A checksum of the transform, to tell whether weights belong to it."""
+        """Checksum of the transform. Weights in whitened coordinates are saved with it."""
         sha = hashlib.sha256()
         for tensor in (self.mean, self.W, self.W_inv):
             sha.update(tensor.contiguous().numpy().data)
         return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, atomically."""
+        """Write one safetensors file: the whole of it, or nothing."""
         tensors, fields = self._content()
         save_tensors(path, _KIND, tensors, fields)
 
@@ -254,8 +273,7 @@ class Whitening:
 
         Raises:
             FileNotFoundError: There is no such file.
-            CorruptFileError: The file is truncated, foreign or was changed, or what it holds is
-                not a whitening.
+            CorruptFileError: The file is truncated, was changed, or is of another kind.
         """
         tensors, fields = load_tensors(path, _KIND)
         with reading_content(path):
@@ -274,7 +292,7 @@ class Whitening:
         return whitening
 
     def summary(self) -> dict[str, Any]:
-        """What a reader of a trained SAE needs to know; values that JSON can hold."""
+        """What the metadata of an SAE say about its whitening; can be written as JSON."""
         return {
             "method": "covariance_whitening (arXiv 2511.13981)",
             "config": self.config.to_dict(),
@@ -284,7 +302,7 @@ class Whitening:
         }
 
     def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        # mean, matrix and inverse_matrix are the names in SAELens' own file of this kind
+        # SAELens' own whitening files have mean, matrix and inverse_matrix under these names
         tensors = {
             "mean": self.mean,
             "matrix": self.W,
@@ -300,11 +318,11 @@ class Whitening:
         return tensors, fields
 
     def _check_inverse(self) -> None:
-        """Refuse matrices that are not each other's inverse, judged by one vector: O(d_in^2)."""
+        """Check on one vector that the matrices are each other's inverse: O(d_in^2)."""
         vector = torch.linspace(1, 2, self.d_in, dtype=torch.float64)
         whitened = vector @ self.W
         error = (whitened @ self.W_inv - vector).norm()
-        # rounding is amplified by as much as the products may be larger than their sum
+        # rounding errors are relative to the norms of the factors, not to the result
         if not error <= 1e-10 * whitened.norm() * self.W_inv.norm():
             raise ValueError("inverse_matrix is not the inverse of matrix")
 
@@ -317,7 +335,7 @@ class Whitening:
             )
 
     def _cast(self, x: Tensor) -> tuple[Tensor, ...]:
-        """W, W_inv, the mean and -(mean - its rounding) @ W, in the dtype and place of `x`."""
+        """W, W_inv, mean and -(mean - rounded mean) @ W, in the dtype and on the device of `x`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         key = (x.device, dtype)
         if key not in self._casts:
@@ -329,12 +347,14 @@ class Whitening:
         return self._casts[key]
 
 
-def _without_information(stats: ActivationStatistics, eigenvalues: Tensor, basis: Tensor) -> Tensor:
-    """Directions with no more variance than rounding explains, as a mask of shape (d,).
+def _without_information(
+    stats: ActivationStatistics, eigenvalues: Float64[Tensor, "d"], basis: Float64[Tensor, "d d"]
+) -> Bool[Tensor, "d"]:
+    """Directions with no more variance than rounding explains.
 
-    Rounding of the activations themselves, seen along each direction: one rounding of x_i has a
-    variance of at most (resolution x_i)^2 / 12, and computing it takes several, here a dozen. And
-    rounding of the eigenvalues (the usual definition of numerical rank).
+    Two roundings count. That of the activations: rounding x_i once adds a variance of at most
+    (resolution x_i)^2 / 12, and a model rounds several times, here taken to be twelve. And that of
+    the eigenvalues, as in the usual definition of numerical rank.
     """
     mean_square = stats.covariance.diagonal() + stats.mean.square()
     of_activations = stats.resolution**2 * (mean_square @ basis.square())
@@ -346,7 +366,7 @@ def _shrinkage(config: WhiteningConfig, eigenvalues: Tensor, n: int, d: int) -> 
     few = n < _FEW_SAMPLES_PER_DIMENSION * d
     automatic = few and config.shrinkage is None and config.eps_mode == "relative"
     if config.shrinkage == "oas" or automatic:
-        # the formula is stated for the covariance with divisor n
+        # the formula is for the covariance with divisor n, ours has n - 1
         intensity = oas_shrinkage(eigenvalues * ((n - 1) / n), n)
     else:
         intensity = float(config.shrinkage or 0.0)

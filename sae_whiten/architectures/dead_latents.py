@@ -1,4 +1,7 @@
-"""AuxK: dead latents are revived by what the living leave over. Gao et al. 2024, appendix A.2."""
+"""AuxK: dead latents learn to reconstruct the residual of the living ones.
+
+Gao et al. 2024, *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), appendix A.2.
+"""
 
 from collections.abc import Callable
 
@@ -16,27 +19,37 @@ def dead_latents_loss(
     select: Callable[..., Tensor],
     decode: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, ""]:
-    """Error of the dead latents' reconstruction of what the living leave over.
+    """Error of the dead latents' reconstruction of the residual.
+
+    >>> import torch
+    >>> from sae_lens.saes.sae import mse_loss
+    >>> from sae_lens.saes.topk_sae import calculate_topk_aux_acts
+    >>> residual, hidden_pre = torch.ones(5, 4), torch.ones(5, 8)
+    >>> dead = torch.arange(8) < 2  # as many as k_aux = d_in / 2
+    >>> W_dec = torch.full((8, 4), 0.25)
+    >>> dead_latents_loss(
+    ...     mse_loss, residual, hidden_pre, dead, calculate_topk_aux_acts, lambda f: f @ W_dec
+    ... )
+    tensor(1.)
 
     Args:
-        metric: From a reconstruction and its target, shape (batch, d_in) each, the contributions to
-            the squared error, of that shape.
-        residual: Shape (batch, d_in).
-        hidden_pre: Shape (batch, d_sae), pre-activations of all latents.
-        dead: Shape (d_sae,), whether a latent is dead.
-        select: Latents to reconstruct with, called with the keyword arguments of SAELens'
+        metric: Maps a reconstruction and its target, shape (batch, d_in) each, to contributions to
+            the squared error, of the same shape.
+        residual: What the living latents did not reconstruct.
+        hidden_pre: Pre-activations of all latents.
+        dead: Whether a latent is dead.
+        select: Gives the latents to reconstruct with. Called with the keyword arguments of SAELens'
             `calculate_topk_aux_acts`: k_aux, hidden_pre, dead_neuron_mask.
-        decode: From latents, shape (batch, d_sae), to shape (batch, d_in), without a bias.
+        decode: Maps latents, shape (batch, d_sae), to shape (batch, d_in), without a bias.
 
     Returns:
-        Scalar: the squared error, summed over d_in and averaged over the batch; 0 without dead
-        latents.
+        The squared error, summed over d_in and averaged over the batch; 0 without dead latents.
     """
     n_dead = int(dead.sum())
     if n_dead == 0:
         return residual.new_tensor(0.0)
     k_aux = residual.shape[-1] // 2
     acts = select(k_aux=min(k_aux, n_dead), hidden_pre=hidden_pre, dead_neuron_mask=dead)
-    # fewer dead latents than k_aux: a loss in proportion
+    # with fewer dead latents than k_aux, the loss is smaller in proportion
     share = min(n_dead / k_aux, 1.0)
     return share * metric(decode(acts), residual).sum(dim=-1).mean()

@@ -1,6 +1,7 @@
-"""Fold a whitening into a SAELens SAE, prove it, and take it out again.
+"""Fold a whitening into a SAELens SAE, prove that nothing changed, and unfold it again.
 
-The algebra is in `sae_whiten.folding`; here is what each architecture adds to it.
+The algebra is in `sae_whiten.folding`. The description of an architecture says which of its weights
+it applies to.
 """
 
 import copy
@@ -34,23 +35,29 @@ logger = logging.getLogger(__name__)
 
 
 class FoldError(ValueError):
-    """A whitening cannot be folded into this SAE, or the folded SAE is not the same function."""
+    """A whitening cannot be folded into an SAE, or the folded SAE computes something else."""
 
 
 @dataclass(frozen=True)
 class FoldCheck:
-    """How far the folded SAE is from `unscale(sae(scale(x)))` on the same activations.
+    """How far a folded SAE is from the SAE before the fold, between whitening and dewhitening.
+
+    All norms are Frobenius norms over the activations that were compared.
+
+    >>> check = FoldCheck(512, "held-out", 2e-6, 1e-6, 0.0, 2e-6, 1e-5, 0.01)
+    >>> check.fold_error, check.passed
+    (2e-06, True)
 
     Attributes:
         n_activations: Number of activations that were compared.
         source: Where they came from, for example "held-out".
-        pre_activation_error: |difference| / |value| of the encoder's pre-activations (Frobenius).
+        pre_activation_error: |difference| / |value| of the pre-activations.
         decoder_error: |difference| / |x - mean| of what the two decoders make of the same latents.
-        active_set_change: Share of active latents that only one of the two has active.
-        reconstruction_error: |difference| / |x - mean| of the two reconstructions end to end; where
-            two latents are nearly tied, rounding may choose another one, which this includes.
+        active_set_change: Share of the active latents that are active in one of the two SAEs only.
+        reconstruction_error: |difference| / |x - mean| of the two reconstructions, end to end. It
+            includes what comes of near ties between latents, where rounding decides.
         tolerance: Largest `pre_activation_error` and `decoder_error` that rounding explains.
-        active_set_tolerance: Largest `active_set_change` that is put down to near ties.
+        active_set_tolerance: Largest `active_set_change` that near ties explain.
     """
 
     n_activations: int
@@ -69,7 +76,7 @@ class FoldCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether every error is within its tolerance (NaN is not)."""
+        """Whether all errors are within their tolerances. NaN is not."""
         return (
             self.fold_error <= self.tolerance
             and self.active_set_change <= self.active_set_tolerance
@@ -82,16 +89,21 @@ class FoldCheck:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What a fold did.
+    """What a fold did. `fold_whitening_into_weights` returns one.
+
+    >>> report = FoldReport("topk", "bfloat16", "float32", False, True, {"n_samples": 1000})
+    >>> sorted(report.to_dict())
+    ['fold', 'n_samples']
 
     Attributes:
-        architecture: SAELens' name of it.
-        dtype: Of the weights before.
-        folded_dtype: Of the weights after.
-        apply_b_dec_to_input: Before; afterwards it is True, except for transcoders.
-        decoder_norms_folded: Whether `rescale_acts_by_decoder_norm` was folded in and switched off.
-        whitening: `Whitening.summary()` of what was folded.
-        check: The comparison on activations, if there were any.
+        architecture: SAELens' name of the architecture.
+        dtype: Dtype of the weights before.
+        folded_dtype: Dtype of the weights after.
+        apply_b_dec_to_input: The setting before; afterwards it is True, except for transcoders.
+        decoder_norms_folded: Whether decoder norms that latents were ranked by were folded too, and
+            `rescale_acts_by_decoder_norm` switched off.
+        whitening: `Whitening.summary()` of the whitening.
+        check: The comparison on activations, if any were given.
     """
 
     architecture: str
@@ -103,7 +115,7 @@ class FoldReport:
     check: FoldCheck | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it; this is what is saved in `cfg.metadata.whitening`."""
+        """The report, as JSON can hold it. Saved SAEs have it in `cfg.metadata.whitening`."""
         details = {
             "dtype": self.dtype,
             "folded_dtype": self.folded_dtype,
@@ -115,7 +127,16 @@ class FoldReport:
 
 
 def why_not_foldable(sae: SAE[Any] | type[SAE[Any]]) -> str | None:
-    """The reason why no whitening can be folded into an SAE of this class; None if one can."""
+    """The reason why no whitening can be folded into an SAE of this class; None if one can.
+
+    A class of your own can give one, in its attribute `whitening_not_foldable_because`.
+
+    >>> from sae_lens import MatchingPursuitSAE, TopKSAE
+    >>> why_not_foldable(TopKSAE) is None
+    True
+    >>> why_not_foldable(MatchingPursuitSAE)[:53]
+    'MatchingPursuitSAE: its encoder is tied to the decode'
+    """
     cls = sae if isinstance(sae, type) else type(sae)
     name = cls.__name__
     declared = getattr(sae, "whitening_not_foldable_because", None)
@@ -133,26 +154,42 @@ def fold_whitening_into_weights(
     activations: Float[Tensor, "..."] | None = None,
     source: str = "given",
 ) -> FoldReport:
-    """Make an SAE that was trained on whitened activations a plain one for raw activations.
+    """Turn an SAE that was trained on whitened activations into a plain one for raw activations.
 
     Afterwards `sae(x)` is what `whitening.dewhiten(sae(whitening.whiten(x)))` was, with the same
-    latents; `sae.cfg.normalize_activations` is "none" and `sae.cfg.metadata.whitening` tells what
-    was done. Computed in float64, stored in float32 at least. In place, all or nothing: if anything
-    fails, the SAE is as it was. `sae.cfg` is replaced, never changed: another SAE may share it.
+    latents; `sae.cfg.normalize_activations` is "none", and `sae.cfg.metadata.whitening` tells what
+    was done. Computed in float64, stored in float32 or better. The SAE is changed in place, or not
+    at all if anything fails. `sae.cfg` is replaced and not changed, for another SAE may share it.
+
+    >>> from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    >>> from sae_whiten import ActivationStatistics
+    >>> x = torch.randn(1000, 8) * torch.arange(1.0, 9.0) + 5
+    >>> statistics = ActivationStatistics(8)
+    >>> statistics.update(x)
+    >>> whitening = Whitening.from_statistics(statistics)
+    >>> sae = TopKTrainingSAE(
+    ...     TopKTrainingSAEConfig(
+    ...         d_in=8, d_sae=32, k=4, normalize_activations="covariance_whitening"
+    ...     )
+    ... )
+    >>> report = fold_whitening_into_weights(sae, whitening, activations=x)
+    >>> report.check.passed, sae.cfg.normalize_activations
+    (True, 'none')
 
     Args:
         sae: An SAE with `normalize_activations="covariance_whitening"`.
         whitening: The whitening that it was trained under.
-        output_whitening: The whitening of its output, for transcoders, if it is not `whitening`.
-        activations: Shape (n, d_in): raw activations to prove the fold on.
-        source: Where they come from, for the report.
+        output_whitening: The whitening of the output of a transcoder, which may be the same one.
+        activations: Raw activations to prove the fold on, shape (n, d_in).
+        source: What the report calls them.
 
     Returns:
-        A report of what was done, with the proof if `activations` were given.
+        What was done, and how exact it is if `activations` were given.
 
     Raises:
         FoldError: The architecture cannot be folded, the SAE is folded already or was not trained
-            under whitening, the widths differ, the weights are not finite, or the proof failed.
+            under whitening, the widths differ, the weights are not finite, or the folded SAE
+            differs by more than rounding explains.
     """
     folded, report = folded_copy(sae, whitening, output_whitening)
     if activations is not None:
@@ -176,19 +213,31 @@ def fold_whitening_into_weights(
 def unfold_whitening_from_weights(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None = None
 ) -> None:
-    """Inverse of `fold_whitening_into_weights`: a plain SAE in whitened coordinates, in place.
+    """Inverse of `fold_whitening_into_weights`: bring a plain SAE into whitened coordinates.
 
-    For fine-tuning a published SAE under whitening. Any invertible whitening will do: it need not
-    be one that the SAE was ever trained under.
+    For fine-tuning a published SAE under whitening. Any whitening will do; the SAE need not have
+    been trained under it. The SAE is changed in place, or not at all if anything fails.
+
+    >>> from sae_lens import StandardSAE, StandardSAEConfig
+    >>> from sae_whiten import ActivationStatistics
+    >>> x = torch.randn(1000, 8) * torch.arange(1.0, 9.0) + 5
+    >>> statistics = ActivationStatistics(8)
+    >>> statistics.update(x)
+    >>> whitening = Whitening.from_statistics(statistics)
+    >>> sae = StandardSAE(StandardSAEConfig(d_in=8, d_sae=32))
+    >>> before = sae(x)
+    >>> unfold_whitening_from_weights(sae, whitening)
+    >>> torch.allclose(whitening.dewhiten(sae(whitening.whiten(x))), before, atol=1e-3)
+    True
 
     Args:
         sae: An SAE with `normalize_activations="none"`.
         whitening: The whitening of its input.
-        output_whitening: The whitening of its output, for transcoders, if it is not `whitening`.
+        output_whitening: The whitening of the output of a transcoder, which may be the same one.
 
     Raises:
         FoldError: The architecture cannot be folded, the SAE normalises its activations, the widths
-            differ or the weights are not finite. The SAE is left as it was.
+            differ or the weights are not finite.
     """
     _require_foldable(sae)
     if sae.cfg.normalize_activations != "none":
@@ -198,7 +247,8 @@ def unfold_whitening_from_weights(
         )
     unfolded = _transformed(sae, whitening, output_whitening, unfold)
     unfolded.cfg.normalize_activations = "covariance_whitening"
-    unfolded.cfg.metadata.__dict__.pop("whitening", None)
+    if "whitening" in unfolded.cfg.metadata:
+        del unfolded.cfg.metadata.whitening
     _take_over(sae, unfolded)
 
 
@@ -206,7 +256,10 @@ def unfold_whitening_from_weights(
 def folded_copy(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None = None
 ) -> tuple[SAE[Any], FoldReport]:
-    """A folded SAE beside `sae`, which is not changed, and the report; errors as for folding."""
+    """A folded copy of an SAE, which is not changed itself, and the report.
+
+    Arguments and errors are those of `fold_whitening_into_weights`, which has an example.
+    """
     _require_foldable(sae)
     if sae.cfg.normalize_activations != "covariance_whitening":
         done = sae.cfg.metadata.whitening is not None
@@ -259,7 +312,7 @@ def _transformed(
         output_whitening,
         subtract_b_dec=not architecture.is_transcoder,
     ).parameters()
-    # aminmax, for isfinite makes a copy of what it looks at
+    # aminmax, because isfinite allocates a tensor of the same size
     if not all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in parameters.values()):
         raise FoldError(
             "the weights are not finite, or overflow when the whitening is applied to them"
@@ -301,14 +354,14 @@ def _copy_with(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
 
 
 def _leave_whitened_space(sae: SAE[Any]) -> None:
-    """Have an SAE that this package was training, and whose weights are plain now, a stock one."""
+    """Make an SAE that this package was training a stock SAE. Its weights must be plain."""
     leave = getattr(sae, "leave_whitened_space", None)
     if leave is not None:
         leave()
 
 
 def _take_over(sae: SAE[Any], new: SAE[Any]) -> None:
-    """Give `sae` the values and cfg of `new`; nothing in here can fail half-way."""
+    """Give `sae` the values and the config of `new`. Nothing here can fail half-way."""
     for name, parameter in new._parameters.items():
         own = sae._parameters[name]
         if own is not None and parameter is not None:
@@ -325,21 +378,21 @@ def _compare(
     activations: Tensor,
     source: str,
 ) -> FoldCheck:
-    """Compare `folded` on raw activations with `sae` between whitening and dewhitening."""
+    """Compare `folded` with `sae` between whitening and dewhitening, on raw activations."""
     if activations.ndim != 2 or activations.shape[1] != whitening.d_in or len(activations) == 0:
         raise FoldError(
             f"activations to prove the fold on: expected shape (n, {whitening.d_in}) with n > 0, "
             f"got {tuple(activations.shape)}"
         )
     out = output_whitening or whitening
-    # both in the precision of the folded weights: bfloat16 noise of the forward pass is not the
-    # fold's, and the values of bfloat16 weights are float32 values too
+    # both in the precision of the folded weights, which holds bfloat16 weights exactly: bfloat16
+    # rounding in the forward pass is not an error of the fold
     dtype = folded.W_enc.dtype
     x = activations.to(folded.W_enc.device, dtype)
     reference = _copy_with(
         sae, {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None}
     )
-    # heads are flat already; and the closures that flatten them belong to `sae`
+    # heads are flat already, and the closures that flatten them would act on `sae`
     for copied in (reference, folded):
         copied.turn_off_forward_pass_hook_z_reshaping()
     architecture = describe(sae)
@@ -347,11 +400,11 @@ def _compare(
 
     eps = torch.finfo(dtype).eps
     offset = float(out.mean.norm() / out.covariance_eigenvalues.sum().sqrt())
-    # each map is a product with W or its inverse, in which rounding grows by the condition number;
-    # the mean is carried in the decoder bias, so its rounding enters in units of the spread
+    # each map is a product with W or W_inv, which amplifies rounding by the condition number; the
+    # mean is part of the decoder bias, whose rounding counts in units of the spread
     tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
 
-    # sums of squares and counts: a few activations at a time, for latents are many
+    # a few activations at a time, because latents take memory: sums of squares, and counts
     sums: dict[str, float] = defaultdict(float)
     norms = None if weights.decoder_norms is None else weights.decoder_norms.to(dtype)
     with full_precision(x.device):
@@ -370,7 +423,7 @@ def _compare(
                 ("reconstruction_error", folded.decode(new_latents) + new_skip - output),
             ):
                 sums[name] += float(torch.linalg.vector_norm(value)) ** 2
-            # of the activations, not of the output: an SAE without an active latent has none
+            # of the activations: the output of an SAE without active latents has none
             sums["spread"] += len(rows) * float(out.covariance_eigenvalues.sum())
             sums["changed"] += int((active ^ new_active).sum())
             sums["active"] += int((active | new_active).sum())

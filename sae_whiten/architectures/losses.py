@@ -1,12 +1,13 @@
-"""Reconstruction losses of SAELens' training SAEs in the space of the original activations.
+"""Errors and norms in the space of the original activations, of SAEs in whitened coordinates.
 
-The SAE works in whitened coordinates. With e = z_hat - z the error there, the squared error in the
-original space is |e @ W_inv|^2; for pca that is sum_i l~_i^a e_i^2, an elementwise weight. Every
-reconstruction term takes it: the main loss, the inner losses of Matryoshka SAEs, and the auxiliary
-ones. A residual is mapped without the mean. Saraswatula & Klindt, arXiv 2511.13981.
+With e = z_hat - z the error in whitened coordinates, the squared error in the original space is
+|e @ W_inv|^2. For pca that is sum_i l~_i^a e_i^2, an elementwise weight. Every reconstruction term
+is measured like this: the main loss, the inner losses of Matryoshka SAEs and the auxiliary losses.
+The error of a residual is mapped in the same way, without the mean. Saraswatula & Klindt,
+arXiv 2511.13981.
 
-Sparsity is charged by the norms of decoder rows in whitened coordinates, as SAELens does it, or, if
-`sparsity_norms` is "original", by |d_j @ W_inv|, their norms once the whitening is folded in.
+Sparsity is charged by norms of decoder rows d_j. With `sparsity_norms="whitened"` these are |d_j|,
+as SAELens takes them; with "original" |d_j @ W_inv|, the norms of the folded decoder.
 """
 
 from typing import Any
@@ -23,14 +24,24 @@ __all__ = ["ReconstructionMetric", "SparsityNorms"]
 class ReconstructionMetric:
     """Squared error between whitened activations, measured in the configured space.
 
-    Scaled such that predicting the mean costs d_in on average (less where directions have no
-    variance, which count with the average gain that they are given): by d / sum(l~) in the original
-    space, by d / sum(l~^(1-a)) in whitened space, which is 1 for full whitening. Learning rates,
-    sparsity coefficients and gradient clipping then carry over between the two.
+    Scaled such that predicting the mean costs d_in on average: by d / sum(l~) in the original space
+    and by d / sum(l~^(1-a)) in whitened space, which is 1 for full whitening. Learning rates,
+    sparsity coefficients and gradient clipping then carry over between the two. (Directions without
+    variance have the average eigenvalue in l~. Where there are any, the mean costs less.)
+
+    >>> from sae_whiten import ActivationStatistics
+    >>> x = torch.randn(1000, 4, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    >>> statistics = ActivationStatistics(4)
+    >>> statistics.update(x)
+    >>> whitening = Whitening.from_statistics(statistics)
+    >>> z = whitening.whiten(x)
+    >>> loss = ReconstructionMetric(whitening, "cpu")(torch.zeros_like(z), z).sum(-1).mean()
+    >>> round(float(loss), 1)
+    4.0
 
     Args:
         whitening: The transform; its `config.loss_space` chooses the space.
-        device: Where the SAE is.
+        device: The device of the SAE.
     """
 
     def __init__(self, whitening: Whitening, device: torch.device | str) -> None:
@@ -56,11 +67,11 @@ class ReconstructionMetric:
         """Contributions to the squared error, to be summed over the last dimension.
 
         Args:
-            preds: Shape (..., d_in), whitened.
-            target: Shape (..., d_in), whitened.
+            preds: Reconstructions in whitened coordinates.
+            target: Whitened activations.
 
         Returns:
-            Shape (..., d_in), float32 at least where the metric is not the identity.
+            The contributions, in float32 or better unless the metric is SAELens' own.
         """
         mse = torch.nn.functional.mse_loss
         if self.weights is not None:
@@ -78,8 +89,16 @@ class ReconstructionMetric:
 class SparsityNorms:
     """Norms of decoder rows in the space of the original activations, |d_j @ W_inv|.
 
-    Scaled by the root of d / tr(W_inv W_inv^T), so that the mean square over all directions is the
-    square of the norm in whitened space: penalties keep their order of magnitude.
+    Scaled by the root of d / tr(W_inv W_inv^T): averaged over all directions, the squared norm is
+    that in whitened space, and penalties keep their order of magnitude.
+
+    >>> from sae_whiten import ActivationStatistics, WhiteningConfig
+    >>> statistics = ActivationStatistics(2)
+    >>> statistics.update(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 4.0], [0.0, -4.0]]))
+    >>> config = WhiteningConfig(eps=0.0, shrinkage=0.0)
+    >>> norms = SparsityNorms(Whitening.from_statistics(statistics, config))
+    >>> norms(torch.eye(2))  # of the directions with the smaller and with the larger variance
+    tensor([0.8485, 1.1314])
 
     Args:
         whitening: The transform.
@@ -93,7 +112,7 @@ class SparsityNorms:
         self._casts: dict[Any, Tensor] = {}
 
     def __call__(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae"]:
-        """The norms, shape (d_sae,), in the dtype of `W_dec`, shape (d_sae, d_in), whitened."""
+        """The norms of a decoder in whitened coordinates, in its dtype."""
         dtype = torch.promote_types(W_dec.dtype, torch.float32)
         key = (W_dec.device, dtype)
         if key not in self._casts:

@@ -1,10 +1,10 @@
-"""top-AFA: the norm of the input decides how many latents are active.
+"""top_afa: the norm of the input decides how many latents are active.
 
-Lee et al., Evaluating and Designing Sparse Autoencoders by Approximating Quasi-Orthogonality,
-arXiv 2503.24277. Where decoder rows are nearly orthogonal, the norm of a sparse code approximates
-that of the vector it stands for. With a = ReLU((x - b_dec) @ W_enc), the latents with the largest
-contributions a_j |d_j| are kept, as many as bring the norm of the contributions nearest to
-|x - b_dec|; a loss draws the two together.
+Lee et al., *Evaluating and Designing Sparse Autoencoders by Approximating Quasi-Orthogonality*,
+arXiv 2503.24277. If decoder rows are nearly orthogonal, the norm of a sparse code approximates the
+norm of the vector that it encodes. With a = ReLU((x - b_dec) @ W_enc), the latents with the largest
+contributions a_j |d_j| are kept: as many as bring the norm of the contributions closest to
+|x - b_dec|. A loss reduces the distance between the two norms.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 from typing_extensions import override
 
-from sae_whiten.architectures._checks import require_number
+from sae_whiten._checks import require_number
 from sae_whiten.architectures.dead_latents import dead_latents_loss
 from sae_whiten.architectures.description import Architecture, register
 
@@ -41,7 +41,7 @@ _WHY_NOT_FOLDABLE = (
     "it selects latents by the norm of its input, which whitening does not preserve: no weights do "
     "to raw activations what these do to whitened ones"
 )
-_BLOCK = 1 << 24  # latents looked at at a time: 64 MiB of float32
+_BLOCK = 1 << 24  # latents per block: 64 MiB of float32
 
 
 # --- inference ---
@@ -51,6 +51,9 @@ _BLOCK = 1 << 24  # latents looked at at a time: 64 MiB of float32
 class TopAFASAEConfig(SAEConfig):
     """
     Configuration class for TopAFASAE inference.
+
+    >>> TopAFASAEConfig(d_in=16, d_sae=64).architecture()
+    'top_afa'
 
     Args:
         d_in (int): Input dimension. Inherited from SAEConfig.
@@ -76,7 +79,11 @@ class TopAFASAEConfig(SAEConfig):
 
 class TopAFASAE(SAE[TopAFASAEConfig]):
     """
-    An inference-only sparse autoencoder with as many latents as the norm of the input asks for.
+    An inference-only sparse autoencoder; the norm of the input sets the number of active latents.
+
+    >>> sae = TopAFASAE(TopAFASAEConfig(d_in=16, d_sae=64))
+    >>> sae(torch.randn(3, 16)).shape
+    torch.Size([3, 16])
     """
 
     @override
@@ -103,15 +110,20 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
     """
     Configuration class for training a TopAFATrainingSAE.
 
+    >>> config = TopAFATrainingSAEConfig(d_in=16, d_sae=64)
+    >>> config.metadata.import_before_loading
+    'sae_whiten'
+
     Args:
-        afa_coefficient (float): lambda, of the AFA loss, as the paper has it, relative to the mean
-            squared error per dimension (1/128 to 1/16 there, the least being poor); multiplied by
-            d_in here, for SAELens sums the squared error over dimensions.
-        afa_form (Literal["consistent", "published"]): What the loss compares. "consistent": what
-            the selection compares, the norm of the contributions with that of x - b_dec.
-            "published": as in the authors' code, with that of x. Neither sends a gradient into
-            b_dec through what it compares with.
-        aux_loss_coefficient (float): Of the loss that revives dead latents (AuxK).
+        afa_coefficient (float): lambda, the coefficient of the AFA loss, relative to the mean
+            squared error per dimension as in the paper. The paper tries 1/128, which does poorly,
+            to 1/16. The loss is multiplied by d_in, because SAELens sums the squared error over
+            dimensions.
+        afa_form (Literal["consistent", "published"]): What the norm of the contributions is
+            compared with in the loss. "consistent": with the norm of x - b_dec, as in the
+            selection. "published": with the norm of x, as in the authors' code. In neither case
+            does b_dec get a gradient from it.
+        aux_loss_coefficient (float): Coefficient of the loss that revives dead latents (AuxK).
         decoder_init_norm (float | None): Must be 1: decoder rows are kept at norm 1.
         d_in (int): Input dimension. Inherited from SAEConfig.
         d_sae (int): Number of latents. Inherited from SAEConfig.
@@ -140,7 +152,8 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
         _check(self)
         if self.afa_form not in ("consistent", "published"):
             raise ValueError(f"afa_form={self.afa_form!r}: one of consistent, published")
-        require_number(self, "afa_coefficient", "aux_loss_coefficient")
+        for name in ("afa_coefficient", "aux_loss_coefficient"):
+            require_number(name, getattr(self, name), 0, whole=False)
         if self.decoder_init_norm != 1.0:
             raise ValueError(
                 f"decoder_init_norm={self.decoder_init_norm}: top_afa keeps the rows of its "
@@ -160,10 +173,14 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
 
 class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     """
-    top-AFA in training: rows of the decoder count as directions, and are kept at norm 1.
+    top_afa in training: decoder rows are directions, kept at norm 1.
 
-    Besides SAELens' losses a step has `afa_loss`, with its coefficient, and the AuxK loss; and, if
-    it is logged, the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
+    A training step adds `afa_loss`, coefficient included, and the AuxK loss to SAELens' losses. On
+    steps that are logged it has the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
+
+    >>> sae = TopAFATrainingSAE(TopAFATrainingSAEConfig(d_in=16, d_sae=64))
+    >>> sae.encode(torch.randn(3, 16)).shape
+    torch.Size([3, 64])
     """
 
     @override
@@ -177,8 +194,8 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         with torch.no_grad():
-            # the gradient with respect to directions has no part along them; the optimizer's step
-            # has, by its second order
+            # the gradient is orthogonal to the directions, so a step of the optimizer makes rows
+            # longer, by its second order
             self.W_dec.data.div_(self.get_W_dec_norm()[:, None])
         output = super().training_forward_pass(step_input)
         if step_input.is_logging_step:
@@ -201,7 +218,7 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
             target = self.process_sae_in(step_input.sae_in)
             if self.cfg.afa_form == "published":
                 target = target + self.b_dec
-        # the rows have norm 1, so latents are what they contribute
+        # the rows have norm 1, so latents are contributions
         afa_loss = (_norm(feature_acts) - _norm(target)).square().mean()
         losses = {"afa_loss": step_input.coefficients["afa"] * self.cfg.d_in * afa_loss}
         if self.cfg.aux_loss_coefficient != 0 and step_input.dead_neuron_mask is not None:
@@ -225,13 +242,13 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     @override
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
-        """Rows have norm 1 already, but for what the last step of the optimizer did to them."""
+        """Rows have norm 1 already, except for what the last step of the optimizer changed."""
         self.W_dec.data.copy_(self._directions())
 
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Rows keep their norm, so it is the latents that change their unit."""
+        """Rows keep their norm, so the unit of the latents changes."""
         self.b_dec.data /= scaling_factor
         self.cfg.normalize_activations = "none"
 
@@ -281,7 +298,7 @@ def _encode(sae: SAE[Any], x: Tensor, norms: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _norm(x: Tensor) -> Tensor:
-    """In float32 at least: three digits of a norm do not tell one latent more from one less."""
+    """In float32 or better: bfloat16 norms would not tell whether one more latent is closer."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
@@ -295,25 +312,28 @@ def _decode(sae: SAE[Any], latents: Tensor, rows: Tensor) -> Tensor:
 def keep_up_to_norm(
     contributions: Float[Tensor, "batch d_sae"], norm: Float[Tensor, "batch"]
 ) -> Float[Tensor, "batch d_sae"]:
-    """The largest contributions, as many as bring their l2 norm nearest to `norm`.
+    """Choose the largest contributions, as many as bring their l2 norm closest to `norm`.
 
-    At least one is kept; of several numbers that are equally near the least is taken, so none that
-    are zero beyond the first. (Equally near up to the rounding of norms in float32, which may leave
-    out the least of many contributions.) Only as many as are needed are sorted, and no more than a
-    fixed number of values is looked at at a time.
+    At least one is kept. If several numbers of contributions are equally close, the smallest is
+    taken, so that no zeros are kept beyond the first. (Norms are rounded to float32: the smallest
+    of many contributions may not change them.) Only the largest contributions are sorted, and
+    memory is bounded.
+
+    >>> keep_up_to_norm(torch.tensor([[3.0, 0.1, 4.0]]), torch.tensor([5.0]))
+    tensor([[1., 0., 1.]])
 
     Args:
-        contributions: Shape (batch, d_sae), not negative: latents times norms of decoder rows.
-        norm: Shape (batch,).
+        contributions: Latents times norms of decoder rows, not negative.
+        norm: The norm to come close to.
 
     Returns:
-        Shape (batch, d_sae), of the dtype of `contributions`: 1 where kept, 0 elsewhere.
+        1 where a contribution is kept, 0 elsewhere, in the dtype of `contributions`.
     """
     batch, d_sae = contributions.shape
     kept = torch.zeros_like(contributions)
     n_sorted = d_sae
     if batch > 512:
-        # what a few need, and a little more
+        # as many as a sample of the rows needs, and a little more
         few = slice(None, None, max(batch // 64, -(-batch * d_sae // _BLOCK)))
         some = _sorted(contributions[few], norm[few], d_sae)[1]
         n_sorted = min(d_sae, int(1.2 * int(some.max())) + 8)
@@ -324,7 +344,7 @@ def keep_up_to_norm(
             indices, number, decided = _sorted(contributions[rows], norm[rows], n_sorted)
             rank = torch.arange(n_sorted, device=rows.device)
             chosen = (rank < number[:, None]).to(kept.dtype)
-            # not decided: written again, in the next round
+            # rows that are undecided are written again in the next round
             kept[rows] = torch.zeros_like(kept[rows]).scatter_(-1, indices, chosen)
             undecided.append(rows[~decided])
         todo = torch.cat(undecided)
@@ -333,7 +353,7 @@ def keep_up_to_norm(
 
 
 def _sorted(contributions: Tensor, norm: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The n largest: where they are, how many to keep, and whether more cannot be nearer."""
+    """Indices of the n largest, how many to keep, and whether more than n cannot be closer."""
     largest, indices = contributions.topk(n, dim=-1)
     norms = largest.to(torch.promote_types(largest.dtype, torch.float32)).square_()
     norms = norms.cumsum_(dim=-1).sqrt_()

@@ -2,17 +2,17 @@
 
 Baker & Li, Analysis of Variational Sparse Autoencoders, arXiv 2509.22994. With x~ the input that
 the encoder sees, mu = x~ @ W_enc + b_enc and logvar fixed or x~ @ W_var + b_var, training selects
-the k largest of z = mu + exp(logvar / 2) * noise, decodes these, and adds to the loss the KL
-divergence of the posterior from a standard normal distribution,
+the k largest of z = mu + exp(logvar / 2) * noise and decodes them. To the loss it adds the KL
+divergence of the posterior from a standard normal distribution, averaged over inputs:
 
-    0.5 * sum(mu^2 + exp(logvar) - 1 - logvar)        of each input, averaged over inputs.
+    0.5 * sum(mu^2 + exp(logvar) - 1 - logvar)
 
-Noise comes from a stream of the SAE's own. Its seed is derived from `torch.initial_seed()` when the
-SAE is made; seed and position are part of the SAE's state dict, so that a resumed training goes on
-with the noise it would have had, and neither depends on what else draws random numbers.
+Each SAE has a stream of noise of its own. The seed of the stream is derived from
+`torch.initial_seed()` when the SAE is made. Seed and position are in the state dict, so a resumed
+training continues with the same noise. It does not depend on what else draws random numbers.
 
-What is not training knows no noise: `encode` selects the k largest of mu. The trained SAE is
-therefore a TopK SAE, and is saved as one.
+Outside of training nothing is sampled: `encode` selects the k largest of mu. So the trained SAE is
+a TopK SAE, and is saved as one.
 
 Latents are in the units of SAELens' TopK SAE: with `rescale_acts_by_decoder_norm`, mu includes the
 norm of the decoder row, so that no latent evades the prior by a small mu and a large row. The
@@ -33,8 +33,7 @@ from sae_lens.saes.sae import SAEConfig, TrainCoefficientConfig, TrainStepInput,
 from torch import Tensor, distributed, nn
 from typing_extensions import override
 
-from sae_whiten._checks import FieldError
-from sae_whiten.architectures._checks import require_number
+from sae_whiten._checks import FieldError, require_number
 from sae_whiten.architectures.description import register
 from sae_whiten.architectures.topk import TOPK
 from sae_whiten.folding import AffineWeights
@@ -52,33 +51,38 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
     """
     Configuration class for training a TopKVSAETrainingSAE.
 
-    The models of the preprint (arXiv 2509.22994) were, by the authors' later account,
-    variance="none" with relu_mean=True and aux_loss_coefficient=0: TopK with a quadratic penalty,
-    never sampled. With sampling, noise changes which latents are selected, and reconstruction
-    suffers the more the larger the variance is: see selection_overlap among the metrics.
+    By the authors' later account, the models of the preprint (arXiv 2509.22994) had
+    variance="none", relu_mean=True and aux_loss_coefficient=0: TopK with a quadratic penalty,
+    without sampling. With sampling, noise changes which latents are selected. The larger the
+    variance, the worse the reconstruction; the metric selection_overlap shows how much is left to
+    chance.
+
+    >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, kl_coefficient=1e-3)
+    >>> config.get_inference_config_class().architecture()
+    'topk'
 
     Args:
         variance (Literal["none", "fixed", "learned"]): "none": nothing is sampled, and the KL
             divergence is 0.5 * mu^2. "fixed": the same divergence, latents sampled with the log
             variance initial_logvar. "learned": the log variance is an affine function of the input.
-        kl_coefficient (float): beta, of the KL divergence, which is summed over latents, as the
-            squared error is summed over d_in.
+        kl_coefficient (float): beta, the coefficient of the KL divergence. The divergence is summed
+            over latents, as the squared error is summed over d_in.
         kl_warm_up_steps (int): Steps over which the coefficient rises linearly from 0. The paper
             has a tenth of all steps.
         kl_over (Literal["all", "selected"]): Whether all latents are charged, as in the paper, or
             those that are selected.
-        initial_logvar (float): Log variance of the posterior, in the beginning ("learned") or
-            always ("fixed"), in the unit of the latents. At 0, as in the authors' code, noise is
-            large beside latents of inputs of unit norm: there a learned variance, with beta 1e-4,
-            cost 5 to 13 percent of the explained variance up to -8, 22 to 64 at -4, 51 to 91 at -2
-            (two small models, docs/architectures.md). For inputs of norm sqrt(d_in) the same noise
-            is log(d_in) more.
+        initial_logvar (float): Log variance of the posterior, at the beginning ("learned") or
+            always ("fixed"), in units of the latents. For inputs of unit norm, 0, the value in the
+            authors' code, means noise much larger than the latents. On two small models with inputs
+            of unit norm, a learned variance with beta 1e-4 cost 5 to 13 percent of the explained
+            variance up to -8, 22 to 64 at -4 and 51 to 91 at -2 (docs/architectures.md). For inputs
+            of norm sqrt(d_in), add log(d_in) for the same relative noise.
         relu_mean (bool): Whether mu goes through a ReLU before it is sampled and charged, as in
-            the authors' code, but not in their paper. What is saved is the same kind of SAE.
+            the authors' code but not in their paper. The saved SAE is of the same kind.
         k (int): Number of latents selected. Inherited from TopKTrainingSAEConfig.
-        aux_loss_coefficient (float): Of the loss that revives dead latents (AuxK). Inherited from
-            TopKTrainingSAEConfig; the default is the paper's.
-        use_sparse_activations (bool): Must stay False; where k is small, decoding is sparse anyway.
+        aux_loss_coefficient (float): Coefficient of the loss that revives dead latents (AuxK).
+            Inherited from TopKTrainingSAEConfig; the default is the paper's.
+        use_sparse_activations (bool): Must stay False. Decoding is sparse anyway if k is small.
         rescale_acts_by_decoder_norm (bool): Whether mu is in units of the decoder norms. Inherited
             from TopKTrainingSAEConfig.
         decoder_init_norm (float | None): Norm to initialize decoder weights to. Inherited from
@@ -116,9 +120,10 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(known)}")
-        require_number(self, "kl_coefficient", "aux_loss_coefficient")
-        require_number(self, "kl_warm_up_steps", whole=True)
-        require_number(self, "k", whole=True, least=1)
+        for name in ("kl_coefficient", "aux_loss_coefficient"):
+            require_number(name, getattr(self, name), 0, whole=False)
+        require_number("kl_warm_up_steps", self.kl_warm_up_steps, 0)
+        require_number("k", self.k)
         if self.k > self.d_sae:
             raise FieldError("k", self.k, f"there are {self.d_sae} latents (d_sae)")
         if not isinstance(self.relu_mean, bool):
@@ -143,7 +148,7 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
 
 @dataclass
 class _Posterior:
-    """What one training step knows of its latents."""
+    """The latents of one training step, and what they were sampled from."""
 
     mu: Tensor
     logvar: Tensor | float | None
@@ -155,12 +160,17 @@ class _Posterior:
 
 class TopKVSAETrainingSAE(TopKTrainingSAE):
     """
-    TopK SAE with a Gaussian posterior over its latents, sampled in training alone.
+    TopK SAE with a Gaussian posterior over its latents, which is sampled only in training.
 
-    Besides SAELens' losses a step has `kl_loss`, with its coefficient, and the metrics `kl`, the
-    divergence in nats per input, for a fixed variance without the part that no latent changes; and,
-    on steps that are logged, `selection_overlap`, see there, and `live_fraction`, of latents that
-    are not dead.
+    A training step adds `kl_loss` to SAELens' losses, coefficient included, and these metrics:
+
+    - `kl`: the divergence in nats per input. For a fixed variance without its constant part.
+    - `selection_overlap` (on steps that are logged): mean of the method of this name.
+    - `live_fraction` (on steps that are logged): share of latents that are not dead.
+
+    >>> sae = TopKVSAETrainingSAE(TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4))
+    >>> int(sae.encode(torch.randn(16)).count_nonzero()) <= 4
+    True
     """
 
     cfg: TopKVSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -168,7 +178,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     b_var: nn.Parameter
 
     def __init__(self, cfg: TopKVSAETrainingConfig, use_error_term: bool = False):
-        # seed and number of draws so far. On the CPU wherever the SAE is, for each step reads it
+        # seed and number of draws so far; on the CPU, because every step reads them
         self._noise = torch.tensor([_noise_seed(), 0], device="cpu")
         self._step: _Posterior | None = None
         self._in_training_step = False
@@ -178,7 +188,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     def initialize_weights(self) -> None:
         super().initialize_weights()
         if self.cfg.variance == "learned":
-            # the same for every input at first, so that `initial_logvar` is what it says
+            # at first the same for every input: `initial_logvar`
             self.W_var = nn.Parameter(torch.zeros_like(self.W_enc.data))
             self.b_var = nn.Parameter(torch.full_like(self.b_enc.data, self.cfg.initial_logvar))
 
@@ -206,7 +216,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """In a training step the latents are sampled, otherwise those of stock TopK."""
+        """Sampled latents in a training step; otherwise those of stock TopK."""
         if not self._in_training_step:
             return super().encode_with_hidden_pre(x)
         hidden_pre, mu, logvar = self._posterior_of(x)
@@ -225,7 +235,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """SAELens' own; in a training step with few latents, the sum of their rows alone."""
+        """SAELens' own; in a training step with small k, a sum over the active latents only."""
         step = self._step
         sparse = (
             step is not None
@@ -260,17 +270,20 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @torch.no_grad()
     def selection_overlap(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch"]:
-        """How much of what is selected does not depend on the noise.
+        """How little the selection depends on the noise.
 
-        The Jaccard index, intersection over union, of the latents that are active in two samples of
-        the same input; 1 without sampling.
+        The Jaccard index (intersection over union) of the latents that are active in two samples of
+        the same input. It is 1 without sampling.
+
+        >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, variance="none")
+        >>> TopKVSAETrainingSAE(config).selection_overlap(torch.randn(2, 16))
+        tensor([1., 1.])
 
         Args:
-            x: Shape (batch, d_in), as the SAE is trained on: whitened, if it is being trained
-                under whitening.
+            x: Inputs as in training: whitened, if the SAE is being trained under whitening.
 
         Returns:
-            Shape (batch,), in [0, 1].
+            The index of each input, in [0, 1].
         """
         _, mu, logvar = self._posterior_of(x)
         return _overlap(mu, logvar, self.cfg.k)
@@ -279,7 +292,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
-        # where mu is in units of the decoder's rows, it has become smaller with them
+        # mu in units of the decoder norms has become smaller with them
         shift = -2 * math.log(scaling_factor) if self.cfg.rescale_acts_by_decoder_norm else 0.0
         if self.cfg.variance == "learned":
             self.W_var.data *= scaling_factor
@@ -309,31 +322,31 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @override
     def get_extra_state(self) -> Integer[Tensor, "2"]:
-        """The seed of the noise and how often it was drawn: int64, part of the state dict."""
+        """Seed of the noise and number of draws, int64. PyTorch adds it to the state dict."""
         return self._noise
 
     @override
     def set_extra_state(self, state: Integer[Tensor, "2"]) -> None:
-        """Go on with the noise at this place."""
+        """Continue the noise from a seed and a number of draws."""
         self._noise.copy_(state)
 
     @override
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """PyTorch's own. Weights without a place in the noise leave it where it is."""
+        """PyTorch's own, but weights without a position in the noise are accepted too."""
         return super().load_state_dict({_NOISE: self._noise, **state_dict}, strict, assign)
 
     def _posterior_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float | None]:
         """Pre-activations, mean and log variance of the latents, shape (batch, d_sae)."""
         sae_in = self.process_sae_in(x)
-        # unless what a hook put there wants a gradient too
+        # whether only b_dec needs a gradient through the input
         only_b_dec = not (x.requires_grad or _has_hooks(self.hook_sae_input))
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and only_b_dec else None
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         W_enc, b_enc = self.W_enc, self.b_enc
         if norms is not None and not _has_hooks(self.hook_sae_acts_pre):
-            # cheaper than on the latents of a batch, which are more; but no hook may see it
+            # cheaper than multiplying the latents of a batch, but a hook would see the difference
             W_enc, b_enc, norms = W_enc * norms, b_enc * norms, None
         hidden_pre = self.hook_sae_acts_pre(_affine(sae_in, W_enc, b_enc, b_dec))
         if norms is not None:
@@ -345,7 +358,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @torch.no_grad()
     def _logged(self, step: _Posterior, dead: Tensor | None) -> dict[str, Tensor]:
-        # of its own, for what is trained must not depend on what is logged
+        # its own generator: training must not depend on what is logged
         generator = torch.Generator(step.mu.device).manual_seed(0)
         overlap = _overlap(step.mu, step.logvar, self.cfg.k, generator)
         found = {"selection_overlap": overlap.mean()}
@@ -355,15 +368,15 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
 
 def _noise_seed() -> int:
-    """A seed that follows from PyTorch's but whose stream is not that of the initial weights."""
-    return _mixed(torch.initial_seed()) >> 1  # int64 has no more
+    """Derived from PyTorch's seed, which itself would repeat the draws of the initial weights."""
+    return _mixed(torch.initial_seed()) >> 1  # fits int64
 
 
-def _next_noise(place: Tensor, device: torch.device) -> torch.Generator:
-    """A generator for the noise at this place of the stream, which is moved on."""
-    seed, n_draws = place.tolist()
-    place[1] += 1
-    # processes that share a batch need noise of their own for their part of it
+def _next_noise(position: Integer[Tensor, "2"], device: torch.device) -> torch.Generator:
+    """A generator for the next draw; the number of draws in `position` goes up."""
+    seed, n_draws = position.tolist()
+    position[1] += 1
+    # processes that share a batch need different noise for their parts of it
     shared = distributed.is_available() and distributed.is_initialized()
     rank = distributed.get_rank() if shared else 0
     return torch.Generator(device).manual_seed(_mixed(seed, n_draws, rank))
@@ -378,13 +391,16 @@ def kl_to_standard_normal(
 ) -> Float[Tensor, "batch"]:
     """KL divergence of normal distributions from the standard normal, summed over latents.
 
+    >>> kl_to_standard_normal(torch.tensor([[0.0, 2.0]]))
+    tensor([2.])
+
     Args:
-        mu: Shape (batch, latents), means.
-        logvar: Shape (batch, latents), log variances; None leaves out what does not depend on the
-            means, which for a variance of 1 is nothing.
+        mu: Means.
+        logvar: Log variances. None leaves out the terms that do not depend on the means, which are
+            zero for a variance of 1.
 
     Returns:
-        Shape (batch,), in nats: 0.5 * sum(mu^2 + exp(logvar) - 1 - logvar), float32 at least.
+        0.5 * sum(mu^2 + exp(logvar) - 1 - logvar) in nats, in float32 or better.
     """
     if logvar is None:
         return 0.5 * _sum_of_squares(mu)
@@ -392,13 +408,13 @@ def kl_to_standard_normal(
 
 
 class _KL(torch.autograd.Function):
-    """In as few passes over (batch, d_sae) as there can be: the step is bound by them."""
+    """With few passes over tensors of shape (batch, d_sae), which take most of a step's time."""
 
     @staticmethod
     def forward(ctx: Any, mu: Tensor, logvar: Tensor) -> Tensor:
         ctx.dtype = logvar.dtype
         logvar = logvar.to(torch.promote_types(logvar.dtype, torch.float32))
-        # expm1, for the log variance of most latents comes to be near 0
+        # expm1, because training brings the log variance of most latents close to 0
         excess = logvar.expm1()
         ctx.save_for_backward(mu, excess)
         terms = excess.sum(dim=-1) - logvar.sum(dim=-1)
@@ -422,14 +438,15 @@ def _has_hooks(hook: nn.Module) -> bool:
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor | None) -> Tensor:
-    """x @ W + b, where x is data minus b_dec, if that is given."""
+    """x @ W + b. If b_dec is given, x is data minus b_dec and the data need no gradient."""
     if b_dec is None or torch.is_autocast_enabled(x.device.type):
         return x @ W + b
     return _CentredAffine.apply(x.detach(), W, b, b_dec)
 
 
 class _CentredAffine(torch.autograd.Function):
-    """The gradient of b_dec is a sum over the batch, taken before the product with W, not after."""
+    """x @ W + b for x = data - b_dec. b_dec's gradient is summed over the batch before the product
+    with W, not after it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor) -> Tensor:
@@ -457,7 +474,7 @@ def _deviation(logvar: Tensor | float) -> Any:
 def _select(
     mu: Tensor, logvar: Tensor | float | None, k: int, generator: torch.Generator | None = None
 ) -> tuple[Integer[Tensor, "batch k"], Tensor | None]:
-    """The k largest of a sample, and the standard normal noise in them; gradients pass neither."""
+    """Indices of the k largest of a sample, and their standard normal noise. No gradients."""
     if logvar is None:
         return mu.topk(k, dim=-1, sorted=False).indices, None
     noise = _normal(mu, generator)
@@ -486,7 +503,7 @@ def _overlap(
         active.append(torch.zeros_like(mu, dtype=torch.bool).scatter_(-1, indices, values > 0))
     union = (active[0] | active[1]).sum(dim=-1)
     both = (active[0] & active[1]).sum(dim=-1)
-    # no latent active in either: nothing differs
+    # without any active latent, nothing differs
     return torch.where(union > 0, both / union.clamp(min=1), torch.ones_like(both / union))
 
 

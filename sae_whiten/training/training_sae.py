@@ -1,9 +1,9 @@
-"""A training SAE while it lives in whitened coordinates.
+"""A training SAE while its weights are in whitened coordinates.
 
-`enter_whitened_space` gives an SAE object a subclass of its class, `leave_whitened_space` its own
-class back. In between, whatever holds the object, SAELens' trainers, evaluators or the user, can
-neither save nor fold it in a way that would be wrong on raw activations. SAELens itself is not
-touched, nor is any other SAE.
+`enter_whitened_space` gives an SAE object a subclass of its class, and `leave_whitened_space` gives
+its own class back. In between, nobody who holds the object (SAELens' trainers, evaluators, the
+user) can save or fold it in a way that is wrong on raw activations. SAELens and other SAEs are not
+changed.
 """
 
 import functools
@@ -53,7 +53,7 @@ class FoldingTrainer(Protocol):
 
 
 class _WhitenedTrainingSAE(TrainingSAE[Any]):
-    """What every training SAE does otherwise while its weights are in whitened coordinates."""
+    """What a training SAE does differently while its weights are in whitened coordinates."""
 
     stock_class: type[TrainingSAE[Any]]
     whitening: Whitening | None
@@ -94,7 +94,7 @@ class _WhitenedTrainingSAE(TrainingSAE[Any]):
     def fold_activation_whitening(
         self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
     ) -> None:
-        """What SAELens' trainers call when training is done: our fold instead of theirs.
+        """Our fold in place of SAELens', whose trainers call this when training is done.
 
         Raises:
             FoldError: The matrices are not those that the SAE was trained under, or folding fails.
@@ -116,8 +116,8 @@ class _WhitenedTrainingSAE(TrainingSAE[Any]):
         return folded.log_histograms()
 
     def leave_whitened_space(self) -> None:
-        """Become a stock SAE again; the weights must be plain by now."""
-        # a training step that was compiled belongs to this class too
+        """Become a stock SAE again. The weights must be plain."""
+        # a compiled training step would still be that of this class
         for name in ("whitening", "trainer", "sparsity_norms", "training_forward_pass"):
             vars(self).pop(name, None)
         self.mse_loss_fn = mse_loss
@@ -135,13 +135,28 @@ def _whitened_class(stock_class: type[TrainingSAE[Any]]) -> type[_WhitenedTraini
     bases = (_WhitenedTrainingSAE, stock_class)
     if not issubclass(stock_class, losses):
         bases = (_WhitenedTrainingSAE, losses, stock_class)
-    # made at run time, for a user's own subclass of a stock class has to be among its bases: the
-    # methods that it overrides are trained, and isinstance holds for whoever asks
+    # A class made at run time, because its base may be a user's own subclass of a stock class. What
+    # that overrides has to be trained, and isinstance has to hold.
     return type(f"Whitened{stock_class.__name__}", bases, {"stock_class": stock_class})
 
 
 def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None = None) -> None:
-    """Guard an SAE whose weights are, from now on, in whitened coordinates.
+    """Guard an SAE whose weights are in whitened coordinates from now on.
+
+    >>> from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+    >>> sae = StandardTrainingSAE(
+    ...     StandardTrainingSAEConfig(
+    ...         d_in=4, d_sae=8, normalize_activations="covariance_whitening"
+    ...     )
+    ... )
+    >>> enter_whitened_space(sae)
+    >>> sae.save_inference_model("sae")
+    Traceback (most recent call last):
+    ...
+    sae_whiten.architectures.folding.FoldError: cannot save this SAE: its whitening has not been...
+    >>> leave_whitened_space(sae)
+    >>> type(sae).__name__
+    'StandardTrainingSAE'
 
     Args:
         sae: The SAE.
@@ -149,8 +164,8 @@ def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None =
 
     Raises:
         FoldError: No whitening can be folded into it.
-        ValueError: Its training step was compiled before, and would keep its losses; or `config`
-            asks for what its architecture cannot do.
+        ValueError: Its training step was compiled already, with losses that would not be replaced;
+            or its architecture cannot do what `config` asks for.
     """
     if config is not None:
         _check_sparsity_norms(sae, config)
@@ -159,13 +174,13 @@ def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None =
     reason = why_not_foldable(sae)
     if reason is not None:
         raise FoldError(f"cannot train under whitening, for it could not be folded into {reason}")
-    if "training_forward_pass" in sae.__dict__:
+    if "training_forward_pass" in vars(sae):
         raise ValueError(
             "this SAE's training_forward_pass was replaced (torch.compile?) before its trainer was "
             "made. Compile it afterwards, or set compile_sae=True in the runner's config."
         )
-    # A copy to train on would leave the caller's reference with the initial weights, which it could
-    # save and fold as if they were trained; and would double the memory and lose its hooks.
+    # Training a copy instead would leave the caller with an object that saves and folds initial
+    # weights as if they were trained. It would also double the memory and lose hooks.
     sae.__class__ = _whitened_class(type(sae))
     assert isinstance(sae, _WhitenedTrainingSAE)
     sae.whitening = sae.trainer = sae.sparsity_norms = None
@@ -179,20 +194,20 @@ def is_in_whitened_space(sae: TrainingSAE[Any]) -> bool:
 def set_whitening(
     sae: TrainingSAE[Any], whitening: Whitening, trainer: FoldingTrainer | None = None
 ) -> None:
-    """Tell an SAE in whitened space its whitening, and with it the metric of its losses.
+    """Tell an SAE in whitened space its whitening, which sets the metric of its losses.
 
     Args:
         sae: An SAE after `enter_whitened_space`.
         whitening: The whitening of the activations that it is trained on.
-        trainer: Folds it at the end of training, in place of a fold without proof.
+        trainer: Folds it at the end of training, and proves the fold. None: a fold without proof.
 
     Raises:
-        ValueError: The whitening's config asks for what the SAE's architecture cannot do.
+        ValueError: The architecture cannot do what the whitening's config asks for.
     """
     assert isinstance(sae, _WhitenedTrainingSAE)
     _check_sparsity_norms(sae, whitening.config)
     sae.whitening = whitening
-    # weak, for the SAE is copied, and its trainer holds what cannot be
+    # weak, because SAEs are copied, and their trainers hold what cannot be copied
     sae.trainer = None if trainer is None else weakref.ref(trainer)
     sae.mse_loss_fn = ReconstructionMetric(whitening, sae.device)
     by_original = whitening.config.sparsity_norms == "original"
@@ -211,6 +226,6 @@ def _check_sparsity_norms(sae: TrainingSAE[Any], config: WhiteningConfig) -> Non
 
 
 def leave_whitened_space(sae: TrainingSAE[Any]) -> None:
-    """Give an SAE its stock class back, once it is folded."""
+    """Give a folded SAE its stock class back."""
     if isinstance(sae, _WhitenedTrainingSAE):
         sae.leave_whitened_space()
