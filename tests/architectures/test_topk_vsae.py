@@ -32,6 +32,7 @@ from sae_whiten import (
 )
 from sae_whiten.architectures import TopKVSAETrainingConfig, TopKVSAETrainingSAE, topk_vsae
 from sae_whiten.architectures.topk_vsae import _affine, kl_to_standard_normal
+from sae_whiten.training.checkpoint import loadable_folder
 from tests.support import (
     friendly,
     nasty,
@@ -962,7 +963,10 @@ def test_what_is_saved_is_a_topk_sae_for_a_process_that_never_heard_of_us(runs):
     """
     checkpoints = list((root / "checkpoints").glob("*/*"))
     assert checkpoints
-    paths = [str(path) for path in (*(root / name for name in names), *checkpoints)]
+    paths = [
+        *(str(root / name) for name in names),
+        *(str(loadable_folder(path)) for path in checkpoints),
+    ]
     subprocess.run([sys.executable, "-c", textwrap.dedent(code), *paths], check=True)
 
 
