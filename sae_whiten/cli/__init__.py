@@ -21,7 +21,7 @@ from inspect import getdoc
 from typing import NoReturn
 
 from sae_whiten import __version__
-from sae_whiten._checks import FieldError
+from sae_whiten._checks import FieldError, require_device
 
 __all__ = ["main"]
 
@@ -99,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")
     with _logging_to_stderr(args.verbose, args.quiet or not is_first):
         try:
+            if getattr(args, "device", None) is not None:
+                require_device("device", args.device)  # before anything is loaded
             return command.run(args)
         except KeyboardInterrupt:
             print(f"{command_parser.prog}: interrupted", file=sys.stderr)

@@ -77,10 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fold, save, and say what the checkpoint was."""
-    from sae_whiten._checks import require_device
     from sae_whiten.training.builtin_checkpoints import fold_builtin_checkpoint
 
-    require_device("device", args.device)
     done = fold_builtin_checkpoint(
         args.checkpoint,
         args.out,

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     """Train what has not been trained yet, print the table."""
     from tqdm import tqdm
 
-    from sae_whiten._checks import require_device, require_number
+    from sae_whiten._checks import require_number
     from sae_whiten._files import atomic_path
     from sae_whiten.lenses.synthetic.data import SyntheticDataConfig
     from sae_whiten.lenses.synthetic.experiment import (
@@ -116,7 +116,6 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seeds", "steps", "jobs"):
         require_number(name, getattr(args, name))
     require_number("lr", args.lr, least=0, whole=False)
-    require_device("device", args.device)
     template = SyntheticRun(
         data=SyntheticDataConfig(
             condition=args.condition,

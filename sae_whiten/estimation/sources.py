@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
 
+from sae_whiten._checks import require_context
 from sae_whiten.estimation.dataset import check_length, is_on_this_machine, open_dataset
 
 __all__ = [
@@ -85,7 +86,8 @@ class ModelActivations:
         options: Arguments of `ActivationsStore`: context_size, prepend_bos, streaming...
 
     Raises:
-        ValueError: A pattern matches no hook, or the dataset has no tokens.
+        ValueError: A pattern matches no hook, the model cannot read so long a context, or the
+            dataset has no tokens.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class ModelActivations:
         **options: Any,
     ) -> None:
         self.hook_names = match_hooks(model.hook_dict, hook_names)
+        require_context(options["context_size"], model)
         self.n_sequences = 0
         self._model = model
         self._head = hook_head_index

@@ -256,12 +256,16 @@ def test_train_refuses_what_cannot_be_trained_and_names_the_flag(
         ("afa", "--n-prompts", "few"),
         ("afa", "--device", "cuda:99"),
         ("latents", "--device", "cuda:99"),
+        ("compare", "--device", "cuda:99"),
+        ("fit", "--device", "cuda:99"),
     ],
 )
 def test_commands_refuse_what_cannot_work_in_one_line_that_names_the_flag(
     command: str, flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saes = ["sae"] if command in ("afa", "latents") else []
+    if command in ("compare", "fit"):
+        saes = ["--model-name", "m", "--dataset-path", "d", "--hook-name", "h"]
     try:
         status: Any = main([command, *saes, "--out", str(tmp_path / "out.png"), flag, value])
     except SystemExit as exit_:
@@ -693,7 +697,7 @@ def test_train_takes_what_fit_wrote_unless_it_was_fitted_otherwise(
 
 @pytest.mark.parametrize("whitened", [True, False])
 def test_a_context_longer_than_the_models_is_refused_before_training(
-    whitened: bool, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    whitened: bool, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = ["--architecture=topk_vsae", "--normalize_activations=none"]
     if not whitened:
@@ -703,6 +707,11 @@ def test_a_context_longer_than_the_models_is_refused_before_training(
     err = capsys.readouterr().err
     assert "--context_size 33: the model reads at most 32 tokens" in err
     assert "Traceback" not in err
+    fit = ["fit", "--model-class-name", "AutoModelForCausalLM", "--model-name", f"{tmp_path}/model"]
+    fit += ["--dataset-path", f"{tmp_path}/texts", "--hook-name", "transformer.h.0"]
+    if whitened:
+        assert main(["-q", *fit, "--out", f"{tmp_path}/stats", "--context-size", "33"]) == 2
+        assert "--context-size 33: the model reads at most 32 tokens" in capsys.readouterr().err
 
 
 INTERRUPTED = """
