@@ -3,12 +3,10 @@
 import copy
 import difflib
 import logging
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from sae_lens.config import LanguageModelSAERunnerConfig
@@ -24,15 +22,14 @@ from transformer_lens import HookedRootModule
 
 from sae_whiten._files import atomic_files, write_json
 from sae_whiten.estimation.sources import resolution_of
-from sae_whiten.statistics import NonFiniteActivationsError
 from sae_whiten.training.activations_store import ResumableActivationsStore
-from sae_whiten.training.stream import ActivationStream, StopRequested
+from sae_whiten.training.interruption import InterruptibleTrainer, interruptible
+from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.trainer import STATISTICS_FILENAME, WhiteningTrainer
 
 __all__ = [
     "OWN_DIR",
     "WHITENING_FILENAME",
-    "InterruptibleTrainer",
     "check_hook",
     "connect",
     "paused",
@@ -50,7 +47,6 @@ OWN_DIR = "sae_whiten"
 WHITENING_FILENAME = "whitening.safetensors"
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 
 def check_hook(model: HookedRootModule, name: str) -> None:
@@ -118,26 +114,6 @@ def paused(stream: ActivationStream | None) -> AbstractContextManager[None]:
     return source.paused() if isinstance(source, PrefetchingIterator) else nullcontext()
 
 
-@runtime_checkable
-class InterruptibleTrainer(Protocol[T_co]):
-    """A trainer that can be saved between two steps."""
-
-    n_training_samples: int
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether what is estimated before the first step is there."""
-        ...
-
-    def fit(self) -> T_co:
-        """Train."""
-        ...
-
-    def save_checkpoint(self, checkpoint_name: str) -> None:
-        """Save what resuming needs."""
-        ...
-
-
 def train_interruptibly(
     trainer: InterruptibleTrainer[T],
     stream: ActivationStream,
@@ -158,36 +134,14 @@ def train_interruptibly(
         SystemExit: After SIGTERM; its code is 143.
     """
     n_ahead = int(cfg.prefetch_llm_batches)
-    with _reading_ahead(stream, store, n_ahead), _stop_on_signals(stream) as received:
-        try:
-            result = trainer.fit()
-            if store.n_skipped:
-                logger.warning(
-                    "%d activations with a NaN or an infinity were left out", store.n_skipped
-                )
-            return result
-        except (StopRequested, NonFiniteActivationsError) as error:
-            _save_progress(trainer, cfg.checkpoint_path)
-            if isinstance(error, NonFiniteActivationsError):
-                raise
-            signum = received[0] if received else signal.SIGINT
-    if signum == signal.SIGTERM:
-        raise SystemExit(128 + signal.SIGTERM)
-    raise KeyboardInterrupt
-
-
-def _save_progress(trainer: InterruptibleTrainer[Any], checkpoint_path: str | None) -> None:
-    if not trainer.is_prepared:
-        logger.warning("stopped while the whitening was being estimated: nothing to save yet")
-    elif checkpoint_path is None:
-        logger.warning("stopped; checkpoint_path is None, so the progress is not saved")
-    else:
-        trainer.save_checkpoint(str(trainer.n_training_samples))
-        logger.warning(
-            "stopped after %d samples; continue with resume_from_checkpoint=%s",
-            trainer.n_training_samples,
-            Path(checkpoint_path) / str(trainer.n_training_samples),
-        )
+    with (
+        _reading_ahead(stream, store, n_ahead),
+        interruptible(trainer, stream, cfg.checkpoint_path, "resume_from_checkpoint={}"),
+    ):
+        result = trainer.fit()
+    if store.n_skipped:
+        logger.warning("%d activations with a NaN or an infinity were left out", store.n_skipped)
+    return result
 
 
 @contextmanager
@@ -205,33 +159,6 @@ def _reading_ahead(
         # before 6.54.8 SAELens left the thread to end with the process
         if hasattr(thread, "close"):
             thread.close()
-
-
-@contextmanager
-def _stop_on_signals(stream: ActivationStream) -> Iterator[list[int]]:
-    """Let SIGINT and SIGTERM end training between two steps; a second one interrupts at once.
-
-    Yields:
-        The signals received. Outside the main thread, where Python allows no handlers, none are.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def handle(signum: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-        logger.warning("stopping after this step (again to stop at once)")
-        stream.request_stop()
-
-    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def save_runner_files(

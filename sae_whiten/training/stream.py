@@ -51,6 +51,7 @@ class ActivationStream(Iterator[Tensor]):
             again (which makes a GPU wait at every step).
         resolution: Machine epsilon of what the activations were computed in, where that is coarser
             than their dtype; 0 if it is not known.
+        stop_is_handled: Whether somebody waits for `StopRequested`, to save a checkpoint.
         last: The batch served last.
         processes: Who trains together, each on its own part of every batch.
         next_is: What the next batch is to be called in reports; a dataset that begins anew makes
@@ -75,6 +76,7 @@ class ActivationStream(Iterator[Tensor]):
         self.last: Tensor | None = None
         self.next_is: Callable[[], str] = lambda: "held-out"
         self.processes = Processes(alone=True)
+        self.stop_is_handled = False
         self._stop = self._stop_put_off = False
         self._spool: Any = None
         self._spooled: deque[tuple[torch.Size, torch.dtype, torch.device, int]] = deque()

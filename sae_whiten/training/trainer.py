@@ -59,6 +59,7 @@ from sae_whiten.training.data_parallel import (
     share_training,
     shared_step,
 )
+from sae_whiten.training.interruption import interruptible
 from sae_whiten.training.pretrained import unfold_for_training
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
@@ -187,6 +188,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def fit(self) -> T_TRAINING_SAE:
         """Estimate the whitening if there is none, train, fold, prove the fold.
 
+        If `cfg.checkpoint_path` is set, Ctrl-C and SIGTERM end training after the step at hand,
+        with a checkpoint that `load_trainer_state` continues from.
+
         Returns:
             The SAE given, folded: `normalize_activations="none"`, float32 at least, with
             `cfg.metadata.whitening` telling how it was whitened and how exact the fold is.
@@ -196,12 +200,21 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 not finite.
             FoldError: The folded SAE differs from the one that was trained by more than rounding
                 explains. Both are then on disk, at the path that the message names.
+            KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
+            SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
         if self._finished:
             raise ValueError(
                 "this SAE is trained and folded already; unfold it with "
                 "unfold_whitening_from_weights and make a new trainer to go on"
             )
+        path = self.cfg.checkpoint_path
+        if path is None or self.stream.stop_is_handled:
+            return self._fit()
+        with interruptible(self, self.stream, path, "load_trainer_state('{}')"):
+            return self._fit()
+
+    def _fit(self) -> T_TRAINING_SAE:
         self.sae.to(self.cfg.device)
         self.estimate_whitening()
         sae = super().fit()

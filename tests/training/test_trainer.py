@@ -2,6 +2,8 @@ import copy
 import inspect
 import json
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -605,6 +607,30 @@ def test_a_step_taken_by_hand_is_taken_in_whitened_space():
     for each in (expected, by_hand):
         each.step(batch)
     assert equal(state(expected.sae), state(by_hand.sae))
+
+
+def test_a_trainer_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_bit(tmp_path, caplog):
+    def stopping(data: Iterator[Tensor]) -> Iterator[Tensor]:
+        for i, batch in enumerate(data):
+            if i == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    whitening = WhiteningConfig(n_samples=10 * BATCH)
+    expected = state(fit(whitening=whitening)[0])
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(whitening=whitening, data=stopping(batches()), checkpoint_path=str(tmp_path))
+    assert signal.getsignal(signal.SIGINT) is handler
+    (checkpoint,) = tmp_path.iterdir()
+    assert f"load_trainer_state('{checkpoint}')" in caplog.text
+    n_served = int(checkpoint.name) // BATCH
+    resumed = WhiteningTrainer(
+        trainer_config(), training_sae("topk", D, 64), batches(start=n_served), whitening
+    )
+    resumed.load_trainer_state(checkpoint)
+    assert resumed.stream.n_served == n_served
+    assert equal(state(resumed.fit()), expected)
 
 
 def test_stopping_in_an_evaluation_waits_for_its_end(monkeypatch):

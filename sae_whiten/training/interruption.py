@@ -1,0 +1,119 @@
+"""Training ends between two steps, with a checkpoint, when it is told to stop."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from sae_whiten.statistics import NonFiniteActivationsError
+from sae_whiten.training.stream import ActivationStream, StopRequested
+
+__all__ = ["InterruptibleTrainer", "interruptible"]
+
+logger = logging.getLogger(__name__)
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@runtime_checkable
+class InterruptibleTrainer(Protocol[T_co]):
+    """A trainer that can be saved between two steps."""
+
+    n_training_samples: int
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether what is estimated before the first step is there."""
+        ...
+
+    def fit(self) -> T_co:
+        """Train."""
+        ...
+
+    def save_checkpoint(self, checkpoint_name: str) -> None:
+        """Save what resuming needs."""
+        ...
+
+
+@contextmanager
+def interruptible(
+    trainer: InterruptibleTrainer[Any],
+    stream: ActivationStream,
+    checkpoint_path: str | Path | None,
+    continue_with: str,
+) -> Iterator[None]:
+    """Save a checkpoint when training is stopped by a signal or an activation that is not finite.
+
+    Args:
+        trainer: Is trained in the block.
+        stream: What it trains on.
+        checkpoint_path: Where checkpoints go, if anywhere.
+        continue_with: What to tell the user; {} is the checkpoint.
+
+    Raises:
+        KeyboardInterrupt: After SIGINT.
+        SystemExit: After SIGTERM; its code is 143.
+        NonFiniteActivationsError: An activation was not finite.
+    """
+    stream.stop_is_handled = True
+    with _stop_on_signals(stream) as received:
+        try:
+            yield
+            return
+        except (StopRequested, NonFiniteActivationsError) as error:
+            _save(trainer, checkpoint_path, continue_with)
+            if isinstance(error, NonFiniteActivationsError):
+                raise
+            signum = received[0] if received else signal.SIGINT
+        finally:
+            stream.stop_is_handled = False
+    if signum == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt
+
+
+def _save(
+    trainer: InterruptibleTrainer[Any], checkpoint_path: str | Path | None, continue_with: str
+) -> None:
+    if not trainer.is_prepared:
+        logger.warning("stopped while the whitening was being estimated: nothing to save yet")
+    elif checkpoint_path is None:
+        logger.warning("stopped; checkpoint_path is None, so the progress is not saved")
+    else:
+        name = str(trainer.n_training_samples)
+        trainer.save_checkpoint(name)
+        logger.warning(
+            "stopped after %s samples; continue with %s",
+            name,
+            continue_with.format(Path(checkpoint_path) / name),
+        )
+
+
+@contextmanager
+def _stop_on_signals(stream: ActivationStream) -> Iterator[list[int]]:
+    """Let SIGINT and SIGTERM end training between two steps; a second one interrupts at once.
+
+    Yields:
+        The signals received. Outside the main thread, where Python allows no handlers, none are.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+        logger.warning("stopping after this step (again to stop at once)")
+        stream.request_stop()
+
+    previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
