@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     """Load model and data, compare, write the report and print its table."""
     from sae_lens.load_model import load_model
 
+    from sae_whiten._files import check_writable
     from sae_whiten._redaction import redacted
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Comparison)}
     comparison = Comparison(**{**options, "seeds": range(args.seeds)})
+    check_writable(args.out)
     dataset = open_dataset(args.dataset_path, streaming=not args.no_streaming)
     # too few rows are refused before a model is loaded
     describe_rows(dataset, comparison.held_out_sequences)

@@ -83,11 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, write results.jsonl and table.md, and print the table."""
-    from sae_whiten._files import atomic_path
+    from sae_whiten._files import atomic_path, check_writable
     from sae_whiten._redaction import redacted
     from sae_whiten.comparison.report import write_report
     from sae_whiten.evaluation.evaluate import evaluate_saes
 
+    check_writable(args.out)
     saes = load_saes(args.saes, args.device)
     source = model_source(args, saes)
     model_name = source["model_name"]

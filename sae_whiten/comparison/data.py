@@ -4,7 +4,7 @@ comparison still has the same of both."""
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,7 @@ def divide_rows(dataset: Any, n_held_out: int, context_size: int) -> tuple[Any, 
     return held_out.map(partial(_beginning, 8 * context_size)), rest
 
 
-def _beginning(n_characters: int, row: dict[str, Any]) -> dict[str, Any]:
+def _beginning(n_characters: int, row: Mapping[str, Any]) -> dict[str, Any]:
     """The beginning of a document, so that all of them are evaluated on and not the first few."""
     return {
         name: value[:n_characters] if isinstance(value, str) else value

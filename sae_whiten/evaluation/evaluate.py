@@ -14,6 +14,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from sae_whiten._checks import require_context, require_number
 from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.catalogue import METRICS, Measured, attribute_metrics
 from sae_whiten.evaluation.labels import LabelledTexts
@@ -87,13 +88,19 @@ def evaluate_saes(
 
     Raises:
         ValueError: An SAE is of another model or hook, is not for raw activations, or the SAEs'
-            metadata contradict each other; or the dataset is shorter than one batch.
+            metadata contradict each other; a number is out of range, or the dataset is shorter than
+            one sequence.
     """
     if not saes:
         raise ValueError("no SAEs to evaluate")
+    require_number("n_tokens", n_tokens)
+    require_number("batch_size_prompts", batch_size_prompts)
+    if context_size is not None:
+        require_number("context_size", context_size, 2)  # a token is predicted from another
     for name, sae in saes.items():
         check_sae(name, sae, model)
     context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
+    require_context(context_size, model)
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     records: dict[str, dict[str, Any]] = {
         name: {

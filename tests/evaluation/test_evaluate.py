@@ -506,6 +506,15 @@ def test_saes_that_were_trained_on_different_tokens_are_not_compared(model, text
     assert len(evaluate_saes(saes, model, text, n_tokens=64, prepend_bos=True)) == 2
 
 
+@pytest.mark.parametrize(
+    "options", [{"n_tokens": 0}, {"batch_size_prompts": 0}, {"context_size": 1}]
+)
+def test_numbers_that_leave_nothing_to_evaluate_are_refused(model, text, options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: must be"):
+        evaluate_saes({"sae": sae_of()}, model, text, **options)
+
+
 # --- the command
 
 
