@@ -30,7 +30,7 @@ SMALL = Comparison(
     coefficients=(0.5, 2.0),
     seeds=(0, 1),
     d_sae=64,
-    training_tokens=128 * 30,
+    training_tokens=128 * 20,
     train_batch_size_tokens=128,
     lr=1e-3,
     context_size=32,
@@ -103,7 +103,7 @@ def test_options_go_into_the_configs_and_belong_to_the_comparison(finished):
     planned = {arm.name: arm for arm in arms(comparison)}
     cfg: Any = sae_config(comparison, planned["topk_vsae-half-k8"])
     assert (cfg.variance, cfg.initial_logvar, cfg.k) == ("fixed", -5, 8)
-    assert cfg.kl_warm_up_steps == 3  # a tenth of 30
+    assert cfg.kl_warm_up_steps == 2  # a tenth of 20
     with pytest.raises(ValueError, match=r"holds a comparison with sae_options=\{\} \(now"):
         run(out, comparison)
     settings = json.loads((out / "settings.json").read_text())
@@ -360,7 +360,7 @@ def test_a_killed_comparison_ends_with_the_same_saes(finished, tmp_path, monkeyp
     def die(self, *args, **options):
         nonlocal n_steps
         n_steps += 1
-        if n_steps == 17 * 25:
+        if n_steps == 17 * 17:
             raise Killed
         return step(self, *args, **options)
 
@@ -448,5 +448,6 @@ def test_every_condition_can_be_trained_by_every_kind_of_architecture(tmp_path):
         # such as leave no latent active: their fold has to be provable too
         coefficients=(1.0, 1000.0),
         seeds=(0,),
+        training_tokens=128 * 4,
     )
     assert len(run(tmp_path, comparison)) == len(CONDITIONS) * (1 + 2 + 2)
