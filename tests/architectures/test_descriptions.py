@@ -34,7 +34,7 @@ from sae_whiten import (
 from sae_whiten.architectures import Architecture, describe, description, register
 from sae_whiten.architectures.description import read_weights
 from sae_whiten.architectures.folding import why_not_foldable
-from sae_whiten.comparison.compare import Comparison
+from sae_whiten.comparison.plan import Comparison, arms, sae_config
 from tests.support import ARCHITECTURES, nasty, training_sae, whitening_of
 from tests.training.test_trainer import BATCH, D, batches, trainer_config
 
@@ -164,7 +164,13 @@ def test_an_architecture_from_outside_trains_and_opens_in_saelens(loss_space, tm
 @pytest.mark.usefixtures("gain")
 def test_compare_sweeps_it_as_its_description_says():
     comparison = Comparison("hook", architectures=("gain",), coefficients=(0.5, 1.0))
+    planned = arms(comparison)
     assert comparison.left_out == {}
+    assert {arm.coefficient for arm in planned} == {0.5, 1.0}
+    assert {arm.sparsity for arm in planned} == {None}
+    found = sae_config(comparison, planned[0])
+    assert isinstance(found, GainTrainingConfig)
+    assert found.l1_coefficient == planned[0].coefficient
 
 
 @pytest.mark.usefixtures("registries")
