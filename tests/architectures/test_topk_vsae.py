@@ -914,7 +914,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("runs")
     trained = {
         "stock": run(root / "stock", "none", None),
-        "scaled": run(root / "scaled", "expected_average_only_in", None),
+        "scaled": run(
+            root / "scaled", "expected_average_only_in", None, n_batches_for_norm_estimate=20
+        ),
         "white": run(
             root / "white",
             "covariance_whitening",
