@@ -28,6 +28,7 @@ from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
     add_saes_argument,
+    add_sequence_arguments,
     dataset_path_of,
     load_model_of,
     load_saes,
@@ -67,17 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows of the dataset, from its beginning (default: %(default)s)",
     )
-    group.add_argument(
-        "--context-size", type=positive, help="tokens per prompt at most (default: as in training)"
-    )
-    group.add_argument(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        help="put the beginning-of-sequence token in front (default: as in training)",
-    )
-    group.add_argument(
-        "--batch-size-prompts", type=positive, default=16, help="prompts per pass of the model"
-    )
+    add_sequence_arguments(group, "prompt")
 
 
 def run(args: argparse.Namespace) -> int:

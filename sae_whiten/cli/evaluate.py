@@ -16,12 +16,14 @@ from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
     add_saes_argument,
+    add_sequence_arguments,
     dataset_path_of,
     load_model_of,
     load_saes,
     model_source,
     open_dataset_of,
 )
+from sae_whiten.cli._values import positive
 
 if TYPE_CHECKING:
     from sae_whiten.evaluation.labels import LabelledTexts
@@ -47,14 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tokens")
     add_dataset_arguments(group)
     add = group.add_argument
-    add("--n-tokens", type=int, default=65_536, help="tokens to read (default: %(default)s)")
-    add("--context-size", type=int, help="tokens per sequence (default: as in training)")
-    add(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        help="put the beginning-of-sequence token in front (default: as in training)",
-    )
-    add("--batch-size-prompts", type=int, default=16, help="sequences per pass of the model")
+    add("--n-tokens", type=positive, default=65_536, help="tokens to read (default: %(default)s)")
+    add_sequence_arguments(group)
 
     add = parser.add_argument_group("probing").add_argument
     add("--no-probing", action="store_true", help="leave it out")
@@ -73,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--n-texts",
-        type=int,
+        type=positive,
         default=100,
         metavar="N",
         help="texts with each (combination of) label(s), to fit probes and as many to score them "

@@ -25,6 +25,7 @@ from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
     add_saes_argument,
+    add_sequence_arguments,
     dataset_path_of,
     load_model_of,
     load_saes,
@@ -91,13 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to read; a latent that fires at none of them counts as dead "
         "(default: %(default)s)",
     )
-    add("--context-size", type=positive, help="tokens per sequence (default: as in training)")
-    add(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        help="put the beginning-of-sequence token in front (default: as in training)",
-    )
-    add("--batch-size-prompts", type=positive, default=16, help="sequences per pass of the model")
+    add_sequence_arguments(group)
 
 
 def run(args: argparse.Namespace) -> int:

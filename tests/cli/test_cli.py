@@ -255,6 +255,7 @@ def test_train_refuses_what_cannot_be_trained_and_names_the_flag(
         ("demo", "--k", "0"),
         ("afa", "--n-prompts", "few"),
         ("afa", "--device", "cuda:99"),
+        ("evaluate", "--batch-size-prompts", "0"),
         ("latents", "--device", "cuda:99"),
         ("compare", "--device", "cuda:99"),
         ("fit", "--device", "cuda:99"),
@@ -263,7 +264,7 @@ def test_train_refuses_what_cannot_be_trained_and_names_the_flag(
 def test_commands_refuse_what_cannot_work_in_one_line_that_names_the_flag(
     command: str, flag: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saes = ["sae"] if command in ("afa", "latents") else []
+    saes = ["sae"] if command in ("afa", "evaluate", "latents") else []
     if command in ("compare", "fit"):
         saes = ["--model-name", "m", "--dataset-path", "d", "--hook-name", "h"]
     try:
