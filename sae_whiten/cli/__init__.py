@@ -18,10 +18,11 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from inspect import getdoc
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sae_whiten import __version__
 from sae_whiten._checks import FieldError, require_device
+from sae_whiten.cli._spelling import did_you_mean, known_spelling
 
 __all__ = ["main"]
 
@@ -114,9 +115,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what was wrong in one line, without a usage of thirty flags in front."""
+    """Takes flags with hyphens and with underscores, and says what was wrong in one line, without a
+    usage of thirty flags in front."""
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] (it is overloaded)
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        if args is not None:
+            args = [known_spelling(argument, self._option_string_actions) for argument in args]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        message += did_you_mean(message, self._option_string_actions)
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows all flags)\n")
 
 

@@ -10,10 +10,12 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sae_whiten.cli._spelling import did_you_mean
 from sae_whiten.cli._values import positive
 from sae_whiten.cli._whitening_flags import PREFIX, add_whitening_arguments, given_fields
 from sae_whiten.config import WhiteningConfig
@@ -183,7 +185,8 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         if not exit_.code:
             raise
         usage, _, message = captured.getvalue().rpartition("error: ")
-        raise ValueError(message.strip() or usage) from None
+        flags = re.findall(r"--[\w.]+", usage)
+        raise ValueError((message.strip() or usage) + did_you_mean(message, flags)) from None
     sys.stderr.write(captured.getvalue())
 
     ours = type(cfg.sae).__module__.startswith("sae_whiten.")
@@ -240,7 +243,11 @@ def _why_not_whitened(arguments: Sequence[str]) -> str | None:
 
 
 def _as_saelens_spells(argument: str, runner_flags: set[str]) -> str:
-    """Drop the prefix of a nested flag, which SAELens keeps only where two flags would clash."""
+    """Underscores for hyphens, and no prefix of a nested flag, which SAELens keeps only where two
+    flags would clash."""
+    if argument.startswith("--"):
+        flag, equals, value = argument.partition("=")
+        argument = f"--{flag[2:].replace('-', '_')}{equals}{value}"
     for prefix in ("--sae.", "--logger."):
         name = argument.removeprefix(prefix)
         if name != argument and name.partition("=")[0] not in runner_flags:

@@ -115,6 +115,8 @@ def test_without_arguments_help_goes_to_stderr(
         (["tarin"], "invalid choice: 'tarin'"),
         (["--verbose", "--quiet", "train"], "not allowed with argument"),
         (["demo", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["demo", "--dsae", "8"], "did you mean --d-sae?"),
+        (["demo", "--d_sae", "0"], "--d-sae"),
     ],
 )
 def test_wrong_usage(
@@ -404,6 +406,7 @@ def test_values_of_another_type(
         (["--sae.normalize_activations=layer_norm"], "layer_norm contradicts"),
         (["--normalize_act", "none"], "none contradicts"),
         (["--no_such_flag", "3"], "unrecognized arguments: --no_such_flag 3"),
+        (["--trainig-tokens", "3"], "did you mean --training_tokens?"),
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--k", "few"], "invalid int value: 'few'"),
         (["--architecture", "nope"], "invalid choice: 'nope'"),
@@ -488,6 +491,13 @@ def test_nested_flags_with_their_prefix(runner: type[FakeRunner]) -> None:
     cfg = runner.cfg
     assert (cfg.sae.k, cfg.sae.d_in, cfg.sae.dtype, cfg.dtype) == (9, 64, "bfloat16", "float32")
     assert not cfg.logger.log_to_wandb
+
+
+def test_flags_may_be_written_with_hyphens(runner: type[FakeRunner]) -> None:
+    flags = ["--training-tokens", "5000", "--sae.d-sae=64", "--whitening.n-samples", "999"]
+    assert main(["train", *TOPK, *flags]) == 0
+    assert (runner.cfg.training_tokens, runner.cfg.sae.d_sae) == (5000, 64)
+    assert runner.whitening.n_samples == 999
 
 
 def test_the_seed_reaches_torch_whichever_it_is(runner: type[FakeRunner]) -> None:
