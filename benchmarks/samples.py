@@ -17,7 +17,7 @@ import torch
 from sae_lens.load_model import load_model
 
 from sae_whiten import ActivationStatistics
-from sae_whiten.cli import demo
+from sae_whiten.comparison import demo
 from sae_whiten.estimation.split_half import SplitHalfStatistics
 
 HOOK, D = "bert.encoder.layer.2", 384
