@@ -95,6 +95,12 @@ RELIED_ON: tuple[Method | Attribute, ...] = (
         ("d_in", "data_provider", "n_batches_for_norm_estimate"),
         SAETrainer,
     ),
+    Method(
+        ActivationScaler,
+        "estimate_scaling_factor",
+        ("d_in", "data_provider", "n_batches_for_norm_estimate"),
+        SAETrainer,
+    ),
     Method(ActivationScaler, "save", ("file_path",), SAETrainer),
     Method(ActivationScaler, "load", ("file_path",), SAETrainer),
     Method(SAETrainer, "fit", (), LanguageModelSAETrainingRunner),
