@@ -40,6 +40,8 @@ __all__ = [
 
 # Rows of pre-activations at a time: as many as a matrix product needs to be at its fastest
 _ROWS = {"cpu": 512, "cuda": 4096}
+# Latents at a time of the gradient of W_enc, which is transposed: about a megabyte of sums
+_LATENTS = 256
 
 
 @dataclass(frozen=True)
@@ -327,11 +329,11 @@ class _Encoder(torch.autograd.Function):
         pairs: ActivePairs = ctx.pairs
         dtype = of_values.dtype
         x = x.to(dtype)
-        of_W = _sum_by_latent(x, pairs.rows, of_values, pairs)
+        of_W = _sum_by_latent_transposed(x, pairs.rows, of_values, pairs)
         one = torch.ones(1, 1, dtype=dtype, device=x.device)
         of_b = _sum_by_latent(one, torch.zeros_like(pairs.rows), of_values, pairs)[:, 0]
         if len(columns) > 0:
-            of_W[columns] += of_columns.T @ x
+            of_W[:, columns] += x.T @ of_columns
             of_b[columns] += of_columns.sum(dim=0)
         of_b_dec = None
         if ctx.b_dec_dtype is not None:
@@ -339,7 +341,7 @@ class _Encoder(torch.autograd.Function):
             of_b_dec = -(W_enc @ of_b.to(W_enc.dtype)).to(ctx.b_dec_dtype)
         return (
             None,
-            of_W.T.to(W_enc.dtype, memory_format=torch.contiguous_format),
+            of_W.to(W_enc.dtype),
             of_b.to(ctx.b_enc_dtype),
             of_b_dec,
             *[None] * 4,
@@ -407,6 +409,31 @@ def _sum_by_latent(table: Tensor, rows: Tensor, weights: Tensor, pairs: ActivePa
         per_sample_weights=weights[pairs.order],
         include_last_offset=True,
     )
+
+
+def _sum_by_latent_transposed(
+    table: Tensor, rows: Tensor, weights: Tensor, pairs: ActivePairs
+) -> Tensor:
+    """`_sum_by_latent` with the latents in columns; some at a time, to stay in a CPU's cache."""
+    if table.device.type != "cpu":
+        return _sum_by_latent(table, rows, weights, pairs).T.contiguous()
+    rows, weights = rows[pairs.order], weights[pairs.order]
+    offsets = pairs.latent_offsets
+    n_latents = len(offsets) - 1
+    out = table.new_empty(table.shape[1], n_latents)
+    for first in range(0, n_latents, _LATENTS):
+        own = offsets[first : first + _LATENTS + 1]
+        start, end = int(own[0]), int(own[-1])
+        sums = embedding_bag(
+            rows[start:end],
+            table,
+            own - start,
+            mode="sum",
+            per_sample_weights=weights[start:end],
+            include_last_offset=True,
+        )
+        out[:, first : first + _LATENTS] = sums.T
+    return out
 
 
 def to_coo(
