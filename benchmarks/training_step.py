@@ -322,7 +322,8 @@ def find_border(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         clock = time.process_time if args.clock == "cpu" else time.perf_counter
         for i in range(-args.warmup, args.rounds):
             for name, trainer in trainers.items():
-                sparse_step._SPARSE_UP_TO = 1.0 if name == "sparse" else 0.0
+                borders = dict.fromkeys(("cpu", "cuda"), 1.0 if name == "sparse" else 0.0)
+                sparse_step._SPARSE_UP_TO.update(borders)
                 start = clock()
                 trainer.step(next(trainer.data_provider))
                 if args.device.startswith("cuda"):

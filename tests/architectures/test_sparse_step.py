@@ -63,7 +63,7 @@ def take(sae: TrainingSAE[Any], given: TrainStepInput, autocast: bool = False) -
 
 def take_dense(sae: TrainingSAE[Any], given: TrainStepInput, autocast: bool = False) -> Step:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_SPARSE_UP_TO", 0)
+        patch.setitem(module._SPARSE_UP_TO, "cpu", 0)
         step = take(sae, given, autocast)
     assert not isinstance(step.output, SparseStepOutput)
     return step
@@ -166,7 +166,7 @@ def test_training_is_that_with_dense_steps(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sparse = train(architecture)
-    monkeypatch.setattr(module, "_SPARSE_UP_TO", 0)
+    monkeypatch.setitem(module._SPARSE_UP_TO, "cpu", 0)
     dense = train(architecture)
     torch.testing.assert_close(
         dict(sparse.sae.state_dict()), dict(dense.sae.state_dict()), rtol=1e-4, atol=1e-6
