@@ -32,13 +32,12 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import TopKTrainingSAE
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
@@ -211,7 +210,7 @@ def sae_trainer(
 ) -> SAETrainer[Any, Any]:
     sae_class, config_class = get_sae_training_class(args.architecture)
     options: dict[str, Any] = {"d_in": size.d_in, "d_sae": size.d_sae, "device": args.device}
-    if issubclass(sae_class, TopKTrainingSAE):
+    if "k" in {field.name for field in fields(config_class)}:
         options["k"] = size.k
     if args.architecture == "matryoshka_batchtopk":
         options["matryoshka_widths"] = [size.d_sae // 16, size.d_sae // 4, size.d_sae]
@@ -322,8 +321,8 @@ def find_border(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         clock = time.process_time if args.clock == "cpu" else time.perf_counter
         for i in range(-args.warmup, args.rounds):
             for name, trainer in trainers.items():
-                borders = dict.fromkeys(("cpu", "cuda"), 1.0 if name == "sparse" else 0.0)
-                sparse_step._SPARSE_UP_TO.update(borders)
+                for device in ("cpu", "cuda"):
+                    sparse_step._SPARSE_UP_TO[device] = 1.0 if name == "sparse" else 0.0
                 start = clock()
                 trainer.step(next(trainer.data_provider))
                 if args.device.startswith("cuda"):
