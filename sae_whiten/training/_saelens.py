@@ -139,12 +139,7 @@ RELIED_ON: tuple[Method | Attribute, ...] = (
     Attribute(MultiSAETrainer, "trainers"),
     Attribute(MultiSAETrainer, "checkpoint_thresholds"),
     Method(LanguageModelSAETrainingRunner, "run", ()),
-    Method(
-        LanguageModelSAETrainingRunner,
-        "run_trainer_with_interruption_handling",
-        ("trainer",),
-        LanguageModelSAETrainingRunner,
-    ),
+    Method(LanguageModelSAETrainingRunner, "_compile_sae_if_needed", ()),
     Method(
         LanguageModelSAETrainingRunner,
         "save_checkpoint",
@@ -159,21 +154,12 @@ RELIED_ON: tuple[Method | Attribute, ...] = (
     ),
     Method(LanguageModelSAETrainingRunner, "_set_sae_metadata", (), LanguageModelSAETrainingRunner),
     Method(MultiSAETrainingRunner, "run", ()),
-    Method(
-        MultiSAETrainingRunner,
-        "_run_with_interruption_handling",
-        ("trainer",),
-        MultiSAETrainingRunner,
-    ),
     Method(MultiSAETrainingRunner, "_set_sae_metadata", (), MultiSAETrainingRunner),
     Method(
         MultiSAETrainingRunner,
         "_save_runner_checkpoint_files",
         ("checkpoint_path",),
         MultiSAETrainingRunner,
-    ),
-    Method(
-        MultiSAETrainingRunner, "_save_final_outputs", ("saes", "trainer"), MultiSAETrainingRunner
     ),
     Method(TrainingSAE, "save_inference_model", ("path",), LanguageModelSAETrainingRunner),
     Method(TrainingSAE, "save_model", ("path",), SAETrainer),

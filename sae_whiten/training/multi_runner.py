@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import wandb
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.multi_sae_training_runner import (
@@ -19,13 +18,12 @@ from sae_lens.multi_sae_training_runner import (
 )
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.types import MultiHookDataProvider
 from transformer_lens import HookedRootModule
 
 from sae_whiten._checks import require_context
 from sae_whiten._files import write_json
-from sae_whiten._redaction import redact_attributes, redacted
+from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
@@ -42,17 +40,17 @@ from sae_whiten.training.checkpoint import (
     save_or_keep,
 )
 from sae_whiten.training.checks import check_runner_config
-from sae_whiten.training.data_parallel import logging_once, open_stream, take_share
+from sae_whiten.training.data_parallel import open_stream, take_share
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
 from sae_whiten.training.running import (
     check_hook,
     connect,
+    logging_run,
     paused,
     record_reading,
     save_runner_files,
     seed_generators,
     train_interruptibly,
-    without_resuming,
     write_final_sae,
 )
 from sae_whiten.training.training_sae import enter_whitened_space
@@ -139,7 +137,6 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             redact_attributes(sae.cfg.metadata)
             if name in self.whitening_configs:
                 enter_whitened_space(sae, self.whitening_configs[name])
-        self._requested = self.cfg
         self.activations_store = PackedActivationsStore.adopt(self.activations_store)
         self.processes = Processes()
         take_share(self.activations_store, self.processes)
@@ -160,13 +157,15 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
-        self._requested = self.cfg
         put_in = PackedActivationsStore.adopt(self.activations_store)
         if put_in is not self.activations_store:
             take_share(put_in, self.processes)
             self.activations_store = put_in
-        with without_resuming(self), logging_once(self.processes):
-            saes = super().run()
+        self._set_sae_metadata()
+        with logging_run(self.cfg, self.processes):
+            saes = self._train(put_in)
+            if self.cfg.output_path is not None:
+                self._write_outputs(self.cfg.output_path)
         failures = self.trainer.failures
         if failures:
             message = "; ".join(f"{name}: {error}" for name, error in failures.items())
@@ -177,19 +176,12 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             raise FoldError(message) from next(iter(failures.values()))
         return saes
 
-    def _run_with_interruption_handling(
-        self, trainer: MultiSAETrainer
-    ) -> dict[str, TrainingSAE[Any]]:
-        """Train with a `WhiteningMultiSAETrainer` in place of the trainer given."""
-        self.cfg = self._requested
-        if self.cfg.logger.log_to_wandb:
-            wandb.config.update(redacted(self.cfg.to_dict()), allow_val_change=True)
-        store, resume_from = self.activations_store, self.cfg.resume_from_checkpoint
-        assert isinstance(store, PackedActivationsStore)
-        stream = open_stream(store, store.d_in, n_wanted=trainer.cfg.total_training_steps)
+    def _train(self, store: PackedActivationsStore) -> dict[str, TrainingSAE[Any]]:
+        resume_from, cfg = self.cfg.resume_from_checkpoint, self.cfg.to_sae_trainer_config()
+        stream = open_stream(store, store.d_in, n_wanted=cfg.total_training_steps)
         connect(stream, store)
         self.trainer = WhiteningMultiSAETrainer(
-            cfg=trainer.cfg,
+            cfg=cfg,
             saes=self.saes,
             hook_names=self.cfg.hook_names_per_sae,
             stream=stream,
@@ -210,7 +202,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         except Exception:
             if self.trainer.is_trained:
                 # the final checkpoint failed, which must not cost what was trained
-                self._save_final_outputs(self.saes, trainer)
+                self._write_outputs(self.cfg.output_path or folder_of_its_own())
             raise
 
     def _set_sae_metadata(self) -> None:
@@ -224,16 +216,13 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         stream = self.trainer.stream if hasattr(self, "trainer") else None
         save_runner_files(checkpoint_path, stream, self.activations_store, self.cfg.to_dict())
 
-    def _save_final_outputs(
-        self, saes: dict[str, TrainingSAE[Any]], trainer: MultiSAETrainer
-    ) -> None:
+    def _write_outputs(self, output_path: str) -> None:
         if self.processes.rank > 0:
             return
-        base, problems = Path(self.cfg.output_path or folder_of_its_own()), []
-        for name, sae in saes.items():
+        base, problems = Path(output_path), []
+        for name, sae in self.saes.items():
             if name in self.trainer.failures:
                 continue
-            # SAELens passes the trainer that ours took the place of
             one = self.trainer.trainers[name]
             save = partial(write_final_sae, sae=sae, trainer=one)
             try:

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import wandb
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.sae_trainer import SAETrainer
-from sae_lens.training.types import DataProvider
 from transformer_lens import HookedRootModule
 
 from sae_whiten._checks import require_context
-from sae_whiten._redaction import redact_attributes, redacted
+from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
@@ -34,16 +31,16 @@ from sae_whiten.training.checkpoint import (
     save_or_keep,
 )
 from sae_whiten.training.checks import check_runner_config
-from sae_whiten.training.data_parallel import logging_once, take_share
+from sae_whiten.training.data_parallel import take_share
 from sae_whiten.training.pretrained import as_asked_for
 from sae_whiten.training.running import (
     check_hook,
     connect,
+    logging_run,
     record_reading,
     save_runner_files,
     seed_generators,
     train_interruptibly,
-    without_resuming,
     write_final_sae,
 )
 from sae_whiten.training.trainer import WhiteningTrainer
@@ -138,7 +135,6 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         if self._start_from_folded:
             self.sae = as_asked_for(self.sae, self.cfg.sae, str(path))
         self.sae.cfg = copy.deepcopy(self.sae.cfg)
-        self._requested = self.cfg
         # before SAELens compiles the training step, for it is compiled with its losses
         enter_whitened_space(self.sae, whitening)
         self.activations_store = ResumableActivationsStore.adopt(self.activations_store)
@@ -158,46 +154,40 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
-        self._requested = self.cfg
         put_in = ResumableActivationsStore.adopt(self.activations_store)
         if put_in is not self.activations_store:
             take_share(put_in, self.processes)
             self.activations_store = put_in
-        with without_resuming(self), logging_once(self.processes):
-            return super().run()
+        self._set_sae_metadata()
+        with logging_run(self.cfg, self.processes):
+            self._compile_sae_if_needed()
+            sae = self._train(put_in)
+            if self.cfg.output_path is not None:
+                self.save_final_sae(sae, self.cfg.output_path)
+        return sae
 
-    def run_trainer_with_interruption_handling(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, trainer: SAETrainer[Any, Any]
-    ) -> TrainingSAE[Any]:
-        """Train with a `WhiteningTrainer` in place of the trainer given."""
-        self.cfg = self._requested
-        if self.cfg.logger.log_to_wandb:
-            wandb.config.update(redacted(self.cfg.to_dict()), allow_val_change=True)
-        provider: DataProvider = self.activations_store
-        store = self.activations_store
-        assert isinstance(store, ResumableActivationsStore)
+    def _train(self, store: ResumableActivationsStore) -> TrainingSAE[Any]:
         resume_from = self.cfg.resume_from_checkpoint
         self.trainer = WhiteningTrainer(
-            cfg=trainer.cfg,
+            cfg=self.cfg.to_sae_trainer_config(),
             sae=self.sae,
-            data_provider=provider,
+            data_provider=store,
             whitening=self.whitening_config,
             evaluator=self._evaluate,
             save_checkpoint_fn=self.save_checkpoint,
             start_from_folded=self._start_from_folded,
             train_as=self.cfg.sae if self._start_from_folded else None,
         )
-        stream = self.trainer.stream
-        connect(stream, store)
-        store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
+        connect(self.trainer.stream, store)
         if resume_from is not None:
             logger.info("resuming from checkpoint %s", resume_from)
             check_runner_settings(resume_from, self.cfg.to_dict())
             self.trainer.load_trainer_state(resume_from)
-            store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
+        store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
+        if resume_from is not None:
             store.load_from_checkpoint(own_part(resume_from, self.processes))
         try:
-            return train_interruptibly(self.trainer, stream, store, self.cfg)
+            return train_interruptibly(self.trainer, self.trainer.stream, store, self.cfg)
         except Exception:
             if not is_in_whitened_space(self.sae):
                 # the final checkpoint failed, which must not cost what was trained
@@ -235,8 +225,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             sae=sae,
             trainer=self.trainer if trained_here else None,
             cfg=self.cfg.to_dict(),
-            # SAELens' run passes that of the trainer that ours took the place of
-            log_feature_sparsity=None if trained_here else log_feature_sparsity,
+            log_feature_sparsity=log_feature_sparsity,
         )
         weights, cfg, sparsity = save_or_keep(save, output_path, self.cfg.checkpoint_path)
         if self.cfg.logger.log_to_wandb:

@@ -1,6 +1,5 @@
 """What the runners share: reading ahead, ending between two steps, and writing what was trained."""
 
-import copy
 import difflib
 import logging
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import wandb
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
@@ -21,8 +21,11 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 
 from sae_whiten._files import atomic_files, write_json
+from sae_whiten._redaction import redacted
+from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import resolution_of
 from sae_whiten.training.activations_store import ResumableActivationsStore
+from sae_whiten.training.data_parallel import logging_once
 from sae_whiten.training.interruption import InterruptibleTrainer, interruptible
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.trainer import STATISTICS_FILENAME, WhiteningTrainer
@@ -32,12 +35,12 @@ __all__ = [
     "WHITENING_FILENAME",
     "check_hook",
     "connect",
+    "logging_run",
     "paused",
     "record_reading",
     "save_runner_files",
     "seed_generators",
     "train_interruptibly",
-    "without_resuming",
     "write_final_sae",
 ]
 
@@ -84,17 +87,22 @@ def seed_generators(
 
 
 @contextmanager
-def without_resuming(runner: Any) -> Iterator[None]:
-    """Let SAELens' `run` neither resume nor prefetch: it would load its own files, and read ahead
-    before the position in the data is restored."""
-    cfg = runner.cfg
-    runner.cfg = copy.copy(cfg)
-    runner.cfg.resume_from_checkpoint = None
-    runner.cfg.prefetch_llm_batches = False
-    try:
+def logging_run(
+    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig, processes: Processes
+) -> Iterator[None]:
+    """A run of Weights & Biases around training, if the config asks for one."""
+    with logging_once(processes):
+        if cfg.logger.log_to_wandb:
+            wandb.init(
+                project=cfg.logger.wandb_project,
+                entity=cfg.logger.wandb_entity,
+                config=redacted(cfg.to_dict()),
+                name=cfg.logger.run_name,
+                id=cfg.logger.wandb_id,
+            )
         yield
-    finally:
-        runner.cfg = cfg
+        if cfg.logger.log_to_wandb:
+            wandb.finish()
 
 
 def connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:
