@@ -124,11 +124,11 @@ class SharedStream(ActivationStream):
         rank, (kind, message) = next((i, e) for i, e in enumerate(found) if e is not None)
         raise _RAISED_BY_ALL.get(kind, DistributedError)(f"process {rank}: {message}")
 
-    def _next_raw(self) -> Tensor:
+    def _next_looked_at(self) -> tuple[Tensor, Callable[[], bool]]:
         if self._returned is None:
-            return super()._next_raw()
+            return super()._next_looked_at()
         batch, self._returned = self._returned, None
-        return batch
+        return batch, lambda: False
 
 
 def open_stream(*args: Any, **options: Any) -> ActivationStream:

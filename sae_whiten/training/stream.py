@@ -48,7 +48,7 @@ class ActivationStream(Iterator[Tensor]):
         n_served: Batches served or passed over.
         n_skipped: Activations left out because they were not finite.
         source_is_finite: Whether the source has seen to that itself, and batches are not looked at
-            again (which makes a GPU wait at every step).
+            again. Else batches on a GPU are drawn one ahead, so that it need not wait.
         resolution: Machine epsilon of what the activations were computed in, where that is coarser
             than their dtype; 0 if it is not known.
         stop_is_handled: Whether somebody waits for `StopRequested`, to save a checkpoint.
@@ -81,6 +81,7 @@ class ActivationStream(Iterator[Tensor]):
         self._spool: Any = None
         self._spooled: deque[tuple[torch.Size, torch.dtype, torch.device, int]] = deque()
         self._read_position = 0
+        self._ahead: tuple[Tensor, Callable[[], bool]] | Exception | None = None
 
     def request_stop(self) -> None:
         """Make the next call for a batch raise `StopRequested` instead; safe in signal handlers."""
@@ -112,7 +113,7 @@ class ActivationStream(Iterator[Tensor]):
             if self._stop and not self._stop_put_off:
                 raise StopRequested
             try:
-                batch = self._next_raw()
+                batch, is_finite = self._next_looked_at()
             except StopIteration:
                 needed = "" if self.n_wanted is None else f", which needs {self.n_wanted}"
                 raise DataExhaustedError(
@@ -120,12 +121,15 @@ class ActivationStream(Iterator[Tensor]):
                     f"training{needed}: provide more data or lower total_training_samples"
                 ) from None
             batch = flatten_heads(batch, self.d_in)
-            if not self.source_is_finite:
+            if not (self.source_is_finite or is_finite()):
                 name = f"training batch {self.n_served}"
                 batch, n_bad = finite_rows(batch, self.on_nonfinite, name)
                 self.n_skipped += n_bad
             self.n_served += 1
             if batch.numel() > 0:
+                if self._looks_ahead(batch):
+                    batch = batch.clone()  # a provider may write the next one into the same memory
+                    self._look_ahead()
                 self.last = batch
                 return batch
         raise DataExhaustedError(
@@ -136,7 +140,7 @@ class ActivationStream(Iterator[Tensor]):
     def held_out(self) -> Tensor | None:
         """A batch that was not served, or None if the provider has no more."""
         try:
-            batch = flatten_heads(self._next_raw(), self.d_in)
+            batch = flatten_heads(self._next_looked_at()[0], self.d_in)
         except StopIteration:
             return None
         rows = batch.reshape(-1, self.d_in)
@@ -152,6 +156,31 @@ class ActivationStream(Iterator[Tensor]):
         except Exception:  # whatever the data provider raises must not cost a trained SAE
             logger.warning("no held-out activations: the data provider failed", exc_info=True)
         return self.last, "training"
+
+    def _looks_ahead(self, batch: Tensor) -> bool:
+        enough = self.n_wanted is not None and self.n_served >= self.n_wanted
+        return not self.source_is_finite and not enough and _waits_for(batch)
+
+    def _look_ahead(self) -> None:
+        """Draw the next batch, and have the GPU look at it before it works on the one served.
+
+        The answer is there when the batch is asked for, with a whole step queued behind it, so the
+        GPU does not wait. Errors of the provider are kept until then too.
+        """
+        try:
+            batch = self._next_raw()
+            self._ahead = batch, _finite_soon(batch)
+        except Exception as error:
+            self._ahead = error
+
+    def _next_looked_at(self) -> tuple[Tensor, Callable[[], bool]]:
+        """The next batch, and whether it is known to be finite."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return self._next_raw(), lambda: False
+        if isinstance(ahead, Exception):
+            raise ahead
+        return ahead
 
     def _next_raw(self) -> Tensor:
         if not self._spooled:
@@ -174,3 +203,30 @@ class ActivationStream(Iterator[Tensor]):
         self._spool.seek(0, 2)
         self._spool.write(content.data)
         self._spooled.append((batch.shape, batch.dtype, batch.device, content.nbytes))
+
+
+def _waits_for(batch: Tensor) -> bool:
+    """Whether reading a value of the batch waits for what its device is doing."""
+    return batch.is_cuda
+
+
+def _finite_soon(batch: Tensor) -> Callable[[], bool]:
+    """Ask whether a batch is finite, without waiting for the answer.
+
+    Returns:
+        The answer; False is not certain, for the sum that is looked at may overflow.
+    """
+    dtype = torch.promote_types(batch.dtype, torch.float32)
+    found = torch.isfinite(batch.sum(dtype=dtype))
+    if not batch.is_cuda:
+        return lambda: bool(found)
+    on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    on_host.copy_(found, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def answer() -> bool:
+        copied.synchronize()
+        return bool(on_host)
+
+    return answer

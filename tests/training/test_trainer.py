@@ -251,7 +251,50 @@ def test_a_provider_that_ends_too_early_says_how_much_was_needed(n_batches, n_sa
         fit(data=batches(n_batches), whitening=WhiteningConfig(n_samples=n_samples))
 
 
-def test_a_nan_stops_training_before_it_reaches_the_weights():
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are drawn one ahead, as where looking at one would make a GPU wait."""
+    monkeypatch.setattr("sae_whiten.training.stream._waits_for", lambda batch: True)
+
+
+def test_batches_drawn_ahead_are_served_as_they_were(as_on_a_gpu):
+    source = [torch.randn(5, 4) for _ in range(7)]
+    memory = torch.empty(5, 4)
+    # a provider that writes every batch into the same memory, and fails at the end
+    stream = ActivationStream(map(memory.copy_, source), 4, "raise")
+    for batch in source:
+        assert torch.equal(next(stream), batch)
+    with pytest.raises(DataExhaustedError, match="after 7 batches"):
+        next(stream)
+
+
+def test_an_error_met_when_drawing_ahead_is_raised_in_its_place(as_on_a_gpu):
+    def failing() -> Iterator[Tensor]:
+        yield torch.randn(5, 4)
+        raise OSError("disk")
+
+    stream = ActivationStream(failing(), 4, "raise")
+    assert next(stream).shape == (5, 4)
+    with pytest.raises(OSError, match="disk"):
+        next(stream)
+    assert stream.n_served == 1
+
+
+def test_no_more_is_drawn_ahead_than_training_wants(as_on_a_gpu):
+    drawn = []
+    source = (drawn.append(i) or torch.randn(5, 4) for i in range(9))
+    stream = ActivationStream(source, 4, "raise", n_wanted=3)
+    for _ in range(3):
+        next(stream)
+    assert len(drawn) == 3
+    assert stream.held_out() is not None
+
+
+@pytest.mark.parametrize("drawn_ahead", [False, True])
+def test_a_nan_stops_training_before_it_reaches_the_weights(drawn_ahead, request):
+    if drawn_ahead:
+        request.getfixturevalue("as_on_a_gpu")
+
     def poisoned() -> Iterator[Tensor]:
         for i, batch in enumerate(batches()):
             if i == 27:
