@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,15 +53,21 @@ class CorruptFileError(ValueError):
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, renamed onto it when the block succeeds.
+    """Yield a temporary path, renamed onto `path` when the block succeeds.
 
     A process killed at any moment leaves the old file or the new one, never a part of one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _tidy(path.parent)
-    with _new_entry(path, is_directory=False) as new:
+    # in a folder of its own: a lock on the file itself would be lost where a writer replaces it, as
+    # safetensors does, and another process would take it for a leftover
+    with _new_directory(path) as folder:
+        new = folder / path.name
+        new.touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
         yield new
+        new.chmod(mode)  # what a writer replaces it with may be for its owner only
         with new.open("rb") as written:
             os.fsync(written.fileno())
         new.replace(path)
@@ -77,7 +84,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _tidy(path.parent)
-    with _new_entry(path, is_directory=True) as new:
+    with _new_directory(path) as new:
         yield new
         if not path.is_dir():
             new.rename(path)
@@ -110,11 +117,11 @@ def atomic_files(path: str | Path, last: str, also_replaced: Iterable[str] = ())
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
     if not path.exists():
-        with _new_entry(path, is_directory=True) as new:
+        with _new_directory(path) as new:
             yield new
             new.rename(path)
         return
-    with _new_entry(path / last, is_directory=True) as new:
+    with _new_directory(path / last) as new:
         yield new
         written = {entry.name for entry in new.iterdir()}
         for name in written:
@@ -164,18 +171,15 @@ def require_empty(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def _new_entry(path: Path, is_directory: bool) -> Iterator[Path]:
-    """Create and lock a hidden entry beside `path`; remove what is left of it afterwards.
+def _new_directory(path: Path) -> Iterator[Path]:
+    """Create and lock a hidden directory beside `path`; remove what is left of it afterwards.
 
     It has the mode that the umask gives it, which cannot be asked for without changing it for all
     threads.
     """
     while True:
         new = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_NEW}")
-        if is_directory:
-            new.mkdir()
-        else:
-            new.touch(exist_ok=False)
+        new.mkdir()
         try:
             lock = _lock(new)
         except (BlockingIOError, FileNotFoundError):

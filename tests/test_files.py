@@ -267,3 +267,17 @@ def test_a_path_that_cannot_be_written_is_found_out_without_creating_it(tmp_path
         if not os.access(tmp_path / "folder", os.W_OK):  # root may write everywhere
             with pytest.raises(PermissionError):
                 check_writable(tmp_path / "folder" / "sae")
+
+
+def test_a_writer_that_replaces_the_file_keeps_its_place_and_its_mode(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "first") as new:
+        other = new.with_name("other")
+        other.write_text("whole")
+        other.chmod(0o600)
+        other.replace(new)  # as safetensors does
+        with atomic_path(tmp_path / "second") as second:  # tidies the folder
+            second.write_text("second")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "first").read_text() == "whole"
+    assert (tmp_path / "first").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "plain", "second"]

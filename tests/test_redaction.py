@@ -168,7 +168,7 @@ def test_estimation_writes_none_and_continues_with_another_token(tmp_path, monke
             raise Killed
 
     model.hook_dict[HOOK].add_perma_hook(die)  # pyright: ignore[reportArgumentType]
-    monkeypatch.setattr("sae_whiten.estimation.fit._SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("sae_whiten.estimation.progress._SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(Killed):
         fit(model, SECRET)
     assert list((tmp_path / ".fit_progress").iterdir())

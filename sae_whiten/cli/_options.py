@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from simple_parsing.docstring import get_attribute_docstring
 
@@ -13,35 +13,42 @@ __all__ = ["add_options", "help_of"]
 
 
 def add_options(
-    parser: argparse.ArgumentParser,
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
     options: type,
     *,
+    only: Collection[str] | None = None,
     without: Collection[str] = (),
     renamed: Mapping[str, str] | None = None,
+    absent_by_default: bool = False,
 ) -> None:
     """Add a flag for every field of a dataclass; the parsed value has the name of the field.
 
     Args:
         parser: Receives the flags.
         options: The dataclass. Fields without a default are required.
+        only: Fields that get one; None: all.
         without: Fields that get none.
         renamed: Names of flags that differ from those of their fields, by field.
+        absent_by_default: Leave what is not given out of the parsed values, so that it can be told
+            from what is.
     """
     annotations = get_type_hints(options)
     for field in dataclasses.fields(options):
-        if field.name in without:
+        if field.name in without or (only is not None and field.name not in only):
             continue
         name = (renamed or {}).get(field.name, field.name)
-        told, kwargs = help_of(options, field.name), dict(_PARSERS[annotations[field.name]])
+        told, kwargs = help_of(options, field.name), _parser_of(annotations[field.name])
         if field.default_factory is not dataclasses.MISSING:
             kwargs["default"] = field.default_factory()
         elif field.default is dataclasses.MISSING:
             kwargs["required"] = True
         else:
             kwargs["default"] = field.default
-            if field.default is not None:
+            if field.default not in (None, (None,)):
                 values = field.default if isinstance(field.default, tuple) else [field.default]
                 told += f" (default: {','.join(map(str, values))})"
+        if absent_by_default:
+            kwargs["default"] = argparse.SUPPRESS
         help = told.replace("%", "%%")
         parser.add_argument(f"--{name.replace('_', '-')}", dest=field.name, help=help, **kwargs)
 
@@ -50,6 +57,20 @@ def help_of(options: type, field: str) -> str:
     """The string under a field of a dataclass, on one line and without its full stop."""
     told = get_attribute_docstring(options, field).docstring_below
     return " ".join(told.split()).removesuffix(".")
+
+
+def _parser_of(annotation: Any) -> dict[str, Any]:
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    return dict(_PARSERS[annotation])
+
+
+def _index(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _separator(text: str) -> int | str | None:
+    return text if text in ("bos", "eos", "sep") else _index(text)
 
 
 def _several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -72,5 +93,10 @@ _PARSERS: dict[Any, dict[str, Any]] = {
     Sequence[int]: {"type": _several(int), "metavar": "N,N,..."},
     Sequence[float]: {"type": _several(float), "metavar": "X,X,..."},
     Mapping[str, Mapping[str, Any]]: {"type": json_object, "metavar": "JSON"},
+    tuple[int | None, ...]: {"type": _index, "nargs": "+", "metavar": "N"},
+    int | Literal["bos", "eos", "sep"] | None: {
+        "type": _separator,
+        "metavar": "bos|eos|sep|none|ID",
+    },
 }
 """How a flag is parsed, by the annotation of its field."""

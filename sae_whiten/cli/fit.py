@@ -11,11 +11,14 @@ by torchrun, every process takes its share of the dataset, and the result is tha
 
 import argparse
 import os
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_whiten.cli._options import add_options, help_of
 from sae_whiten.cli._values import json_object
+from sae_whiten.estimation.options import FitConfig, ReadingConfig
 
 if TYPE_CHECKING:
     from sae_whiten.statistics import ActivationStatistics
@@ -29,20 +32,8 @@ examples:
 """
 
 
-# by the names that they have in Python; what is not given is left to the defaults there
 _LOADING = ("model_class_name", "model_from_pretrained_kwargs", "device")
-_READING = (
-    "split",
-    "context_size",
-    "prepend_bos",
-    "seqpos_slice",
-    "hook_head_index",
-    "disable_concat_sequences",
-    "sequence_separator_token",
-    "use_chat_formatting",
-    "streaming",
-    "autocast_lm",
-)
+_READING = tuple(field.name for field in fields(ReadingConfig))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,32 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="USER/NAME",
         help="upload the result to this repo of the Hugging Face hub too, which is made if need be",
     )
-    add(
-        "--tolerance",
-        type=float,
-        default=0.02,
-        help="excess variance of held-out activations to reach (default: %(default)s)",
+    add_options(
+        parser,
+        FitConfig,
+        without=(*_READING, "exclude_special_tokens"),
+        absent_by_default=True,
     )
-    add("--n-samples", type=_count, help="take so many activations per hook instead")
-    add(
-        "--max-samples",
-        type=_count,
-        help="with --tolerance, take at most so many per hook (default: 1000 per dimension)",
-    )
-    add("--batch-size-prompts", type=_count, default=32, help="sequences per pass of the model")
     add(
         "--exclude-special-tokens",
         nargs="*",
         type=int,
         metavar="ID",
-        help="leave out the activations at special tokens, as training will: those with these ids, "
-        "or, without any, those that the tokenizer names (BOS, EOS, PAD, SEP)",
-    )
-    add(
-        "--on-nonfinite",
-        choices=("raise", "skip"),
-        default="raise",
-        help="activations with NaN or infinity (default: %(default)s)",
+        help=f"{help_of(FitConfig, 'exclude_special_tokens')}. Without any id: the tokenizer's",
     )
     model = parser.add_argument_group(
         "running the model",
@@ -113,39 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="further arguments for loading the model, as in SAELens, such as a revision",
     )
     add("--device", help="where the model runs (default: cpu)")
-    add("--autocast-lm", action="store_true", help="run the model in bfloat16 autocast")
-    add("--split", help="split of the dataset; training takes train (default: train)")
-    add(
-        "--streaming",
-        action=argparse.BooleanOptionalAction,
-        help="do not download the dataset first (default: yes)",
-    )
-    add("--context-size", type=_count, help="tokens per sequence (default: 128)")
-    add(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        help="put the beginning-of-sequence token in front (default: yes)",
-    )
-    add(
-        "--disable-concat-sequences",
-        action="store_true",
-        help="one document per sequence, and shorter ones dropped",
-    )
-    add(
-        "--sequence-separator-token",
-        type=_separator,
-        metavar="bos|eos|sep|none|ID",
-        help="between documents (default: bos)",
-    )
-    add("--use-chat-formatting", action="store_true", help="tokenise with the chat template")
-    add(
-        "--seqpos-slice",
-        type=_index,
-        nargs="+",
-        metavar="N",
-        help="positions to take: stop, or start stop, or start stop step; none for an open end",
-    )
-    add("--hook-head-index", type=int, help="one head of hooks with a head dimension")
+    add_options(model, FitConfig, only=_READING, absent_by_default=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -155,10 +100,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give --model-name and --dataset-path, or --cached-activations")
     if args.cached_activations is not None and given != [None, None]:
         raise ValueError("--cached-activations takes the place of --model-name and --dataset-path")
-    if args.n_samples is not None and args.max_samples is not None:
-        raise ValueError(
-            "--max-samples limits what --tolerance takes: leave it out with --n-samples"
-        )
     idle = [name for name in (*_LOADING, *_READING) if hasattr(args, name)]
     if args.cached_activations is not None and idle:
         listed = ", ".join("--" + name.replace("_", "-") for name in idle)
@@ -190,16 +131,12 @@ def run(args: argparse.Namespace) -> int:
 def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
     from sae_whiten.estimation.fit import fit_statistics
 
-    exclude = args.exclude_special_tokens
-    options: dict[str, Any] = {
-        "out": args.out,
-        "tolerance": args.tolerance,
-        "n_samples": args.n_samples,
-        "max_samples": args.max_samples,
-        "batch_size_prompts": args.batch_size_prompts,
-        "exclude_special_tokens": False if exclude is None else (exclude or True),
-        "on_nonfinite": args.on_nonfinite,
-    }
+    given = {f.name: getattr(args, f.name) for f in fields(FitConfig) if hasattr(args, f.name)}
+    # without any id, the list is empty
+    given["exclude_special_tokens"] = args.exclude_special_tokens is not None and (
+        args.exclude_special_tokens or True
+    )
+    options: dict[str, Any] = {"config": FitConfig(**given), "out": args.out}
     if args.cached_activations is not None:
         source = args.cached_activations
         return fit_statistics(None, None, args.hook_name, cached_activations=source, **options)
@@ -221,28 +158,6 @@ def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
         "model_name": args.model_name,
         "model_class_name": class_name,
     }
-    options |= {name: getattr(args, name) for name in _READING if hasattr(args, name)}
-    if "seqpos_slice" in options:
-        options["seqpos_slice"] = tuple(options["seqpos_slice"])
     return fit_statistics(
         model, args.dataset_path, args.hook_name, provenance=provenance, **options
     )
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
-
-
-def _index(text: str) -> int | None:
-    return None if text == "none" else int(text)
-
-
-def _separator(text: str) -> Any:
-    if text == "none":
-        return None
-    if text in ("bos", "eos", "sep"):
-        return text
-    return int(text)

@@ -4,6 +4,7 @@ Statistics are updated as soon as a hook has activations; none outlives the batc
 to. Several processes each take their shard of the dataset and decide together when it is enough.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -11,27 +12,22 @@ import json
 import logging
 import math
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from sae_lens.config import HfDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten._files import (
-    check_writable,
-    count_field,
-    load_tensors,
-    reading_content,
-    save_tensors,
-)
+from sae_whiten._files import check_writable
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.estimation.options import FitConfig, decisive_fields
+from sae_whiten.estimation.progress import PROGRESS_DIR, Progress, SavedProgress
 from sae_whiten.estimation.sources import (
     ActivationSource,
     CachedActivations,
@@ -41,9 +37,9 @@ from sae_whiten.estimation.sources import (
 )
 from sae_whiten.estimation.split_half import SplitHalfStatistics
 from sae_whiten.estimation.stopping import (
-    FIRST_LOOK_PER_DIMENSION,
-    LIMIT_PER_DIMENSION,
     MAX_EMPTY_BATCHES,
+    Requirement,
+    StoppingRule,
     naming,
     too_inaccurate,
 )
@@ -53,36 +49,18 @@ __all__ = ["fit_statistics"]
 
 logger = logging.getLogger(__name__)
 
-_SAVE_EVERY_SECONDS = 60.0
-_PROGRESS_DIR = ".fit_progress"
-_PROGRESS_KIND = "fit_progress"
-
 
 @torch.no_grad()
 def fit_statistics(
     model: Model | None,
     dataset: HfDataset | str | None,
     hook_names: str | Sequence[str],
+    config: FitConfig | None = None,
     *,
     out: str | Path | None = None,
     cached_activations: str | Path | None = None,
-    tolerance: float = 0.02,
-    n_samples: int | None = None,
-    max_samples: int | None = None,
-    split: str = "train",
-    context_size: int = 128,
-    batch_size_prompts: int = 32,
-    prepend_bos: bool = True,
-    seqpos_slice: tuple[int | None, ...] = (None,),
-    exclude_special_tokens: bool | list[int] = False,
-    hook_head_index: int | None = None,
-    disable_concat_sequences: bool = False,
-    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos",
-    use_chat_formatting: bool = False,
-    streaming: bool = True,
-    autocast_lm: bool = False,
-    on_nonfinite: Literal["raise", "skip"] = "raise",
     provenance: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> dict[str, ActivationStatistics]:
     """Mean and covariance at every hook that matches, from one pass over the dataset.
 
@@ -96,28 +74,20 @@ def fit_statistics(
     Args:
         model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
             Hugging Face models. None with `cached_activations`.
-        dataset: A dataset, or a path for `datasets.load_dataset`, with tokens or with text. None
-            with `cached_activations`.
+        dataset: A dataset, or what `open_dataset` takes: a file or folder, or a name on the hub;
+            with tokens or with text. None with `cached_activations`.
         hook_names: Hook names or glob patterns, such as "blocks.*.hook_resid_pre".
+        config: How much is read, and how; the default configuration if None.
         out: Folder to write one file per hook to, and meanwhile the progress: a call that was
             killed goes on from there when it is repeated, and ends with the same statistics.
         cached_activations: Directory of SAELens' `CacheActivationsRunner` to read instead of
-            running a model. How they were made is not known: of the options of reading, all but
-            exclude_special_tokens (ids) are without meaning then.
-        tolerance: Relative excess variance of held-out activations to be reached at every hook.
-        n_samples: Take this many activations per hook instead, and the rest of the last batch.
-        max_samples: Take at most this many; None: 1000 per dimension of the widest hook.
-        split: Split of the dataset, if it is a path. Training takes "train", and refuses statistics
-            of another split, but not of a part of it such as "train[:50%]".
-        context_size, prepend_bos, seqpos_slice, exclude_special_tokens, hook_head_index,
-            disable_concat_sequences, sequence_separator_token, use_chat_formatting, streaming,
-            autocast_lm: As in SAELens' `LanguageModelSAERunnerConfig`; use the values that
-            training will use, which refuses statistics made with others.
-        batch_size_prompts: Sequences per forward pass.
-        on_nonfinite: As for `ActivationStatistics`.
+            running a model. How they were made is not known: of the fields of `ReadingConfig` none
+            has a meaning then.
         provenance: Further entries for the provenance of the statistics. Give model_name,
             model_class_name and model_from_pretrained_kwargs as training will have them, for it
             to check them too: a model does not tell what it was loaded by.
+        options: Fields of `FitConfig`, which replace those of `config`: tolerance, n_samples,
+            context_size, exclude_special_tokens...
 
     Returns:
         Statistics by hook name, with `provenance["inflation"]`.
@@ -129,57 +99,32 @@ def fit_statistics(
         NonFiniteActivationsError: An activation is NaN or infinite; names hook and position.
         DistributedError: Another process failed or is gone.
     """
-    if not 0 < tolerance < math.inf:
-        raise ValueError(
-            f"tolerance={tolerance}: must be above 0; to take all there is, set n_samples"
-        )
+    config = dataclasses.replace(config or FitConfig(), **options)
     processes = Processes()
-    reading: dict[str, Any] = {
-        "context_size": context_size,
-        "prepend_bos": prepend_bos,
-        "seqpos_slice": list(seqpos_slice),
-        "disable_concat_sequences": disable_concat_sequences,
-        "sequence_separator_token": sequence_separator_token,
-        "use_chat_formatting": use_chat_formatting,
-        "autocast_lm": autocast_lm,
-        "hook_head_index": hook_head_index,
-    }
+    reading = config.reading()
     if cached_activations is not None:
         if model is not None or dataset is not None:
             raise ValueError("give a model and a dataset, or cached_activations, not both")
-        if hook_head_index is not None or tuple(seqpos_slice) != (None,):
-            raise ValueError(
-                "hook_head_index and seqpos_slice cannot be applied to cached_activations, which "
-                "are taken as they are: leave them out"
-            )
-        reading = {"cached_activations": str(cached_activations)}
+        for name in ("hook_head_index", "seqpos_slice"):
+            if reading[name] != getattr(FitConfig, name):
+                raise ValueError(
+                    f"{name} cannot be applied to cached_activations, which are taken as they are: "
+                    "leave it out"
+                )
+        record: dict[str, Any] = {"cached_activations": str(cached_activations)}
         open_source = partial(CachedActivations, cached_activations, hook_names)
     elif model is None or dataset is None:
         raise ValueError("give a model and a dataset, or cached_activations")
     else:
-        reading |= _describe(model)
+        record = {name: reading[name] for name in decisive_fields() if name in reading}
+        record |= _describe(model)
         if isinstance(dataset, str):
-            reading |= {"dataset_path": dataset, "split": split}
-        open_source = partial(
-            ModelActivations,
-            model,
-            dataset,
-            hook_names,
-            hook_head_index=hook_head_index,
-            autocast_lm=autocast_lm,
-            split=split,
-            context_size=context_size,
-            prepend_bos=prepend_bos,
-            seqpos_slice=seqpos_slice,
-            disable_concat_sequences=disable_concat_sequences,
-            sequence_separator_token=sequence_separator_token,
-            use_chat_formatting=use_chat_formatting,
-            streaming=streaming,
-        )
+            record |= {"dataset_path": dataset, "split": config.split}
+        open_source = partial(ModelActivations, model, dataset, hook_names, **reading)
     source: ActivationSource = processes.together(
         lambda: open_source(
-            exclude_special_tokens=exclude_special_tokens,
-            batch_size_prompts=batch_size_prompts,
+            exclude_special_tokens=config.exclude_special_tokens,
+            batch_size_prompts=config.batch_size_prompts,
             shard=(processes.rank, processes.world_size),
         )
     )
@@ -187,34 +132,31 @@ def fit_statistics(
         check_writable(out)
         for name in source.hook_names:
             statistics_file(out, name)  # refuses a name that no file can have, before hours of work
-    record: dict[str, Any] = {
-        **reading,
-        "exclude_special_tokens": exclude_special_tokens,
-        **(provenance or {}),
-    }
+    record |= {"exclude_special_tokens": config.exclude_special_tokens, **(provenance or {})}
     # as a file has it: without secrets, tuples are lists, and what JSON cannot hold is refused now,
     # not at the end
     record = json.loads(json.dumps(redacted(record)))
-    fit = _Fit(source, processes, on_nonfinite)
+    fit = _Fit(source, processes, config)
     progress = None
     if out is not None:
         identity = {
             **record,
             "hooks": source.hook_names,
-            "batch_size_prompts": batch_size_prompts,
-            "on_nonfinite": on_nonfinite,
+            "batch_size_prompts": config.batch_size_prompts,
+            "on_nonfinite": config.on_nonfinite,
             # whatever has the same name, or none, is told apart by its content
             "weights": None if model is None else _weights(model),
             "dataset": getattr(dataset, "_fingerprint", None),
             "beginning": source.beginning,
         }
-        progress = _Progress(Path(out) / _PROGRESS_DIR, identity, processes)
-        progress.restore(fit)
-    union = fit.run(n_samples, max_samples, tolerance, progress)
-    found = _finished(fit, union, tolerance if n_samples is None else None, record)
+        progress = Progress(Path(out) / PROGRESS_DIR, identity, processes)
+        saved = progress.restore(config.on_nonfinite)
+        if saved is not None:
+            fit.restore(saved)
+    found = _finished(fit, fit.run(progress), record)
     if model is not None:
         for statistics in found.values():
-            computed_in = resolution_of(model, autocast_lm)
+            computed_in = resolution_of(model, config.autocast_lm)
             statistics.resolution = max(statistics.resolution, computed_in)
     if out is not None:
 
@@ -224,7 +166,7 @@ def fit_statistics(
                     statistics.save(statistics_file(out, name))
 
         processes.together(save)  # nobody forgets how far it was before the result is on disk
-        shutil.rmtree(Path(out) / _PROGRESS_DIR, ignore_errors=True)
+        shutil.rmtree(Path(out) / PROGRESS_DIR, ignore_errors=True)
     return found
 
 
@@ -234,71 +176,89 @@ class _Fit:
     Attributes:
         source: Where activations come from.
         processes: Who estimates together.
+        config: How much is read.
         statistics: By hook name, of this process's shard.
+        rules: By hook name, when its statistics are enough.
         inflation: By hook name, when it was last looked at, of all shards.
         n_rounds: Batches so far, the same for all processes.
-        next_look: Number of samples at which the inflation is looked at next.
     """
 
-    def __init__(
-        self,
-        source: ActivationSource,
-        processes: Processes,
-        on_nonfinite: Literal["raise", "skip"],
-    ) -> None:
+    def __init__(self, source: ActivationSource, processes: Processes, config: FitConfig) -> None:
         self.source = source
         self.processes = processes
-        self.on_nonfinite: Literal["raise", "skip"] = on_nonfinite
+        self.config = config
         self.statistics: dict[str, SplitHalfStatistics] = {}
+        self.rules: dict[str, StoppingRule] = {}
         self.inflation: dict[str, float] = {}
         self.n_rounds = 0
-        self.next_look = 0
 
-    def run(
-        self,
-        n_samples: int | None,
-        max_samples: int | None,
-        tolerance: float,
-        progress: "_Progress | None",
-    ) -> dict[str, SplitHalfStatistics]:
-        """Read until it is enough, or every shard is at its end; the statistics of all shards."""
-        first = self.processes.rank == 0
-        with tqdm(
-            desc=f"Fitting {len(self.source.hook_names)} hooks", unit=" tokens", disable=not first
-        ) as bar:
+    @property
+    def tolerance(self) -> float | None:
+        """What is to be reached, or None where a number of samples is."""
+        return None if self.config.n_samples is not None else self.config.tolerance
+
+    def restore(self, saved: SavedProgress) -> None:
+        """Continue where an earlier call was."""
+        for name, statistics in saved.statistics.items():
+            self._add_hook(name, statistics)
+            rule = self.rules[name]
+            rule.next_look = saved.next_looks.get(name, rule.next_look)
+            rule.is_enough = name in saved.enough
+        self.n_rounds = saved.n_rounds
+        self.source.skip(saved.n_sequences)
+
+    def run(self, progress: Progress | None) -> dict[str, SplitHalfStatistics]:
+        """Read until all hooks have enough, or every shard is at its end.
+
+        Returns:
+            The statistics of all shards.
+        """
+        is_first = self.processes.rank == 0
+        title = f"Fitting {len(self.source.hook_names)} hooks"
+        with tqdm(desc=title, unit=" tokens", disable=not is_first) as bar:
             while True:
-                (more, n), union = self._round(), None
+                more, n = self._round()
                 bar.update(n - bar.n)
-                widest = max(halves.d_in for halves in self.statistics.values())
                 if not more:
-                    if first:
+                    if is_first:
                         logger.warning("the dataset ended after %d activations per hook", n)
-                    return self.look()
-                if n_samples is not None:
-                    if n >= n_samples:
-                        return self.look()
-                elif n >= max(self.next_look, FIRST_LOOK_PER_DIMENSION * widest):
-                    union = self.look()
-                    worst = max(self.inflation.values())
-                    bar.set_postfix_str(f"held-out excess {worst:.1%}, wanted {tolerance:.1%}")
-                    # an inversion per hook costs as much as many updates
-                    self.next_look = math.ceil(1.2 * n)
-                    if worst <= tolerance:
-                        return union
-                if n_samples is None and n >= (max_samples or LIMIT_PER_DIMENSION * widest):
-                    return union or self.look()
+                    return self._look(self.source.hook_names)
+                # in the order of all processes
+                names = self.source.hook_names
+                waiting = [name for name in names if not self.rules[name].is_enough]
+                due = [name for name in waiting if self.rules[name].must_look(n)]
+                union = self._look(due)
+                if due:
+                    worst = max(self.inflation[name] for name in due)
+                    bar.set_postfix_str(f"held-out excess {worst:.1%}, wanted {self.tolerance:.1%}")
+                for name in waiting:
+                    self.rules[name].decide(n, self.inflation[name] if name in due else None)
+                if all(rule.is_enough for rule in self.rules.values()):
+                    rest = [name for name in names if name not in due]
+                    return union | self._look(rest)
                 if progress is not None:
-                    progress.save_if_due(self)
+                    progress.save_if_due(self._to_save)
 
-    def look(self) -> dict[str, SplitHalfStatistics]:
-        """Statistics of all shards; sets `inflation`, each hook's computed by one process."""
+    def _to_save(self) -> SavedProgress:
+        return SavedProgress(
+            statistics=self.statistics,
+            next_looks={name: rule.next_look for name, rule in self.rules.items()},
+            enough=[name for name, rule in self.rules.items() if rule.is_enough],
+            n_rounds=self.n_rounds,
+            n_sequences=self.source.n_sequences,
+        )
+
+    def _look(self, names: Sequence[str]) -> dict[str, SplitHalfStatistics]:
+        """Statistics of hooks, of all shards; sets `inflation`, each computed by one process."""
+        if not names:
+            return {}
         union: dict[str, SplitHalfStatistics] = {}
-        for name in self.source.hook_names:
+        for name in names:
             halves = self.statistics[name]
-            union[name] = SplitHalfStatistics(halves.d_in, self.on_nonfinite)
+            union[name] = SplitHalfStatistics(halves.d_in, self.config.on_nonfinite)
             first, second = map(self.processes.union, halves.halves)
             union[name].halves = (first, second)
-        own = self.source.hook_names[self.processes.rank :: self.processes.world_size]
+        own = names[self.processes.rank :: self.processes.world_size]
 
         def inflations() -> dict[str, float]:
             found = {}
@@ -308,10 +268,20 @@ class _Fit:
             return found
 
         found = self.processes.together(inflations)
-        self.inflation = {}
         for part in self.processes.gather(found):
             self.inflation.update(part)
         return union
+
+    def _add_hook(self, name: str, statistics: SplitHalfStatistics) -> None:
+        config = self.config
+        required = Requirement(
+            statistics.d_in,
+            config.n_samples,
+            self.tolerance,
+            config.on_nonfinite,
+            max_samples=config.max_samples,
+        )
+        self.statistics[name], self.rules[name] = statistics, StoppingRule(required)
 
     def _round(self) -> tuple[bool, int]:
         """Read one batch; whether any process had one, and how many samples all have per hook."""
@@ -332,7 +302,7 @@ class _Fit:
 
     def _update(self, name: str, acts: Tensor, mask: Tensor | None) -> None:
         if name not in self.statistics:
-            self.statistics[name] = SplitHalfStatistics(acts.shape[-1], self.on_nonfinite)
+            self._add_hook(name, SplitHalfStatistics(acts.shape[-1], self.config.on_nonfinite))
         rows = acts.flatten(0, 1) if mask is None else acts[mask]
         try:
             self.statistics[name].update(rows)
@@ -358,107 +328,10 @@ class _Fit:
                 f"no activations pass through {', '.join(silent)}: the model as it is set does not "
                 "compute what these hooks are for"
             )
-        for name, d_in in widths.items():
-            # of a process whose shard is empty
-            self.statistics.setdefault(name, SplitHalfStatistics(d_in, self.on_nonfinite))
-
-
-class _Progress:
-    """State of an unfinished estimation on disk, one file per process.
-
-    A file belongs to one round. It is deleted only when every process has written the next one, so
-    that all can go on from the same round, whenever they are killed.
-    """
-
-    def __init__(self, directory: Path, identity: dict[str, Any], processes: Processes) -> None:
-        self._directory = directory
-        self._identity = identity
-        self._processes = processes
-        self._name = f"rank-{processes.rank}-of-{processes.world_size}"
-        self._next_save = time.monotonic() + _SAVE_EVERY_SECONDS
-
-    def restore(self, fit: _Fit) -> None:
-        """Continue from the last round that every process has saved, if there is one.
-
-        Raises:
-            ValueError: It is the progress of another estimation, or of more or fewer processes.
-            CorruptFileError: The file is truncated, foreign or was changed.
-        """
-        own = self._processes.together(self._rounds)
-        common = set.intersection(*map(set, self._processes.gather(set(own))))
-        if not common:
-            return
-        path = own[max(common)]
-        self._processes.together(lambda: self._load(path, fit))
-        if self._processes.rank == 0:
-            logger.info("continuing after %d batches, from %s", fit.n_rounds, self._directory)
-
-    def _rounds(self) -> dict[int, Path]:
-        """This process's files, by round."""
-        files = {path: path.name.split(".") for path in self._directory.glob("rank-*-of-*")}
-        own = {int(name[1].split("-")[1]): p for p, name in files.items() if name[0] == self._name}
-        counts = {int(name[0].rsplit("-", 1)[1]) for name in files.values()}
-        if others := counts - {self._processes.world_size}:
-            raise ValueError(
-                f"{self._directory} holds the progress of {others.pop()} processes, and now there "
-                f"are {self._processes.world_size}. Continue with as many, or delete the folder to "
-                "begin anew."
-            )
-        return own
-
-    def _load(self, path: Path, fit: _Fit) -> None:
-        tensors, fields = load_tensors(path, _PROGRESS_KIND)
-        with reading_content(path):
-            identity = dict(fields["identity"])
-            statistics = {
-                name: _halves(tensors, name, halves, fit.on_nonfinite)
-                for name, halves in fields["statistics"].items()
-            }
-            n_rounds = count_field(fields, "n_rounds")
-            next_look = count_field(fields, "next_look")
-            n_sequences = count_field(fields, "n_sequences")
-        different = [
-            f"{name}={identity.get(name)!r} (now {self._identity.get(name)!r})"
-            for name in {**identity, **self._identity}
-            if identity.get(name) != self._identity.get(name)
-        ]
-        if different:
-            raise ValueError(
-                f"{self._directory} holds the progress of an estimation with "
-                f"{', '.join(different)}. Repeat that one, or delete the folder to begin anew."
-            )
-        fit.statistics.update(statistics)
-        fit.n_rounds, fit.next_look = n_rounds, next_look
-        fit.source.skip(n_sequences)
-
-    def save_if_due(self, fit: _Fit) -> None:
-        """Save, unless that was done not long ago; the first process's clock decides."""
-        now = time.monotonic()
-        due = self._processes.rank == 0 and now >= self._next_save
-        if not self._processes.total(due)[0]:
-            return
-        tensors, halves = {}, {}
-        for name, statistics in fit.statistics.items():
-            halves[name] = []
-            for i, half in enumerate(statistics.halves):
-                own, fields = half.to_tensors()
-                tensors.update({f"{name}/{i}/{key}": tensor for key, tensor in own.items()})
-                halves[name].append(fields)
-        path = self._directory / f"{self._name}.round-{fit.n_rounds}.safetensors"
-        fields = {
-            "identity": self._identity,
-            "statistics": halves,
-            "n_rounds": fit.n_rounds,
-            "next_look": fit.next_look,
-            "n_sequences": fit.source.n_sequences,
-        }
-        # until all have
-        self._processes.together(lambda: save_tensors(path, _PROGRESS_KIND, tensors, fields))
-        for old in self._directory.glob(f"{self._name}.*"):
-            if old != path:
-                old.unlink()
-        seconds = time.monotonic() - now
-        self._next_save = now + max(_SAVE_EVERY_SECONDS, 20 * seconds)
+        for name in self.source.hook_names:
+            if name not in self.statistics:  # of a process whose shard is empty
+                halves = SplitHalfStatistics(widths[name], self.config.on_nonfinite)
+                self._add_hook(name, halves)
 
 
 def _weights(model: Model) -> str:
@@ -479,30 +352,8 @@ def _describe(model: Model) -> dict[str, Any]:
     }
 
 
-def _halves(
-    tensors: dict[str, Tensor],
-    name: str,
-    halves: list[dict[str, Any]],
-    on_nonfinite: Literal["raise", "skip"],
-) -> SplitHalfStatistics:
-    """The statistics of a hook, from what `_Progress.save_if_due` wrote."""
-    first, second = (
-        ActivationStatistics.from_tensors(
-            {key: tensors[f"{name}/{i}/{key}"] for key in ("mean", "scatter")}, fields
-        )
-        for i, fields in enumerate(halves)
-    )
-    first.on_nonfinite = second.on_nonfinite = on_nonfinite
-    statistics = SplitHalfStatistics(first.d_in, on_nonfinite)
-    statistics.halves = (first, second)
-    return statistics
-
-
 def _finished(
-    fit: _Fit,
-    union: Mapping[str, SplitHalfStatistics],
-    tolerance: float | None,
-    record: dict[str, Any],
+    fit: _Fit, union: Mapping[str, SplitHalfStatistics], record: dict[str, Any]
 ) -> dict[str, ActivationStatistics]:
     """Merge halves, warn where they are too few, record where they came from."""
     record.setdefault("date", datetime.datetime.now(datetime.timezone.utc).isoformat())
@@ -512,8 +363,9 @@ def _finished(
         except importlib.metadata.PackageNotFoundError:
             continue
     found = {}
-    for name, halves in union.items():
-        inflation = fit.inflation[name]
+    tolerance = fit.tolerance
+    for name in fit.source.hook_names:
+        halves, inflation = union[name], fit.inflation[name]
         if tolerance is not None and inflation > tolerance and fit.processes.rank == 0:
             message = too_inaccurate(inflation, halves.n_samples, tolerance)
             logger.warning("%s: %s", name, message)

@@ -10,31 +10,16 @@ from sae_lens.saes.sae import SAEConfig
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.dataset import is_on_this_machine
 from sae_whiten.estimation.folders import find_statistics
+from sae_whiten.estimation.options import decisive_fields
 from sae_whiten.statistics import ActivationStatistics
 
 __all__ = ["load_statistics", "provenance_of"]
 
-_FIELDS = (
-    "model_name",
-    "model_class_name",
-    "hook_name",
-    "hook_head_index",
-    "dataset_path",
-    "context_size",
-    "prepend_bos",
-    "seqpos_slice",
-    "exclude_special_tokens",
-    "sequence_separator_token",
-    "disable_concat_sequences",
-    "model_from_pretrained_kwargs",
-    "autocast_lm",
-    "use_chat_formatting",
-)
-
 
 def provenance_of(cfg: SAEConfig) -> dict[str, Any]:
     """What SAELens' runner wrote into an SAE's metadata about where its activations come from."""
-    found = {name: cfg.metadata[name] for name in _FIELDS if name in cfg.metadata}
+    names = (*decisive_fields(), "dataset_path")
+    found = {name: cfg.metadata[name] for name in names if name in cfg.metadata}
     return redacted(found)
 
 

@@ -16,10 +16,9 @@ from sae_whiten.estimation.split_half import SplitHalfStatistics, samples_for_in
 from sae_whiten.statistics import ActivationStatistics
 
 __all__ = [
-    "FIRST_LOOK_PER_DIMENSION",
-    "LIMIT_PER_DIMENSION",
     "MAX_EMPTY_BATCHES",
     "Requirement",
+    "StoppingRule",
     "estimate_statistics",
     "flatten_heads",
     "naming",
@@ -44,6 +43,7 @@ class Requirement:
         on_nonfinite: As for `ActivationStatistics`.
         max_batches: Batches to read at most, empty ones aside, with a warning where they are too
             few; or None.
+        max_samples: Activations at which `tolerance` is given up; None: 1000 per dimension.
     """
 
     d_in: int
@@ -51,10 +51,16 @@ class Requirement:
     tolerance: float | None
     on_nonfinite: Literal["raise", "skip"]
     max_batches: int | None = None
+    max_samples: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_batches is not None and self.max_batches < 1:
             raise ValueError(f"n_batches_for_norm_estimate={self.max_batches}: must be at least 1")
+
+    @property
+    def limit(self) -> int:
+        """Activations at which `tolerance` is given up."""
+        return self.max_samples or LIMIT_PER_DIMENSION * self.d_in
 
     @classmethod
     def of(
@@ -77,6 +83,47 @@ class Requirement:
             "skip" if skip else "raise",
             None if fixed else max_batches,
         )
+
+
+class StoppingRule:
+    """Decides when the statistics of a hook are enough: the same for training and `fit`.
+
+    To see how inaccurate they are costs as much as many updates, so that is looked at only when
+    their number has grown by a fifth.
+
+    Args:
+        required: What is needed.
+
+    Attributes:
+        next_look: Number of activations from which on the inflation is looked at.
+        is_enough: The decision.
+    """
+
+    def __init__(self, required: Requirement) -> None:
+        self.required = required
+        self.next_look = FIRST_LOOK_PER_DIMENSION * required.d_in
+        self.is_enough = False
+
+    def must_look(self, n_samples: int) -> bool:
+        """Whether the decision depends on how inaccurate the statistics are."""
+        required = self.required
+        n_at_least = max(required.n_samples or 0, self.next_look)
+        return required.tolerance is not None and n_at_least <= n_samples < required.limit
+
+    def decide(self, n_samples: int, inflation: float | None = None) -> bool:
+        """Decide after a batch.
+
+        Args:
+            n_samples: Activations so far.
+            inflation: Relative excess variance of held-out activations, where `must_look` says so.
+        """
+        required = self.required
+        if inflation is not None and required.tolerance is not None:
+            self.next_look = math.ceil(1.2 * n_samples)
+            self.is_enough = inflation <= required.tolerance
+        elif n_samples >= (required.n_samples or 0):
+            self.is_enough = required.tolerance is None or n_samples >= required.limit
+        return self.is_enough
 
 
 @torch.no_grad()
@@ -139,8 +186,7 @@ class _Hook:
         self.inflation: float | None = None  # when it was last looked at, with `_n_looked_at`
         self.done = False
         self._n_looked_at = 0
-        self._limit = LIMIT_PER_DIMENSION * required.d_in
-        self._next_look: float = FIRST_LOOK_PER_DIMENSION * required.d_in
+        self._rule = StoppingRule(required)
         self._n_batches = self._n_empty = self._n_filled = 0
         self._prefix = f"{name}: " if name else ""
 
@@ -157,21 +203,9 @@ class _Hook:
                 f"{self._n_empty} batches in a row held no activations to estimate the whitening "
                 f"from ({halves.n_skipped} were skipped as not finite)"
             )
-        self.done = self._is_enough()
-
-    def _is_enough(self) -> bool:
-        n, tolerance = self.halves.n_samples, self.required.tolerance
-        if self._n_filled == self.required.max_batches:
-            return True
-        if n < (self.required.n_samples or 0):
-            return False
-        if tolerance is None or n >= self._limit:
-            return True
-        if n < self._next_look:
-            return False
-        # an inversion of the covariance costs as much as many updates
-        self._next_look = 1.2 * n
-        return self._look() <= tolerance
+        n, rule = halves.n_samples, self._rule
+        at_its_end = self._n_filled == self.required.max_batches
+        self.done = at_its_end or rule.decide(n, self._look() if rule.must_look(n) else None)
 
     def _look(self) -> float:
         if self.inflation is None or self._n_looked_at != self.halves.n_samples:

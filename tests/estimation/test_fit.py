@@ -8,10 +8,15 @@ from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformer
 
 from sae_whiten import ActivationStatistics, NonFiniteActivationsError
+from sae_whiten._checks import FieldError
+from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.cli import main
 from sae_whiten.estimation.fit import fit_statistics
 from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.estimation.options import FitConfig
 from sae_whiten.estimation.sources import match_hooks
+from sae_whiten.estimation.split_half import SplitHalfStatistics
+from sae_whiten.estimation.stopping import Requirement, estimate_statistics
 from tests.support import runner_config, tiny_dataset, tiny_model
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_z"]
@@ -49,7 +54,7 @@ def test_statistics_are_of_exactly_what_training_sees_at_every_hook(options):
 def test_a_limit_for_a_fixed_number_is_refused(tmp_path, capsys):
     arguments = ["fit", "--cached-activations", "a", "--hook-name", "*", "--out", str(tmp_path)]
     assert main([*arguments, "--n-samples", "10", "--max-samples", "20"]) == 2
-    assert "leave it out with --n-samples" in capsys.readouterr().err
+    assert "--max-samples 20: limits what tolerance takes" in capsys.readouterr().err
 
 
 def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_what_there_is():
@@ -213,7 +218,7 @@ def fit_killed_at(n_passes: int, out, monkeypatch, dataset=None, **options) -> N
         return tensor
 
     model.hook_dict[HOOKS[0]].add_perma_hook(die)
-    monkeypatch.setattr("sae_whiten.estimation.fit._SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("sae_whiten.estimation.progress._SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(Killed):
         fit_statistics(model, dataset or tiny_dataset(3000), HOOKS, out=out, **ADAPTIVE, **options)
 
@@ -315,8 +320,9 @@ def test_options_that_mean_nothing_for_cached_activations_are_refused_in_the_she
     arguments = ["fit", "--cached-activations", "cache", "--hook-name", "*", "--out", str(tmp_path)]
     idle = ["--context-size", "128", "--no-prepend-bos", "--seqpos-slice", "1", "none"]
     assert main([*arguments, *idle, "--no-streaming", "--device", "cpu"]) == 2
-    said = "--device, --context-size, --prepend-bos, --seqpos-slice, --streaming"
-    assert f"leave out {said}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    for flag in ("--device", "--context-size", "--prepend-bos", "--seqpos-slice", "--streaming"):
+        assert flag in error
     assert main([*arguments, "--batch-size-prompts", "8"]) == 2
     assert "cache" in capsys.readouterr().err  # there is no such directory
 
@@ -327,3 +333,90 @@ def test_the_users_dataset_and_model_are_left_as_they_were():
     assert dataset.format["type"] is None
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
     assert not model.training
+
+
+def test_options_are_given_one_by_one_or_as_a_config():
+    config = FitConfig(n_samples=300, context_size=32, seqpos_slice=(1, None))
+    given = fit_statistics(tiny_model(), tiny_dataset(40), HOOKS[0], config)
+    named = fit_statistics(
+        tiny_model(),
+        tiny_dataset(40),
+        HOOKS[0],
+        FitConfig(context_size=16),
+        n_samples=300,
+        context_size=32,
+        seqpos_slice=[1, None],
+    )
+    assert given[HOOKS[0]].digest == named[HOOKS[0]].digest
+    assert given[HOOKS[0]].provenance["seqpos_slice"] == [1, None]
+    with pytest.raises(TypeError, match="n_sample"):
+        fit_statistics(tiny_model(), tiny_dataset(40), HOOKS[0], n_sample=300)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context_size": 0},
+        {"batch_size_prompts": -1},
+        {"n_samples": 0},
+        {"max_samples": 1.5},
+        {"on_nonfinite": "ignore"},
+        {"seqpos_slice": (1, 2, 3, 4)},
+        {"n_samples": 10, "max_samples": 20},
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_named(options):
+    with pytest.raises(FieldError, match=list(options)[-1]):
+        fit_statistics(None, None, "*", **options)
+
+
+def test_training_and_fit_stop_by_the_same_rule():
+    model, dataset = tiny_model(), tiny_dataset(3000)
+    options = {**ADAPTIVE, "tolerance": 0.1}
+    fitted = fit_statistics(model, dataset, HOOKS[1], **options)[HOOKS[1]]
+    tokens = torch.tensor(dataset["input_ids"][:])[:, :32]
+
+    def batches():
+        for rows in tokens.split(4):
+            _, cache = model.run_with_cache(rows, names_filter=HOOKS[1], stop_at_layer=2)
+            yield {"": cache[HOOKS[1]]}
+
+    required = {"": Requirement(32, None, 0.1, "raise")}
+    assert estimate_statistics(batches(), required)[""].n_samples == fitted.n_samples
+
+
+def test_a_hook_that_has_enough_is_not_looked_at_again_until_the_end(monkeypatch):
+    looks: list[str] = []
+    inflation = SplitHalfStatistics.inflation
+
+    def look(halves):
+        looks.append(str(halves.n_samples))
+        return 0.5 if len(looks) == 2 else inflation(halves)
+
+    monkeypatch.setattr(SplitHalfStatistics, "inflation", look)
+    found = fit_statistics(
+        tiny_model(),
+        tiny_dataset(3000),
+        HOOKS[:2],
+        tolerance=0.2,
+        context_size=32,
+        batch_size_prompts=4,
+    )
+    # both at first, then the second alone, and the first for the record
+    assert [looks[0], looks[2]] == [looks[1], looks[3]]
+    assert len(looks) == 4
+    assert {s.n_samples for s in found.values()} == {int(looks[-1])}
+
+
+def test_progress_of_the_version_before_is_continued(tmp_path, monkeypatch):
+    fit_killed_at(6, tmp_path, monkeypatch)
+    (file,) = (tmp_path / ".fit_progress").iterdir()
+    tensors, fields = load_tensors(file, "fit_progress")
+    rules = fields.pop("rules")
+    fields["next_look"] = max(rule["next_look"] for rule in rules.values())
+    save_tensors(file, "fit_progress", tensors, fields)
+    monkeypatch.undo()
+    found = fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, out=tmp_path, **ADAPTIVE)
+    whole = fit_statistics(tiny_model(), tiny_dataset(3000), HOOKS, **ADAPTIVE)
+    assert all(found[name].digest == whole[name].digest for name in HOOKS)

@@ -78,9 +78,9 @@ def test_two_processes_fit_what_one_does_with_unequal_and_empty_shards(tmp_path)
 
 
 def fit_until_one_is_killed(rank: int, out: str) -> Any:
-    from sae_whiten.estimation import fit as collect
+    from sae_whiten.estimation import progress
 
-    collect._SAVE_EVERY_SECONDS = 0.0
+    progress._SAVE_EVERY_SECONDS = 0.0
     passes = 0
     model = tiny_model()
 

@@ -1,0 +1,52 @@
+"""Statistics of several shards of a dataset as those of the whole."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_whiten.estimation.options import decisive_fields
+from sae_whiten.statistics import ActivationStatistics
+
+__all__ = ["merge_files"]
+
+
+def merge_files(paths: Sequence[Path]) -> ActivationStatistics:
+    """The statistics of all files together: exactly those of one pass over all shards.
+
+    What the provenance of all agrees on is kept. Shards may differ in the texts that they are of,
+    and in nothing that decides what the activations of a text are.
+
+    Args:
+        paths: One file of statistics at least.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        CorruptFileError: A file is truncated, foreign or was changed.
+        ValueError: Two files are of other models, hooks, widths..., or hold the same statistics,
+            whose activations would count twice.
+    """
+    whole: ActivationStatistics | None = None
+    paths_by_digest: dict[str, Path] = {}
+    first_with: dict[str, tuple[Path, Any]] = {}
+    for path in paths:
+        shard = ActivationStatistics.load(path)
+        # by content, whatever the name; empty shards are alike and do no harm
+        twin = paths_by_digest.setdefault(shard.digest, path) if shard.n_samples else path
+        if twin is not path:
+            raise ValueError(
+                f"{twin} and {path} hold the same statistics, whose activations would count "
+                "twice: leave one out"
+            )
+        for name in decisive_fields():
+            if name not in shard.provenance:
+                continue
+            value = shard.provenance[name]
+            first, wanted = first_with.setdefault(name, (path, value))
+            if value != wanted:
+                raise ValueError(
+                    f"{first} and {path} do not belong together: {name} is {wanted!r} in one and "
+                    f"{value!r} in the other"
+                )
+        whole = shard if whole is None else whole.merge(shard)
+    assert whole is not None
+    return whole

@@ -1,0 +1,125 @@
+"""The options of an estimation: each field is a flag of `sae-whiten fit` too, with its help."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from sae_whiten._checks import FieldError, require_number
+
+__all__ = ["FitConfig", "ReadingConfig", "decisive_fields"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadingConfig:
+    """How a dataset becomes activations: fields and defaults of SAELens' runner config.
+
+    Training refuses statistics that were made with other values than its own.
+    """
+
+    autocast_lm: bool = False
+    """Run the model in bfloat16 autocast."""
+
+    split: str = "train"
+    """Split of the dataset, if it is given by its path. Training takes "train", and refuses
+    statistics of another split, but not of a part of it such as "train[:50%]"."""
+
+    streaming: bool = True
+    """Do not download the dataset first."""
+
+    context_size: int = 128
+    """Tokens per sequence."""
+
+    prepend_bos: bool = True
+    """Put the beginning-of-sequence token in front."""
+
+    disable_concat_sequences: bool = False
+    """One document per sequence, and shorter ones dropped."""
+
+    sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
+    """Token between documents."""
+
+    use_chat_formatting: bool = False
+    """Tokenise with the chat template."""
+
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    """Positions to take: stop, or start stop, or start stop step; none for an open end."""
+
+    hook_head_index: int | None = None
+    """One head of hooks with a head dimension."""
+
+    def __post_init__(self) -> None:
+        require_number("context_size", self.context_size)
+        object.__setattr__(self, "seqpos_slice", tuple(self.seqpos_slice))
+        if not 1 <= len(self.seqpos_slice) <= 3:
+            raise FieldError("seqpos_slice", self.seqpos_slice, "must be one to three numbers")
+
+    def reading(self) -> dict[str, Any]:
+        """The fields of this class, by name."""
+        return {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(ReadingConfig)
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig(ReadingConfig):
+    """How much is read, and how.
+
+    Raises:
+        FieldError: A value cannot work, or two contradict each other.
+    """
+
+    tolerance: float = 0.02
+    """Relative excess variance of held-out activations under the whitening, to be reached at every
+    hook."""
+
+    n_samples: int | None = None
+    """Take this many activations per hook instead, and the rest of the last batch."""
+
+    max_samples: int | None = None
+    """With tolerance, take at most this many per hook; none: 1000 per dimension."""
+
+    batch_size_prompts: int = 32
+    """Sequences per pass of the model."""
+
+    exclude_special_tokens: bool | list[int] = False
+    """Leave out the activations at special tokens, as training will: those that the tokenizer names
+    (BOS, EOS, PAD, SEP), or those with these ids."""
+
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """Activations with a NaN or an infinity: raise an error that names the place, or skip and count
+    them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tolerance < math.inf:
+            problem = "must be above 0; to take all there is, set n_samples"
+            raise FieldError("tolerance", self.tolerance, problem)
+        require_number("batch_size_prompts", self.batch_size_prompts)
+        for name in ("n_samples", "max_samples"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name))
+        if self.n_samples is not None and self.max_samples is not None:
+            problem = "limits what tolerance takes; leave it out with n_samples"
+            raise FieldError("max_samples", self.max_samples, problem)
+        if self.on_nonfinite not in ("raise", "skip"):
+            raise FieldError("on_nonfinite", self.on_nonfinite, "must be 'raise' or 'skip'")
+
+
+def decisive_fields() -> tuple[str, ...]:
+    """What of the provenance decides, beside the text, what the activations are.
+
+    Shards of one dataset agree in all of it, and so do statistics and the SAE that is trained under
+    them.
+    """
+    # where texts come from, and on what way, is another matter
+    reading = (f.name for f in dataclasses.fields(ReadingConfig))
+    return (
+        "model_name",
+        "model_class_name",
+        "model_from_pretrained_kwargs",
+        "model_commit",
+        "dtype",
+        "hook_name",
+        "exclude_special_tokens",
+        *(name for name in reading if name not in ("split", "streaming")),
+    )
