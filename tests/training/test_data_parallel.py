@@ -91,12 +91,14 @@ def run_and_resume(folder: Path) -> dict[str, Any]:
         override_model=tiny_model(),
         override_dataset=tiny_dataset(),
     ).run()
+    statistics = runner.trainer.scaler.statistics
+    assert statistics is not None
     return {
         "whole": whole,
         "resumed": resumed.state_dict(),
         "checkpoint": str(checkpoint),
         "out": options["output_path"],
-        "statistics": runner.trainer.scaler.statistics.n_samples,
+        "statistics": statistics.n_samples,
     }
 
 
