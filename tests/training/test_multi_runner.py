@@ -90,6 +90,10 @@ HOOKS = {
 }
 
 
+# SAELens' default, which does not limit the estimation of a whitening
+UNLIMITED = {"n_batches_for_norm_estimate": 1000}
+
+
 def config(*names: str, **options: Any) -> MultiSAETrainingRunnerConfig:
     names = names or tuple(SAES)
     defaults: dict[str, Any] = {
@@ -295,7 +299,8 @@ def test_each_hook_takes_the_samples_that_the_most_demanding_config_there_needs(
         "batch": WhiteningConfig(n_samples=1000),
         "heads": WhiteningConfig(tolerance=0.5),  # reached at the first look
     }
-    made = runner("white", "batch", "heads", "wide", whitening=configs)
+    names = ("white", "batch", "heads", "wide")
+    made = runner(*names, whitening=configs, **UNLIMITED)
     made.run()
     n = {name: s.n_samples for name, s in made.trainer.statistics.items()}
     assert n["white"] == n["batch"] == 1024  # whole batches of 128
@@ -856,7 +861,7 @@ def test_stopping_in_an_evaluation_waits_for_its_end(tmp_path, wandb_log, monkey
 def test_messages_name_the_hooks(caplog, monkeypatch):
     monkeypatch.setattr("sae_whiten.estimation.stopping.LIMIT_PER_DIMENSION", 25)
     with caplog.at_level(logging.WARNING):
-        runner("white", "heads", whitening=WhiteningConfig(tolerance=1e-4)).run()
+        runner("white", "heads", whitening=WhiteningConfig(tolerance=1e-4), **UNLIMITED).run()
     for hook in (RESID, HEADS):
         assert re.search(f"{re.escape(hook)}.* 896 activations", caplog.text)
 
