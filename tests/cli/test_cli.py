@@ -464,7 +464,6 @@ def test_flags_of_our_architectures(
     assert "import sae_whiten" not in printed
     for architecture, said in (
         ("topk_vsae", "Steps over which the coefficient rises linearly from"),
-        ("top_afa", 'What the loss compares'),
     ):
         assert main(["train", "--architecture", architecture, "--help"]) == 0
         assert said in capsys.readouterr().out
@@ -660,7 +659,7 @@ def test_ctrl_c_in_saelens_own_runner_is_130(
     class Interrupted:
         model = None
 
-        def __init__(self, *args: Any, **options: Any) -> None:
+        def __init__(self, cfg: Any, **options: Any) -> None:
             assert cfg.sae.normalize_activations == "expected_average_only_in"
 
         def run(self) -> None:
