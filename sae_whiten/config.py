@@ -7,8 +7,8 @@ from typing import Any, Literal
 __all__ = ["WhiteningConfig"]
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, compare: bool = True) -> Any:
+    return field(default=default, compare=compare, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ class WhiteningConfig:
             run (another model, hook, dataset, context size...).
         on_nonfinite: What to do with activations that contain a NaN or an infinity: "raise" an
             error that names the batch, or "skip" and count them.
+        temporary_folder: Where activations wait that the statistics are estimated from, until they
+            are trained on: 256 MiB stay in memory, the rest is in a file of several GB where
+            activations are wide. None: the folder of the system for such files (TMPDIR). It is not
+            saved with the config, and two configs may differ in it.
     """
 
     kind: Literal["pca", "zca"] = _option("pca", "pca or zca")
@@ -111,6 +115,11 @@ class WhiteningConfig:
     on_nonfinite: Literal["raise", "skip"] = _option(
         "raise", "activations with NaN or infinity: raise an error, or skip and count them"
     )
+    temporary_folder: str | None = _option(
+        None,
+        "where activations wait that the statistics are estimated from, until they are trained on",
+        compare=False,
+    )
 
     def __post_init__(self) -> None:
         _choice("kind", self.kind, ("pca", "zca"))
@@ -121,14 +130,14 @@ class WhiteningConfig:
         _number("eps", self.eps, 0.0, float("inf"))
         _number("strength", self.strength, 0.0, 1.0)
         _number("tolerance", self.tolerance, 1e-6, 1.0)
-        if self.statistics is not None and not isinstance(self.statistics, (str, os.PathLike)):
-            raise ValueError(
-                f"WhiteningConfig.statistics={self.statistics!r}: must be a path or the name "
-                "of a repo on the Hugging Face hub"
-            )
-        if self.statistics is not None:
-            # a path object is not JSON; frozen dataclasses are set through object
-            object.__setattr__(self, "statistics", os.fspath(self.statistics))
+        for name in ("statistics", "temporary_folder"):
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, (str, os.PathLike)):
+                or_repo = " or the name of a repo on the Hugging Face hub" * (name == "statistics")
+                raise ValueError(f"WhiteningConfig.{name}={path!r}: must be a path{or_repo}")
+            if path is not None:
+                # a path object is not JSON; frozen dataclasses are set through object
+                object.__setattr__(self, name, os.fspath(path))
         if not isinstance(self.allow_other_statistics, bool):
             raise ValueError(
                 f"WhiteningConfig.allow_other_statistics={self.allow_other_statistics!r}: "
@@ -149,7 +158,9 @@ class WhiteningConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
-        return asdict(self)
+        values = asdict(self)
+        del values["temporary_folder"]  # of this machine, and none of a reader's business
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "WhiteningConfig":

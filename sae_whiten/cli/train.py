@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
             )
         return _train_without(cfg)
     # a checkpoint is resumed with the whitening that it was trained under, unless told otherwise
-    resumes_as_it_was = cfg.resume_from_checkpoint is not None and not given
+    decides_nothing = not given.keys() - {"temporary_folder"}
+    resumes_as_it_was = cfg.resume_from_checkpoint is not None and decides_nothing
 
     from sae_whiten import WhiteningTrainingRunner
     from sae_whiten.estimation.distributed import joined_processes

@@ -1,11 +1,9 @@
 """The activations on their way to the training loop."""
 
 import logging
-import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,12 +11,11 @@ from torch import Tensor
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.stopping import MAX_EMPTY_BATCHES, flatten_heads
 from sae_whiten.statistics import finite_rows
+from sae_whiten.training.spool import Spool
 
 __all__ = ["ActivationStream", "DataExhaustedError", "StopRequested"]
 
 logger = logging.getLogger(__name__)
-
-_SPOOL_BYTES = 1 << 28
 
 
 class DataExhaustedError(ValueError):
@@ -33,7 +30,7 @@ class ActivationStream(Iterator[Tensor]):
     """Serves a data provider's batches in their order, however many were looked at beforehand.
 
     `lookahead` lets statistics be estimated from the first batches; training then gets the same
-    batches again. They are kept in memory up to 256 MiB, beyond that in a temporary file.
+    batches again, which are kept in `spool` meanwhile.
 
     Batches are served in the order of the provider; empty ones are passed over, but counted. So a
     resumed run needs a provider that starts at batch `n_served`.
@@ -52,6 +49,7 @@ class ActivationStream(Iterator[Tensor]):
         resolution: Machine epsilon of what the activations were computed in, where that is coarser
             than their dtype; 0 if it is not known.
         stop_is_handled: Whether somebody waits for `StopRequested`, to save a checkpoint.
+        spool: Keeps the batches that were looked at beforehand.
         last: The batch served last.
         processes: Who trains together, each on its own part of every batch.
         next_is: What the next batch is to be called in reports; a dataset that begins anew makes
@@ -78,9 +76,7 @@ class ActivationStream(Iterator[Tensor]):
         self.processes = Processes(alone=True)
         self.stop_is_handled = False
         self._stop = self._stop_put_off = False
-        self._spool: Any = None
-        self._spooled: deque[tuple[torch.Size, torch.dtype, torch.device, int]] = deque()
-        self._read_position = 0
+        self.spool = Spool()
         self._ahead: tuple[Tensor, Callable[[], bool]] | Exception | None = None
 
     def request_stop(self) -> None:
@@ -98,6 +94,7 @@ class ActivationStream(Iterator[Tensor]):
 
     def lookahead(self) -> Iterator[Tensor]:
         """The batches to come, which will be served all the same."""
+        self.spool.resolution = self.resolution
         while True:
             if self._stop:
                 raise StopRequested
@@ -105,7 +102,7 @@ class ActivationStream(Iterator[Tensor]):
                 batch = next(self.source)
             except StopIteration:
                 return
-            self._keep(batch)
+            self.spool.put(batch)
             yield batch
 
     def __next__(self) -> Tensor:
@@ -183,26 +180,7 @@ class ActivationStream(Iterator[Tensor]):
         return ahead
 
     def _next_raw(self) -> Tensor:
-        if not self._spooled:
-            return next(self.source)
-        shape, dtype, device, n_bytes = self._spooled.popleft()
-        self._spool.seek(self._read_position)
-        content = bytearray(self._spool.read(n_bytes))
-        self._read_position += n_bytes
-        if not self._spooled:
-            self._spool.close()
-            self._spool, self._read_position = None, 0
-        if n_bytes == 0:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return torch.frombuffer(content, dtype=torch.uint8).view(dtype).reshape(shape).to(device)
-
-    def _keep(self, batch: Tensor) -> None:
-        if self._spool is None:
-            self._spool = tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES)  # noqa: SIM115
-        content = batch.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._spool.seek(0, 2)
-        self._spool.write(content.data)
-        self._spooled.append((batch.shape, batch.dtype, batch.device, content.nbytes))
+        return self.spool.take() if len(self.spool) else next(self.source)
 
 
 def _waits_for(batch: Tensor) -> bool:

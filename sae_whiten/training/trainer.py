@@ -179,6 +179,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 n_wanted=cfg.total_training_steps,
             )
         self.data_provider = self.stream = data_provider
+        self.stream.spool.use_folder(self.scaler.config.temporary_folder)
 
     @property
     def is_prepared(self) -> bool:

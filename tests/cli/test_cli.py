@@ -349,11 +349,12 @@ def test_every_whitening_flag(runner: type[FakeRunner]) -> None:
         "statistics": "gpt2-stats",
         "allow_other_statistics": True,
         "on_nonfinite": "skip",
+        "temporary_folder": "scratch",
     }
     assert set(values) == {field.name for field in dataclasses.fields(WhiteningConfig)}
     flags = [text for name, value in values.items() for text in (f"--whitening.{name}", str(value))]
     assert main(["train", *flags[:6], *TOPK, *flags[6:]]) == 0
-    assert runner.whitening.to_dict() == values
+    assert dataclasses.asdict(runner.whitening) == values
     assert type(runner.whitening.n_samples) is int
 
 

@@ -194,7 +194,7 @@ def test_what_is_looked_at_beforehand_is_served_unchanged(dtype):
 
 
 def test_spilling_to_disk_changes_nothing(monkeypatch):
-    monkeypatch.setattr("sae_whiten.training.stream._SPOOL_BYTES", 100)
+    monkeypatch.setattr("sae_whiten.training.spool._IN_MEMORY", 100)
     reference = state(fit()[0])
     monkeypatch.undo()
     assert equal(reference, state(fit()[0]))
