@@ -37,7 +37,7 @@ from sae_whiten.architectures.sparse import (
     top_k,
 )
 
-__all__ = ["SparseStepOutput", "is_hooked", "sparse_step"]
+__all__ = ["SparseStepOutput", "is_hooked", "sparse_pays", "sparse_step"]
 
 # Share of the latents up to which sums over the active ones cost less than dense products.
 # Measured on one core of a CPU by benchmarks/training_step.py --border: at 1/16 a sparse step took
@@ -73,6 +73,11 @@ class SparseStepOutput(TrainStepOutput):
         self, value: Tensor
     ) -> None:
         self._hidden_pre = value
+
+
+def sparse_pays(k: int | float, d_sae: int, device: torch.device) -> bool:
+    """Whether sums over k of d_sae latents cost less than dense products."""
+    return k <= _SPARSE_UP_TO.get(device.type, 0) * d_sae
 
 
 def is_hooked(hook: nn.Module) -> bool:
@@ -168,7 +173,7 @@ def _selector(sae: Any, n_rows: int) -> Selector | None:
 def _can_be_sparse(sae: Any, sae_in: Tensor) -> bool:
     hooks = (sae.hook_sae_input, sae.hook_sae_acts_pre, sae.hook_sae_acts_post)
     return (
-        sae.activation_fn.k <= _SPARSE_UP_TO.get(sae_in.device.type, 0) * sae.cfg.d_sae
+        sparse_pays(sae.activation_fn.k, sae.cfg.d_sae, sae_in.device)
         and not any(map(is_hooked, hooks))
         and not sae_in.requires_grad
         and sae_in.ndim == 2

@@ -34,14 +34,14 @@ from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from sae_whiten._checks import FieldError, require_number
+from sae_whiten.architectures import sparse
 from sae_whiten.architectures.description import register
+from sae_whiten.architectures.sparse_step import is_hooked, sparse_pays
 from sae_whiten.architectures.topk import TOPK
 from sae_whiten.folding import AffineWeights
 
 __all__ = ["TopKVSAETrainingConfig", "TopKVSAETrainingSAE", "kl_to_standard_normal"]
 
-# where decoding k rows costs less than a product with the whole decoder
-_SPARSE_BELOW = 1 / 16
 _MAX_LOGVAR = 60.0
 _NOISE = "_extra_state"  # PyTorch's name, in state dicts, of what `get_extra_state` returns
 
@@ -237,23 +237,21 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     def decode(self, feature_acts: Tensor) -> Tensor:
         """SAELens' own; in a training step with small k, a sum over the active latents only."""
         step = self._step
-        sparse = (
-            step is not None
-            and feature_acts is step.latents  # no hook has changed them
-            and feature_acts.ndim == 2
-            and self.W_dec.dtype == torch.float32
-            and self.W_dec.device.type in ("cpu", "cuda")
-            and self.cfg.k <= _SPARSE_BELOW * self.cfg.d_sae
-        )
-        if not sparse or step is None:
+        if (
+            step is None
+            or feature_acts is not step.latents  # a hook has changed them
+            or feature_acts.ndim != 2
+            or not sparse_pays(self.cfg.k, self.cfg.d_sae, feature_acts.device)
+        ):
             return super().decode(feature_acts)
-        rows = self.W_dec
+        n_rows, k = step.indices.shape
+        rows = torch.arange(n_rows, device=step.indices.device).repeat_interleave(k)
+        latents, values = step.indices.flatten(), step.values.flatten()
         if self.cfg.rescale_acts_by_decoder_norm:
-            rows = rows / rows.norm(dim=-1, keepdim=True)
-        decoded = nn.functional.embedding_bag(
-            step.indices, rows, per_sample_weights=step.values.to(rows.dtype), mode="sum"
-        )
-        decoded = self.hook_sae_recons(decoded + self.b_dec)
+            values = values / self.W_dec.norm(dim=-1)[latents]
+        pairs = sparse.ActivePairs.of(rows, latents, self.cfg.d_sae, rows, n_rows)
+        decoded, _ = sparse.decode(values, self.W_dec, pairs, columns=latents[:0])
+        decoded = self.hook_sae_recons((decoded + self.b_dec).to(self.W_dec.dtype))
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(decoded), self.d_head)
 
     @override
@@ -341,11 +339,11 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         """Pre-activations, mean and log variance of the latents, shape (batch, d_sae)."""
         sae_in = self.process_sae_in(x)
         # whether only b_dec needs a gradient through the input
-        only_b_dec = not (x.requires_grad or _has_hooks(self.hook_sae_input))
+        only_b_dec = not (x.requires_grad or is_hooked(self.hook_sae_input))
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and only_b_dec else None
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         W_enc, b_enc = self.W_enc, self.b_enc
-        if norms is not None and not _has_hooks(self.hook_sae_acts_pre):
+        if norms is not None and not is_hooked(self.hook_sae_acts_pre):
             # cheaper than multiplying the latents of a batch, but a hook would see the difference
             W_enc, b_enc, norms = W_enc * norms, b_enc * norms, None
         hidden_pre = self.hook_sae_acts_pre(_affine(sae_in, W_enc, b_enc, b_dec))
@@ -431,10 +429,6 @@ class _KL(torch.autograd.Function):
 def _sum_of_squares(x: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
-
-
-def _has_hooks(hook: nn.Module) -> bool:
-    return bool(hook._forward_hooks or hook._backward_hooks)
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor | None) -> Tensor:
