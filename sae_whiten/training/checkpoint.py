@@ -31,24 +31,33 @@ from sae_lens import SAE
 from sae_lens.constants import (
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
+    SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_whiten._files import (
     CorruptFileError,
     atomic_directory,
+    atomic_files,
     load_tensors,
     recover,
     save_tensors,
+    write_json,
 )
 from sae_whiten.estimation.distributed import Processes
+from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
 
 __all__ = [
     "INFERENCE_DIR",
+    "OWN_DIR",
+    "STATISTICS_FILENAME",
     "TRAINING_STATE_DIR",
+    "WHITENING_FILENAME",
     "check_checkpoint",
     "check_runner_settings",
     "check_settings",
@@ -59,9 +68,11 @@ __all__ = [
     "own_part",
     "read_training_weights",
     "save_or_keep",
+    "save_runner_files",
     "save_training_form",
     "save_training_weights",
     "settings_of",
+    "write_sae",
     "writing_checkpoint",
 ]
 
@@ -70,6 +81,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INFERENCE_DIR = "inference"
+OWN_DIR = "sae_whiten"
+STATISTICS_FILENAME = "activation_statistics.safetensors"
+WHITENING_FILENAME = "whitening.safetensors"
 # what resuming needs, under names that SAELens does not open
 TRAINING_STATE_DIR = "whitened_training_state"
 _WEIGHTS_FILENAME = "training_weights.safetensors"
@@ -331,6 +345,57 @@ def check_trainer_state(directory: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CorruptFileError(f"{path} is damaged or foreign ({error})") from error
+
+
+def save_runner_files(
+    checkpoint_path: str | Path, store: ActivationsStore, cfg: Mapping[str, Any]
+) -> None:
+    """Add the position in the data and the runner's config to a checkpoint directory.
+
+    Nobody may draw from the store meanwhile.
+    """
+    store.save_to_checkpoint(checkpoint_path)
+    write_json(Path(checkpoint_path) / RUNNER_CFG_FILENAME, dict(cfg))
+
+
+def write_sae(
+    target: Path,
+    sae: TrainingSAE[Any],
+    log_feature_sparsity: Tensor | None = None,
+    whitening: Whitening | None = None,
+    statistics: ActivationStatistics | None = None,
+    cfg: Mapping[str, Any] | None = None,
+) -> tuple[Path, Path, Path | None]:
+    """Write a finished SAE: all of it or nothing. Other files in the directory are left alone.
+
+    Args:
+        target: The directory.
+        sae: The SAE, folded.
+        log_feature_sparsity: Shape (d_sae,).
+        whitening: What it was trained under. Goes, like the statistics, 2 d_in^2 numbers each, into
+            a folder inside, for nobody needs them who uses the SAE.
+        statistics: What `whitening` was derived from.
+        cfg: The runner's config, if it is to be written too.
+
+    Returns:
+        Paths of the weights, the SAE's config and the sparsity, if that is known.
+    """
+    optional = (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, OWN_DIR)
+    # (which earlier releases wrote beside the SAE)
+    formerly = (WHITENING_FILENAME, STATISTICS_FILENAME)
+    with atomic_files(target, SAE_CFG_FILENAME, also_replaced=(*optional, *formerly)) as new:
+        weights, sae_cfg = sae.save_inference_model(new)
+        if log_feature_sparsity is not None:
+            save_file({"sparsity": log_feature_sparsity}, new / SPARSITY_FILENAME)
+        if cfg is not None:
+            write_json(new / RUNNER_CFG_FILENAME, dict(cfg))
+        if whitening is not None:
+            whitening.save(new / OWN_DIR / WHITENING_FILENAME)
+        if statistics is not None:
+            statistics.save(new / OWN_DIR / STATISTICS_FILENAME)
+    logger.info("SAE saved: %s", target)
+    sparsity = None if log_feature_sparsity is None else target / SPARSITY_FILENAME
+    return target / weights.name, target / sae_cfg.name, sparsity
 
 
 def save_or_keep(

@@ -38,20 +38,21 @@ from sae_whiten.training.checkpoint import (
     folder_of_its_own,
     own_part,
     save_or_keep,
+    save_runner_files,
+    write_sae,
 )
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.data_parallel import open_stream, take_share
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
-from sae_whiten.training.running import (
+from sae_whiten.training.runner_parts import (
     check_hook,
     connect,
     logging_run,
+    outcome_of,
     paused,
     record_reading,
-    save_runner_files,
     seed_generators,
     train_interruptibly,
-    write_final_sae,
 )
 from sae_whiten.training.training_sae import enter_whitened_space
 
@@ -214,7 +215,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         if checkpoint_path is None:
             return
         stream = self.trainer.stream if hasattr(self, "trainer") else None
-        save_runner_files(checkpoint_path, stream, self.activations_store, self.cfg.to_dict())
+        with paused(stream):
+            save_runner_files(checkpoint_path, self.activations_store, self.cfg.to_dict())
 
     def _write_outputs(self, output_path: str) -> None:
         if self.processes.rank > 0:
@@ -223,8 +225,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         for name, sae in self.saes.items():
             if name in self.trainer.failures:
                 continue
-            one = self.trainer.trainers[name]
-            save = partial(write_final_sae, sae=sae, trainer=one)
+            save = partial(write_sae, sae=sae, **outcome_of(self.trainer.trainers[name]))
             try:
                 weights, cfg, sparsity = save_or_keep(save, base / name, self.cfg.checkpoint_path)
             except OSError as error:

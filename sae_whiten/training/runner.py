@@ -29,19 +29,21 @@ from sae_whiten.training.checkpoint import (
     folder_of_its_own,
     own_part,
     save_or_keep,
+    save_runner_files,
+    write_sae,
 )
 from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.data_parallel import take_share
 from sae_whiten.training.pretrained import as_asked_for
-from sae_whiten.training.running import (
+from sae_whiten.training.runner_parts import (
     check_hook,
     connect,
     logging_run,
+    outcome_of,
+    paused,
     record_reading,
-    save_runner_files,
     seed_generators,
     train_interruptibly,
-    write_final_sae,
 )
 from sae_whiten.training.trainer import WhiteningTrainer
 from sae_whiten.training.training_sae import enter_whitened_space, is_in_whitened_space
@@ -200,7 +202,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             return
         # there is none if the user trains with a trainer of their own, and saves with this method
         stream = self.trainer.stream if hasattr(self, "trainer") else None
-        save_runner_files(checkpoint_path, stream, self.activations_store, self.cfg.to_dict())
+        with paused(stream):
+            save_runner_files(checkpoint_path, self.activations_store, self.cfg.to_dict())
 
     def save_final_sae(
         self,
@@ -220,13 +223,10 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         if not hasattr(self, "trainer") and is_in_whitened_space(sae):
             raise FoldError("this SAE was not trained yet: its whitening has not been estimated")
         trained_here = hasattr(self, "trainer") and self.trainer.sae is sae
-        save = partial(
-            write_final_sae,
-            sae=sae,
-            trainer=self.trainer if trained_here else None,
-            cfg=self.cfg.to_dict(),
-            log_feature_sparsity=log_feature_sparsity,
-        )
+        outcome = outcome_of(self.trainer) if trained_here else {}
+        if log_feature_sparsity is not None:
+            outcome["log_feature_sparsity"] = log_feature_sparsity
+        save = partial(write_sae, sae=sae, cfg=self.cfg.to_dict(), **outcome)
         weights, cfg, sparsity = save_or_keep(save, output_path, self.cfg.checkpoint_path)
         if self.cfg.logger.log_to_wandb:
             self.cfg.logger.log(

@@ -40,6 +40,7 @@ from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.checkpoint import (
+    STATISTICS_FILENAME,
     TRAINING_STATE_DIR,
     check_checkpoint,
     check_settings,
@@ -71,11 +72,10 @@ from sae_whiten.training.training_sae import (
 )
 from sae_whiten.whitening import Whitening
 
-__all__ = ["STATISTICS_FILENAME", "WhiteningTrainer"]
+__all__ = ["WhiteningTrainer"]
 
 logger = logging.getLogger(__name__)
 
-STATISTICS_FILENAME = "activation_statistics.safetensors"
 _PROGRESS_FILENAME = "progress.safetensors"
 _PROGRESS_KIND = "training_progress"
 _FOLDED = "the SAE is trained and folded already"

@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_the_earlier_sae_as_it_was(
         raise OSError(28, "No space left on device")
 
     # after the config and the weights are written
-    monkeypatch.setattr("sae_whiten.training.running.save_file", full)
+    monkeypatch.setattr("sae_whiten.training.checkpoint.save_file", full)
     with pytest.raises(OSError, match="No space left on device"):
         made.run()
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before

@@ -1,26 +1,20 @@
-"""What the runners share: reading ahead, ending between two steps, and writing what was trained."""
+"""What both runners do around training: checks, seeds, logging, reading ahead."""
 
 import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import wandb
 from sae_lens.config import LanguageModelSAERunnerConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
-from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
-from safetensors.torch import save_file
-from torch import Tensor
 from transformer_lens import HookedRootModule
 
-from sae_whiten._files import atomic_files, write_json
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import resolution_of
@@ -28,26 +22,20 @@ from sae_whiten.training.activations_store import ResumableActivationsStore
 from sae_whiten.training.data_parallel import logging_once
 from sae_whiten.training.interruption import InterruptibleTrainer, interruptible
 from sae_whiten.training.stream import ActivationStream
-from sae_whiten.training.trainer import STATISTICS_FILENAME, WhiteningTrainer
+from sae_whiten.training.trainer import WhiteningTrainer
 
 __all__ = [
-    "OWN_DIR",
-    "WHITENING_FILENAME",
     "check_hook",
     "connect",
     "logging_run",
+    "outcome_of",
     "paused",
     "record_reading",
-    "save_runner_files",
     "seed_generators",
     "train_interruptibly",
-    "write_final_sae",
 ]
 
 logger = logging.getLogger(__name__)
-
-OWN_DIR = "sae_whiten"
-WHITENING_FILENAME = "whitening.safetensors"
 
 T = TypeVar("T")
 
@@ -169,56 +157,9 @@ def _reading_ahead(
             thread.close()
 
 
-def save_runner_files(
-    checkpoint_path: str | Path,
-    stream: ActivationStream | None,
-    store: ActivationsStore,
-    cfg: dict[str, Any],
-) -> None:
-    """Add the position in the data and the runner's config to a checkpoint directory."""
-    # a thread that draws batches meanwhile would change what is being saved
-    with paused(stream):
-        store.save_to_checkpoint(checkpoint_path)
-    write_json(Path(checkpoint_path) / RUNNER_CFG_FILENAME, cfg)
-
-
-def write_final_sae(
-    target: Path,
-    sae: TrainingSAE[Any],
-    trainer: SAETrainer[Any, Any] | None,
-    cfg: dict[str, Any] | None = None,
-    log_feature_sparsity: Tensor | None = None,
-) -> tuple[Path, Path, Path | None]:
-    """Write a trained SAE and its sparsity: all of it or nothing. If it was whitened, a folder
-    inside holds whitening and statistics, of 2 d_in^2 numbers each, which nobody needs who uses the
-    SAE. Other files in the directory are left alone.
-
-    Args:
-        target: The directory.
-        sae: The SAE, folded.
-        trainer: Trained it, if one did.
-        cfg: The runner's config, if it is to be written too.
-        log_feature_sparsity: Shape (d_sae,); None: that of `trainer`.
-
-    Returns:
-        Paths of the weights, the SAE's config and the sparsity, if that is known.
-    """
-    optional = (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, OWN_DIR)
-    # (which earlier releases wrote beside the SAE)
-    formerly = (WHITENING_FILENAME, STATISTICS_FILENAME)
-    with atomic_files(target, SAE_CFG_FILENAME, also_replaced=(*optional, *formerly)) as staging:
-        weights, sae_cfg = sae.save_inference_model(staging)
-        if trainer is not None and log_feature_sparsity is None:
-            log_feature_sparsity = trainer.log_feature_sparsity
-        if log_feature_sparsity is not None:
-            save_file({"sparsity": log_feature_sparsity}, staging / SPARSITY_FILENAME)
-        if cfg is not None:
-            write_json(staging / RUNNER_CFG_FILENAME, cfg)
-        if isinstance(trainer, WhiteningTrainer):
-            if trainer.whitening is not None:
-                trainer.whitening.save(staging / OWN_DIR / WHITENING_FILENAME)
-            if trainer.scaler.statistics is not None:
-                trainer.scaler.statistics.save(staging / OWN_DIR / STATISTICS_FILENAME)
-    logger.info("SAE saved: %s", target)
-    sparsity = None if log_feature_sparsity is None else target / SPARSITY_FILENAME
-    return target / weights.name, target / sae_cfg.name, sparsity
+def outcome_of(trainer: SAETrainer[Any, Any]) -> dict[str, Any]:
+    """What a trainer knows of its SAE that is written beside it; arguments of `write_sae`."""
+    found: dict[str, Any] = {"log_feature_sparsity": trainer.log_feature_sparsity}
+    if isinstance(trainer, WhiteningTrainer):
+        found |= {"whitening": trainer.whitening, "statistics": trainer.scaler.statistics}
+    return found
