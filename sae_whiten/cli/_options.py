@@ -54,9 +54,11 @@ def add_options(
 
 
 def help_of(options: type, field: str) -> str:
-    """The string under a field of a dataclass, on one line and without its full stop."""
-    told = get_attribute_docstring(options, field).docstring_below
-    return " ".join(told.split()).removesuffix(".")
+    """The string under a field of a dataclass as the help of a flag: on one line, the first letter
+    small, no full stop."""
+    told = " ".join(get_attribute_docstring(options, field).docstring_below.split())
+    is_name = told[1:2].isupper()  # such as SAELens'
+    return (told if is_name else told[:1].lower() + told[1:]).removesuffix(".")
 
 
 def _parser_of(annotation: Any) -> dict[str, Any]:

@@ -4,17 +4,26 @@ Sparse features, correlated and hierarchical, are mixed into activations that ar
 those of language models and far from the origin. Every condition trains on the same activations
 from the same initial weights, and is scored by the features that it recovers. Written to --out:
 results.jsonl (a line for each training; those it has are not done again), results.md, results.png.
-
-conditions: none, expected_average_only_in (SAELens' own); centred (mean subtracted only); whitened,
-original (whitening with the loss in that space); original_norms (and sparsity charged by decoder
-norms of that space); original_zca; half (strength 0.5, loss in its own space).
-Settings of the whitening may follow a name: whitened:shrinkage=0.1,eps=0.01
 """
 
 import argparse
 from pathlib import Path
 
-EPILOG = """\
+from sae_whiten.cli._options import add_options
+from sae_whiten.comparison.conditions import CONDITIONS
+from sae_whiten.lenses.synthetic.options import (
+    ARCHITECTURES,
+    CHANCE,
+    SyntheticDataConfig,
+    SyntheticRun,
+)
+
+_LISTED = "\n".join(f"  {name:24} {c.description}" for name, c in CONDITIONS.items())
+
+EPILOG = f"""\
+conditions, which settings of the whitening may follow (whitened:shrinkage=0.1,eps=0.01):
+{_LISTED}
+
 examples:
   sae-whiten synthetic --out synthetic
   sae-whiten synthetic --out synthetic --architectures topk batchtopk standard jumprelu \\
@@ -23,16 +32,13 @@ examples:
     --conditions whitened whitened:shrinkage=oas whitened:shrinkage=0.1 whitened:eps=0.01
 """
 
-_CONDITIONS = (
-    "none",
-    "centred",
-    "expected_average_only_in",
-    "whitened",
-    "original",
-    "original_norms",
-    "original_zca",
-    "half",
-)
+_OF_DATA = {
+    "condition": "condition_number",
+    "n_junk": "junk",
+    "junk_variance": "junk_variance",
+    "n_nuisance": "nuisance",
+}
+"""Flags for fields of the activations."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,54 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["topk"],
         metavar="ARCHITECTURE",
-        help="topk, batchtopk, standard, jumprelu (default: topk)",
+        help=f"{', '.join(ARCHITECTURES)} (default: topk)",
     )
     add(
         "--conditions",
         nargs="+",
-        default=list(_CONDITIONS),
+        default=list(CONDITIONS),
         metavar="CONDITION",
-        help=f"see above (default: {' '.join(_CONDITIONS)})",
+        help="see below (default: all of them)",
     )
-    add("--seeds", type=int, default=2, help="how many (default: %(default)s)")
-    add("--steps", type=int, default=5000, help="training steps (default: %(default)s)")
-    add("--lr", type=float, default=3e-4, help="learning rate (default: %(default)s)")
-    add(
-        "--condition-number",
-        dest="condition",
-        type=float,
-        default=1e4,
-        metavar="NUMBER",
-        help="of the covariance of the features' part; 1 is isotropic (default: 10000)",
-    )
-    add(
-        "--junk",
-        dest="n_junk",
-        type=int,
-        default=0,
-        metavar="N",
-        help="dimensions of noise beside the 64 of the features (default: none)",
-    )
-    add(
-        "--junk-variance",
-        type=float,
-        default=1e-4,
-        metavar="V",
-        help="their variance, in units of the average (default: %(default)s)",
-    )
-    add(
-        "--nuisance",
-        dest="n_nuisance",
-        type=int,
-        default=0,
-        metavar="RANK",
-        help="dense activity of this rank, with half the variance (default: none)",
-    )
+    add("--seeds", type=int, default=2, metavar="N", help="how many (default: %(default)s)")
+    add_options(parser, SyntheticRun, only=("steps", "lr"))
+    add_options(parser, SyntheticDataConfig, only=_OF_DATA, renamed=_OF_DATA)
     add("--device", default="cpu", help="where to train (default: %(default)s)")
     add(
         "--jobs",
         type=int,
         default=1,
+        metavar="N",
         help="trainings at once; they are small, and a GPU takes many (default: %(default)s)",
     )
 
@@ -102,30 +78,13 @@ def run(args: argparse.Namespace) -> int:
 
     from sae_whiten._checks import require_number
     from sae_whiten._files import atomic_path
-    from sae_whiten.lenses.synthetic.data import SyntheticDataConfig
-    from sae_whiten.lenses.synthetic.experiment import (
-        CHANCE,
-        SyntheticRun,
-        grid,
-        markdown_table,
-        run_all,
-        summarise,
-    )
+    from sae_whiten.lenses.synthetic.experiment import grid, markdown_table, run_all, summarise
     from sae_whiten.lenses.synthetic.figure import plot_recovery
 
-    for name in ("seeds", "steps", "jobs"):
+    for name in ("seeds", "jobs"):
         require_number(name, getattr(args, name))
-    require_number("lr", args.lr, least=0, whole=False)
-    template = SyntheticRun(
-        data=SyntheticDataConfig(
-            condition=args.condition,
-            n_junk=args.n_junk,
-            junk_variance=args.junk_variance,
-            n_nuisance=args.n_nuisance,
-        ),
-        steps=args.steps,
-        lr=args.lr,
-    )
+    data = SyntheticDataConfig(**{name: getattr(args, name) for name in _OF_DATA})
+    template = SyntheticRun(data=data, steps=args.steps, lr=args.lr)
     runs = grid(args.architectures, args.conditions, range(args.seeds), template)
     with tqdm(total=len(runs), desc="Comparing", unit="run") as bar:
         rows = run_all(runs, args.out / "results.jsonl", args.device, args.jobs, bar.update)

@@ -14,19 +14,22 @@ from hypothesis import strategies as st
 from sae_whiten.cli import main
 from sae_whiten.lenses.synthetic import data as synthetic_data
 from sae_whiten.lenses.synthetic import experiment as synthetic
-from sae_whiten.lenses.synthetic.data import SyntheticActivations, SyntheticDataConfig
+from sae_whiten.lenses.synthetic.data import SyntheticActivations
 from sae_whiten.lenses.synthetic.experiment import (
-    CHANCE,
-    SyntheticRun,
     at_l0,
     grid,
     markdown_table,
     next_coefficient,
-    parse_condition,
     read_rows,
     run_all,
     run_one,
     summarise,
+)
+from sae_whiten.lenses.synthetic.options import (
+    CHANCE,
+    SyntheticDataConfig,
+    SyntheticRun,
+    parse_condition,
 )
 
 SMALL = SyntheticDataConfig(d_signal=16, n_features=48, l0=3.0)

@@ -13,7 +13,6 @@ F A Q.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -28,60 +27,17 @@ from sae_lens.synthetic import (
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
-from sae_whiten._checks import require_number
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.lenses.synthetic.options import ZIPF_RANGE, SyntheticDataConfig
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
 
-__all__ = ["SyntheticActivations", "SyntheticDataConfig"]
+__all__ = ["SyntheticActivations"]
 
 _CHUNK = 1 << 14  # samples drawn at once
 _N_CHUNKS_STATISTICS = 1 << 3
 _N_CHUNKS_TRAINING = 1 << 6  # distinct ones; beyond that they come again, in another order
-_ZIPF_EXPONENT, _ZIPF_RANGE = 0.5, 8.0  # the most frequent feature fires 8 times the rarest
-
-
-@dataclass(frozen=True)
-class SyntheticDataConfig:
-    """What synthetic activations are made of. Variances are in units of the average direction's.
-
-    Attributes:
-        d_signal: Dimensions that the features span.
-        n_features: Number of features.
-        l0: Mean number of features that fire at once.
-        condition: Condition number of the covariance of the features' part; 1 is isotropic.
-        mean_over_rms: Norm of the mean over the root of the total variance.
-        n_junk: Dimensions beside the features' that hold Gaussian noise and nothing else.
-        junk_variance: Variance of each of those.
-        n_nuisance: Rank of dense Gaussian activity within the features' dimensions.
-        nuisance_share: Its share of the variance there.
-        seed: Of features, rotations and samples.
-    """
-
-    d_signal: int = 64
-    n_features: int = 256
-    l0: float = 6.0
-    condition: float = 1e4
-    mean_over_rms: float = 2.0
-    n_junk: int = 0
-    junk_variance: float = 1e-4
-    n_nuisance: int = 0
-    nuisance_share: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.l0 < self.n_features / _ZIPF_RANGE:
-            raise ValueError(
-                f"l0={self.l0}: between 0 and n_features / {_ZIPF_RANGE:g} = "
-                f"{self.n_features / _ZIPF_RANGE:g}, for the most frequent feature cannot fire "
-                "more often than always"
-            )
-        require_number("condition", self.condition, whole=False)
-        require_number("n_junk", self.n_junk, least=0)
-        require_number("junk_variance", self.junk_variance, least=0, whole=False)
-        require_number("n_nuisance", self.n_nuisance, least=0)
-        if self.n_nuisance and not 0 < self.nuisance_share < 1:
-            raise ValueError(f"nuisance_share={self.nuisance_share}: a share between 0 and 1")
+_ZIPF_EXPONENT = 0.5
 
 
 class SyntheticActivations:
@@ -197,14 +153,14 @@ class SyntheticActivations:
 def _feature_model(config: SyntheticDataConfig) -> SyntheticModel:
     ranks = torch.arange(1, config.n_features + 1).double() ** -_ZIPF_EXPONENT
     shape = (ranks - ranks.min()) / (ranks.max() - ranks.min())
-    rarest = config.l0 / config.n_features / (1 + (_ZIPF_RANGE - 1) * float(shape.mean()))
+    rarest = config.l0 / config.n_features / (1 + (ZIPF_RANGE - 1) * float(shape.mean()))
     n_roots = max(config.n_features // 16, 1)
     return SyntheticModel(
         SyntheticModelConfig(
             num_features=config.n_features,
             hidden_dim=config.d_signal,
             firing_probability=ZipfianFiringProbabilityConfig(
-                exponent=_ZIPF_EXPONENT, max_prob=_ZIPF_RANGE * rarest, min_prob=rarest
+                exponent=_ZIPF_EXPONENT, max_prob=ZIPF_RANGE * rarest, min_prob=rarest
             ),
             # a quarter of the features in families of four, in which children need their parent
             hierarchy=HierarchyConfig(

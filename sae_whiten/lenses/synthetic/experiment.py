@@ -14,7 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,26 +27,27 @@ from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import temporary_seed
 
 from sae_whiten.architectures.folding import fold_whitening_into_weights
-from sae_whiten.config import WhiteningConfig
+from sae_whiten.comparison.conditions import Condition
 from sae_whiten.evaluation.metrics import dead_latents, explained_variance, firing_rates
 from sae_whiten.lenses.synthetic import _workers
-from sae_whiten.lenses.synthetic.data import SyntheticActivations, SyntheticDataConfig
+from sae_whiten.lenses.synthetic.data import SyntheticActivations
 from sae_whiten.lenses.synthetic.ground_truth import ground_truth_scores
+from sae_whiten.lenses.synthetic.options import (
+    CHANCE,
+    COEFFICIENTS,
+    SyntheticDataConfig,
+    SyntheticRun,
+    parse_condition,
+)
 from sae_whiten.training.trainer import WhiteningTrainer
 from sae_whiten.whitening import Whitening
 
 __all__ = [
-    "ARCHITECTURES",
-    "CHANCE",
-    "CONDITIONS",
-    "Condition",
     "Summary",
-    "SyntheticRun",
     "at_l0",
     "grid",
     "markdown_table",
     "next_coefficient",
-    "parse_condition",
     "read_rows",
     "run_all",
     "run_one",
@@ -55,24 +56,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("topk", "batchtopk", "standard", "jumprelu")
-CHANCE = "chance"
-
-# WhiteningConfig by name of the condition; for SAELens' own settings, their name
-CONDITIONS: dict[str, str | dict[str, Any]] = {
-    "none": "none",
-    "centred": {"strength": 0.0},
-    "expected_average_only_in": "expected_average_only_in",
-    "whitened": {"loss_space": "whitened"},
-    "original": {"loss_space": "original"},
-    "original_norms": {"loss_space": "original", "sparsity_norms": "original"},
-    "original_zca": {"loss_space": "original", "kind": "zca"},
-    "half": {"loss_space": "whitened", "strength": 0.5},
-}
-
 _N_HELD_OUT = 20_000
-# where sparsity is set by a coefficient: its name, and where to begin
-_COEFFICIENTS = {"standard": ("l1_coefficient", 10.0), "jumprelu": ("l0_coefficient", 1.0)}
 # its default lets gradients reach the threshold alone, which a short training hardly moves
 _JUMPRELU = {
     "jumprelu_sparsity_loss_mode": "tanh",
@@ -84,109 +68,6 @@ _JUMPRELU = {
 _FACTOR = 3.0  # between coefficients, as long as the L0 wanted is not between two of them
 _CLOSE = 1.5  # ratio of two L0 between which scores may be interpolated
 _MAX_TRIES = 8
-
-
-@dataclass(frozen=True)
-class Condition:
-    """How activations are normalised: by SAELens itself, or under a whitening.
-
-    Attributes:
-        name: As the user wrote it.
-        normalize_activations: SAELens' setting.
-        whitening: For "covariance_whitening", how.
-    """
-
-    name: str
-    normalize_activations: str
-    whitening: WhiteningConfig | None = None
-
-
-def parse_condition(text: str) -> Condition:
-    """A condition from its name, with settings of `WhiteningConfig` behind it if wanted.
-
-    Examples:
-        >>> parse_condition("whitened:shrinkage=0.1,eps=0.01").whitening.shrinkage
-        0.1
-
-    Raises:
-        ValueError: There is no such condition or setting, or its value is not valid.
-    """
-    name, _, settings = text.partition(":")
-    if name == CHANCE:
-        return Condition(text, "covariance_whitening", WhiteningConfig())
-    base = CONDITIONS.get(name)
-    if base is None:
-        raise ValueError(f"no condition {name!r}; there are {', '.join(CONDITIONS)}")
-    if isinstance(base, str):
-        if settings:
-            raise ValueError(f"{text!r}: {name} does not whiten, and has no settings")
-        return Condition(text, base)
-    own = dict(base)
-    for setting in filter(None, settings.split(",")):
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"{text!r}: expected {name}:setting=value, got {setting!r}")
-        try:
-            own[key] = json.loads(value)
-        except json.JSONDecodeError:
-            own[key] = value
-    return Condition(text, "covariance_whitening", WhiteningConfig.from_dict(own))
-
-
-@dataclass(frozen=True)
-class SyntheticRun:
-    """One training; everything that its result depends on.
-
-    Attributes:
-        architecture: One of `ARCHITECTURES`.
-        condition: For `parse_condition`, or "chance": an SAE that was not trained.
-        data: The activations; its seed is also that of the initial weights.
-        d_sae: Number of latents.
-        k: Latents active at once: exactly, on average (batchtopk), or what coefficients aim at.
-        steps: Training steps; 0 for chance.
-        batch_size: Activations per step.
-        lr: Learning rate, constant but for the last fifth, in which it falls to zero.
-        coefficient: Of the sparsity penalty, for architectures that have one.
-    """
-
-    architecture: str = "topk"
-    condition: str = "original"
-    data: SyntheticDataConfig = field(default_factory=SyntheticDataConfig)
-    d_sae: int = 256
-    k: int = 6
-    steps: int = 5000
-    batch_size: int = 512
-    lr: float = 3e-4
-    coefficient: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"no architecture {self.architecture!r}; there are {', '.join(ARCHITECTURES)}"
-            )
-        parse_condition(self.condition)
-
-    @property
-    def has_coefficient(self) -> bool:
-        """Whether sparsity is set by a coefficient instead of k."""
-        return self.architecture in _COEFFICIENTS and self.condition != CHANCE
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a dictionary that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SyntheticRun":
-        """Inverse of `to_dict`.
-
-        Raises:
-            ValueError: A key is not a field.
-        """
-        unknown = set(values) - {f.name for f in fields(cls)}
-        unknown |= set(values["data"]) - {f.name for f in fields(SyntheticDataConfig)}
-        if unknown:
-            raise ValueError(f"SyntheticRun has no field {', '.join(sorted(unknown))}")
-        return cls(**{**values, "data": SyntheticDataConfig(**values["data"])})
 
 
 def run_one(run: SyntheticRun, device: str = "cpu") -> dict[str, Any]:
@@ -231,7 +112,7 @@ def _trained(
 ) -> TrainingSAE[Any]:
     options: dict[str, Any] = {}
     if run.has_coefficient:
-        name, _ = _COEFFICIENTS[run.architecture]
+        name, _ = COEFFICIENTS[run.architecture]
         if run.coefficient is None:
             raise ValueError(f"a run with {run.architecture} needs a coefficient ({name})")
         options = {
@@ -242,13 +123,14 @@ def _trained(
         options = {"k": run.k}
     if run.architecture == "jumprelu":
         options |= _JUMPRELU
+    normalize_activations = "covariance_whitening" if condition.whitening else run.condition
     sae = TrainingSAE.from_dict(
         {
             "architecture": run.architecture,
             "d_in": data.d_in,
             "d_sae": run.d_sae,
             "device": device,
-            "normalize_activations": condition.normalize_activations,
+            "normalize_activations": normalize_activations,
             **options,
         }
     )
@@ -272,7 +154,7 @@ def _trained(
     batches = data.batches(run.batch_size)
     if whitening is None:
         trainer = SAETrainer(cfg, sae, batches)
-        if condition.normalize_activations == "expected_average_only_in":
+        if normalize_activations == "expected_average_only_in":
             # from a stream of its own: fit() would take batches that the others train on
             trainer.activation_scaler.estimate_scaling_factor(
                 data.d_in, data.batches(run.batch_size), cfg.n_batches_for_norm_estimate
@@ -438,7 +320,7 @@ def run_all(
 def _next_training(run: SyntheticRun, rows: Sequence[Mapping[str, Any]]) -> SyntheticRun | None:
     if not run.has_coefficient:
         return None if rows else run
-    _, start = _COEFFICIENTS[run.architecture]
+    _, start = COEFFICIENTS[run.architecture]
     tried = {row["run"]["coefficient"]: row["scores"]["l0"] for row in rows}
     coefficient = next_coefficient(tried, run.k, start)
     return None if coefficient is None else replace(run, coefficient=coefficient)
