@@ -86,6 +86,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     _tidy(path.parent)
     with _new_directory(path) as new:
         yield new
+        _give_usual_modes(new)
         if not path.is_dir():
             new.rename(path)
             return
@@ -119,10 +120,12 @@ def atomic_files(path: str | Path, last: str, also_replaced: Iterable[str] = ())
     if not path.exists():
         with _new_directory(path) as new:
             yield new
+            _give_usual_modes(new)
             new.rename(path)
         return
     with _new_directory(path / last) as new:
         yield new
+        _give_usual_modes(new)
         written = {entry.name for entry in new.iterdir()}
         for name in written:
             if (path / name).is_dir() and not (new / name).is_dir():
@@ -192,6 +195,20 @@ def _new_directory(path: Path) -> Iterator[Path]:
     finally:
         _remove(new)
         _release(lock)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Give the files below `folder` the mode that any new file has.
+
+    safetensors makes its files readable by their owner only: a group could not share an SAE.
+    """
+    probe = folder / f".{secrets.token_hex(4)}"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _lock(path: Path) -> int | None:

@@ -5,7 +5,9 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -209,6 +211,23 @@ def test_modes_follow_the_umask_without_touching_it(
         os.umask(before)
     modes = {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
     assert modes == {"file": 0o640, "directory": 0o750, "sae": 0o750}
+
+
+@pytest.mark.parametrize("writer", [atomic_directory, partial(atomic_files, last="cfg.json")])
+@pytest.mark.parametrize("again", [False, True])
+def test_files_in_a_folder_can_be_read_by_those_who_may_read_new_files(
+    writer: Any, again: bool, tmp_path: Path
+) -> None:
+    for _ in range(1 + again):
+        with writer(tmp_path / "sae") as new:
+            (new / "inference").mkdir()
+            for path in (new / "cfg.json", new / "inference" / "weights"):
+                path.write_text("")
+                path.chmod(0o600)  # as safetensors leaves them
+    (tmp_path / "plain").touch()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    assert len({path.stat().st_mode for path in files}) == 1
 
 
 def test_threads_that_write_into_one_folder_do_not_take_each_other_for_dead(
