@@ -395,7 +395,7 @@ def test_what_is_left_after_a_kill_while_saving_is_trained_on_the_same_data(tmp_
         training_tokens=128 * 12,
     )
     records = run(tmp_path / "whole", comparison)
-    write = multi_runner.write_final_sae
+    write = multi_runner.write_sae
 
     def die_after(n_saes):
         def killed(target, *args, **options):
@@ -410,7 +410,7 @@ def test_what_is_left_after_a_kill_while_saving_is_trained_on_the_same_data(tmp_
     # first the whitened SAE is saved, then the one that takes a scaling factor from the data
     for n_saes in (1, 1):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(multi_runner, "write_final_sae", die_after(n_saes))
+            patch.setattr(multi_runner, "write_sae", die_after(n_saes))
             run(tmp_path / "killed", comparison)
     seed = Path("saes", "seed-0")
     assert {path.name for path in (tmp_path / "killed" / seed).iterdir() if path.is_dir()} == {
