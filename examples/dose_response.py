@@ -10,7 +10,7 @@ information in them stays. SAEs are trained on each version under every conditio
 initial weights and steps, and measured on held-out text: explained variance of the activations as
 the SAE saw them and with the map undone, dead latents, and the probing tasks of `sae-probes`, whose
 texts no SAE was trained on. `run` can be killed at any time: the same command goes on after the
-last SAE.
+last SAE. Several can run side by side, each with its own conditions (`--conditions none,centred`).
 """
 
 import argparse
@@ -81,6 +81,7 @@ class Mapped:
     """
 
     def __init__(self, dose: Dose, x: Tensor) -> None:
+        self.dose = dose
         generator = torch.Generator().manual_seed(0)
         x = x.double()
         self.mean = x.mean(0)
@@ -102,6 +103,13 @@ class Mapped:
     def __call__(self, x: Tensor) -> Tensor:
         """Shape (n, d), float32, of natural activations of shape (n, d)."""
         return ((x.double() - self.mean) @ self.forward + self.shift).float()
+
+    def all(self, x: Any) -> Tensor:
+        """Shape (n, d), float32, of a large array of natural activations, shape (n, d)."""
+        found = torch.empty(x.shape)
+        for start in range(0, len(x), 65536):
+            found[start : start + 65536] = self(torch.from_numpy(x[start : start + 65536]))
+        return found
 
     def undo(self, x: Tensor) -> Tensor:
         """Natural activations, shape (n, d), float64."""
@@ -199,11 +207,10 @@ def activations(model: Any, tokenizer: Any, texts: list[str]) -> tuple[Any, list
     return np.concatenate(found), [len(i) for i in ids]
 
 
-def run(out: Path, budget: float | None) -> None:
+def run(out: Path, conditions: list[str]) -> None:
     """Train and measure whatever is not in results.jsonl yet."""
     import time
 
-    end = math.inf if budget is None else time.monotonic() + 60 * budget
     natural = torch.from_numpy(np.load(out / "train.npy", mmap_mode="r")[:200_000]).float()
     tasks = json.loads((out / "tasks.json").read_text())
     results = out / "results.jsonl"
@@ -212,17 +219,19 @@ def run(out: Path, budget: float | None) -> None:
         for line in results.read_text().splitlines():
             record = json.loads(line)
             done[record["key"]] = record
-    for kind, dose, condition, seed, lr in plan(done):
-        if time.monotonic() > end:
-            return
+    mapped, x = None, None
+    for kind, dose, condition, seed, lr in plan(done, conditions):
         key = f"{kind}/{dose.name}/{condition}/{seed}/{lr:g}"
         if key in done:
             continue
         torch.manual_seed(seed)
-        mapped = Mapped(dose, natural)
+        if mapped is None or mapped.dose != dose:
+            mapped = x = None  # one array of activations in memory at a time
+            mapped = Mapped(dose, natural)
+            x = mapped.all(np.load(out / "train.npy", mmap_mode="r"))
         n = SWEEP_TOKENS if kind == "sweep" else TOKENS
         started = time.process_time()
-        sae = train(mapped, out, condition, n, lr, seed)
+        sae = train(x, condition, n, lr, seed)
         record = {
             "key": key,
             "kind": kind,
@@ -242,15 +251,18 @@ def run(out: Path, budget: float | None) -> None:
         print(key, round(record["explained_variance"], 4), record["dead_latents"], flush=True)
 
 
-def plan(done: dict[str, Any]) -> Iterator[tuple[str, Dose, str, int, float]]:
+def plan(
+    done: dict[str, Any], conditions: list[str]
+) -> Iterator[tuple[str, Dose, str, int, float]]:
     """Sweeps of the learning rate at the three main doses, then all conditions, seed by seed."""
     for dose in MAIN:
-        for condition in CONDITIONS:
+        for condition in conditions:
             for lr in LEARNING_RATES:
                 yield "sweep", dose, condition, 0, lr
-    for seed in range(5):
-        for dose in MAIN if seed > 1 else (*MAIN, *FURTHER):
-            for condition in CONDITIONS:
+    rounds = [(MAIN, 0), (MAIN, 1), (FURTHER, 0), (MAIN, 2), (MAIN, 3), (MAIN, 4), (FURTHER, 1)]
+    for doses, seed in rounds:
+        for dose in doses:
+            for condition in conditions:
                 yield "main", dose, condition, seed, best_lr(done, dose, condition)
 
 
@@ -270,16 +282,14 @@ def best_lr(done: dict[str, Any], dose: Dose, condition: str) -> float:
     return max(sweep, key=lambda lr: sweep[lr])
 
 
-def train(mapped: Mapped, out: Path, condition: str, n_tokens: int, lr: float, seed: int) -> Any:
-    """An SAE, folded: it takes activations as `mapped` gives them."""
-    x = np.load(out / "train.npy", mmap_mode="r")
+def train(x: Tensor, condition: str, n_tokens: int, lr: float, seed: int) -> Any:
+    """An SAE of activations x, shape (n, d), folded."""
 
     def batches() -> Iterator[Tensor]:
         order = np.random.default_rng(seed).permutation(len(x))
         while True:
             for start in range(0, len(order) - BATCH + 1, BATCH):
-                rows = np.sort(order[start : start + BATCH])
-                yield mapped(torch.from_numpy(x[rows]))
+                yield x[torch.from_numpy(order[start : start + BATCH])]
 
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
@@ -313,9 +323,7 @@ def train(mapped: Mapped, out: Path, condition: str, n_tokens: int, lr: float, s
         # what SAELens does without whitening, as a whitening: W = 1, or one factor for all
         factor = 1.0
         if condition == "expected_average_only_in":
-            factor = math.sqrt(D_IN) / float(
-                mapped(torch.from_numpy(x[:50_000])).norm(dim=1).mean()
-            )
+            factor = math.sqrt(D_IN) / float(x[:50_000].norm(dim=1).mean())
         trainer.scaler.whitening = scaled_identity(factor)
     return trainer.fit()
 
@@ -407,12 +415,14 @@ def main() -> None:
     )
     parser.add_argument("step", choices=("prepare", "run", "report"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, help="train no further SAE after this long")
+    parser.add_argument(
+        "--conditions", default=",".join(CONDITIONS), help="run: only these (default: all)"
+    )
     args = parser.parse_args()
     if args.step == "prepare":
         prepare(args.out)
     elif args.step == "run":
-        run(args.out, args.minutes)
+        run(args.out, args.conditions.split(","))
     else:
         report(args.out)
 
