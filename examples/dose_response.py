@@ -149,6 +149,8 @@ def prepare(out: Path) -> None:
     (out / "tasks.json").write_text(json.dumps(chosen))
 
     for tag in tqdm(chosen, desc="Activations of the probing tasks"):
+        if (out / f"task-{tag}.npy").is_file():
+            continue
         acts, lengths = activations(model, tokenizer, texts[tag])
         np.save(out / f"lengths-{tag}.npy", np.array(lengths))
         np.save(out / f"task-{tag}.npy", acts)
@@ -157,7 +159,7 @@ def prepare(out: Path) -> None:
     import pandas as pd
     from sae_probes.constants import DATA_PATH  # pyright: ignore[reportMissingImports]
 
-    for file in sorted(DATA_PATH.glob("*.csv.zst")):
+    for file in sorted(DATA_PATH.glob("cleaned_data/*.csv.zst")):
         rows = pd.read_csv(file, compression="zstd")
         if "prompt" in rows:
             pool += rows["prompt"].astype(str).tolist()
