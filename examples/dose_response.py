@@ -261,7 +261,11 @@ def plan(
         for condition in conditions:
             for lr in LEARNING_RATES:
                 yield "sweep", dose, condition, 0, lr
-    rounds = [(MAIN, 0), (MAIN, 1), (FURTHER, 0), (MAIN, 2), (MAIN, 3), (MAIN, 4), (FURTHER, 1)]
+    first, *others = FURTHER
+    rounds = [
+        (MAIN, 0), ([first], 0), (MAIN, 1), (MAIN, 2), (others, 0), (MAIN, 3), (MAIN, 4),
+        (FURTHER, 1),
+    ]  # fmt: skip
     for doses, seed in rounds:
         for dose in doses:
             for condition in conditions:
