@@ -78,7 +78,8 @@ class ReconstructionMetric:
             dtype = torch.promote_types(preds.dtype, torch.float32)
             return mse(preds.to(dtype), target.to(dtype), reduction="none") * self.weights
         if self.residual_map is None:
-            return mse(preds, target, reduction="none")
+            dtype = torch.promote_types(preds.dtype, target.dtype)  # PyTorch 2.6 mixes none
+            return mse(preds.to(dtype), target.to(dtype), reduction="none")
         with full_precision(preds.device):
             residual_map = self.residual_map
             dtype = torch.promote_types(preds.dtype, residual_map.dtype)
