@@ -18,7 +18,8 @@ computed for the 1000 of its defaults.
 
 end-to-end: seconds, of the same kind, of a run of LanguageModelSAERunnerConfig's defaults (2
 million tokens in batches of 4096, 1000 batches for the estimation) at one hook of a transformer
-with random weights, in processes of their own.
+with random weights, in processes of their own; and what they were spent on: the model, estimation
+(without the model), training steps, mixing and moving activations and the rest.
 """
 
 import argparse
@@ -221,16 +222,46 @@ def run_memory(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_end_to_end(args: argparse.Namespace) -> dict[str, Any]:
-    seconds: dict[str, list[float]] = {"ours": [], "built-in": []}
+    rounds: dict[str, list[dict[str, float]]] = {"ours": [], "built-in": []}
     for _ in range(args.end_to_end_rounds):
-        for kind, found in seconds.items():
-            found.append(child(args, f"end-to-end-{kind}")["seconds"])
-    medians = {kind: statistics.median(found) for kind, found in seconds.items()}
-    print(
-        f"  ours {medians['ours']:.1f} s, built-in {medians['built-in']:.1f} s, ratio "
-        f"{medians['ours'] / medians['built-in']:.3f} ({args.end_to_end_rounds} rounds)"
-    )
-    return seconds
+        for kind, found in rounds.items():
+            found.append(child(args, f"end-to-end-{kind}"))
+    medians = {
+        kind: {name: statistics.median(r[name] for r in found) for name in found[0]}
+        for kind, found in rounds.items()
+    }
+    print(f"  {'seconds':10}{'ours':>10}{'built-in':>10}{'ratio':>8}")
+    for name, ours in medians["ours"].items():
+        theirs = medians["built-in"][name]
+        print(f"  {name:10}{ours:10.1f}{theirs:10.1f}{ours / theirs:8.3f}")
+    print(f"  ({args.end_to_end_rounds} rounds)")
+    return rounds
+
+
+class Parts:
+    """Seconds that the calls of some methods took, less those of the others within them."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, float] = {}
+        self.device = device
+        self._inner = [0.0]
+
+    def watch(self, owner: type, method: str, name: str) -> None:
+        """Count the calls of a method under a name."""
+        original = getattr(owner, method)
+        self.seconds.setdefault(name, 0.0)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            begun = clock(self.device)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                taken = clock(self.device) - begun
+                self.seconds[name] += taken - self._inner.pop()
+                self._inner[-1] += taken
+
+        setattr(owner, method, watched)
 
 
 def run_end_to_end(args: argparse.Namespace) -> dict[str, float]:
@@ -239,8 +270,17 @@ def run_end_to_end(args: argparse.Namespace) -> dict[str, float]:
         LanguageModelSAETrainingRunner,
         TopKTrainingSAEConfig,
     )
+    from sae_lens.training.activation_scaler import ActivationScaler
+    from sae_lens.training.activations_store import ActivationsStore
+    from sae_lens.training.sae_trainer import SAETrainer
 
-    from sae_whiten import WhiteningTrainingRunner
+    from sae_whiten import WhiteningTrainer, WhiteningTrainingRunner
+
+    parts = Parts(args.device)
+    parts.watch(ActivationsStore, "get_activations", "model")
+    parts.watch(ActivationScaler, "estimate_whitening", "estimation")
+    parts.watch(WhiteningTrainer, "estimate_whitening", "estimation")
+    parts.watch(SAETrainer, "step", "steps")
 
     cfg = LanguageModelSAERunnerConfig(
         sae=TopKTrainingSAEConfig(
@@ -262,7 +302,8 @@ def run_end_to_end(args: argparse.Namespace) -> dict[str, float]:
     )
     begun = clock(args.device)
     runner_class(cfg, override_model=model, override_dataset=random_tokens()).run()
-    return {"seconds": clock(args.device) - begun}
+    total = clock(args.device) - begun
+    return {**parts.seconds, "rest": total - sum(parts.seconds.values()), "all": total}
 
 
 def common(args: argparse.Namespace) -> dict[str, Any]:
