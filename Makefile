@@ -3,6 +3,8 @@
 # make test-matrix   run pytest in an environment of its own for each entry of MATRIX: a Python and
 #                    either the newest dependencies or the lowest that pyproject.toml allows.
 #                    make test-3.12-newest runs one of them
+# make test-probes   run the tests beside sae-probes, in .venv-probes: it needs pandas < 3 and brings
+#                    xgboost (some 400 MB)
 # make clean         remove the environments and what the tools cache
 #
 # Needs Python >= 3.10 (with venv) and make. PYTHON=python3.12 chooses another Python. TORCH is what
@@ -22,7 +24,7 @@ MATRIX ?= 3.10-lowest 3.10-newest 3.12-newest 3.13-newest
 WORKERS ?= 2
 UV := .venv-matrix/uv/bin/uv
 
-.PHONY: demo test test-matrix clean
+.PHONY: demo test test-matrix test-probes clean
 .PRECIOUS: .venv-matrix/%/.dev
 
 demo: .venv/.demo
@@ -39,6 +41,15 @@ test: .venv/.dev
 # All of them, also when one fails.
 test-matrix:
 	$(MAKE) --no-print-directory --keep-going $(MATRIX:%=test-%)
+
+test-probes: .venv-probes/.dev
+	OMP_NUM_THREADS=1 .venv-probes/bin/pytest tests/evaluation/test_sae_probes.py
+
+.venv-probes/.dev: pyproject.toml
+	$(PYTHON) -m venv .venv-probes
+	.venv-probes/bin/python -m pip install --quiet $(TORCH)
+	.venv-probes/bin/python -m pip install --quiet --editable '.[dev,probes]'
+	touch $@
 
 test-%: .venv-matrix/%/.dev
 	@$(UV) pip freeze --quiet --python $(<D) | grep -E '^(torch|sae-lens|transformer-lens|numpy)='
@@ -72,5 +83,5 @@ $(UV):
 	touch $@
 
 clean:
-	rm -rf .venv .venv-matrix .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-matrix .venv-probes .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

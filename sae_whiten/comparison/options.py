@@ -76,6 +76,12 @@ class ComparisonOptions:
     trained on; as many sequences of the context size are read from them, and of a long text only
     the beginning."""
 
+    probe_seeds: int = 3
+    """How often probing is repeated, with other rows, to know the noise of the measurement."""
+
+    tpp_and_scr: bool = False
+    """Measure TPP and SCR too. Both have been shown to mislead (arXiv 2605.18229)."""
+
     tolerance: float = 0.02
     """Of the statistics: relative excess variance of held-out activations at which their estimation
     ends, as in WhiteningConfig."""

@@ -98,9 +98,14 @@ class Comparison(ComparisonOptions):
         return self.training_tokens // self.train_batch_size_tokens
 
     def _check_numbers(self) -> None:
-        for name in ("train_batch_size_tokens", "context_size", "store_batch_size_prompts"):
+        for name in (
+            "train_batch_size_tokens",
+            "context_size",
+            "store_batch_size_prompts",
+            "held_out_sequences",
+            "probe_seeds",
+        ):
             require_number(name, getattr(self, name))
-        require_number("held_out_sequences", self.held_out_sequences)
         # one step at least
         require_number("training_tokens", self.training_tokens, self.train_batch_size_tokens)
         for name in ("lr", "tolerance"):

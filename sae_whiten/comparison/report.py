@@ -591,16 +591,19 @@ def _paper_blocks(comparison: Summary, settings: Mapping[str, Any]) -> list[Bloc
 # --- evaluation
 
 
-def evaluation_table(records: Sequence[Mapping[str, Any]]) -> str:
+def evaluation_table(records: Sequence[Mapping[str, Any]], *, others: bool = True) -> str:
     """A Markdown table of SAEs, one per row, and one of all other metrics.
 
     Args:
         records: One per SAE, with "name" and "metrics" (numbers by name; None is not measured).
+        others: Whether the second table follows.
 
     Raises:
         ValueError: A record has no name or a metric that is not a number.
     """
-    return document.to_markdown(_evaluation_blocks(records), ".")
+    blocks = _evaluation_blocks(records)
+    kept = [b for b in blocks if others or not isinstance(b, Details)]
+    return document.to_markdown(kept, ".")
 
 
 def _evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:

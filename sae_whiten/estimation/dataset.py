@@ -12,6 +12,8 @@ import datasets
 from datasets.exceptions import DatasetsError
 from sae_lens.config import HfDataset
 
+from sae_whiten.estimation.probing_texts import is_probing_texts, tasks_of, unprobed_texts
+
 __all__ = ["check_length", "is_on_this_machine", "local_dataset", "open_dataset"]
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".zst", ".xz")
@@ -23,6 +25,8 @@ def open_dataset(source: str, split: str = "train", streaming: bool = False) -> 
     Args:
         source: A file (JSON lines, parquet...), a folder of such files, a folder that
             `save_to_disk` wrote, or a name on the hub; what exists on disk goes before the hub.
+            "sae-probes" and "sae-probes:N" are the texts of the package `sae-probes` that its
+            tasks, or N of them, do not use (`unprobed_texts`).
         split: Which part; also such as "train[90%:]", for which all of the dataset is read or
             downloaded first.
         streaming: Read it as it is used, without downloading or converting all of it first.
@@ -34,11 +38,18 @@ def open_dataset(source: str, split: str = "train", streaming: bool = False) -> 
     """
     path = Path(source)
     if not path.exists():
+        if is_probing_texts(source):
+            texts = unprobed_texts(tasks_of(source))
+            return _part(source, datasets.DatasetDict({"train": texts}), split)
         if _is_meant_as_path(source):
             raise FileNotFoundError(f"{source}: there is no such dataset, neither file nor folder")
         return datasets.load_dataset(source, split=split, streaming=_can_stream(streaming, split))
     saved = _is_saved_to_disk(path)
-    dataset = _part(path, split) if saved else _from_files(path, split, streaming)
+    if saved:
+        found = datasets.load_from_disk(str(path))
+        dataset = _part(source, found, split)
+    else:
+        dataset = _from_files(path, split, streaming)
     if next(iter(dataset), None) is None:
         raise ValueError(f"{source}: the dataset is empty")
     return dataset
@@ -46,7 +57,9 @@ def open_dataset(source: str, split: str = "train", streaming: bool = False) -> 
 
 def is_on_this_machine(source: str) -> bool:
     """Whether a dataset is a file or folder, or meant as one, and not a name on the hub."""
-    return bool(source) and (Path(source).exists() or _is_meant_as_path(source))
+    if not source:
+        return False
+    return Path(source).exists() or _is_meant_as_path(source) or is_probing_texts(source)
 
 
 def local_dataset(source: str, streaming: bool) -> HfDataset | None:
@@ -86,18 +99,19 @@ def _is_saved_to_disk(path: Path) -> bool:
     return one or (path / "dataset_dict.json").is_file()
 
 
-def _part(path: Path, split: str) -> datasets.Dataset:
-    """A split, or a part of one, of what `save_to_disk` wrote."""
-    saved = datasets.load_from_disk(str(path))
+def _part(
+    name: str, saved: datasets.Dataset | datasets.DatasetDict, split: str
+) -> datasets.Dataset:
+    """A split, or a part of one, of what is on this machine."""
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if split in splits:
         return splits[split]
-    lengths = {str(name): len(rows) for name, rows in splits.items()}
+    lengths = {str(part): len(rows) for part, rows in splits.items()}
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except ValueError as error:
         raise ValueError(
-            f"{path} has no split {split!r}; it has {', '.join(lengths)} ({error})"
+            f"{name} has no split {split!r}; it has {', '.join(lengths)} ({error})"
         ) from error
     return datasets.concatenate_datasets(
         [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]

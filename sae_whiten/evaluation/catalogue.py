@@ -31,6 +31,8 @@ __all__ = [
     "MEASUREMENTS",
     "METRICS",
     "N_VALUES",
+    "SAE_PROBES_AUC_AT",
+    "SAE_PROBES_K",
     "SCR_AT",
     "SCR_DENOMINATOR",
     "SPARSE_PROBING_AT",
@@ -38,6 +40,7 @@ __all__ = [
     "Curve",
     "Measured",
     "Metric",
+    "Probed",
     "ProbedColumns",
     "attribute_metrics",
     "name_of",
@@ -45,6 +48,9 @@ __all__ = [
 
 K_VALUES = (1, 2, 5, 20)
 """Columns of sparse probing."""
+
+SAE_PROBES_K = (1, 2, 4, 8, 16)
+"""Latents that the probes of `sae-probes` use: the first five of its own."""
 
 N_VALUES = (2, 5, 10, 20, 50, 100)
 """Latents removed by TPP and SCR."""
@@ -71,28 +77,42 @@ class ProbedColumns:
         return _mean(self.sparse[name].get(k) for name in names)
 
 
-@dataclass
-class Measured:
-    """What was measured of one SAE, for metrics to be computed from; None was not.
+@dataclass(frozen=True)
+class Probed:
+    """What probing with one seed found; None was not measured.
 
     Attributes:
-        variance: Over the tokens of a dataset.
-        activity: Of the latents, over the same tokens.
-        loss: Of the model, over the same tokens.
         latents: Probes on latents, averaged over the tokens of labelled texts.
         residual: Probes on activations, averaged in the same way.
         tpp: On the same texts.
         scr: On the same texts, of each pair of classes.
+    """
+
+    latents: ProbedColumns
+    residual: ProbedColumns
+    tpp: TPP | None = None
+    scr: Sequence[SCR] = ()
+
+
+@dataclass
+class Measured:
+    """What was measured of one SAE, for metrics to be computed from.
+
+    Attributes:
+        variance: Over the tokens of a dataset.
+        activity: Of the latents, over the same tokens.
+        loss: Of the model, over the same tokens; None if it means nothing.
+        probes: On labelled texts, one for each seed of the probes.
+        tasks: `tasks[name][k]`: test AUC of a task of `sae-probes` with k latents, one for each
+            seed of the probes.
         absent: Why something was not measured, by the keys of `MEASUREMENTS`.
     """
 
     variance: ExplainedVariance
     activity: LatentActivity
     loss: ModelLoss | None = None
-    latents: ProbedColumns | None = None
-    residual: ProbedColumns | None = None
-    tpp: TPP | None = None
-    scr: Sequence[SCR] = ()
+    probes: list[Probed] = field(default_factory=list)
+    tasks: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
 
 
@@ -107,6 +127,8 @@ class Metric:
         better: 1 if more is better, -1 if less is, 0 if neither.
         decimals: Fewest decimals that it is printed with.
         is_count: Whether SAEs have more or fewer of it, and not a higher or lower value.
+        repeats: The same measured again with other seeds of the probes, by task (where there is but
+            one, it has no name): what `compute` is the mean of. None: it has no seed.
     """
 
     key: str
@@ -115,6 +137,7 @@ class Metric:
     better: Literal[-1, 0, 1] = 0
     decimals: int = 3
     is_count: bool = False
+    repeats: Callable[[Measured], Mapping[str, Sequence[float]]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.key.replace("_", " "))
@@ -159,13 +182,25 @@ KL = Metric("kl", lambda m: m.loss and m.loss.kl, "KL divergence", -1)
 # --- on labelled texts
 
 
+def _probed(
+    key: str, value: Callable[[Probed], float | None], name: str = "", better: Literal[0, 1] = 0
+) -> Metric:
+    """The mean over the seeds of the probes."""
+
+    def repeats(m: Measured) -> dict[str, list[float]]:
+        found = [v for probed in m.probes if (v := value(probed)) is not None]
+        return {"": found} if found else {}
+
+    return Metric(key, lambda m: _mean(map(value, m.probes)), name, better, repeats=repeats)
+
+
 def _sparse_probing(k: int, attribute: str | None = None) -> tuple[Metric, Metric]:
     """On latents, and on channels of the activations; of one attribute, or the mean over all."""
     attributes = None if attribute is None else [attribute]
     key = f"sparse_probing_{f'{attribute}_' if attribute else ''}top_{k}"
     return (
-        Metric(key, lambda m: m.latents and m.latents.mean(k, attributes), better=1),
-        Metric(f"residual_{key}", lambda m: m.residual and m.residual.mean(k, attributes)),
+        _probed(key, lambda probed: probed.latents.mean(k, attributes), better=1),
+        _probed(f"residual_{key}", lambda probed: probed.residual.mean(k, attributes)),
     )
 
 
@@ -175,14 +210,29 @@ def attribute_metrics(attributes: Iterable[str]) -> list[Metric]:
 
 
 def _tpp(n: int) -> Metric:
-    return Metric(f"tpp_top_{n}", lambda m: m.tpp and m.tpp.scores.get(n), f"TPP top {n}", 1)
+    return _probed(f"tpp_top_{n}", lambda p: p.tpp and p.tpp.scores.get(n), f"TPP top {n}", 1)
 
 
 def _scr(
     key: str, of_pair: Callable[[SCR], float | None], name: str = "", better: Literal[0, 1] = 0
 ) -> Metric:
     """The mean over pairs of classes."""
-    return Metric(key, lambda m: _mean(map(of_pair, m.scr)), name, better)
+    return _probed(key, lambda probed: _mean(map(of_pair, probed.scr)), name, better)
+
+
+def _sae_probes_auc(k: int) -> Metric:
+    """The mean over tasks and seeds of the probes."""
+
+    def repeats(m: Measured) -> dict[str, Sequence[float]]:
+        return {task: by_k[k] for task, by_k in m.tasks.items() if k in by_k}
+
+    return Metric(
+        f"sae_probes_auc_top_{k}",
+        lambda m: _mean(_mean(found) for found in repeats(m).values()),
+        f"sae-probes AUC top {k}",
+        better=1,
+        repeats=repeats,
+    )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -193,12 +243,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
 SPARSE_PROBING_AT, RESIDUAL_PROBING_AT = (
     {k: _sparse_probing(k)[i] for k in K_VALUES} for i in (0, 1)
 )
-FULL_PROBE_ACCURACY = Metric(
-    "full_probe_accuracy", lambda m: m.residual and _mean(m.residual.full.values())
-)
+FULL_PROBE_ACCURACY = _probed("full_probe_accuracy", lambda p: _mean(p.residual.full.values()))
+SAE_PROBES_AUC_AT = {k: _sae_probes_auc(k) for k in SAE_PROBES_K}
 TPP_AT = {n: _tpp(n) for n in N_VALUES}
-TPP_PROBE_ACCURACY = Metric(
-    "tpp_probe_accuracy", lambda m: m.tpp and float(m.tpp.base_accuracies.mean())
+TPP_PROBE_ACCURACY = _probed(
+    "tpp_probe_accuracy", lambda probed: probed.tpp and float(probed.tpp.base_accuracies.mean())
 )
 SCR_AT = {
     n: _scr(f"scr_top_{n}", lambda scr, n=n: scr.scores.get(n), f"SCR top {n}", 1) for n in N_VALUES
@@ -206,8 +255,8 @@ SCR_AT = {
 SCR_DENOMINATOR = _scr("scr_denominator", lambda scr: scr.denominator, "SCR denominator")
 SCR_BASE_ACCURACY = _scr("scr_base_accuracy", lambda scr: scr.base)
 SCR_CLEAN_ACCURACY = _scr("scr_clean_accuracy", lambda scr: scr.clean)
-SCR_MIN_DENOMINATOR = Metric(
-    "scr_min_denominator", lambda m: min((scr.denominator for scr in m.scr), default=None)
+SCR_MIN_DENOMINATOR = _probed(
+    "scr_min_denominator", lambda p: min((scr.denominator for scr in p.scr), default=None)
 )
 
 METRICS = (
@@ -223,6 +272,7 @@ METRICS = (
     *SPARSE_PROBING_AT.values(),
     *RESIDUAL_PROBING_AT.values(),
     FULL_PROBE_ACCURACY,
+    *SAE_PROBES_AUC_AT.values(),
     *TPP_AT.values(),
     TPP_PROBE_ACCURACY,
     *SCR_AT.values(),
@@ -235,6 +285,7 @@ METRICS = (
 
 CURVES = (
     Curve("sparse probing", "latents used, K", SPARSE_PROBING_AT, RESIDUAL_PROBING_AT),
+    Curve("sae-probes AUC", "latents used, k", SAE_PROBES_AUC_AT, {}),
     Curve("SCR", "latents removed, N", SCR_AT, {}),
     Curve("TPP", "latents removed, N", TPP_AT, {}),
 )

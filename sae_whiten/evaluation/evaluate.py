@@ -28,6 +28,7 @@ from sae_whiten.evaluation.model_view import (
     worse_than_guessing,
 )
 from sae_whiten.evaluation.probe_saes import probe_saes
+from sae_whiten.evaluation.sae_probes import ProbingTasks, probe_tasks
 from sae_whiten.evaluation.saes import check_sae, flat_heads
 from sae_whiten.evaluation.tokens import sequence_settings, token_batches
 
@@ -39,21 +40,23 @@ def evaluate_saes(
     saes: Mapping[str, SAE[Any]],
     model: Model,
     dataset: HfDataset | str,
-    labels: LabelledTexts | None = None,
+    labels: LabelledTexts | ProbingTasks | None = None,
     *,
     n_tokens: int = 65_536,
     context_size: int | None = None,
     prepend_bos: bool | None = None,
     batch_size_prompts: int = 16,
     seed: int = 0,
+    probe_seeds: int = 3,
+    tpp_and_scr: bool = False,
 ) -> list[dict[str, Any]]:
-    """Core metrics, loss of the model, sparse probing, TPP and SCR of SAEs on one model.
+    """Core metrics, loss of the model and probing of SAEs on one model.
 
     Every SAE sees the same tokens and the same texts, at the hook and with the special tokens left
     out that its metadata say. A record has the SAE's `name`, `architecture`, `d_in`, `d_sae`,
     `model_name`, `hook_name` and whole `config`; `n_tokens` that it was evaluated on,
     `context_size`, `prepend_bos`, `excluded_tokens`, `labels` (where the texts come from) and
-    `probing_seed`; and its `metrics`, numbers by name:
+    `probing_seeds`; and its `metrics`, numbers by name:
 
     - `explained_variance`, `l0`, `dead_latents`, `dense_latents` (active in more than a tenth of
       the tokens; both are numbers of latents): of activations in their own space.
@@ -63,10 +66,15 @@ def evaluate_saes(
     - `sparse_probing_top_K`, the mean over the attributes of the texts, `sparse_probing_NAME_top_K`
       for each; `residual_sparse_probing_...` with channels of the activations instead of latents,
       and `full_probe_accuracy` with all of these.
+    - `sae_probes_auc_top_K` instead, where the tasks of `sae-probes` are probed: test AUC, the mean
+      over tasks.
     - `tpp_top_N` and `tpp_probe_accuracy`, on the first attribute if it has three values or more.
     - `scr_top_N`, `scr_denominator`, `scr_base_accuracy`, `scr_clean_accuracy`: means over disjoint
       pairs of values of the first attribute, with the second as the other attribute;
       `scr_min_denominator` is the smallest of the pairs'.
+
+    Whatever probing gives is the mean over `probe_seeds` seeds, which draw other rows; `repeats`
+    has the values themselves, by metric and task.
 
     What would mean nothing is not among the metrics: `absent` has the reason under `ce_loss` (which
     stands for the KL divergence too), `tpp` or `scr`.
@@ -76,12 +84,15 @@ def evaluate_saes(
         model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
             Hugging Face models.
         dataset: Tokens or text that the SAEs were not trained on, as for SAELens.
-        labels: Texts to probe with; None leaves probing out.
+        labels: Texts to probe with, or tasks of `sae-probes`; None leaves probing out.
         n_tokens: Tokens to be read from the dataset, special ones included.
         context_size: Tokens per sequence; None takes the smallest of the SAEs' metadata.
         prepend_bos: Whether sequences start with BOS; None takes it from the SAEs' metadata.
         batch_size_prompts: Sequences per pass of the model.
-        seed: Of the rows drawn for probing.
+        seed: The first of those that draw rows for probing.
+        probe_seeds: How often probing is repeated. With one, nobody knows its noise.
+        tpp_and_scr: Whether TPP and SCR are measured on labelled texts. Both fail tests of what
+            they are for (Chanin, arXiv 2605.18229).
 
     Returns:
         A record for each SAE, in their order.
@@ -95,6 +106,8 @@ def evaluate_saes(
         raise ValueError("no SAEs to evaluate")
     require_number("n_tokens", n_tokens)
     require_number("batch_size_prompts", batch_size_prompts)
+    require_number("probe_seeds", probe_seeds)
+    seeds = range(seed, seed + probe_seeds)
     if context_size is not None:
         require_number("context_size", context_size, 2)  # a token is predicted from another
     for name, sae in saes.items():
@@ -113,7 +126,7 @@ def evaluate_saes(
             "context_size": context_size,
             "prepend_bos": prepend_bos,
             "excluded_tokens": list(views[name].special),
-            "probing_seed": seed,
+            "probing_seeds": list(seeds),
         }
         for name, sae in saes.items()
     }
@@ -130,24 +143,27 @@ def evaluate_saes(
         )
         measured = _measure_tokens(saes, views, model, tokens)
         metrics = list(METRICS)
-        if labels is not None:
+        how: Any = {
+            "context_size": context_size,
+            "prepend_bos": prepend_bos,
+            "batch_size": batch_size_prompts,
+            "seeds": seeds,
+        }
+        if isinstance(labels, ProbingTasks):
+            probe_tasks(saes, views, measured, model, labels, **how)
+        elif labels is not None:
             metrics += attribute_metrics(labels.train.labels)
-            probe_saes(
-                saes,
-                views,
-                measured,
-                model,
-                labels,
-                context_size=context_size,
-                prepend_bos=prepend_bos,
-                batch_size=batch_size_prompts,
-                seed=seed,
-            )
+            probe_saes(saes, views, measured, model, labels, **how, tpp_and_scr=tpp_and_scr)
     for name, sae in saes.items():
         found = {metric.key: metric.compute(measured[name]) for metric in metrics}
         records[name] |= {
             "n_tokens": measured[name].variance.n_samples,
             "metrics": {key: value for key, value in found.items() if value is not None},
+            "repeats": {
+                metric.key: values
+                for metric in metrics
+                if metric.better and metric.repeats and (values := metric.repeats(measured[name]))
+            },
             "absent": measured[name].absent,
             "config": sae.cfg.to_dict(),
         }

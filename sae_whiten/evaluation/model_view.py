@@ -170,9 +170,14 @@ def latent_scale(sae: SAE[Any]) -> Float[Tensor, "d_sae"]:
 
 
 def text_tokens(
-    tokenizer: Any, texts: Sequence[str], context_size: int, prepend_bos: bool
+    tokenizer: Any,
+    texts: Sequence[str],
+    context_size: int,
+    prepend_bos: bool,
+    *,
+    keep_end: bool = False,
 ) -> list[list[int]]:
-    """Token ids of each text, cut to the context.
+    """Token ids of each text, cut to the context: its beginning, or with `keep_end` its end.
 
     Encoders get them between [CLS] and [SEP], other models behind BOS if `prepend_bos`.
 
@@ -189,7 +194,8 @@ def text_tokens(
     n = context_size - len(start) - len(end)
     # not verbose about long ones: they are cut
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return [[*start, *text[:n], *end] for text in ids]
+    kept = slice(-n, None) if keep_end else slice(n)
+    return [[*start, *text[kept], *end] for text in ids]
 
 
 def batches_of_equal_length(tokens: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

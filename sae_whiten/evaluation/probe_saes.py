@@ -15,7 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten.estimation.sources import Model
-from sae_whiten.evaluation.catalogue import K_VALUES, N_VALUES, Measured, ProbedColumns
+from sae_whiten.evaluation.catalogue import (
+    K_VALUES,
+    N_VALUES,
+    Measured,
+    Probed,
+    ProbedColumns,
+)
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.evaluation.model_view import (
     View,
@@ -49,9 +55,10 @@ def probe_saes(
     context_size: int,
     prepend_bos: bool,
     batch_size: int,
-    seed: int,
+    seeds: Sequence[int],
+    tpp_and_scr: bool,
 ) -> None:
-    """Sparse probing, TPP and SCR of each SAE; one pass over the texts.
+    """Sparse probing of each SAE, and TPP and SCR if asked for; one pass over the texts.
 
     Args:
         saes: By name.
@@ -62,26 +69,34 @@ def probe_saes(
         context_size: Tokens that a text is cut to.
         prepend_bos: Whether texts start with BOS.
         batch_size: Texts per pass of the model, which have the same length.
-        seed: Of the rows drawn for probing.
+        seeds: Of the rows drawn for probing, which is repeated with each.
+        tpp_and_scr: Whether these two are measured too.
     """
     texts = labels.train.texts + labels.test.texts
     tokens = text_tokens(model.tokenizer, texts, context_size, prepend_bos)
     with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
         residuals, pooled = _pooled(saes, views, model, tokens, batch_size, Path(directory))
-        baselines = {view: _probe_columns(x, labels, seed) for view, x in residuals.items()}
+        baselines = {
+            view: [_probe_columns(x, labels, seed) for seed in seeds]
+            for view, x in residuals.items()
+        }
         for name, sae in tqdm(saes.items(), desc="Probing", unit=" SAEs"):
             latents, found = pooled[name], measured[name]
-            found.residual = baselines[views[name]]
-            found.latents = _probe_columns(latents.values, labels, seed)
+            if tpp_and_scr:
+                found.absent |= _why_absent(latents, labels)
             arrays = residuals[views[name]], latents.values, _decoder(sae)
-            if why := latents.not_linear or _why_no_tpp(labels):
-                found.absent["tpp"] = why
-            else:
-                found.tpp = _tpp(*arrays, labels, seed)
-            if why := latents.not_linear or _why_no_scr(labels):
-                found.absent["scr"] = why
-            else:
-                found.scr = _scr(*arrays, labels, seed)
+            for seed, baseline in zip(seeds, baselines[views[name]], strict=True):
+                probed = Probed(
+                    _probe_columns(latents.values, labels, seed),
+                    baseline,
+                    _tpp(*arrays, labels, seed)
+                    if tpp_and_scr and "tpp" not in found.absent
+                    else None,
+                    _scr(*arrays, labels, seed)
+                    if tpp_and_scr and "scr" not in found.absent
+                    else (),
+                )
+                found.probes.append(probed)
 
 
 @dataclass
@@ -184,6 +199,15 @@ def _probe_columns(
         sparse[attribute] = sparse_probing(*split, ks, seed)
         full[attribute] = full_probe_accuracy(*split, seed)
     return ProbedColumns(sparse, full)
+
+
+def _why_absent(latents: _Latents, labels: LabelledTexts) -> dict[str, str]:
+    """Why TPP and SCR would mean nothing, by their keys in `MEASUREMENTS`."""
+    reasons = {
+        "tpp": latents.not_linear or _why_no_tpp(labels),
+        "scr": latents.not_linear or _why_no_scr(labels),
+    }
+    return {key: why for key, why in reasons.items() if why}
 
 
 def _why_no_tpp(labels: LabelledTexts) -> str | None:

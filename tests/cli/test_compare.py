@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import sys
 
 import pytest
 from datasets import Dataset
 
 from sae_whiten.cli import main
 from sae_whiten.cli._options import help_of
+from sae_whiten.cli._probes import probed_texts
 from sae_whiten.cli.compare import add_arguments
 from sae_whiten.comparison.options import ComparisonOptions
 
@@ -68,3 +70,13 @@ def test_a_number_that_is_none_is_refused_by_its_flag(capsys):
     with pytest.raises(SystemExit):
         parsed("--sparsity", "8,x")
     assert "--sparsity: invalid list of int value: '8,x'" in capsys.readouterr().err
+
+
+def test_what_is_probed_with_is_refused_by_its_flag(monkeypatch):
+    with pytest.raises(ValueError, match=r"--probes probes: give sae-probes, sae-probes:N, lib"):
+        probed_texts(parsed("--probes", "probes"))
+    assert probed_texts(parsed("--no-probing")) is None
+    assert probed_texts(parsed("--probes", "none")) is None
+    monkeypatch.setitem(sys.modules, "sae_probes.utils_data", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .sae-whiten\[probes\]"):
+        probed_texts(parsed("--probes", "sae-probes:20"))

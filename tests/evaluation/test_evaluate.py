@@ -25,9 +25,16 @@ from sae_whiten.cli import main
 from sae_whiten.comparison.report import evaluation_table
 from sae_whiten.evaluation import probe_saes as experiments_probing
 from sae_whiten.evaluation import probing as evaluation_probing
-from sae_whiten.evaluation.evaluate import evaluate_saes
+from sae_whiten.evaluation.catalogue import SAE_PROBES_AUC_AT, Measured
+from sae_whiten.evaluation.evaluate import evaluate_saes as evaluate_with_repeats
 from sae_whiten.evaluation.labels import LabelledTexts, Split
-from sae_whiten.evaluation.metrics import explained_variance, firing_rates, l0
+from sae_whiten.evaluation.metrics import (
+    ExplainedVariance,
+    LatentActivity,
+    explained_variance,
+    firing_rates,
+    l0,
+)
 from sae_whiten.evaluation.model_view import View, why_no_next_token_loss
 from sae_whiten.evaluation.probing import (
     sparse_probing,
@@ -39,6 +46,8 @@ from tests.support import BYTE_TRANSFORMER, ROOT, tiny_dataset, tiny_model, whit
 HOOK = "gpt_neox.layers.0"
 D = 128
 TOPK = {"architecture": "topk", "k": 24}
+# everything once
+evaluate_saes = partial(evaluate_with_repeats, probe_seeds=1, tpp_and_scr=True)
 
 
 @pytest.fixture(scope="module")
@@ -310,16 +319,24 @@ def test_without_progress_bars_the_figures_are_the_same(model, text, monkeypatch
     saes = {"sae": sae_of()}
 
     def evaluated() -> dict[str, Any]:
-        (result,) = evaluate_saes(saes, model, few, labelled(n=12), n_tokens=10_000)
+        (result,) = evaluate_with_repeats(saes, model, few, labelled(n=12), probe_seeds=2)
         return result
 
     shown = evaluated()
+    # other rows are drawn with the second seed
+    first, second = shown["repeats"]["sparse_probing_top_5"][""]
+    assert first != second
+    assert shown["metrics"]["sparse_probing_top_5"] == (first + second) / 2
+    assert shown["probing_seeds"] == [0, 1]
+    # not asked for
+    assert not [key for key in shown["metrics"] if key.startswith(("tpp", "scr"))]
+    assert not {"tpp", "scr"} & set(shown["absent"])
     caplog.clear()
     # as TQDM_DISABLE=1 has it, which batch queues set
     monkeypatch.setattr("sae_whiten.evaluation.tokens.tqdm", partial(tqdm, disable=True))
     monkeypatch.setattr("sae_whiten.evaluation.probe_saes.tqdm", partial(tqdm, disable=True))
     assert evaluated() == shown
-    assert "ended after 320 of 10048 tokens" in caplog.text
+    assert "ended after 320 of 65536 tokens" in caplog.text
     with pytest.raises(ValueError, match="shorter than one sequence"):
         evaluate_saes(saes, model, Dataset.from_dict({"text": ["too short"]}))
 
@@ -382,6 +399,16 @@ def test_probing_is_that_of_latents_averaged_over_each_text(model, text, monkeyp
         assert result["metrics"][f"scr_top_{number}"] == pytest.approx(scr.scores[number], abs=0.02)
     (direction,) = scr.directions
     assert result["metrics"]["scr_denominator"] == pytest.approx(direction.denominator)
+
+
+def test_an_auc_is_the_mean_over_tasks_of_the_mean_over_seeds():
+    tasks = {"a": {1: [0.5, 0.7], 2: [1.0, 1.0]}, "b": {1: [0.9, 0.9]}}
+    measured = Measured(ExplainedVariance(), LatentActivity(), tasks=tasks)
+    found = {k: metric.compute(measured) for k, metric in SAE_PROBES_AUC_AT.items()}
+    assert found == {1: pytest.approx(0.75), 2: 1, 4: None, 8: None, 16: None}
+    repeats = SAE_PROBES_AUC_AT[1].repeats
+    assert repeats is not None
+    assert repeats(measured) == {"a": [0.5, 0.7], "b": [0.9, 0.9]}
 
 
 def test_texts_begin_with_bos_if_the_sae_was_trained_so_and_it_does_not_count(model, text):
@@ -540,7 +567,10 @@ def test_the_command_writes_results_and_table(tmp_path, text, capsys):
     printed = capsys.readouterr().out
     results = [json.loads(line) for line in (tmp_path / "report/results.jsonl").open()]
     table = (tmp_path / "report" / "table.md").read_text()
-    assert table in printed
+    # of what is shown as a table, and not what is folded away
+    assert table.split("## ")[0].split("<details>")[0].splitlines()[2] in printed
+    assert "<details>" not in printed
+    assert "`residual" not in printed
     for result, path, sae in zip(results, paths, saes.values(), strict=True):
         assert result["name"] == path
         assert result["config"] == json.loads(json.dumps(sae.cfg.to_dict()))

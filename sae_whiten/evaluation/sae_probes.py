@@ -1,0 +1,299 @@
+"""Probing with the tasks of `sae-probes` (Kantamneni et al. 2025, arXiv 2502.16681).
+
+Their texts, labels, splits, choice of latents and classifiers are used as they are; what is ours is
+to run the model and the SAEs, any that the rest of this package runs, where their own runner loads
+TransformerLens models by name. On the same activations the figures are equal: with the last token
+of a text, all rows and seed 42, those of their setting "normal".
+"""
+
+import importlib.metadata
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from numpy import ndarray
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_whiten._checks import require_number
+from sae_whiten.estimation.probing_texts import task_names, tasks_of
+from sae_whiten.estimation.sources import Model
+from sae_whiten.evaluation.catalogue import SAE_PROBES_K, Measured
+from sae_whiten.evaluation.model_view import (
+    View,
+    batches_of_equal_length,
+    encode_decode,
+    run,
+    text_tokens,
+)
+
+__all__ = ["ProbingTasks", "probe_tasks", "task_auc"]
+
+_FIRST_SEED = 42  # theirs
+_ENCODED_AT_ONCE = 128  # as theirs: with other numbers of rows the last bits of products differ
+_MOST_TRAINED_ON, _FEWEST_TESTED = 1024, 100  # of their setting "normal"
+
+
+@dataclass(frozen=True)
+class ProbingTasks:
+    """Which tasks of `sae-probes` are probed, and how.
+
+    Attributes:
+        names: Of the tasks.
+        tokens: What of a text is probed: latents of the "last" token, as in their protocol, or the
+            "mean" of the latents over its tokens.
+        penalty: Of the logistic regression; "l1" is what `sae-probes` recommends.
+        n_texts: Texts of each task, half of either class, of which three quarters are trained on;
+            None: all, of which 1024 are trained on, as in their protocol.
+
+    Raises:
+        ModuleNotFoundError: `sae-probes` is not installed.
+        ValueError: There is no such task, or too few texts.
+    """
+
+    names: Sequence[str]
+    tokens: Literal["last", "mean"] = "last"
+    penalty: Literal["l1", "l2"] = "l1"
+    n_texts: int | None = None
+
+    def __post_init__(self) -> None:
+        known = task_names()
+        unknown = [name for name in self.names if name not in known]
+        if unknown or not self.names:
+            raise ValueError(f"no task {', '.join(unknown)} in sae-probes: {', '.join(known)}")
+        if self.n_texts is not None:
+            require_number("n_texts", self.n_texts, 32)
+
+    @classmethod
+    def of(cls, source: str, **options: Any) -> "ProbingTasks":
+        """Those that a name means: "sae-probes" all 113, "sae-probes:20" a fixed sample of 20."""
+        return cls(tasks_of(source), **options)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "sae-probes": importlib.metadata.version("sae-probes"),
+            "tasks": list(self.names),
+            "tokens": self.tokens,
+            "penalty": self.penalty,
+            "n_texts": self.n_texts,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """The texts of one task that any seed uses, and their splits.
+
+    Attributes:
+        texts: As they are read by the model.
+        y: Shape (n,), 0 or 1.
+        splits: Rows to train on and to test on, for each seed.
+    """
+
+    texts: list[str]
+    y: Integer[ndarray, "n"]
+    splits: list[tuple[ndarray, ndarray]]
+
+
+def probe_tasks(
+    saes: Mapping[str, SAE[Any]],
+    views: Mapping[str, View],
+    measured: Mapping[str, Measured],
+    model: Model,
+    tasks: ProbingTasks,
+    *,
+    context_size: int,
+    prepend_bos: bool,
+    batch_size: int,
+    seeds: Sequence[int],
+) -> None:
+    """Test AUC of every task with the most telling latents of each SAE.
+
+    Args:
+        saes: By name.
+        views: What each SAE sees of the model.
+        measured: What each SAE's `tasks` are written to.
+        model: As SAELens loads it.
+        tasks: Which ones, and how.
+        context_size: Tokens that a text is cut to: of the last token, its end is kept.
+        prepend_bos: Whether texts start with BOS.
+        batch_size: Texts per pass of the model, which have the same length.
+        seeds: Of splits and classifiers, counted from 42, the seed of `sae-probes`.
+
+    Raises:
+        ValueError: A task has fewer texts of a class than `tasks.n_texts` asks for.
+    """
+    seeds = [_FIRST_SEED + seed for seed in seeds]
+    last = tasks.tokens == "last"
+    with tqdm(total=len(tasks.names) * len(saes), desc="Probing", unit=" tasks") as bar:
+        for task_name in tasks.names:
+            task = _read(task_name, tasks.n_texts, seeds)
+            tokens = text_tokens(
+                model.tokenizer, task.texts, context_size, prepend_bos, keep_end=last
+            )
+            with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
+                if last:
+                    by_view = _last_tokens(views.values(), model, tokens, batch_size)
+                    rows = {name: by_view[view] for name, view in views.items()}
+                else:
+                    rows = _mean_latents(saes, views, model, tokens, batch_size, Path(directory))
+                for name, sae in saes.items():
+                    if last:
+                        views[name].check_width(name, sae, rows[name])
+                    found: dict[int, list[float]] = {}
+                    for seed, split in zip(seeds, task.splits, strict=True):
+                        f, f_test = (
+                            _encoded(sae, rows[name][part]) if last else rows[name][part]
+                            for part in split
+                        )
+                        y, y_test = (task.y[part] for part in split)
+                        by_k = task_auc(f, y, f_test, y_test, seed, tasks.penalty)
+                        for k, auc in by_k.items():
+                            found.setdefault(k, []).append(auc)
+                    measured[name].tasks[task_name] = found
+                    bar.update()
+
+
+def task_auc(
+    train: Float[Tensor, "n d_sae"],
+    y_train: Integer[ndarray, "n"],
+    test: Float[Tensor, "n_test d_sae"],
+    y_test: Integer[ndarray, "n_test"],
+    seed: int,
+    penalty: Literal["l1", "l2"] = "l1",
+) -> dict[int, float]:
+    """Area under the ROC curve of their classifier on their k most telling latents.
+
+    Args:
+        train: Latents, shape (n, d_sae), float32.
+        y_train: Shape (n,), 0 or 1.
+        test: Latents, shape (n_test, d_sae).
+        y_test: Shape (n_test,).
+        seed: Of the classifier's cross-validation and order.
+        penalty: Of its logistic regression.
+
+    Returns:
+        By k, for those k of which there are as many latents; in [0, 1], 0.5 is chance.
+    """
+    from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization  # pyright: ignore[reportMissingImports]
+    from sae_probes.utils_training import find_best_reg  # pyright: ignore[reportMissingImports]
+
+    labels, labels_test = torch.from_numpy(y_train), torch.from_numpy(y_test)
+    ranked = get_sorted_indices(train, labels, mean_act_normalization)
+    found = {}
+    with warnings.catch_warnings():
+        # of scikit-learn, about its option for the penalty and the number of iterations
+        warnings.simplefilter("ignore")
+        for k in (k for k in SAE_PROBES_K if k <= train.shape[1]):
+            chosen = ranked[:k]
+            result = find_best_reg(
+                train[:, chosen], labels, test[:, chosen], labels_test, penalty=penalty, seed=seed
+            )
+            found[k] = result.metrics.test_auc
+    return found
+
+
+def _read(name: str, n_texts: int | None, seeds: Sequence[int]) -> _Task:
+    from sae_probes.utils_data import (  # pyright: ignore[reportMissingImports]
+        get_train_test_indices,
+        get_yvals,
+        read_numbered_dataset_df,
+    )
+
+    texts, y = read_numbered_dataset_df(name)["prompt"].astype(str).tolist(), get_yvals(name)
+    if n_texts is None:
+        n_train = min(len(y) - _FEWEST_TESTED, _MOST_TRAINED_ON)
+        n_test = len(y) - n_train - 1
+    else:
+        n_train = 3 * n_texts // 4
+        n_test = n_texts - n_train
+        fewest = int(np.bincount(y).min())
+        if fewest < (n_texts + 3) // 2:
+            raise ValueError(
+                f"{name} has {fewest} texts of a class: with n_texts={n_texts} it needs "
+                f"{(n_texts + 3) // 2}"
+            )
+    splits = [get_train_test_indices(y, n_train, n_test, seed=seed) for seed in seeds]
+    used, inverse = np.unique(np.concatenate([*map(np.concatenate, splits)]), return_inverse=True)
+    renumbered = inverse.reshape(len(seeds), n_train + n_test)
+    return _Task(
+        [texts[row] for row in used], y[used], [(r[:n_train], r[n_train:]) for r in renumbered]
+    )
+
+
+def _last_tokens(
+    views: Iterable[View], model: Model, tokens: Sequence[Sequence[int]], batch_size: int
+) -> dict[View, Float[Tensor, "n d"]]:
+    """For each view the activations of the last token of each text that counts."""
+    found: dict[View, Tensor] = {}
+    for indices, ids, activations in _activations(views, model, tokens, batch_size):
+        for view in dict.fromkeys(views):
+            x, kept = view.seen(activations[view.hook_name]), _kept(view, ids)
+            position = kept.shape[1] - 1 - kept.int().flip(1).argmax(1)
+            values = x[torch.arange(len(x), device=x.device), position].cpu()
+            if view not in found:
+                found[view] = values.new_empty(len(tokens), values.shape[1])
+            found[view][indices] = values
+    return found
+
+
+def _mean_latents(
+    saes: Mapping[str, SAE[Any]],
+    views: Mapping[str, View],
+    model: Model,
+    tokens: Sequence[Sequence[int]],
+    batch_size: int,
+    directory: Path,
+) -> dict[str, Float[Tensor, "n d_sae"]]:
+    """For each SAE the latents of each text, averaged over the tokens that count; on disk."""
+    found = {}
+    for i, (name, sae) in enumerate(saes.items()):
+        shape = len(tokens), sae.cfg.d_sae
+        array = np.memmap(directory / str(i), np.float32, "w+", shape=shape)
+        found[name] = torch.from_numpy(array)
+    for indices, ids, activations in _activations(views.values(), model, tokens, batch_size):
+        for name, sae in saes.items():
+            view = views[name]
+            x, kept = view.seen(activations[view.hook_name]), _kept(view, ids)
+            view.check_width(name, sae, x)
+            weights = kept / kept.sum(1, keepdim=True)
+            for rows, latents, _ in encode_decode(sae, x):
+                weight = weights[rows].to(latents.device, torch.float32)
+                mean = torch.einsum("bsd,bs->bd", latents.float(), weight)
+                found[name][indices[rows]] = mean.cpu()
+    return found
+
+
+def _activations(
+    views: Iterable[View], model: Model, tokens: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], Integer[Tensor, "batch seq"], dict[str, Tensor]]]:
+    """Which texts, their tokens, and activations by the name of the hook."""
+    hooks = {view.hook_name for view in views}
+    device = next(model.parameters()).device
+    for indices in batches_of_equal_length(tokens, batch_size):
+        ids = torch.tensor([tokens[i] for i in indices], device=device)
+        yield indices, ids, run(model, ids, hooks, logits=False)[1]
+
+
+def _kept(view: View, ids: Integer[Tensor, "batch seq"]) -> Tensor:
+    kept = view.kept(ids)
+    if not bool(kept.any(1).all()):
+        raise ValueError("a text has no tokens but special ones, or none where the SAE reads")
+    return kept
+
+
+def _encoded(sae: SAE[Any], x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_sae"]:
+    """Latents, on the CPU."""
+    parts = [
+        sae.encode(part.to(sae.device, sae.dtype)).cpu().float()
+        for part in x.split(_ENCODED_AT_ONCE)
+    ]
+    return torch.cat([part.to_dense() if part.is_sparse else part for part in parts])
