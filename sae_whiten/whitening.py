@@ -33,7 +33,7 @@ from sae_whiten._files import (
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["Whitening", "full_precision", "oas_shrinkage"]
+__all__ = ["Whitening", "full_precision", "oas_shrinkage", "require_whitening"]
 
 logger = logging.getLogger(__name__)
 
@@ -345,6 +345,25 @@ class Whitening:
                 t.to(dtype).to(x.device) for t in (self.W, self.W_inv, rounded, rest)
             )
         return self._casts[key]
+
+
+def require_whitening(value: object, name: str = "whitening") -> None:
+    """Refuse what is no whitening, such as the statistics that one is derived from.
+
+    >>> require_whitening(ActivationStatistics(2))
+    Traceback (most recent call last):
+    ...
+    TypeError: whitening must be a sae_whiten.Whitening, got ActivationStatistics: derive one with
+    Whitening.from_statistics(statistics)
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(value, Whitening):
+        raise TypeError(
+            f"{name} must be a sae_whiten.Whitening, got {type(value).__name__}: derive one with "
+            "Whitening.from_statistics(statistics)"
+        )
 
 
 def _without_information(

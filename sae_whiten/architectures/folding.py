@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sae_whiten.architectures.description import describe
 from sae_whiten.folding import AffineWeights, fold, unfold
-from sae_whiten.whitening import Whitening, full_precision
+from sae_whiten.whitening import Whitening, full_precision, require_whitening
 
 __all__ = [
     "FoldCheck",
@@ -190,6 +190,7 @@ def fold_whitening_into_weights(
         FoldError: The architecture cannot be folded, the SAE is folded already or was not trained
             under whitening, the widths differ, the weights are not finite, or the folded SAE
             differs by more than rounding explains.
+        TypeError: `whitening` is none: statistics, say.
     """
     folded, report = folded_copy(sae, whitening, output_whitening)
     if activations is not None:
@@ -238,6 +239,7 @@ def unfold_whitening_from_weights(
     Raises:
         FoldError: The architecture cannot be folded, the SAE normalises its activations, the widths
             differ or the weights are not finite.
+        TypeError: `whitening` is none: statistics, say.
     """
     _require_foldable(sae)
     if sae.cfg.normalize_activations != "none":
@@ -293,6 +295,9 @@ def _transformed(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None, change: Any
 ) -> SAE[Any]:
     """A copy of `sae` with `change` (fold or unfold) applied to its weights."""
+    require_whitening(whitening)
+    if output_whitening is not None:
+        require_whitening(output_whitening, "output_whitening")
     architecture = describe(sae)
     d_out = sae.W_dec.shape[1]
     out = output_whitening or whitening

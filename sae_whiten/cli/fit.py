@@ -28,7 +28,7 @@ examples:
   sae-whiten fit --model-name gpt2 --dataset-path monology/pile-uncopyrighted \\
     --hook-name 'blocks.*.hook_resid_pre' --context-size 256 --out gpt2-stats
   torchrun --nproc-per-node 8 -m sae_whiten fit --device cuda ...
-  sae-whiten fit --cached-activations activations --hook-name '*' --out stats
+  sae-whiten fit --cached-activations activations --hook-name '**' --out stats
 """
 
 
@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="PATTERN",
-        help="hooks, or glob patterns in quotes such as 'blocks.*.hook_resid_pre'",
+        help="hooks, or glob patterns in quotes such as 'blocks.*.hook_resid_pre'; * stops at a "
+        "dot, ** does not",
     )
     add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")
     add(

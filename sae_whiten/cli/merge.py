@@ -1,18 +1,28 @@
 """Combine statistics of several shards of a dataset: the result is that of one pass over all.
 
-Takes files, or folders with one file per hook. What the provenance of all agrees on is kept. Shards
-of another model, hook or context are an error, and so are the same statistics given twice: their
-activations would count double.
+Takes files, or folders with one file per hook, of which the hooks are merged that every folder has.
+What the provenance of all agrees on is kept. Shards of another model, hook or context are an error,
+and so are the same statistics given twice: their activations would count double.
 """
 
 import argparse
+import logging
 from pathlib import Path
+
+logger = logging.getLogger("sae_whiten")
+
+_SUFFIX = ".safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the inputs and the output."""
     parser.add_argument("shards", nargs="+", type=Path, help="files, or folders of files")
-    parser.add_argument("--out", required=True, type=Path, help="file or folder to write")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help=f"folder to write, or file, which gets the suffix {_SUFFIX} if it has none",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,17 +30,7 @@ def run(args: argparse.Namespace) -> int:
     folders = [shard.is_dir() for shard in args.shards]
     if any(folders) and not all(folders):
         raise ValueError("give either files or folders, not both")
-    if all(folders):
-        names = [{p.name for p in shard.glob("*.safetensors")} for shard in args.shards]
-        if different := set.union(*names) - set.intersection(*names):
-            raise ValueError(f"not in every folder: {', '.join(sorted(different))}")
-        groups = {args.out / n: [shard / n for shard in args.shards] for n in sorted(names[0])}
-        if not groups:
-            raise ValueError(f"{args.shards[0]} holds no statistics")
-    else:
-        if args.out.is_dir():
-            raise ValueError(f"{args.out} is a folder: give the file to write, as shards are files")
-        groups = {args.out: args.shards}
+    groups = _by_hook(args.shards, args.out) if all(folders) else {_file(args.out): args.shards}
     from sae_whiten.estimation.merging import merge_files
 
     merged = {path: merge_files(shards) for path, shards in groups.items()}
@@ -38,3 +38,26 @@ def run(args: argparse.Namespace) -> int:
         statistics.save(path)
         print(f"{path}: {statistics.n_samples} activations of width {statistics.d_in}")
     return 0
+
+
+def _by_hook(folders: list[Path], out: Path) -> dict[Path, list[Path]]:
+    """The files of every hook that all folders have, by the file to write."""
+    names = [{path.name for path in folder.glob(f"*{_SUFFIX}")} for folder in folders]
+    common = set.intersection(*names)
+    if not common:
+        raise ValueError(f"there is no hook whose statistics are in all of {_listed(folders)}")
+    for folder, found in zip(folders, names, strict=True):
+        if found - common:
+            left_out = _listed(found - common)
+            logger.warning("left out, for not every folder has it: %s in %s", left_out, folder)
+    return {out / name: [folder / name for folder in folders] for name in sorted(common)}
+
+
+def _file(out: Path) -> Path:
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: give the file to write, as shards are files")
+    return out if out.name.endswith(_SUFFIX) else out.with_name(out.name + _SUFFIX)
+
+
+def _listed(names: "set[str] | list[Path]") -> str:
+    return ", ".join(sorted(map(str, names)))

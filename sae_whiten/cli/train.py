@@ -40,6 +40,8 @@ example (logging to Weights & Biases is on unless it is switched off, as in SAEL
 --architecture NAME --help shows the flags of that architecture. Nested flags may be written with
 their prefix (--sae.k, --logger.log_to_wandb) or as SAELens shows them. A flag shown as [str] is
 None when its value is left out: --checkpoint_path alone turns checkpoints off.
+--resume_from_checkpoint CHECKPOINT alone goes on with all settings of the checkpoint; flags beside
+it replace them, where that does not change what is trained.
 --normalize_activations is covariance_whitening here; others are for topk_vsae and for architectures
 that no whitening can be folded into, which SAELens' own runner trains. --dataset_path may also be a
 file or folder on this machine (JSON lines, parquet, save_to_disk), which needs no network. --seed
@@ -115,12 +117,16 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     from sae_whiten.architectures.folding import why_not_foldable
     from sae_whiten.estimation.dataset import local_dataset
     from sae_whiten.training.checks import check_runner_config
+    from sae_whiten.training.runner_parts import check_hook, naming_nearest_hooks
 
     check_runner_config(cfg, {"sae": cfg.sae})
     try:
         dataset = local_dataset(cfg.dataset_path, cfg.streaming)
-        runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
+        with naming_nearest_hooks(cfg, [cfg.hook_name]):
+            runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
         redact_attributes(cfg)  # model and dataset are loaded
+        if not cfg.use_cached_activations:
+            check_hook(runner.model, cfg.hook_name)
         require_context(cfg.context_size, runner.model)
         runner.run()
     except InterruptedException as interruption:
@@ -173,6 +179,10 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
     runner_flags = {field.name for field in runner_fields}
     arguments = [_as_saelens_spells(argument, runner_flags) for argument in arguments]
     _require_positive(arguments)
+    given, saved = arguments, _settings_of_checkpoint(arguments)
+    if saved is not None:
+        names = ("architecture", "normalize_activations")
+        arguments = [*(f"--{name}={saved['sae'][name]}" for name in names), *arguments]
     reason = _why_not_whitened(arguments)
     if reason is None:
         # in front, so that a value the user gives wins and can be refused below
@@ -189,6 +199,8 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         flags = re.findall(r"--[\w.]+", usage)
         raise ValueError((message.strip() or usage) + did_you_mean(message, flags)) from None
     sys.stderr.write(captured.getvalue())
+    if saved is not None:
+        cfg = _resumed(saved, cfg, given)
 
     ours = type(cfg.sae).__module__.startswith("sae_whiten.")
     if reason is None and not ours and cfg.sae.normalize_activations != "covariance_whitening":
@@ -197,6 +209,70 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
             "which trains under covariance_whitening. Leave the flag out, or train with SAELens."
         )
     return cfg
+
+
+def _settings_of_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """The runner's config in the checkpoint to resume from, if there is one to resume from.
+
+    Raises:
+        FileNotFoundError, CorruptFileError: The checkpoint does not hold it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--resume_from_checkpoint")
+    try:
+        path = parser.parse_known_args(arguments)[0].resume_from_checkpoint
+    except argparse.ArgumentError:  # SAELens' parser says what is wrong
+        return None
+    if path is None:
+        return None
+    from sae_whiten.training.checkpoint import runner_settings
+
+    return runner_settings(path)
+
+
+def _resumed(
+    saved: dict[str, Any], cfg: "LanguageModelSAERunnerConfig[Any]", given: Sequence[str]
+) -> "LanguageModelSAERunnerConfig[Any]":
+    """The config that a checkpoint was trained with, but for the flags that are given.
+
+    Args:
+        saved: That config, as `to_dict` gives it.
+        cfg: What SAELens makes of the flags.
+        given: The arguments, as SAELens spells them.
+
+    Raises:
+        ValueError: A flag is not written as its field, or the checkpoint was saved without a secret
+            that its settings held.
+    """
+    from sae_lens import LanguageModelSAERunnerConfig
+
+    from sae_whiten._redaction import MARK
+
+    own = cfg.to_dict()
+    architecture = saved["sae"]["architecture"]
+    if own["sae"]["architecture"] != architecture:
+        raise ValueError(f"--architecture: the checkpoint is of {architecture}; leave the flag out")
+    # of this version of SAELens, and of this machine
+    settings = {k: v for k, v in saved.items() if k in own and not k.startswith("sae_lens_")}
+    settings["seqpos_slice"] = tuple(settings["seqpos_slice"])
+    for name in ("llm_device", "act_store_device"):
+        if settings[name] == settings["device"]:
+            del settings[name]
+    for argument in given:
+        if not argument.startswith("--"):
+            continue
+        group, _, name = argument[2:].partition("=")[0].rpartition(".")
+        if group == "" and name in own:
+            settings[name] = own[name]
+            continue
+        groups = [g for g in ("sae", "logger") if name in own[g] and group in ("", g)]
+        if not groups:
+            raise ValueError(f"--{name}: write it as --field value where training is resumed")
+        for g in groups:
+            settings[g] = {**settings[g], name: own[g][name]}
+    if missing := [name for name, value in settings.items() if MARK in str(value)]:
+        raise ValueError(f"the checkpoint was saved without secrets: give --{missing[0]} again")
+    return LanguageModelSAERunnerConfig.from_dict(settings)
 
 
 def _require_positive(arguments: Sequence[str]) -> None:

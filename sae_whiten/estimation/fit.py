@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from sae_whiten._files import check_writable
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.distributed import Processes
-from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.estimation.folders import hooks_beside, statistics_file
 from sae_whiten.estimation.options import FitConfig, decisive_fields
 from sae_whiten.estimation.progress import PROGRESS_DIR, Progress, SavedProgress
 from sae_whiten.estimation.sources import (
@@ -76,7 +76,8 @@ def fit_statistics(
             Hugging Face models. None with `cached_activations`.
         dataset: A dataset, or what `open_dataset` takes: a file or folder, or a name on the hub;
             with tokens or with text. None with `cached_activations`.
-        hook_names: Hook names or glob patterns, such as "blocks.*.hook_resid_pre".
+        hook_names: Hook names or glob patterns, such as "blocks.*.hook_resid_pre"; `*` stops at a
+            dot, `**` does not.
         config: How much is read, and how; the default configuration if None.
         out: Folder to write one file per hook to, and meanwhile the progress: a call that was
             killed goes on from there when it is repeated, and ends with the same statistics.
@@ -128,10 +129,21 @@ def fit_statistics(
             shard=(processes.rank, processes.world_size),
         )
     )
+    is_first = processes.rank == 0
+    if is_first:
+        logger.info("%d hooks: %s", len(source.hook_names), _listed(source.hook_names))
     if out is not None:
         check_writable(out)
         for name in source.hook_names:
             statistics_file(out, name)  # refuses a name that no file can have, before hours of work
+        beside = hooks_beside(out, source.hook_names)
+        if beside and is_first:
+            logger.warning(
+                "%s holds statistics of %d other hooks from before, which stay as they are: %s",
+                out,
+                len(beside),
+                _listed(beside),
+            )
     record |= {"exclude_special_tokens": config.exclude_special_tokens, **(provenance or {})}
     # as a file has it: without secrets, tuples are lists, and what JSON cannot hold is refused now,
     # not at the end
@@ -161,13 +173,18 @@ def fit_statistics(
     if out is not None:
 
         def save() -> None:
-            if processes.rank == 0:
+            if is_first:
                 for name, statistics in found.items():
                     statistics.save(statistics_file(out, name))
 
         processes.together(save)  # nobody forgets how far it was before the result is on disk
         shutil.rmtree(Path(out) / PROGRESS_DIR, ignore_errors=True)
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:12])
+    return shown if len(names) <= 12 else f"{shown} and {len(names) - 12} more"
 
 
 class _Fit:

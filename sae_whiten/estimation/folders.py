@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sae_whiten import _hub
@@ -13,6 +13,7 @@ from sae_whiten.statistics import ActivationStatistics
 __all__ = [
     "find_all_statistics",
     "find_statistics",
+    "hooks_beside",
     "push_folder",
     "statistics_file",
     "write_upload",
@@ -29,6 +30,12 @@ def statistics_file(directory: str | Path, hook_name: str) -> Path:
         ValueError: The name is empty or too long.
     """
     return Path(directory) / _hub.file_name(hook_name)
+
+
+def hooks_beside(directory: str | Path, names: Collection[str]) -> list[str]:
+    """The hooks whose statistics lie in a folder beside those of the hooks given."""
+    files = (path.name for path in Path(directory).glob("*.safetensors"))
+    return [name for name in _hub.hook_names(files) if name not in names]
 
 
 def find_statistics(source: str | Path, hook_name: str | None) -> Path:

@@ -52,7 +52,7 @@ def load_statistics(
         different = [
             f"{name}={found[name]!r} (training has {wanted[name]!r})"
             for name in wanted
-            if name in found and _canonical(name, found) != _canonical(name, wanted)
+            if name in found and not _is_same(name, found, wanted)
         ]
         if different:
             raise ValueError(
@@ -60,6 +60,12 @@ def load_statistics(
                 "WhiteningConfig(allow_other_statistics=True)."
             )
     return statistics
+
+
+def _is_same(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a field means the same in both: positions may be written in several ways."""
+    as_written = json.dumps(found[name], default=str) == json.dumps(wanted[name], default=str)
+    return as_written or _canonical(name, found) == _canonical(name, wanted)
 
 
 def _canonical(name: str, fields: Mapping[str, Any]) -> str:

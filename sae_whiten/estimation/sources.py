@@ -1,9 +1,9 @@
 """Where the activations of several hooks come from, batch by batch: a model, or a cache on disk."""
 
-import fnmatch
 import hashlib
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -115,8 +115,7 @@ class ModelActivations:
         self._slice = slice(*options["seqpos_slice"])
         self._special = _special_tokens(model, exclude_special_tokens)
         self._run_options = stopping_after(model, self.hook_names)
-        # what is left to SAELens is the training split of a dataset on the hub
-        if isinstance(dataset, str) and (split != "train" or is_on_this_machine(dataset)):
+        if isinstance(dataset, str) and split != "train":
             dataset = open_dataset(dataset, split, options["streaming"])
         store = token_store(model, dataset, self.hook_names[0], options)
         store.dataset = part_of(store.dataset, *shard)
@@ -239,21 +238,45 @@ def _checksum(values: Tensor) -> str:
 def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
     """Those of the names that match a glob pattern, in their order.
 
+    `*` and `?` stand for anything but a dot, so that "layers.*" takes layers and not what is inside
+    of them; `**` stands for anything; [abc] and [!abc] for one character.
+
+    >>> match_hooks(["layers.0", "layers.0.mlp", "layers.1"], "layers.*")
+    ['layers.0', 'layers.1']
+
     Raises:
         ValueError: A pattern matches nothing; the message names hooks that resemble it.
     """
     names = list(names)
     found: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matches = fnmatch.filter(names, pattern)
+        regex = _regex(pattern)
+        matches = [name for name in names if regex.fullmatch(name)]
         if not matches:
+            wider = _regex(re.sub(r"\*+", "**", pattern))
             tail = pattern.rsplit(".", 1)[-1]
-            similar = [name for name in names if name.endswith(tail)] or names
+            across_dots = [name for name in names if wider.fullmatch(name)]
+            similar = across_dots or [name for name in names if name.endswith(tail)] or names
+            hint = " (* stops at a dot, ** does not)" if across_dots else ""
             raise ValueError(
-                f"no hook matches {pattern!r}; there are, for example, {', '.join(similar[:5])}"
+                f"no hook matches {pattern!r}{hint}; there are, for example, "
+                f"{', '.join(similar[:5])}"
             )
         found.update(matches)
     return [name for name in names if name in found]
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """What a pattern of `match_hooks` matches."""
+    wildcards = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
+    parts = re.split(r"(\*\*|\*|\?|\[!?[^\]]+\])", pattern)
+    return re.compile(
+        "".join(
+            wildcards.get(part)
+            or ("[^" + part[2:] if part.startswith("[!") else part if i % 2 else re.escape(part))
+            for i, part in enumerate(parts)
+        )
+    )
 
 
 def part_of(dataset: Any, rank: int, world_size: int) -> Any:
@@ -273,6 +296,8 @@ def token_store(
     model: Model, dataset: HfDataset | str, hook_name: str, options: dict[str, Any]
 ) -> ActivationsStore:
     """A store of which only the tokens are used."""
+    if isinstance(dataset, str) and is_on_this_machine(dataset):
+        dataset = open_dataset(dataset, streaming=options["streaming"])
     if isinstance(dataset, datasets.Dataset):
         # the store sets the format of the dataset that it is given, and this one is the user's
         dataset = dataset.with_format(dataset.format["type"])

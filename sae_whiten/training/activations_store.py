@@ -14,9 +14,10 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_whiten._checks import FieldError
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.estimation.dataset import check_length
-from sae_whiten.estimation.sources import resolution_of
+from sae_whiten.estimation.sources import resolution_of, stopping_after
 from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 
 __all__ = ["PackedActivationsStore", "ResumableActivationsStore", "buffer_field", "check_buffer"]
@@ -188,16 +189,32 @@ class ResumableActivationsStore(ActivationsStore):
         """Activations of shape (batch, context, d_in).
 
         Raises:
-            ValueError: The hook's activations are not of width d_in.
+            FieldError: The hook's activations are not of width d_in.
         """
         try:
             return super().get_activations(batch_tokens)
         except RuntimeError as error:
             if "expanded size" not in str(error) and "shape" not in str(error):
                 raise
-            raise ValueError(
-                f"the activations at {self.hook_name} are not of width d_in={self.d_in}: {error}"
-            ) from error
+            shape = self._shape_at_hook(batch_tokens[:1])
+            width = math.prod(shape[2:] if self.hook_head_index is None else shape[-1:])
+            problem = f"the activations at {self.hook_name} are of width {width}"
+            if width == self.d_in:  # but not a vector at every token
+                problem = (
+                    f"the activations at {self.hook_name} are of shape {tuple(shape)}: {error}"
+                )
+            raise FieldError("sae.d_in", self.d_in, problem) from error
+
+    @torch.no_grad()
+    def _shape_at_hook(self, tokens: Tensor) -> torch.Size:
+        shapes: list[torch.Size] = []
+
+        def note(acts: Tensor, hook: Any) -> None:
+            shapes.append(acts.shape)
+
+        only = stopping_after(self.model, [self.hook_name])
+        self.model.run_with_hooks(tokens, fwd_hooks=[(self.hook_name, note)], **only)
+        return shapes[0]
 
     def get_batch_tokens(
         self,

@@ -340,7 +340,7 @@ def cached_activations(sae: SAE[Any], path: str | Path, n: int) -> Float[Tensor,
         FileNotFoundError: There is no such cache.
         ValueError: It has no such hook, or no activations.
     """
-    source = CachedActivations(path, sae.cfg.metadata.hook_name or "*")
+    source = CachedActivations(path, sae.cfg.metadata.hook_name or "**")
     return _first_activations(source, sae.cfg.d_in, n)
 
 

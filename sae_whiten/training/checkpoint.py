@@ -67,6 +67,7 @@ __all__ = [
     "loadable_folder",
     "own_part",
     "read_training_weights",
+    "runner_settings",
     "save_or_keep",
     "save_runner_files",
     "save_training_form",
@@ -251,24 +252,33 @@ def check_settings(path: str | Path, saved: Mapping[str, Any], own: Mapping[str,
         )
 
 
-def check_runner_settings(path: str | Path, cfg: Mapping[str, Any]) -> None:
-    """`check_settings` of a runner's config, but for the SAEs and hooks in it.
+def runner_settings(path: str | Path) -> dict[str, Any]:
+    """The runner's config that a checkpoint was trained with, as `to_dict` gives it, without
+    secrets.
 
     Raises:
-        FileNotFoundError: The checkpoint does not say which settings it was trained with.
-        CorruptFileError: The file that says so is damaged.
-        ValueError: They differ.
+        FileNotFoundError: There is no checkpoint of a runner.
+        CorruptFileError: The file is damaged.
     """
     file = Path(path) / RUNNER_CFG_FILENAME
     if not file.is_file():
         raise FileNotFoundError(f"{path} is no checkpoint of a runner: there is no {file.name}")
     try:
-        saved = dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text()))
     except (TypeError, ValueError) as error:
         raise CorruptFileError(f"{file} is damaged ({error})") from error
-    check_settings(
-        path, *({k: v for k, v in c.items() if k not in _OF_THE_SAES} for c in (saved, cfg))
-    )
+
+
+def check_runner_settings(path: str | Path, cfg: Mapping[str, Any]) -> None:
+    """`check_settings` of a runner's config, but for the SAEs and hooks in it.
+
+    Raises:
+        FileNotFoundError: There is no checkpoint of a runner.
+        CorruptFileError: The file with its settings is damaged.
+        ValueError: They differ.
+    """
+    both = (runner_settings(path), cfg)
+    check_settings(path, *({k: v for k, v in c.items() if k not in _OF_THE_SAES} for c in both))
 
 
 def save_training_form(sae: TrainingSAE[Any], path: Path) -> tuple[Path, Path]:

@@ -48,6 +48,7 @@ from sae_whiten.training.runner_parts import (
     check_hook,
     connect,
     logging_run,
+    naming_nearest_hooks,
     outcome_of,
     paused,
     record_reading,
@@ -122,14 +123,16 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         seed_generators(cfg)
-        super().__init__(
-            cfg,
-            override_dataset=override_dataset,
-            override_model=override_model,
-            override_saes=override_saes,
-        )
+        hook_names = dict.fromkeys(cfg.hook_names_per_sae.values())
+        with naming_nearest_hooks(cfg, hook_names):
+            super().__init__(
+                cfg,
+                override_dataset=override_dataset,
+                override_model=override_model,
+                override_saes=override_saes,
+            )
         redact_attributes(self.cfg)  # model and dataset are loaded
-        for hook_name in dict.fromkeys(self.cfg.hook_names_per_sae.values()):
+        for hook_name in hook_names:
             check_hook(self.model, hook_name)
         require_context(self.cfg.context_size, self.model)
         self.saes = dict(self.saes)

@@ -40,7 +40,7 @@ from sae_whiten.training.data_parallel import (
 )
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
-from sae_whiten.training.trainer import WhiteningTrainer
+from sae_whiten.training.trainer import WhiteningTrainer, losses_are_due
 from sae_whiten.training.training_sae import is_in_whitened_space
 from sae_whiten.whitening import Whitening
 
@@ -412,12 +412,8 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
     def _update_pbar(
         self, step_outputs: dict[str, TrainStepOutput], pbar: Any, update_interval: int = 100
     ) -> None:
-        shown = pbar.n
-        super()._update_pbar(step_outputs, pbar, update_interval)
-        if pbar.n != shown:
-            # SAELens counts from the last multiple of 100 steps, also where training was resumed
-            pbar.n = self.n_training_samples
-            pbar.refresh()
+        if losses_are_due(self, pbar, update_interval):
+            super()._update_pbar(step_outputs, pbar, update_interval=1)
 
 
 class _OneOfSeveral(WhiteningTrainer[TrainingSAE[Any], Any]):

@@ -39,6 +39,7 @@ from sae_whiten.training.runner_parts import (
     check_hook,
     connect,
     logging_run,
+    naming_nearest_hooks,
     outcome_of,
     paused,
     record_reading,
@@ -122,12 +123,13 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         self.processes = Processes()
         seed_generators(cfg)
-        super().__init__(
-            cfg,
-            override_dataset=override_dataset,
-            override_model=override_model,
-            override_sae=override_sae,
-        )
+        with naming_nearest_hooks(cfg, [cfg.hook_name]):
+            super().__init__(
+                cfg,
+                override_dataset=override_dataset,
+                override_model=override_model,
+                override_sae=override_sae,
+            )
         redact_attributes(self.cfg)  # model and dataset are loaded
         if not self.cfg.use_cached_activations:
             check_hook(self.model, self.cfg.hook_name)

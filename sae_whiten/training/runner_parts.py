@@ -2,13 +2,14 @@
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import wandb
 from sae_lens.config import LanguageModelSAERunnerConfig
+from sae_lens.load_model import load_model
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
@@ -28,6 +29,7 @@ __all__ = [
     "check_hook",
     "connect",
     "logging_run",
+    "naming_nearest_hooks",
     "outcome_of",
     "paused",
     "record_reading",
@@ -48,8 +50,28 @@ def check_hook(model: HookedRootModule, name: str) -> None:
     """
     hooks = list(model.hook_dict)
     if name not in hooks:
-        near = difflib.get_close_matches(name, hooks) or hooks[:3]
-        raise ValueError(f"the model has no hook {name!r}; nearest: {', '.join(near)}")
+        ending_so = [hook for hook in hooks if hook.endswith(f".{name}")]
+        near = ending_so or difflib.get_close_matches(name, hooks) or hooks
+        raise ValueError(f"the model has no hook {name!r}; nearest: {', '.join(near[:3])}")
+
+
+@contextmanager
+def naming_nearest_hooks(
+    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig, names: Iterable[str]
+) -> Iterator[None]:
+    """Name the hooks nearest to one that SAELens' loader of Hugging Face models does not find."""
+    try:
+        yield
+    except ValueError as error:
+        if "hook_names not found" not in str(error):
+            raise
+        kwargs = cfg.model_from_pretrained_kwargs
+        model = load_model(
+            cfg.model_class_name, cfg.model_name, "cpu", model_from_pretrained_kwargs=kwargs
+        )
+        for name in names:
+            check_hook(model, name)
+        raise
 
 
 def record_reading(

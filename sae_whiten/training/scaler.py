@@ -17,7 +17,7 @@ from sae_whiten._files import reading_content, write_json
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics, flatten_heads
 from sae_whiten.statistics import ActivationStatistics
-from sae_whiten.whitening import Whitening
+from sae_whiten.whitening import Whitening, require_whitening
 
 __all__ = ["CovarianceWhiteningScaler", "max_batches"]
 
@@ -51,11 +51,8 @@ class CovarianceWhiteningScaler(ActivationScaler):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "scaling_factor" and value is not None:
             raise ValueError(_SCALES_NOTHING)
-        if name == "whitening" and not isinstance(value, (Whitening, type(None))):
-            raise TypeError(
-                f"whitening must be a sae_whiten.Whitening, got {type(value).__name__}: derive one "
-                "with Whitening.from_statistics"
-            )
+        if name == "whitening" and value is not None:
+            require_whitening(value)
         super().__setattr__(name, value)
 
     def scale(self, acts: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

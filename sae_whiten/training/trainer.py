@@ -72,7 +72,7 @@ from sae_whiten.training.training_sae import (
 )
 from sae_whiten.whitening import Whitening
 
-__all__ = ["WhiteningTrainer"]
+__all__ = ["WhiteningTrainer", "losses_are_due"]
 
 logger = logging.getLogger(__name__)
 
@@ -380,12 +380,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _update_pbar(
         self, step_output: TrainStepOutput, pbar: Any, update_interval: int = 100
     ) -> None:
-        shown = pbar.n
-        super()._update_pbar(step_output, pbar, update_interval)
-        if pbar.n != shown:
-            # SAELens counts from the last multiple of 100 steps, also where training was resumed
-            pbar.n = self.n_training_samples
-            pbar.refresh()
+        if losses_are_due(self, pbar, update_interval):
+            super()._update_pbar(step_output, pbar, update_interval=1)
 
     def maybe_reset_sparsity(self) -> dict[str, Any]:
         """As in SAELens; a window that was reset before a checkpoint is not reported again."""
@@ -595,6 +591,21 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             super()._checkpoint_if_needed()
         finally:
             self.n_training_steps -= 1
+
+
+def losses_are_due(trainer: Any, pbar: Any, update_interval: int) -> bool:
+    """Whether SAELens is to show the losses and to count this step; if not, count it here.
+
+    SAELens counts a hundred steps at a time: its bar stays at 0 in shorter runs, and counts from 0
+    in resumed ones. Losses are shown that often too, but at least ten times in a run.
+    """
+    batch_size = trainer.cfg.train_batch_size_samples
+    pbar.update(trainer.n_training_samples - batch_size - pbar.n)
+    interval = max(min(update_interval, trainer.cfg.total_training_steps // 10), 1)
+    due = trainer.n_training_steps % interval == 0
+    if not due:
+        pbar.update(batch_size)
+    return due
 
 
 def _fuse(optimizer: torch.optim.Adam, device: str) -> None:

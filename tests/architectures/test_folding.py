@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,21 @@ from sae_lens import (
 from torch import Tensor
 
 from sae_whiten import (
+    ActivationStatistics,
     FoldError,
     Whitening,
     WhiteningConfig,
     fold_whitening_into_weights,
     unfold_whitening_from_weights,
 )
-from tests.support import ARCHITECTURES, friendly, nasty, training_sae, whitening_of
+from tests.support import (
+    ARCHITECTURES,
+    friendly,
+    nasty,
+    training_sae,
+    whitening_of,
+    without_type_checks,
+)
 
 D, N = 32, 600
 EPS32 = torch.finfo(torch.float32).eps
@@ -238,6 +247,20 @@ def test_folding_twice_or_an_sae_trained_without_whitening_is_refused():
             fold_whitening_into_weights(
                 training_sae("standard", D, normalize_activations=setting), whitening
             )
+
+
+def test_statistics_in_the_place_of_a_whitening_are_refused_with_what_to_do():
+    statistics: Any = ActivationStatistics(D)
+    statistics.update(friendly(N, D))
+    sae, plain = training_sae("standard", D), training_sae("topk", D, normalize_activations="none")
+    with without_type_checks():
+        for change in (
+            lambda: fold_whitening_into_weights(sae, statistics),
+            lambda: fold_whitening_into_weights(sae, whitening_of(friendly(N, D)), statistics),
+            lambda: unfold_whitening_from_weights(plain, statistics),
+        ):
+            with pytest.raises(TypeError, match=r"Whitening.from_statistics\(statistics\)"):
+                change()
 
 
 def test_architectures_that_cannot_be_folded_are_refused_with_the_reason():

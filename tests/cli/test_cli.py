@@ -706,6 +706,17 @@ def test_train_takes_what_fit_wrote_unless_it_was_fitted_otherwise(
     assert "seqpos_slice=[1, None] (training has" in capsys.readouterr().err
 
 
+def test_a_hook_that_is_not_there_is_refused_with_the_nearest_and_a_wrong_width_with_the_right(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--quiet", *arguments, "--hook_name", "h.0"]) == 2
+    assert "no hook 'h.0'; nearest: transformer.h.0" in capsys.readouterr().err
+    assert main(["--quiet", *arguments, "--d_in", "32"]) == 2
+    assert (
+        "--d_in 32: the activations at transformer.h.0 are of width 16" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("whitened", [True, False])
 def test_a_context_longer_than_the_models_is_refused_before_training(
     whitened: bool, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -810,10 +821,53 @@ def test_example_runs(
     assert f"explained variance {explained_variance:.3f}" in capsys.readouterr().out
 
 
-def test_resuming_takes_the_whitening_of_the_checkpoint_unless_told_otherwise(
-    runner: type[FakeRunner],
+@pytest.fixture
+def checkpoint(tmp_path: Path, runner: type[FakeRunner]) -> Path:
+    """What a runner's checkpoint says of its settings."""
+    flags = [*TOPK, "--k", "4", "--lr", "1e-3", "--seqpos_slice", "1", "9", "--log_to_wandb=False"]
+    assert main(["train", *flags, "--dtype=bfloat16", "--checkpoint_path", "checkpoints"]) == 0
+    folder = tmp_path / "checkpoints" / "x" / "100"
+    folder.mkdir(parents=True)
+    (folder / "runner_cfg.json").write_text(json.dumps(runner.cfg.to_dict()))
+    return folder
+
+
+def test_a_checkpoint_alone_is_resumed_with_its_settings(
+    checkpoint: Path, runner: type[FakeRunner]
 ) -> None:
-    resume = [*TOPK, "--resume_from_checkpoint", "checkpoints/x/100"]
+    saved = runner.cfg.to_dict()
+    resume = ["train", "--resume_from_checkpoint", str(checkpoint)]
+    assert main(resume) == 0
+    assert runner.cfg.to_dict() == {**saved, "resume_from_checkpoint": str(checkpoint)}
+    more = ["--training-tokens", "9000", "--sae.dtype", "float32", "--logger.run_name", "again"]
+    assert main([*resume, *more, "--device=meta", "--checkpoint_path", "others"]) == 0
+    cfg = runner.cfg
+    assert (cfg.training_tokens, cfg.sae.dtype, cfg.logger.run_name) == (9000, "float32", "again")
+    assert (cfg.device, cfg.llm_device, cfg.act_store_device) == ("meta",) * 3
+    assert cfg.checkpoint_path.startswith("others/")
+    assert (cfg.sae.k, cfg.lr, cfg.dtype, cfg.logger.log_to_wandb) == (4, 1e-3, "bfloat16", False)
+
+
+def test_what_cannot_be_taken_from_a_checkpoint_is_said(
+    checkpoint: Path, runner: type[FakeRunner], capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = ["train", "--resume_from_checkpoint"]
+    assert main([*resume, str(checkpoint), "--architecture", "gated"]) == 2
+    assert "the checkpoint is of topk" in capsys.readouterr().err
+    assert main([*resume, str(checkpoint.parent)]) == 2
+    assert "no checkpoint of a runner" in capsys.readouterr().err
+    file = checkpoint / "runner_cfg.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "dataset_path": "https://REDACTED@host/data"}))
+    assert main([*resume, str(checkpoint)]) == 2
+    assert "give --dataset_path again" in capsys.readouterr().err
+    assert main([*resume, str(checkpoint), "--dataset_path", "https://me@host/data"]) == 0
+
+
+def test_resuming_takes_the_whitening_of_the_checkpoint_unless_told_otherwise(
+    checkpoint: Path, runner: type[FakeRunner]
+) -> None:
+    resume = [*TOPK, "--resume_from_checkpoint", str(checkpoint)]
     assert main(["train", *resume]) == 0
     assert runner.whitening is None
     assert main(["train", *resume, "--whitening.kind", "zca"]) == 0

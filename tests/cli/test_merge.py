@@ -38,7 +38,7 @@ def test_the_same_statistics_are_never_counted_twice(
         twin = tmp_path / "." / ".." / tmp_path.name / "a"
     else:
         twin = Path(first)
-    out = tmp_path / "whole"
+    out = tmp_path / "whole.safetensors"
     assert main(["merge", first, second, str(twin), "--out", str(out)]) == 2
     message = capsys.readouterr().err
     assert f"{first} and {twin} hold the same statistics" in message
@@ -60,8 +60,8 @@ def test_shards_that_are_alike_but_not_the_same_are_merged(tmp_path: Path) -> No
     # equal mean and covariance of another number of activations, and two shards without any
     parts = [x[:100], torch.cat([x[:100], x[:100]]), x[100:], x[:0], x[:0]]
     shards = [save(tmp_path / str(i), part) for i, part in enumerate(parts)]
-    out = tmp_path / "whole"
-    assert main(["merge", *shards, "--out", str(out)]) == 0
+    assert main(["merge", *shards, "--out", str(tmp_path / "whole")]) == 0
+    out = tmp_path / "whole.safetensors"  # a file of statistics has this suffix
     merged, rows = ActivationStatistics.load(out), torch.cat(parts).double()
     assert merged.n_samples == len(rows)
     torch.testing.assert_close(merged.covariance, torch.cov(rows.T), rtol=1e-12, atol=1e-12)
@@ -79,7 +79,7 @@ def test_shards_that_are_alike_but_not_the_same_are_merged(tmp_path: Path) -> No
 def test_shards_of_different_things_are_refused_even_with_one_between_that_says_nothing(
     name: str, values: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    x, out = friendly(300, 4), tmp_path / "whole"
+    x, out = friendly(300, 4), tmp_path / "whole.safetensors"
     first = save(tmp_path / "a", x[:100], **{name: values[0]})
     silent = save(tmp_path / "b", x[100:200])
     other = save(tmp_path / "c", x[200:], **{name: values[1]})
@@ -90,6 +90,22 @@ def test_shards_of_different_things_are_refused_even_with_one_between_that_says_
     assert not out.exists()
     texts = [save(tmp_path / text, x[i::2], dataset_path=text) for i, text in enumerate("de")]
     assert main(["merge", *texts, "--out", str(out)]) == 0
+
+
+def test_hooks_that_not_every_folder_has_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, out = friendly(200, 4), tmp_path / "whole"
+    save(tmp_path / "a" / "hook.safetensors", x[:100])
+    save(tmp_path / "a" / "stale.safetensors", x[:100])
+    save(tmp_path / "b" / "hook.safetensors", x[100:])
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert main(["merge", *folders, "--out", str(out)]) == 0
+    assert [path.name for path in out.iterdir()] == ["hook.safetensors"]
+    assert "stale.safetensors in" in caplog.text
+    (tmp_path / "b" / "hook.safetensors").rename(tmp_path / "b" / "other.safetensors")
+    assert main(["merge", *folders, "--out", str(out)]) == 2
+    assert "no hook" in capsys.readouterr().err
 
 
 def test_files_are_not_merged_into_a_folder(

@@ -52,7 +52,7 @@ def test_statistics_are_of_exactly_what_training_sees_at_every_hook(options):
 
 
 def test_a_limit_for_a_fixed_number_is_refused(tmp_path, capsys):
-    arguments = ["fit", "--cached-activations", "a", "--hook-name", "*", "--out", str(tmp_path)]
+    arguments = ["fit", "--cached-activations", "a", "--hook-name", "**", "--out", str(tmp_path)]
     assert main([*arguments, "--n-samples", "10", "--max-samples", "20"]) == 2
     assert "--max-samples 20: limits what tolerance takes" in capsys.readouterr().err
 
@@ -60,6 +60,14 @@ def test_a_limit_for_a_fixed_number_is_refused(tmp_path, capsys):
 def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_what_there_is():
     names = list(tiny_model().hook_dict)
     assert match_hooks(names, "blocks.*.hook_resid_pre") == HOOKS[:2]
+    # one star stops at a dot, so that submodules are not taken too
+    inside = [name for name in names if name.startswith("blocks.0.")]
+    assert any(name.count(".") > 2 for name in inside)
+    assert match_hooks(names, "blocks.0.*") == [name for name in inside if name.count(".") == 2]
+    assert match_hooks(names, "blocks.0.**") == inside
+    assert match_hooks(names, ["blocks.[!0].hook_resid_pr?", HOOKS[0]]) == HOOKS[:2]
+    with pytest.raises(ValueError, match=r"\*\* does not.*blocks.0.attn.hook"):
+        match_hooks(names, "*.hook_q")
     with pytest.raises(ValueError, match="no hook matches .*hook_resid_pre"):
         match_hooks(names, "blocks.7.hook_resid_pre")
 
@@ -295,7 +303,7 @@ def test_cached_activations_are_a_source_too(tmp_path):
     found = fit_statistics(
         None,
         None,
-        "blocks.*",
+        "blocks.**",
         cached_activations=tmp_path / "cache",
         n_samples=10**9,
         exclude_special_tokens=[1, 2, 3],
@@ -309,7 +317,7 @@ def test_cached_activations_are_a_source_too(tmp_path):
     refused: list[dict[str, Any]] = [{"hook_head_index": 0}, {"seqpos_slice": (1, None)}]
     for option in refused:
         with pytest.raises(ValueError, match="cached_activations"):
-            fit_statistics(None, None, "*", cached_activations=tmp_path / "cache", **option)
+            fit_statistics(None, None, "**", cached_activations=tmp_path / "cache", **option)
     with pytest.raises(ValueError, match="not both"):
         fit_statistics(model, dataset, HOOKS[0], cached_activations=tmp_path / "cache")
 
@@ -317,7 +325,15 @@ def test_cached_activations_are_a_source_too(tmp_path):
 def test_options_that_mean_nothing_for_cached_activations_are_refused_in_the_shell(
     tmp_path, capsys
 ):
-    arguments = ["fit", "--cached-activations", "cache", "--hook-name", "*", "--out", str(tmp_path)]
+    arguments = [
+        "fit",
+        "--cached-activations",
+        "cache",
+        "--hook-name",
+        "**",
+        "--out",
+        str(tmp_path),
+    ]
     idle = ["--context-size", "128", "--no-prepend-bos", "--seqpos-slice", "1", "none"]
     assert main([*arguments, *idle, "--no-streaming", "--device", "cpu"]) == 2
     error = capsys.readouterr().err
@@ -368,7 +384,7 @@ def test_options_are_given_one_by_one_or_as_a_config():
 )
 def test_options_that_cannot_work_are_named(options):
     with pytest.raises(FieldError, match=list(options)[-1]):
-        fit_statistics(None, None, "*", **options)
+        fit_statistics(None, None, "**", **options)
 
 
 def test_training_and_fit_stop_by_the_same_rule():

@@ -50,7 +50,7 @@ def test_the_columns_of_a_foreign_cache_write_nothing_outside_the_folder(name, t
     (tmp_path / "victim" / "model.safetensors").write_text("precious")
     before = everything_in(tmp_path)
     out = tmp_path / "deep" / "out"
-    arguments = ["fit", "--cached-activations", str(cache), "--hook-name", "*", "--out", str(out)]
+    arguments = ["fit", "--cached-activations", str(cache), "--hook-name", "**", "--out", str(out)]
     assert main([*arguments, "--n-samples", "50"]) == 0
     new = everything_in(tmp_path) - before
     assert len(new) == 1
@@ -99,7 +99,7 @@ def test_a_name_that_no_file_can_have_is_refused_before_anything_is_read(name, t
     cache = cached(tmp_path / "cache", name or "other")
     with pytest.raises(ValueError, match="hook name"):
         if name:
-            fit_statistics(None, None, "*", cached_activations=cache, out=tmp_path / "out")
+            fit_statistics(None, None, "**", cached_activations=cache, out=tmp_path / "out")
         statistics_file(tmp_path, name)
     assert not (tmp_path / "out").exists()
 
@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         fit_statistics(
-            None, None, "*", cached_activations=cached(tmp_path / "c", "h"), out=tmp_path / "file"
+            None, None, "**", cached_activations=cached(tmp_path / "c", "h"), out=tmp_path / "file"
         )
 
 

@@ -59,8 +59,9 @@ def test_training_takes_given_statistics_and_estimates_nothing(tmp_path, monkeyp
 def test_statistics_of_something_else_are_refused_by_name_unless_allowed(tmp_path, name, value):
     estimated(tmp_path, **{name: value})
     path = str(tmp_path / "stats")
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} (training has")):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} (training has")) as refused:
         runner(WhiteningConfig(statistics=path)).run()
+    assert str(refused.value).count("(training has") == 1
     allowed = WhiteningConfig(statistics=path, allow_other_statistics=True)
     runner(allowed, training_tokens=128).run()
 

@@ -40,6 +40,7 @@ from sae_whiten import (
     WhiteningTrainer,
     WhiteningTrainingRunner,
 )
+from sae_whiten._checks import FieldError
 from sae_whiten.training.activations_store import (
     ResumableActivationsStore,
     buffer_field,
@@ -563,7 +564,7 @@ def test_a_wrong_width_is_one_clear_error():
     sae = TopKTrainingSAEConfig(
         d_in=16, d_sae=128, k=8, normalize_activations="covariance_whitening"
     )
-    with pytest.raises(ValueError, match="blocks.1.hook_resid_pre are not of width d_in=16"):
+    with pytest.raises(FieldError, match="d_in=16.* blocks.1.hook_resid_pre are of width 32"):
         runner(sae=sae).run()
 
 

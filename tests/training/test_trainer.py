@@ -331,6 +331,20 @@ def test_hook_z_batches_train_and_scale():
     assert scaler.unscale(scaler.scale(heads)).shape == heads.shape
 
 
+def test_the_progress_bar_moves_in_runs_of_few_steps(monkeypatch):
+    shown = []
+    update = WhiteningTrainer._update_pbar
+
+    def note(trainer, step_output, pbar):
+        update(trainer, step_output, pbar)
+        shown.append((pbar.n, str(pbar.desc)))
+
+    monkeypatch.setattr(WhiteningTrainer, "_update_pbar", note)
+    fit()
+    assert [n for n, _ in shown] == [BATCH * (i + 1) for i in range(STEPS)]
+    assert len({text for _, text in shown}) >= 10  # losses, and the step that they are of
+
+
 @pytest.mark.parametrize("setting", ["none", "layer_norm", "expected_average_only_in"])
 def test_an_sae_that_does_not_ask_for_whitening_is_refused(setting):
     sae = training_sae("standard", D, 64, normalize_activations=setting)
