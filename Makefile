@@ -1,5 +1,6 @@
 # make demo          install into .venv and run the demo
 # make test          install into .venv and run every check: ruff, pyright, pytest
+# make docs          install into .venv and build the site into site/
 # make test-matrix   run pytest in an environment of its own for each entry of MATRIX: a Python and
 #                    either the newest dependencies or the lowest that pyproject.toml allows.
 #                    make test-3.12-newest runs one of them
@@ -24,11 +25,17 @@ MATRIX ?= 3.10-lowest 3.10-newest 3.12-newest 3.13-newest
 WORKERS ?= 2
 UV := .venv-matrix/uv/bin/uv
 
-.PHONY: demo test test-matrix test-probes clean
+.PHONY: demo docs test test-matrix test-probes clean
 .PRECIOUS: .venv-matrix/%/.dev
 
 demo: .venv/.demo
 	$(BIN)/sae-whiten demo
+
+# Nothing in a page is loaded from another host.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' site --include='*.html'
+	@echo "The site is in site/index.html; $(BIN)/mkdocs serve shows it while you write."
 
 # One thread for each process: on small matrices the threads of two pytest workers only get in each
 # other's way. Pyright's wrapper would otherwise ask its registry for a newer version at every start.
@@ -82,6 +89,10 @@ $(UV):
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+.venv/.docs: .venv/.torch pyproject.toml
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-matrix .venv-probes .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-matrix .venv-probes .pytest_cache .ruff_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

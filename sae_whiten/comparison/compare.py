@@ -69,8 +69,10 @@ def compare(
         model: As SAELens loads it, on the device of the comparison.
         dataset: With tokens or with text.
         out: Folder to write to.
-        model_name, model_class_name, model_from_pretrained_kwargs, dataset_path: What the model
-            and the dataset are called in the metadata of the SAEs.
+        model_name: For the metadata of the SAEs, as the three that follow.
+        model_class_name: As SAELens calls it.
+        model_from_pretrained_kwargs: What the model was loaded with.
+        dataset_path: Name of the dataset.
         labels: Texts to probe with, or tasks of `sae-probes`; None leaves probing out.
 
     Returns:
