@@ -18,6 +18,7 @@ POSITIVE_FIELDS = (
     "train_batch_size_tokens",
     "training_tokens",
     "feature_sampling_window",
+    "dead_feature_window",
 )
 """Fields of the runner's config that are whole numbers from 1 on."""
 
@@ -46,6 +47,10 @@ def check_runner_config(
             f"less than one batch (train_batch_size_tokens={cfg.train_batch_size_tokens})",
         )
     require_number("lr", cfg.lr, least=0, whole=False)
+    if cfg.lr_end is not None:
+        require_number("lr_end", cfg.lr_end, least=0, whole=False)
+    for name in ("lr_warm_up_steps", "lr_decay_steps"):
+        require_number(name, getattr(cfg, name), least=0)
     for name in ("adam_beta1", "adam_beta2"):
         require_number(name, getattr(cfg, name), least=0, below=1, whole=False)
     for name, sae in saes.items():

@@ -5,24 +5,34 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from sae_lens.config import SAETrainerConfig
+from safetensors import SafetensorError
+
 from sae_whiten.statistics import NonFiniteActivationsError
+from sae_whiten.training.checkpoint import folder_of_its_own
 from sae_whiten.training.stream import ActivationStream, StopRequested
 
-__all__ = ["InterruptibleTrainer", "interruptible"]
+__all__ = ["InterruptibleTrainer", "going_on_without_checkpoint", "interruptible"]
 
 logger = logging.getLogger(__name__)
 
 T_co = TypeVar("T_co", covariant=True)
+
+# RuntimeError: torch.save on a full disk, or another process could not write its part
+_WRITING_FAILED = (OSError, SafetensorError, RuntimeError)
 
 
 @runtime_checkable
 class InterruptibleTrainer(Protocol[T_co]):
     """A trainer that can be saved between two steps."""
 
+    cfg: SAETrainerConfig
     n_training_samples: int
+    checkpoint_thresholds: list[int]
 
     @property
     def is_prepared(self) -> bool:
@@ -64,7 +74,7 @@ def interruptible(
             yield
             return
         except (StopRequested, NonFiniteActivationsError) as error:
-            _save(trainer, checkpoint_path, continue_with)
+            _save(trainer, stream, checkpoint_path, continue_with)
             if isinstance(error, NonFiniteActivationsError):
                 raise
             signum = received[0] if received else signal.SIGINT
@@ -75,8 +85,28 @@ def interruptible(
     raise KeyboardInterrupt
 
 
+@contextmanager
+def going_on_without_checkpoint(trainer: InterruptibleTrainer[Any]) -> Iterator[None]:
+    """Log that a checkpoint that was due could not be written, instead of ending training for it.
+
+    The next one is tried when it is due.
+    """
+    try:
+        yield
+    except _WRITING_FAILED as error:
+        trainer.checkpoint_thresholds.pop(0)
+        logger.error(
+            "the checkpoint after %d samples could not be saved, training goes on without it: %s",
+            trainer.n_training_samples,
+            error,
+        )
+
+
 def _save(
-    trainer: InterruptibleTrainer[Any], checkpoint_path: str | Path | None, continue_with: str
+    trainer: InterruptibleTrainer[Any],
+    stream: ActivationStream,
+    checkpoint_path: str | Path | None,
+    continue_with: str,
 ) -> None:
     if not trainer.is_prepared:
         logger.warning("stopped while the whitening was being estimated: nothing to save yet")
@@ -84,7 +114,15 @@ def _save(
         logger.warning("stopped; checkpoint_path is None, so the progress is not saved")
     else:
         name = str(trainer.n_training_samples)
-        trainer.save_checkpoint(name)
+        try:
+            trainer.save_checkpoint(name)
+        except _WRITING_FAILED as error:
+            logger.error("the checkpoint could not be saved in %s (%s)", checkpoint_path, error)
+            processes = stream.processes
+            own = folder_of_its_own() if processes.rank == 0 else ""
+            checkpoint_path = processes.from_first(own)
+            trainer.cfg = replace(trainer.cfg, checkpoint_path=checkpoint_path)
+            trainer.save_checkpoint(name)
         logger.warning(
             "stopped after %s samples; continue with %s",
             name,

@@ -38,6 +38,7 @@ from sae_whiten.training.data_parallel import (
     share_training,
     shared_step,
 )
+from sae_whiten.training.interruption import going_on_without_checkpoint
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.trainer import WhiteningTrainer, losses_are_due
@@ -400,7 +401,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
                 counter.n_training_steps -= 1
 
     def _checkpoint_if_needed(self) -> None:
-        with self._step_counted():
+        with self._step_counted(), going_on_without_checkpoint(self):
             super()._checkpoint_if_needed()
 
     def _maybe_log_sparsity(self, *args: Any, **kwargs: Any) -> None:

@@ -60,7 +60,7 @@ from sae_whiten.training.data_parallel import (
     share_training,
     shared_step,
 )
-from sae_whiten.training.interruption import interruptible
+from sae_whiten.training.interruption import going_on_without_checkpoint, interruptible
 from sae_whiten.training.pretrained import unfold_for_training
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
@@ -588,7 +588,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         # fit() counts a step only after this call, but the checkpoint is taken after the step
         self.n_training_steps += 1
         try:
-            super()._checkpoint_if_needed()
+            with going_on_without_checkpoint(self):
+                super()._checkpoint_if_needed()
         finally:
             self.n_training_steps -= 1
 

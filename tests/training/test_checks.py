@@ -28,6 +28,7 @@ WHITENED: Any = {"normalize_activations": "covariance_whitening"}
                 "store_batch_size_prompts",
                 "context_size",
                 "feature_sampling_window",
+                "dead_feature_window",
             )
             for value in (0, -5)
         ],
@@ -36,6 +37,9 @@ WHITENED: Any = {"normalize_activations": "covariance_whitening"}
         ("lr", -1e-3),
         ("lr", float("nan")),
         ("lr", float("inf")),
+        ("lr_end", -1e-3),
+        ("lr_warm_up_steps", -1),
+        ("lr_decay_steps", -1),
         ("adam_beta1", 1.0),
         ("adam_beta2", -0.1),
         ("device", "cuda:99"),

@@ -1,7 +1,10 @@
 """What was trained is saved whole, beside what a user keeps there, or kept where there is room."""
 
 import json
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from sae_whiten import (
 )
 from sae_whiten._checks import FieldError
 from sae_whiten.training.checkpoint import is_complete_sae
+from sae_whiten.training.stream import ActivationStream
 from tests.support import runner_config, tiny_dataset, tiny_model
 
 FEW = WhiteningConfig(n_samples=256)
@@ -155,3 +159,44 @@ def test_a_final_checkpoint_that_fails_does_not_cost_what_was_trained(
     for path in (tmp_path / "out",) if make is runner else (tmp_path / "out").glob("[ab]"):
         assert is_complete_sae(path)
     assert list((tmp_path / "out").rglob("cfg.json"))
+
+
+@pytest.mark.parametrize("make", [runner, multi_runner])
+def test_a_checkpoint_in_between_that_fails_does_not_end_training(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = make(checkpoint_path=str(tmp_path / "checkpoints"), n_checkpoints=2)
+    blocked(tmp_path / "checkpoints")
+    found, expected = made.run(), make().run()
+    if make is multi_runner:
+        found, expected = found["a"], expected["a"]
+    assert torch.equal(found.W_enc, expected.W_enc)
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert errors
+    assert all("could not be saved, training goes on" in error for error in errors)
+    assert len(errors) <= 2  # it is not tried again at every step
+
+
+@pytest.mark.parametrize("make", [runner, multi_runner])
+def test_what_a_stopped_run_cannot_save_in_its_place_is_kept_elsewhere(
+    make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(checkpoint_path=str(tmp_path / "checkpoints"))
+    blocked(tmp_path / "checkpoints")
+    served = ActivationStream.__next__
+
+    def stopped(self: ActivationStream) -> torch.Tensor:
+        if self.n_served == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return served(self)
+
+    monkeypatch.setattr(ActivationStream, "__next__", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    monkeypatch.undo()
+    (kept,) = re.findall(r"resume_from_checkpoint=(\S+)", caplog.text)
+    resumed, expected = make(resume_from_checkpoint=kept).run(), make().run()
+    if make is multi_runner:
+        resumed, expected = resumed["a"], expected["a"]
+    assert torch.equal(resumed.W_enc, expected.W_enc)
+    shutil.rmtree(Path(kept).parent)
