@@ -17,8 +17,8 @@ MARK = "REDACTED"
 T = TypeVar("T")
 
 _SECRET = re.compile(
-    r"(^|_)(api_?key|access_key(_id)?|secret(_?key)?|secret_.*|private_key|password|passwd"
-    r"|passphrase|pwd|credentials?|(proxy_)?authorization|auth|cookie|bearer|signature)$"
+    r"(^|_)(api_?key|account_key|access_key(_id)?|secret(_?key)?|secret_.*|private_key|password|passwd"
+    r"|passphrase|pwd|credentials?|(proxy_)?authorization|auth|cookie|bearer|signature|sig)$"
 )
 _TOKEN = re.compile(r"(^|_)token$")
 # of a vocabulary: tokens that are no secrets
@@ -29,7 +29,7 @@ _VOCABULARY = re.compile(
 
 _NAME = (
     r"[\w.-]*(?:token|key|key_?id|secret|password|passwd|passphrase|pwd|credentials?|authorization"
-    r"|auth|cookie|signature)"
+    r"|auth|cookie|signature|sig)"
 )
 _VALUE = (
     r"(?:"

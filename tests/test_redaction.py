@@ -66,6 +66,8 @@ def files_with_secrets(folder: Path) -> list[str]:
         json.dumps({"command": json.dumps({"token": SECRET}), "password": f'{SECRET}, "{SECRET}'}),
         f"HF_TOKEN={SECRET} fit --wandb_api_key {SECRET}",
         f"https://host/data?revision=v1&access_token={SECRET}&k=1",
+        f"https://host/data?sv=1&sig={SECRET}",
+        {"connection_string": f"AccountName=me;AccountKey={SECRET}=="},
         f"git+https://me:{SECRET.replace('/', '@')}@host/repo",
         f"curl -H 'authorization: Bearer {SECRET}' and bearer {SECRET}",
     ],

@@ -1,5 +1,6 @@
 """Refuse runner configs that cannot be trained, before a model or a dataset is loaded."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ def check_runner_config(
     for name in ("adam_beta1", "adam_beta2"):
         require_number(name, getattr(cfg, name), least=0, below=1, whole=False)
     for name, sae in saes.items():
-        _check_sizes(name, sae)
+        _check_sae(name, sae)
     for name in ("device", "llm_device", "act_store_device"):
         device = getattr(cfg, name)
         if device is not None:
@@ -69,7 +70,10 @@ def check_runner_config(
             raise FieldError(name, path, f"cannot be written to ({error})") from error
 
 
-def _check_sizes(name: str, sae: TrainingSAEConfig) -> None:
+def _check_sae(name: str, sae: TrainingSAEConfig) -> None:
+    for field, value in vars(sae).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise FieldError(f"{name}.{field}", value, "is not a number")
     require_number(f"{name}.d_in", sae.d_in)
     require_number(f"{name}.d_sae", sae.d_sae)
     k = getattr(sae, "k", None)  # a float for BatchTopK: a mean over the batch

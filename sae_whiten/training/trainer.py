@@ -298,7 +298,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 self.sae, whitening, activations=activations, source=source
             )
         except FoldError as error:
-            raise FoldError(f"{error} Both forms are in {self._keep_both_forms()}") from error
+            problem, kept = str(error).rstrip("."), self._keep_both_forms()
+            raise FoldError(f"{problem}. Both forms are in {kept}") from error
         except Exception:
             logger.error("folding failed; what was trained is in %s", self._keep_both_forms())
             raise

@@ -58,9 +58,12 @@ def test_fields_of_the_runner(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("d_in", 0), ("d_sae", 0), ("d_sae", -1), ("k", 0), ("k", -1), ("k", 129), ("k", True)],
+    [
+        *[("d_in", 0), ("d_sae", 0), ("d_sae", -1), ("k", 0), ("k", -1), ("k", 129), ("k", True)],
+        ("aux_loss_coefficient", float("nan")),
+    ],
 )
-def test_sizes_of_the_sae(field: str, value: Any) -> None:
+def test_fields_of_the_sae(field: str, value: Any) -> None:
     sae = TopKTrainingSAEConfig(**{**WHITENED, "d_in": 32, "d_sae": 128, "k": 8, field: value})
     with pytest.raises(FieldError) as error:
         check_runner_config(runner_config(), {"sae": sae})
