@@ -1,7 +1,8 @@
-"""Paired comparisons over seeds, and metrics at equal sparsity.
+"""Paired comparisons over seeds and tasks, and metrics at equal sparsity.
 
 Two conditions that were trained with the same seed share data, order and initialisation: what the
-seed does to both cancels in the difference, and the differences are what is tested.
+seed does to both cancels in the difference, and the differences are what is tested. So it is with
+the tasks of a benchmark, which are hard for one as for the other.
 """
 
 import math
@@ -14,19 +15,34 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy import stats
 
-__all__ = ["PairedDifference", "compare_metrics", "holm", "interpolate_at", "paired_difference"]
+__all__ = [
+    "FEWEST_SEEDS",
+    "PairedDifference",
+    "bootstrap_difference",
+    "compare_metrics",
+    "holm",
+    "interpolate_at",
+    "measurement_noise",
+    "paired_difference",
+]
+
+FEWEST_SEEDS = 3
+"""With fewer nothing is tested: two differences that happen to be near each other would be enough
+to make a t-test significant."""
 
 _LEVEL = 0.05
+_RESAMPLES = 4000
 
 _Values: TypeAlias = Sequence[float] | Float[ndarray, "_"]
+_ByTask: TypeAlias = Float[ndarray, "seeds tasks"]
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Result of `paired_difference`.
+    """Result of `paired_difference` or `bootstrap_difference`.
 
     Attributes:
-        n_pairs: Pairs in which both values are finite.
+        n_pairs: Seeds in which both values are finite.
         mean: Mean of `a - b`.
         low: Lower end of the 95% confidence interval of the mean, by Student's t whatever the test.
         high: Upper end.
@@ -34,6 +50,8 @@ class PairedDifference:
         p_adjusted: The same after Holm's correction over the metrics of `compare_metrics`; equal to
             `p_value` for a single comparison.
         test: What `p_value` comes from.
+        noise: What measuring the same SAEs again can change the difference by: half the width of
+            the 95% interval over the seeds of the probes. NaN: not known, or there is none.
     """
 
     n_pairs: int
@@ -42,12 +60,22 @@ class PairedDifference:
     high: float
     p_value: float
     p_adjusted: float
-    test: Literal["t", "wilcoxon", "none"]
+    test: Literal["t", "wilcoxon", "bootstrap", "none"]
+    noise: float = math.nan
 
     @property
     def significant(self) -> bool:
-        """Whether `p_adjusted` is below 0.05; a NaN is not."""
-        return self.p_adjusted < _LEVEL
+        """Whether `p_adjusted` is below 0.05, which NaN is not, and the mean is not mere noise."""
+        return self.p_adjusted < _LEVEL and not abs(self.mean) <= self.noise
+
+    @property
+    def smallest(self) -> float:
+        """The smallest mean that would have been told from 0, before any correction.
+
+        Half the width of the confidence interval, or `noise` if that is larger.
+        """
+        known = [v for v in ((self.high - self.low) / 2, self.noise) if not math.isnan(v)]
+        return max(known, default=math.nan)
 
 
 def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedDifference:
@@ -65,9 +93,9 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
         n_comparisons: Number m of comparisons that the p-value will be corrected for.
 
     Returns:
-        The difference. With a single pair the interval and p-value are NaN and the test "none";
-        likewise if all differences are the same up to rounding and not 0, because then the seed had
-        no effect on the difference and says nothing about chance. If all are 0, p is 1.
+        The difference. With one pair or two there is no test: p is NaN, with one the interval too.
+        Both are NaN if all differences are the same up to rounding and not 0, because then the seed
+        had no effect on the difference and says nothing about chance. If all are 0, p is 1.
 
     Raises:
         ValueError: The numbers of values differ, no pair is complete, or a value is infinite.
@@ -87,22 +115,108 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
         raise ValueError(f"{len(complete)} pairs, none of them with both values")
     difference = first - second
     mean = float(difference.mean())
-    if n > 1 and not difference.any():
+    if n >= FEWEST_SEEDS and not difference.any():
         return PairedDifference(n, 0.0, 0.0, 0.0, 1.0, 1.0, "none")
-    # what rounding of the values themselves can make of equal differences
-    rounding = 4 * np.finfo(np.float64).eps * max(np.abs(first).max(), np.abs(second).max())
-    if np.ptp(difference) <= rounding:
+    if np.ptp(difference) <= _rounding(first, second):
         return PairedDifference(n, mean, math.nan, math.nan, math.nan, math.nan, "none")
     t_test: Any = stats.ttest_1samp(difference, 0)
     interval = t_test.confidence_interval(0.95)
     ranked = difference[difference != 0]  # as Wilcoxon did
-    if 2.0 ** (1 - len(ranked)) <= _LEVEL / n_comparisons:
+    if n < FEWEST_SEEDS:
+        test, p_value = "none", math.nan
+    elif 2.0 ** (1 - len(ranked)) <= _LEVEL / n_comparisons:
         test, p_value = "wilcoxon", _wilcoxon(ranked)
     else:
         test, p_value = "t", float(t_test.pvalue)
     return PairedDifference(
         n, mean, float(interval.low), float(interval.high), p_value, p_value, test
     )
+
+
+def bootstrap_difference(a: _ByTask, b: _ByTask, seed: int = 0) -> PairedDifference:
+    """Compare one metric of two conditions over seeds and tasks: a hierarchical bootstrap.
+
+    Seeds and tasks are crossed, every seed having every task, so both are drawn with replacement,
+    each on its own (Owen 2007, "The pigeonhole bootstrap"), and the interval holds for other seeds
+    and other tasks. With few seeds a bootstrap is too narrow. So the deviations of the S seeds are
+    drawn times sqrt(S / (S - 1)), those of the T tasks likewise, and the interval is the mean +- t
+    standard deviations of the resampled means, with Satterthwaite's degrees of freedom: S - 1 if
+    only seeds matter, T - 1 if only tasks do.
+
+    Args:
+        a: Values of one condition, shape (S, T), T at least 2.
+        b: Values of the other, of the same seeds and tasks. Seeds with a NaN are left out.
+        seed: Of the resampling.
+
+    Returns:
+        The difference; with one seed or two p is NaN, with one the interval too. It is of the test
+        "none" if all differences are the same up to rounding.
+
+    Raises:
+        ValueError: The shapes differ, no seed is complete, or a value is infinite.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2:
+        raise ValueError(
+            f"values of shapes {a.shape} and {b.shape}: needed is one for each seed and task, and "
+            "two tasks at least"
+        )
+    complete = ~(np.isnan(a) | np.isnan(b)).any(axis=1)
+    a, b = a[complete], b[complete]
+    n_seeds, n_tasks = a.shape
+    if np.isinf(a).any() or np.isinf(b).any():
+        raise ValueError("an infinite value has no difference from another")
+    if n_seeds < 2 or np.ptp(a - b) <= _rounding(a, b):
+        return paired_difference(a.mean(1), b.mean(1))
+    difference = a - b
+    mean = float(difference.mean())
+    of_seeds = difference.mean(1, keepdims=True) - mean
+    of_tasks = difference.mean(0, keepdims=True) - mean
+    rest = difference - mean - of_seeds - of_tasks
+    of_seeds = of_seeds * math.sqrt(n_seeds / (n_seeds - 1))
+    of_tasks = of_tasks * math.sqrt(n_tasks / (n_tasks - 1))
+    rng = np.random.default_rng(seed)
+    seeds, tasks = (
+        rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) / n for n in (n_seeds, n_tasks)
+    )
+    means = ((seeds @ (of_seeds + of_tasks + rest)) * tasks).sum(1)
+    error = float(np.sqrt(np.square(means).mean()))
+    # of the means of seeds and of tasks, as far as each is a sample
+    v_seeds, v_tasks = (float(np.square(x).mean()) / x.size for x in (of_seeds, of_tasks))
+    df = (v_seeds + v_tasks) ** 2 / (v_seeds**2 / (n_seeds - 1) + v_tasks**2 / (n_tasks - 1))
+    width = float(stats.t.ppf(1 - _LEVEL / 2, df)) * error
+    tested = n_seeds >= FEWEST_SEEDS
+    p = float(2 * stats.t.sf(abs(mean) / error, df)) if tested else math.nan
+    test = "bootstrap" if tested else "none"
+    return PairedDifference(n_seeds, mean, mean - width, mean + width, p, p, test)
+
+
+def measurement_noise(repeats: Sequence[_Values]) -> float:
+    """What measuring again can change a difference by, from differences that were repeated.
+
+    Every condition against its baseline gives one row: the difference, over all its SAEs and
+    tasks, by each seed of the probes, which is the same for both. The variance over these seeds is
+    pooled over the rows.
+
+    Args:
+        repeats: Rows of R differences; of each R may be another.
+
+    Returns:
+        Half the width of the 95% interval of the mean over R seeds, for the smallest R there is;
+        NaN if nothing was repeated.
+    """
+    rows = [np.asarray(row, np.float64) for row in repeats if len(row) > 1]
+    if not rows:
+        return math.nan
+    df = sum(len(row) - 1 for row in rows)
+    variance = sum(float(np.square(row - row.mean()).sum()) for row in rows) / df
+    fewest = min(len(row) for row in rows)
+    return float(stats.t.ppf(1 - _LEVEL / 2, df)) * math.sqrt(variance / fewest)
+
+
+def _rounding(a: ndarray, b: ndarray) -> float:
+    """What rounding of the values themselves can make of equal differences."""
+    return 4 * float(np.finfo(np.float64).eps) * max(np.abs(a).max(), np.abs(b).max())
 
 
 def _wilcoxon(difference: Float[ndarray, "n"]) -> float:
@@ -125,12 +239,13 @@ def _wilcoxon(difference: Float[ndarray, "n"]) -> float:
 
 
 def compare_metrics(
-    values: Mapping[str, tuple[_Values, _Values]],
+    values: Mapping[str, tuple[_Values | _ByTask, _Values | _ByTask]],
 ) -> dict[str, PairedDifference]:
     """Compare several metrics of two conditions over seeds, with Holm's correction.
 
     Args:
-        values: For every metric the values of both conditions, as `paired_difference` takes them.
+        values: For every metric the values of both conditions, as `paired_difference` takes them,
+            or by seed and task, as `bootstrap_difference` does.
 
     Returns:
         `a - b` for every metric, in the same order, with `p_adjusted` over all of them.
@@ -141,7 +256,10 @@ def compare_metrics(
     results = {}
     for metric, (a, b) in values.items():
         try:
-            results[metric] = paired_difference(a, b, n_comparisons=len(values))
+            if np.ndim(a) == 2:
+                results[metric] = bootstrap_difference(np.asarray(a), np.asarray(b))
+            else:
+                results[metric] = paired_difference(a, b, n_comparisons=len(values))
         except ValueError as error:
             raise ValueError(f"{metric}: {error}") from error
     adjusted = holm([result.p_value for result in results.values()])

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,7 +31,7 @@ from sae_whiten.comparison.figures import (
     plot_against_n_latents,
     plot_differences,
 )
-from sae_whiten.comparison.paired import PairedDifference
+from sae_whiten.comparison.paired import FEWEST_SEEDS, PairedDifference
 from sae_whiten.comparison.summary import (
     BASELINES,
     MAIN_METRICS,
@@ -48,7 +49,9 @@ from sae_whiten.evaluation.catalogue import (
     CURVES,
     EXPLAINED_VARIANCE,
     MEASUREMENTS,
+    SAE_PROBES_AUC_AT,
     SCR_AT,
+    SCR_DENOMINATOR,
     SPARSE_PROBING_AT,
     TPP_AT,
     Metric,
@@ -81,6 +84,22 @@ _PAPER_SETUP = (
 )
 # conditions that stand for the paper's whitening, its own loss first
 _WHITENED = ("original", "whitened")
+
+# which of them are measured is chosen
+_PROBING = (SPARSE_PROBING_AT[1], *SAE_PROBES_AUC_AT.values(), SCR_AT[20], TPP_AT[20])
+_MISLEADING = (SCR_AT[20], SCR_DENOMINATOR, TPP_AT[20])
+_WHY_MISLEADING = (
+    "Conclude nothing from TPP and SCR: both fail tests of what they are for, TPP falling the "
+    "longer an SAE trains and SCR being negatively correlated with known features found (Chanin, "
+    "arXiv 2605.18229). They are here because they were asked for."
+)
+
+_TESTS = {
+    "t": ("paired t-test", ""),
+    "wilcoxon": ("Wilcoxon's signed-rank test", " (W)"),
+    "bootstrap": ("hierarchical bootstrap over seeds and tasks", " (B)"),
+}
+"""Name and mark in tables."""
 
 _L0_TOLERANCE = 0.05  # relative; beyond it, SAEs are said not to be equally sparse
 _MOST_NAMES_IN_A_FIGURE = 12
@@ -186,7 +205,11 @@ def _introduction_blocks(comparison: Summary, settings: Mapping[str, Any]) -> li
         for reason in dict.fromkeys(reasons.values()):
             under = _and([code(name) for name, other in reasons.items() if other == reason])
             blocks.append(Paragraph(f"Left out: {code(architecture)} under {under} ({reason})."))
-    absent = [m.name for m in MAIN_METRICS if m.key not in comparison.metrics]
+    chosen = {metric.key for metric in (*_PROBING, *_MISLEADING)}
+    missing = [m for m in MAIN_METRICS if m.key not in comparison.metrics]
+    absent = [m.name for m in missing if m.key not in chosen]
+    if not chosen & set(comparison.metrics):
+        absent.append("probing")
     if absent:
         blocks.append(Paragraph(f"Not measured: {', '.join(absent)}."))
     if comparison.groups:
@@ -253,14 +276,11 @@ def _brief_blocks(comparison: Summary) -> list[Block]:
                 group.differences.get((name, baseline), {}).get(metric.key)
                 for group in comparison.groups
             ]
-            found = [d for d in results if d is not None and not math.isnan(d.p_adjusted)]
-            better = sum(d.significant and d.mean * metric.better > 0 for d in found)
-            worse = sum(d.significant and d.mean * metric.better < 0 for d in found)
-            cells.append(f"{better} better, {worse} worse of {len(found)}" if found else "–")
+            cells.append(_brief_cell([d for d in results if d is not None], metric))
         rows.append(cells)
     caption = (
-        f"Significantly better or worse than {code(baseline)}, in how many of the tested "
-        "combinations of architecture and sparsity."
+        f"Mean difference from {code(baseline)}, its range where several architectures or "
+        "sparsities are compared, and in how many of these it is told from chance."
     )
     free = dict.fromkeys(code(g.architecture) for g in comparison.groups if g.sparsity is None)
     if free:
@@ -271,8 +291,9 @@ def _brief_blocks(comparison: Summary) -> list[Block]:
         f"of tests is one condition against one baseline in one group, over the metrics of this "
         f"table; within it p-values are corrected by Holm's method, so that each of the "
         f"{n_families} families has a chance of at most 5% of any false positive. They are not "
-        f"corrected across families. Confidence intervals are not corrected. Significant means an "
-        f"adjusted p below 0.05; no significant difference does not mean no difference."
+        f"corrected across families. Confidence intervals are not corrected. Significant, or told "
+        f"from chance, means an adjusted p below 0.05 and more than the noise of the measurement; "
+        f"no significant difference does not mean no difference."
     )
     tests = {
         d.test
@@ -280,19 +301,66 @@ def _brief_blocks(comparison: Summary) -> list[Block]:
         for by_key in g.differences.values()
         for d in by_key.values()
     }
+    if n_seeds < FEWEST_SEEDS:
+        notes += " Two seeds are too few for any test."
     if "t" in tests:
         notes += (
             " Where ranks of so few seeds could not be significant, the test is a t-test, which "
             "takes the differences to be normal and finds those that are large beside their spread."
         )
+    if "bootstrap" in tests:
+        notes += (
+            " Metrics of many tasks are paired over tasks too: seeds and tasks are both drawn "
+            "again (hierarchical bootstrap), so that a difference holds for others of both."
+        )
     return [
-        Table(
-            ["condition", *(metric.name for metric in tested)],
-            rows,
-            caption,
-        ),
+        Table(["condition", *(metric.name for metric in tested)], rows, caption),
         Paragraph(notes),
+        *_resolution_blocks(comparison, tested),
     ]
+
+
+def _brief_cell(found: Sequence[PairedDifference], metric: Metric) -> str:
+    """The range of mean differences, and how many of them are told from chance."""
+    if not found:
+        return "–"
+    low, high = min(d.mean for d in found), max(d.mean for d in found)
+    decimals = max(_decimals(d, metric) for d in found)
+    ends = dict.fromkeys(f"{end:+.{decimals}f}" for end in (low, high))
+    told = [d for d in found if d.significant]
+    better = sum(d.mean * metric.better > 0 for d in told)
+    said = [
+        f"{n} of {len(found)} {word}"
+        for n, word in ((better, "better"), (len(told) - better, "worse"))
+        if n
+    ]
+    return f"{' to '.join(ends)}\n{', '.join(said) or 'not told from chance'}"
+
+
+def _resolution_blocks(comparison: Summary, tested: Sequence[Metric]) -> list[Block]:
+    """The smallest differences that can be told, and what measuring again changes."""
+    rows = []
+    for metric in tested:
+        found = [
+            by_key[metric.key]
+            for group in comparison.groups
+            for by_key in group.differences.values()
+            if metric.key in by_key and not math.isnan(by_key[metric.key].smallest)
+        ]
+        if found:
+            widths = sorted(d.smallest for d in found)
+            decimals = max(_decimals(d, metric) for d in found)
+            shown = [widths[len(widths) // 2], widths[-1], found[0].noise]
+            rows.append([metric.name, *(_number(value, decimals) for value in shown)])
+    if not rows:
+        return []
+    caption = (
+        "What this comparison can tell: half the width of the 95% confidence intervals, over all "
+        "conditions, and no less than the noise of the probes, which is how far probing the same "
+        "SAEs again with other splits moves a difference (–: there is none, or it was not measured "
+        "again). Nothing smaller is called a difference."
+    )
+    return [Table(["smallest difference told", "median", "largest", "noise"], rows, caption)]
 
 
 def _group_blocks(group: Group, shown: Sequence[Metric], comparison: Summary) -> list[Block]:
@@ -338,6 +406,8 @@ def _means_table(group: Group, shown: Sequence[Metric]) -> Table:
     caption = "One seed." if n == 1 else f"Mean ± standard deviation over {n} seeds."
     if group.interpolated:
         caption += f" Every seed's sweep was interpolated at {_sparsity(group)}, linear in log L0."
+    if any(metric in _MISLEADING for metric in shown):
+        caption += f" {_WHY_MISLEADING}"
     if any_bold:
         caption += (
             f" Bold: the best of its column, where its difference from {code(BASELINES[0])} is "
@@ -430,19 +500,18 @@ def _differences_table(group: Group, baseline: str) -> Table:
             if difference is None:
                 cells.append("–")
                 continue
-            cell = _difference_cell(difference, metric)
-            if difference.test == "wilcoxon" and len(tests) > 1:
-                cell += " (W)"
-            cells.append(cell)
+            mark = _TESTS[difference.test][1] if len(tests) > 1 and difference.test in tests else ""
+            cells.append(_difference_cell(difference, metric) + mark)
         rows.append(cells)
     caption = f"Condition minus {code(baseline)}"
     if tests:
         caption += ", 95% confidence interval, p adjusted by Holm's method; significant in bold"
-        caption += {
-            frozenset({"t"}): ". Paired t-test.",
-            frozenset({"wilcoxon"}): ". Wilcoxon's signed-rank test.",
-            frozenset({"t", "wilcoxon"}): ". Paired t-test; (W): Wilcoxon's signed-rank test.",
-        }[frozenset(tests)]
+        names = [
+            f"{mark.strip()} {name}".strip() for t, (name, mark) in _TESTS.items() if t in tests
+        ]
+        caption += (
+            ". Test: " + "; ".join(names if len(tests) > 1 else [_TESTS[min(tests)][0]]) + "."
+        )
     elif len(group.seeds) == 1:
         caption += ", of single runs: not tested."
     else:
@@ -485,8 +554,8 @@ def describe_difference(group: Group, condition: str, baseline: str) -> str:
             significant.append(_describe_significant(difference, metric))
         elif math.isnan(difference.p_adjusted):
             reason = (
-                "a single pair"
-                if difference.n_pairs == 1
+                f"{'a single seed' if difference.n_pairs == 1 else 'two seeds'}"
+                if difference.n_pairs < FEWEST_SEEDS
                 else f"{difference.mean:+.{metric.decimals}f} in every seed, which leaves nothing "
                 "to judge chance by"
             )
@@ -618,7 +687,9 @@ def _evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
         Table(
             ["SAE", *(metric.name for metric in shown)],
             rows,
-            "Single SAEs: differences between them include those of sparsity and of chance.",
+            "Single SAEs: differences between them include those of sparsity and of chance."
+            + _noise_of_probes(records)
+            + (f" {_WHY_MISLEADING}" if any(m in _MISLEADING for m in shown) else ""),
         )
     ]
     blocks += _why_absent(records)
@@ -631,6 +702,23 @@ def _evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
         header = ["metric", *(code(name) for name, _ in saes)]
         blocks.append(Details("All other metrics", [Table(header, table)]))
     return blocks
+
+
+def _noise_of_probes(records: Sequence[Mapping[str, Any]]) -> str:
+    """How far probing again moves the figures of an SAE, in words; nothing if it was done once."""
+    noise = []
+    for metric in (m for m in MAIN_METRICS if m in _PROBING):
+        sds = [
+            statistics.stdev(map(statistics.fmean, zip(*tasks.values(), strict=True)))
+            for record in records
+            if (tasks := (record.get("repeats") or {}).get(metric.key))
+            and min(map(len, tasks.values())) > 1
+        ]
+        if sds:
+            noise.append(f"{statistics.median(sds):.{metric.decimals + 1}f} in {metric.name}")
+    if not noise:
+        return ""
+    return f" Standard deviation of probing an SAE again, with other splits: {_and(noise)}."
 
 
 def _why_absent(records: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -809,7 +897,9 @@ def _run_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
         row = ["–" if record.get(field) is None else code(record[field]) for field in fields]
         rows.append(row + [_number(metrics.get(key, math.nan), 4) for key in keys])
     header = [field.replace("_", " ") for field in fields] + [name_of(key) for key in keys]
-    lines = "\n".join(_json(record) for record in records)
+    # every figure again by task and seed: of them results.jsonl has all
+    shown = [{k: v for k, v in record.items() if k != "repeats"} for record in records]
+    lines = "\n".join(map(_json, shown))
     return [
         Heading("Runs", 2),
         Details(f"Metrics of all {len(runs)} runs", [Table(header, rows)]),

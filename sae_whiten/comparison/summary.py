@@ -3,19 +3,27 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
 
-from sae_whiten.comparison.paired import PairedDifference, compare_metrics, interpolate_at
+from sae_whiten.comparison.paired import (
+    PairedDifference,
+    compare_metrics,
+    interpolate_at,
+    measurement_noise,
+)
 from sae_whiten.evaluation.catalogue import (
     CE_LOSS_SCORE,
     DEAD_LATENTS,
     EXPLAINED_VARIANCE,
     KL,
     L0,
+    SAE_PROBES_AUC_AT,
     SCR_AT,
     SCR_DENOMINATOR,
     SPARSE_PROBING_AT,
@@ -44,6 +52,8 @@ MAIN_METRICS = (
     CE_LOSS_SCORE,
     KL,
     SPARSE_PROBING_AT[1],
+    SAE_PROBES_AUC_AT[1],
+    SAE_PROBES_AUC_AT[16],
     SCR_AT[20],
     SCR_DENOMINATOR,
     TPP_AT[20],
@@ -56,6 +66,8 @@ TESTED_METRICS = (
     CE_LOSS_SCORE,
     KL,
     SPARSE_PROBING_AT[1],
+    SAE_PROBES_AUC_AT[1],
+    SAE_PROBES_AUC_AT[16],
     SCR_AT[20],
     TPP_AT[20],
 )
@@ -104,6 +116,8 @@ class Group:
         interpolated: Whether it is an L0.
         values: A column per metric, and a row per run or interpolated sweep, indexed by condition
             (in the order of the comparison) and seed. NaN: not measured, or outside the sweep.
+        repeats: Rows as in `values`; columns (metric, task, seed of the probes) of those tested
+            metrics whose measurement was repeated.
         swept: For interpolated groups the lowest and highest L0 that any seed of a condition had.
         matched: Where `sparsity` is None, other architectures under the same conditions: every
             seed's SAEs interpolated at the L0 that this one's SAE of that seed and condition came
@@ -117,6 +131,7 @@ class Group:
     sparsity: float | None
     interpolated: bool
     values: Frame
+    repeats: Frame
     swept: dict[str, tuple[float, float]]
     matched: Frame
     differences: dict[tuple[str, str], dict[str, PairedDifference]]
@@ -205,7 +220,7 @@ def summarise(
     Raises:
         ValueError: A record lacks a field, has a metric that is not a number, or occurs twice.
     """
-    runs = _runs(records)
+    runs, repeats = _runs(records), _repeats(records)
     found = list(dict.fromkeys(runs.condition))
     conditions = [name for name in BASELINES if name in found]
     conditions += [name for name in found if name not in BASELINES]
@@ -221,16 +236,18 @@ def summarise(
         at_hook = runs.hook_name == hook_name
         family = at_hook & (runs.architecture == architecture)
         for k, at_k in runs[family & is_exact].groupby("sparsity"):
-            groups.append(_group(at_k, _values(at_k), k))
+            groups.append(_group(at_k, _values(at_k), _indexed(at_k, repeats), k))
         swept = runs[family & is_swept]
         for target in targets if len(swept) else []:
-            groups.append(_group(swept, _interpolated(swept, target), float(target)))
+            values = _interpolated(swept, _values(swept), target)
+            again = _interpolated(swept, _indexed(swept, repeats), target)
+            groups.append(_group(swept, values, again, float(target)))
         free = runs[family & ~is_exact & ~is_swept]
         if len(free):
             matched = _matched(free, runs[at_hook & (is_exact | is_swept)])
-            groups.append(_group(free, _values(free), None, matched))
+            groups.append(_group(free, _values(free), _indexed(free, repeats), None, matched))
     measured = [key for key in _values(runs) if runs[key].notna().any()]
-    return Summary(conditions, families, measured, groups, runs)
+    return Summary(conditions, families, measured, _with_noise(groups), runs)
 
 
 def read_metrics(record: Mapping[str, Any], where: str) -> dict[str, float]:
@@ -274,13 +291,41 @@ def _runs(records: Sequence[Mapping[str, Any]]) -> Frame:
     return runs
 
 
+def _repeats(records: Sequence[Mapping[str, Any]]) -> Frame:
+    """`Group.repeats` of all records, in their order."""
+    rows = [
+        {
+            (metric.key, task, i): value
+            for metric in TESTED_METRICS
+            for task, values in (record.get("repeats") or {}).get(metric.key, {}).items()
+            for i, value in enumerate(values)
+        }
+        for record in records
+    ]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    found = pd.DataFrame([[row.get(key, math.nan) for key in columns] for row in rows], dtype=float)
+    levels = zip(*columns, strict=True) if columns else [[], [], []]
+    found.columns = pd.MultiIndex.from_arrays(list(levels), names=["metric", "task", "repeat"])
+    return found
+
+
+def _indexed(runs: Frame, repeats: Frame) -> Frame:
+    """The rows of some runs, by their condition and seed."""
+    index = pd.MultiIndex.from_frame(runs[["condition", "seed"]])
+    return repeats.loc[runs.index].set_axis(index, axis=0)
+
+
 def _values(runs: Frame) -> Frame:
     """`Group.values` of runs that are compared as they are."""
     return runs.set_index(["condition", "seed"]).drop(columns=[*_RUN[:2], *_SETTING])
 
 
 def _group(
-    runs: Frame, values: Frame, sparsity: float | None, matched: Frame | None = None
+    runs: Frame,
+    values: Frame,
+    repeats: Frame,
+    sparsity: float | None,
+    matched: Frame | None = None,
 ) -> Group:
     """Runs of one architecture, which have these values at the sparsity."""
     interpolated = sparsity is not None and bool(runs.sparsity.isna().all())
@@ -295,10 +340,11 @@ def _group(
         sparsity=sparsity,
         interpolated=interpolated,
         values=values,
+        repeats=repeats,
         swept=swept,
         matched=_matched(runs.iloc[:0], runs) if matched is None else matched,
         differences={
-            (name, baseline): _differences(values, name, baseline)
+            (name, baseline): _differences(values, repeats, name, baseline)
             for i, baseline in enumerate(BASELINES)
             for name in present
             # the baselines themselves are compared once
@@ -307,19 +353,19 @@ def _group(
     )
 
 
-def _interpolated(sweeps: Frame, l0: float | int) -> Frame:
-    """`Group.values` of every seed's sweep at an L0."""
+def _interpolated(sweeps: Frame, values: Frame, l0: float | int) -> Frame:
+    """Values of the runs, in their order, at an L0: a row for every condition and seed."""
     found = {
-        run: _at_l0(_values(sweep), l0)
-        for run, sweep in sweeps.groupby(["condition", "seed"], sort=False)
+        run: _at_l0(values.iloc[rows], sweeps.l0.iloc[rows], l0)
+        for run, rows in sweeps.groupby(["condition", "seed"], sort=False).indices.items()
     }
-    return _stacked(found, ["condition", "seed"], _values(sweeps).columns)
+    return _stacked(found, ["condition", "seed"], values.columns)
 
 
 def _matched(runs: Frame, others: Frame) -> Frame:
     """`Group.matched`: what sweeps of others are at the L0 of each of these runs."""
     found = {
-        (run.condition, architecture, run.seed): _at_l0(_values(sweep), run.l0)
+        (run.condition, architecture, run.seed): _at_l0(_values(sweep), sweep.l0, run.l0)
         for run in runs.itertuples()
         for architecture, sweep in others[
             (others.condition == run.condition) & (others.seed == run.seed)
@@ -328,30 +374,84 @@ def _matched(runs: Frame, others: Frame) -> Frame:
     return _stacked(found, ["condition", "architecture", "seed"], _values(others).columns)
 
 
-def _stacked(rows: Mapping[Any, Mapping[str, float]], index: list[str], columns: Any) -> Frame:
+def _stacked(rows: Mapping[Any, Mapping[Any, float]], index: list[str], columns: Any) -> Frame:
     frame = pd.DataFrame(list(rows.values()), columns=columns, dtype=float)
     return frame.set_index(pd.MultiIndex.from_tuples(list(rows), names=index))
 
 
-def _at_l0(sweep: Frame, l0: float | int) -> dict[str, float]:
-    """Every metric of one seed's sweep; NaN if the sweep does not reach the L0."""
+def _at_l0(values: Frame, l0s: Frame, l0: float | int) -> dict[Any, float]:
+    """Every column of one seed's sweep; NaN if the sweep does not reach the L0."""
     if not 0 < l0 < math.inf:
         return {}
-    points = {key: sweep[key].to_numpy() for key in sweep}
-    found = {key: interpolate_at(points["l0"], values, l0) for key, values in points.items()}
+    found = {key: interpolate_at(l0s.to_numpy(), values[key].to_numpy(), l0) for key in values}
     # a straight line in log L0 does not give back L0 itself
-    return {**found, "l0": math.nan if math.isnan(found["l0"]) else float(l0)}
+    if not math.isnan(found.get("l0", math.nan)):
+        found["l0"] = float(l0)
+    return found
 
 
-def _differences(values: Frame, condition: str, baseline: str) -> dict[str, PairedDifference]:
-    pairs = {}
+def _differences(
+    values: Frame, repeats: Frame, condition: str, baseline: str
+) -> dict[str, PairedDifference]:
+    pairs: dict[str, Any] = {}
     for metric in TESTED_METRICS:
         by_seed = values[metric.key].unstack("condition")
-        found = _pairs(by_seed, condition, baseline).to_numpy()
+        found = _pairs(by_seed, condition, baseline)
+        by_task = _by_task(repeats, metric.key, condition, baseline)
+        if by_task is not None and by_task[0].shape[1] > 1:
+            pairs[metric.key] = tuple(means.mean(2) for means in by_task)
         # an infinite KL divergence can be reported, but has no difference
-        if len(found) and np.isfinite(found).all():
-            pairs[metric.key] = (found[:, 0], found[:, 1])
+        elif len(found) and np.isfinite(found.to_numpy()).all():
+            pairs[metric.key] = (found[condition].to_numpy(), found[baseline].to_numpy())
     return compare_metrics(pairs)
+
+
+def _by_task(
+    repeats: Frame, key: str, condition: str, baseline: str
+) -> tuple[Float[ndarray, "s t r"], Float[ndarray, "s t r"]] | None:
+    """Values of both conditions by seed, task and seed of the probes.
+
+    Of those seeds, tasks and repeats that both have; None if there are none.
+    """
+    if key not in repeats.columns.unique("metric"):
+        return None
+    present = repeats.index.unique("condition")
+    if condition not in present or baseline not in present:
+        return None
+    a, b = (repeats[key].loc[name].dropna(how="all") for name in (condition, baseline))
+    seeds = a.index.intersection(b.index)
+    a, b = a.loc[seeds], b.loc[seeds]
+    both = (a.notna() & b.notna()).all(axis=0)
+    n_tasks, n_repeats = (len(both.index[both].unique(level)) for level in ("task", "repeat"))
+    if not len(seeds) or not both.any() or both.sum() != n_tasks * n_repeats:
+        return None
+    shape = len(seeds), n_tasks, n_repeats
+    return tuple(x.loc[:, both].sort_index(axis=1).to_numpy().reshape(shape) for x in (a, b))
+
+
+def _with_noise(groups: Sequence[Group]) -> list[Group]:
+    """The same with the noise of the measurement, by metric pooled over all that are compared."""
+    again: dict[str, list[Any]] = {}
+    for group in groups:
+        for pair, found in group.differences.items():
+            for key in found:
+                by_task = _by_task(group.repeats, key, *pair)
+                if by_task is not None:
+                    again.setdefault(key, []).append((by_task[0] - by_task[1]).mean((0, 1)))
+    noise = {key: measurement_noise(rows) for key, rows in again.items()}
+    return [
+        replace(
+            group,
+            differences={
+                pair: {
+                    key: replace(difference, noise=noise.get(key, math.nan))
+                    for key, difference in found.items()
+                }
+                for pair, found in group.differences.items()
+            },
+        )
+        for group in groups
+    ]
 
 
 def _pairs(by_seed: Frame, condition: str, baseline: str) -> Frame:

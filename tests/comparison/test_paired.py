@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sae_whiten.comparison.paired import (
+    bootstrap_difference,
     compare_metrics,
     holm,
     interpolate_at,
+    measurement_noise,
     paired_difference,
 )
 
@@ -69,7 +72,7 @@ def test_wilcoxon_is_exact_with_ties(values: list[int]) -> None:
     assert result.p_value == pytest.approx(float(wilcoxon_by_enumeration(difference)))
 
 
-@pytest.mark.parametrize(("n", "test"), [(2, "t"), (5, "t"), (6, "wilcoxon"), (9, "wilcoxon")])
+@pytest.mark.parametrize(("n", "test"), [(3, "t"), (5, "t"), (6, "wilcoxon"), (9, "wilcoxon")])
 def test_wilcoxon_where_it_can_reach_significance(n: int, test: str) -> None:
     values = np.arange(1.0, n + 1)
     result = paired_difference(values, np.zeros(n))
@@ -112,6 +115,102 @@ def test_what_no_test_can_be_made_of() -> None:
     assert math.isnan(constant.p_value)
     assert constant.mean == pytest.approx(0.1)
     assert not constant.significant
+
+
+def test_two_seeds_are_never_significant() -> None:
+    two = paired_difference([1.0, 1.0001], [0.0, 0.0])
+    assert two.test == "none"
+    assert math.isnan(two.p_value)
+    assert not two.significant
+    # but how uncertain the mean is can be said
+    assert two.low == pytest.approx(1.00005 - 0.00005 * stats.t.ppf(0.975, 1))
+    rng = np.random.default_rng(0)
+    a = rng.normal(1, 0.01, (2, 30))
+    by_task = bootstrap_difference(a, np.zeros((2, 30)))
+    assert math.isnan(by_task.p_value)
+    assert by_task.low > 0
+    assert not by_task.significant
+
+
+# --- over seeds and tasks
+
+
+def test_a_bootstrap_over_seeds_alone_is_the_t_test() -> None:
+    seeds = np.array([0.3, 0.1, 0.5, 0.2])
+    a = np.repeat(seeds[:, None], 10, axis=1)
+    result = bootstrap_difference(a, 0 * a)
+    expected = paired_difference(seeds, 0 * seeds)
+    assert (result.n_pairs, result.test) == (4, "bootstrap")
+    assert result.mean == pytest.approx(expected.mean)
+    # the rest is that of 4000 resamples
+    assert result.low == pytest.approx(expected.low, abs=0.03 * (expected.high - expected.low))
+    assert result.p_value == pytest.approx(expected.p_value, rel=0.1)
+
+
+def test_a_bootstrap_over_tasks_alone_is_the_t_test_over_them() -> None:
+    tasks = np.random.default_rng(0).normal(0.5, 1, 12)
+    a = np.tile(tasks, (5, 1))
+    result = bootstrap_difference(a, 0 * a)
+    expected = paired_difference(tasks, 0 * tasks)
+    assert result.n_pairs == 5
+    assert result.high == pytest.approx(expected.high, abs=0.03 * (expected.high - expected.low))
+
+
+@pytest.mark.parametrize("sds", [(1, 0.2, 0.5), (0.5, 0.5, 1)])
+def test_intervals_over_seeds_and_tasks_hold_the_truth_as_often_as_they_say(
+    sds: tuple[float, float, float],
+) -> None:
+    rng = np.random.default_rng(0)
+    n, covered, significant = 150, 0, 0
+    for _ in range(n):
+        a = sds[0] * rng.normal(size=(3, 1)) + sds[1] * rng.normal(size=(1, 20))
+        a = a + sds[2] * rng.normal(size=(3, 20))
+        result = bootstrap_difference(a, 0 * a)
+        covered += result.low <= 0 <= result.high
+        significant += result.significant
+    # 95% or more: where the rest dominates, drawing both counts it thrice (Owen 2007)
+    assert covered / n >= 0.92
+    assert significant == n - covered
+
+
+def test_pairing_over_tasks_finds_what_their_spread_hides() -> None:
+    rng = np.random.default_rng(0)
+    tasks = rng.normal(0.8, 0.1, (1, 30))  # some are hard
+    b = tasks + 0.002 * rng.normal(size=(3, 30))
+    a = tasks + 0.01 + 0.002 * rng.normal(size=(3, 30))
+    result = bootstrap_difference(a, b)
+    assert result.significant
+    assert result.smallest == (result.high - result.low) / 2 < 0.01
+
+
+def test_what_a_bootstrap_cannot_judge() -> None:
+    ones = np.ones((3, 4))
+    assert bootstrap_difference(ones, ones).p_value == 1
+    assert bootstrap_difference(2 * ones, ones).test == "none"
+    single = bootstrap_difference(np.array([[1.0, 2.0]]), np.zeros((1, 2)))
+    assert (single.mean, single.n_pairs) == (1.5, 1)
+    assert math.isnan(single.low)
+    hole = np.array([[1.0, 2.0], [math.nan, 1.0], [3.0, 1.0]])
+    assert bootstrap_difference(hole, np.zeros((3, 2))).n_pairs == 2
+    with pytest.raises(ValueError, match="two tasks at least"):
+        bootstrap_difference(ones[:, :1], ones[:, :1])
+    with pytest.raises(ValueError, match="infinite"):
+        bootstrap_difference(math.inf * ones, ones)
+
+
+def test_noise_is_the_interval_of_a_mean_over_repeats_pooled() -> None:
+    # variances 1 and 4 with two degrees of freedom each
+    noise = measurement_noise([[1.0, 2.0, 3.0], [10.0, 12.0, 14.0]])
+    assert noise == pytest.approx(stats.t.ppf(0.975, 4) * (2.5 / 3) ** 0.5)
+    assert math.isnan(measurement_noise([[1.0], []]))
+
+
+def test_nothing_below_the_noise_of_the_measurement_is_a_difference() -> None:
+    clear = paired_difference([1.0, 1.1, 0.9, 1.0], [0.0, 0.0, 0.0, 0.0])
+    assert clear.significant
+    assert replace(clear, noise=0.99).significant
+    assert not replace(clear, noise=1.0).significant
+    assert replace(clear, noise=2.0).smallest == 2
 
 
 def test_values_that_do_not_pair_are_refused() -> None:

@@ -4,13 +4,16 @@ import base64
 import itertools
 import json
 import math
+import random
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sae_whiten.comparison import document, figures, report
@@ -21,7 +24,12 @@ from sae_whiten.comparison.figures import (
     plot_against_n_latents,
     plot_differences,
 )
-from sae_whiten.comparison.paired import holm, paired_difference
+from sae_whiten.comparison.paired import (
+    bootstrap_difference,
+    holm,
+    measurement_noise,
+    paired_difference,
+)
 from sae_whiten.comparison.report import (
     comparison_markdown,
     describe_difference,
@@ -105,6 +113,11 @@ def tables(markdown: str) -> list[list[dict[str, str]]]:
     return found
 
 
+def of_conditions(markdown: str) -> list[list[dict[str, str]]]:
+    """Those whose rows are conditions."""
+    return [table for table in tables(markdown) if "condition" in table[0]]
+
+
 class Page(HTMLParser):
     """Tags, their attributes, and the text of a page; every tag must be closed."""
 
@@ -165,6 +178,77 @@ def test_differences_are_paired_and_corrected_over_the_tested_metrics() -> None:
     assert found["kl"].p_value == 1
 
 
+AUC = "sae_probes_auc_top_1"
+
+
+def probed(condition: str, seed: int, by_task: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """A run that was probed on tasks, with several seeds of the probes."""
+    mean = statistics.fmean(map(statistics.fmean, by_task.values()))
+    return {**record(condition, seed, **{AUC: mean}), "repeats": {AUC: by_task}}
+
+
+def test_what_was_probed_on_tasks_is_paired_over_them() -> None:
+    rng = random.Random(0)
+    runs, a, b = [], [], []
+    for seed in range(3):
+        hard = {f"task {i}": 0.6 + 0.03 * i for i in range(10)}
+        none = {task: [x + rng.gauss(0, 0.001) for _ in range(2)] for task, x in hard.items()}
+        half = {task: [x + rng.gauss(0.02, 0.001) for _ in range(2)] for task, x in hard.items()}
+        runs += [probed("half", seed, half), probed("none", seed, none)]
+        a.append([statistics.fmean(x) for x in half.values()])
+        b.append([statistics.fmean(x) for x in none.values()])
+    (group,) = summarise(runs).groups
+    found = group.differences["half", "none"][AUC]
+    expected = bootstrap_difference(np.array(a), np.array(b))
+    assert (found.test, found.n_pairs) == ("bootstrap", 3)
+    assert (found.mean, found.low) == pytest.approx((expected.mean, expected.low))
+    again = [
+        statistics.fmean(
+            x[AUC][task][i] - y[AUC][task][i]
+            for x, y in zip(
+                (r["repeats"] for r in runs if r["condition"] == "half"),
+                (r["repeats"] for r in runs if r["condition"] == "none"),
+                strict=True,
+            )
+            for task in x[AUC]
+        )
+        for i in range(2)
+    ]
+    assert found.noise == pytest.approx(measurement_noise([again]))
+    markdown = comparison_markdown(summarise(runs))
+    assert "Test: hierarchical bootstrap over seeds and tasks." in markdown
+    assert "1 of 1 better" in markdown
+    # where the probes are as noisy as the difference is large, it is none
+    for run in runs:
+        if run["condition"] == "half":
+            run["repeats"] = {
+                AUC: {task: [x + 0.03, y - 0.03] for task, (x, y) in run["repeats"][AUC].items()}
+            }
+    (group,) = summarise(runs).groups
+    noisy = group.differences["half", "none"][AUC]
+    assert noisy.mean == pytest.approx(found.mean)
+    assert noisy.p_adjusted < 0.05
+    assert not noisy.significant
+    # at an L0 between those of a sweep, tasks and repeats are interpolated like the mean of them
+    swept = [
+        {**run, "sparsity": None, "coefficient": c, "metrics": {**run["metrics"], "l0": l0}}
+        for run in runs
+        for c, l0 in ((1.0, 20.0), (2.0, 40.0))
+    ]
+    (at_30,) = summarise(swept, targets=[30]).groups
+    assert at_30.differences["half", "none"][AUC].low == pytest.approx(noisy.low)
+
+
+def test_an_evaluation_says_how_noisy_its_probes_are() -> None:
+    run = {"name": "sae", "metrics": {AUC: 0.75}, "repeats": {AUC: {"a": [0.7, 0.8]}}}
+    table = evaluation_table([run])
+    assert f"with other splits: {0.05 * 2**0.5:.4f} in sae-probes AUC top 1." in table
+    assert "Conclude nothing" not in table
+    asked = evaluation_table([{"name": "sae", "metrics": {"tpp_top_20": 0.1}}])
+    assert "Conclude nothing from TPP and SCR" in asked
+    assert "arXiv 2605.18229" in asked
+
+
 def test_another_metric_changes_no_p_value(monkeypatch: pytest.MonkeyPatch) -> None:
     extra = catalogue.Metric("stability", lambda measured: 0.5, "stability over seeds", better=1)
     monkeypatch.setattr(catalogue, "METRICS", (*catalogue.METRICS, extra))
@@ -176,7 +260,7 @@ def test_another_metric_changes_no_p_value(monkeypatch: pytest.MonkeyPatch) -> N
     assert after.groups[0].differences == before.groups[0].differences
     assert [m.key for m in TESTED_METRICS] == [
         "explained_variance", "dead_latents", "ce_loss_score", "kl", "sparse_probing_top_1",
-        "scr_top_20", "tpp_top_20",
+        "sae_probes_auc_top_1", "sae_probes_auc_top_16", "scr_top_20", "tpp_top_20",
     ]  # fmt: skip
     # but it is reported
     (others,) = (t for t in tables(comparison_markdown(after)) if "metric" in t[0])
@@ -276,7 +360,7 @@ def test_the_report_of_what_has_no_sparsity() -> None:
     markdown = comparison_markdown(comparison)
     assert "## `top_afa`, L0 as it comes" in markdown
     assert "`top_afa`: at the L0 that each SAE came to." in markdown
-    _, means, matched, *_ = tables(markdown)
+    _, means, matched, *_ = of_conditions(markdown)
     assert [row["L0"] for row in means] == ["25.0 ± 7.1", "25.0 ± 0.0"]
     assert [list(row.values())[:3] for row in matched] == [
         ["`none`", "`top_afa`", "0.750 ± 0.071"],
@@ -333,14 +417,20 @@ def test_records_that_cannot_be_right_are_refused(runs: list[dict[str, Any]], me
 
 def test_the_tables_have_the_numbers_in_the_right_cells() -> None:
     markdown = comparison_markdown(summarise(RECORDS))
-    brief, means, differences, others, _paper = tables(markdown)
+    brief, told, means, differences, others, _paper = tables(markdown)
     assert brief == [
         {
             "condition": "`original`",
-            "explained variance": "0 better, 1 worse of 1",
-            "dead latents": "0 better, 0 worse of 1",
-            "KL divergence": "0 better, 0 worse of 1",
+            "explained variance": "-0.0110 1 of 1 worse",
+            "dead latents": "+1.0 not told from chance",
+            "KL divergence": "+0.000 not told from chance",
         }
+    ]
+    # half of the intervals below; nothing was measured again
+    assert [list(row.values()) for row in told] == [
+        ["explained variance", "0.0025", "0.0025", "–"],
+        ["dead latents", "7.5", "7.5", "–"],
+        ["KL divergence", "0.000", "0.000", "–"],
     ]
     assert means == [
         {
@@ -365,7 +455,7 @@ def test_the_tables_have_the_numbers_in_the_right_cells() -> None:
     assert row["KL divergence"] == "+0.000 [+0.000, +0.000] p = 1.000"
     assert others[0]["`none`"] == "0.800 ± 0.100"
     assert others[0]["`original`"] == "–"
-    assert "Not measured: CE loss score, sparse probing top 1, SCR top 20" in markdown
+    assert "Not measured: CE loss score, probing." in markdown
 
 
 def test_sentences_say_what_is_significant_and_what_is_not() -> None:
@@ -404,7 +494,7 @@ def test_the_best_is_bold_only_where_that_is_significant() -> None:
         runs = [
             record(name, seed, kl=kl) for name, kls in values.items() for seed, kl in enumerate(kls)
         ]
-        means = tables(comparison_markdown(summarise(runs)))[1]
+        means = of_conditions(comparison_markdown(summarise(runs)))[1]
         return [row["condition"] for row in means if "**" in row["KL divergence"]]
 
     none, worse, better = [0.5, 0.6, 0.7], [0.6, 0.701, 0.799], [0.4, 0.501, 0.599]
@@ -428,7 +518,7 @@ def test_what_was_not_tested_is_said() -> None:
         "which leaves nothing to judge chance by), KL divergence (infinite in some runs) and TPP "
         "top 20 (no seed has it in both)."
     )
-    means = tables(comparison_markdown(summarise(runs)))[1]
+    means = of_conditions(comparison_markdown(summarise(runs)))[1]
     assert [row["KL divergence"] for row in means] == ["inf", "0.100 ± 0.000"]
     assert [row["TPP top 20"] for row in means] == ["0.100 ± 0.000", "–"]
 
