@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_whiten._checks import FieldError
-from sae_whiten._files import CorruptFileError, atomic_files, check_writable
+from sae_whiten._files import CorruptFileError, check_writable
 from sae_whiten.architectures.description import describe
 from sae_whiten.architectures.folding import (
     FoldError,
@@ -59,7 +59,7 @@ from sae_whiten.estimation.sources import (
 )
 from sae_whiten.estimation.stopping import flatten_heads
 from sae_whiten.statistics import ActivationStatistics
-from sae_whiten.training.checkpoint import TRAINING_STATE_DIR
+from sae_whiten.training.checkpoint import TRAINING_STATE_DIR, replacing_sae
 from sae_whiten.whitening import Whitening
 
 __all__ = [
@@ -196,7 +196,7 @@ def fold_builtin_checkpoint(
     file = _whitening_file(path, whitening)
     found = None if file is None else load_builtin_whitening(file)
     plain = _plain_sae(sae, found, state, activations)
-    with atomic_files(out, last=SAE_CFG_FILENAME) as new:
+    with replacing_sae(out) as new:
         if isinstance(plain.sae, TrainingSAE):
             plain.sae.save_inference_model(new)
         else:

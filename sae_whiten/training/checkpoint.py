@@ -22,7 +22,7 @@ import logging
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,6 +67,7 @@ __all__ = [
     "loadable_folder",
     "own_part",
     "read_training_weights",
+    "replacing_sae",
     "runner_settings",
     "save_or_keep",
     "save_runner_files",
@@ -368,6 +369,17 @@ def save_runner_files(
     write_json(Path(checkpoint_path) / RUNNER_CFG_FILENAME, dict(cfg))
 
 
+def replacing_sae(target: Path) -> AbstractContextManager[Path]:
+    """A directory whose files take the place of all those of the SAE in `target`, if there is one.
+
+    Other files in `target` are left alone.
+    """
+    optional = (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, OWN_DIR)
+    # (which earlier releases wrote beside the SAE)
+    formerly = (WHITENING_FILENAME, STATISTICS_FILENAME)
+    return atomic_files(target, SAE_CFG_FILENAME, also_replaced=(*optional, *formerly))
+
+
 def write_sae(
     target: Path,
     sae: TrainingSAE[Any],
@@ -390,10 +402,7 @@ def write_sae(
     Returns:
         Paths of the weights, the SAE's config and the sparsity, if that is known.
     """
-    optional = (SPARSITY_FILENAME, RUNNER_CFG_FILENAME, OWN_DIR)
-    # (which earlier releases wrote beside the SAE)
-    formerly = (WHITENING_FILENAME, STATISTICS_FILENAME)
-    with atomic_files(target, SAE_CFG_FILENAME, also_replaced=(*optional, *formerly)) as new:
+    with replacing_sae(target) as new:
         weights, sae_cfg = sae.save_inference_model(new)
         if log_feature_sparsity is not None:
             save_file({"sparsity": log_feature_sparsity}, new / SPARSITY_FILENAME)

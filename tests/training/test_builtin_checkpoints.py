@@ -348,6 +348,17 @@ def test_runners_of_one_and_of_several_saes(tmp_path: Path) -> None:
     assert SAE.load_from_disk(tmp_path / "b").cfg.normalize_activations == "none"
 
 
+def test_nothing_of_an_earlier_sae_stays_beside_the_new_one(tmp_path: Path) -> None:
+    (tmp_path / "sae_whiten").mkdir()
+    earlier = ("cfg.json", "runner_cfg.json", "sae_whiten/whitening.safetensors", "notes.txt")
+    for name in earlier:
+        (tmp_path / name).write_text("{}")
+    fold_builtin_checkpoint(checkpoints("topk").middle, tmp_path)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "notes.txt"}
+    assert SAE.load_from_disk(tmp_path).cfg.architecture() == "topk"
+
+
 # --- sae-whiten fold
 
 
