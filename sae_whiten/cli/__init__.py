@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": "does whitening help? SAEs with and without it, all else equal, with statistics",
     "demo": "watch whitening at work on a small pretrained model, without a network",
     "evaluate": "what any SAEs are worth: reconstruction, loss of the model, probing",
+    "features": "look at features: a page of what latents of one or two SAEs fire at",
     "fit": "estimate the statistics of many hooks in one pass over a dataset",
     "fold": "make a correct SAE of a checkpoint that SAELens wrote under its own whitening",
     "inspect": "what statistics say: anisotropy, outliers, how well they were estimated",

@@ -87,12 +87,14 @@ def _several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 _PARSERS: dict[Any, dict[str, Any]] = {
     str: {},
+    str | None: {},
     bool: {"action": argparse.BooleanOptionalAction},
     int: {"type": int, "metavar": "N"},
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
     Sequence[str]: {"type": _several(str), "metavar": "A,B,..."},
     Sequence[int]: {"type": _several(int), "metavar": "N,N,..."},
+    Sequence[int] | None: {"type": _several(int), "metavar": "N,N,..."},
     Sequence[float]: {"type": _several(float), "metavar": "X,X,..."},
     Mapping[str, Mapping[str, Any]]: {"type": json_object, "metavar": "JSON"},
     tuple[int | None, ...]: {"type": _index, "nargs": "+", "metavar": "N"},

@@ -21,6 +21,7 @@ __all__ = [
     "batches_of_equal_length",
     "decoder_norms",
     "encode_decode",
+    "encode_in_parts",
     "latent_scale",
     "run",
     "text_tokens",
@@ -143,12 +144,24 @@ def encode_decode(
     Yields:
         Which sequences, their latents (dense, shape (some, seq, d_sae)), and their reconstructions.
     """
-    step = max(1, _LATENTS_AT_ONCE // (x.shape[1] * sae.cfg.d_sae))
-    for start in range(0, len(x), step):
-        rows = slice(start, start + step)
+    for rows in _parts(sae, x):
         latents = sae.encode(x[rows].to(sae.device, sae.dtype))
         x_hat = sae.decode(latents)
         yield rows, latents.to_dense() if latents.is_sparse else latents, x_hat
+
+
+def encode_in_parts(
+    sae: SAE[Any], x: Float[Tensor, "batch seq d"]
+) -> Iterator[tuple[slice, Float[Tensor, "some seq d_sae"]]]:
+    """Latents of some sequences at a time, dense, as memory allows; and which sequences."""
+    for rows in _parts(sae, x):
+        latents = sae.encode(x[rows].to(sae.device, sae.dtype))
+        yield rows, latents.to_dense() if latents.is_sparse else latents
+
+
+def _parts(sae: SAE[Any], x: Float[Tensor, "batch seq d"]) -> list[slice]:
+    step = max(1, _LATENTS_AT_ONCE // (x.shape[1] * sae.cfg.d_sae))
+    return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
 @torch.no_grad()

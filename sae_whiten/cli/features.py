@@ -1,0 +1,161 @@
+"""Look at features: one HTML page of the latents of an SAE, or of two SAEs side by side.
+
+For each latent: the texts in which it is most active and some drawn at random, every token shaded
+by its activation; a histogram of its activations and how often it fires; the tokens whose logits
+its decoder direction raises and lowers, where the model predicts next tokens; its nearest
+neighbours. The page is one file that needs no network and no server, opens in any browser, and can
+be sent. Its latents can be searched and sorted, and each has a link: page.html#latent-123.
+
+Of two SAEs the page has three lists: latents found by both, side by side, only by the first, and
+only by the second. Latents are the same if their decoder directions nearly agree, or if they fire
+at nearly the same tokens. Directions are compared in whitened coordinates: in those of the
+activations, a few dimensions of large variance make any two directions look alike. Statistics for
+that are those that lie beside the SAE, those of --statistics, or estimated from the tokens read.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae_whiten.cli._options import add_options
+from sae_whiten.cli._saes import (
+    add_dataset_arguments,
+    add_model_arguments,
+    add_saes_argument,
+    add_sequence_arguments,
+    dataset_path_of,
+    load_model_of,
+    load_saes,
+    model_source,
+    open_dataset_of,
+)
+from sae_whiten.evaluation.features.options import FeatureOptions
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+    from sae_whiten.evaluation.features.result import Features
+    from sae_whiten.statistics import ActivationStatistics
+
+EPILOG = """\
+examples:
+  sae-whiten features sae --dataset-split 'train[99%:]' --out page.html
+  sae-whiten features sae --latents 12,345,6789 --out page.html
+  sae-whiten features sae --text 'The cat sat on the mat.' --out page.html    which fire here?
+  sae-whiten features sae-plain sae-whitened --out both.html                  what do they share?
+  sae-whiten features gpt2-small-res-jb/blocks.6.hook_resid_pre \\
+    --dataset-path Skylion007/openwebtext --out page.html
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the SAEs, what to show of them, and where the model and the tokens come from."""
+    add_saes_argument(parser)
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the page, such as page.html",
+    )
+    add_options(parser, FeatureOptions, without=("n_tokens",))
+    parser.add_argument(
+        "--statistics",
+        metavar="STATISTICS",
+        help="of the activations, from sae-whiten fit or train: file, folder, or repo on the hub "
+        "(default: those in the folder of an SAE, else estimated from the tokens read)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="of the model and the SAEs (default: %(default)s)"
+    )
+    add_model_arguments(parser)
+
+    group = parser.add_argument_group("tokens")
+    add_dataset_arguments(group)
+    add_options(group, FeatureOptions, only=("n_tokens",))
+    add_sequence_arguments(group)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, measure, write the page, and say what is on it."""
+    import dataclasses
+
+    from sae_whiten._files import check_writable
+    from sae_whiten.evaluation.features.measure import measure_features
+    from sae_whiten.evaluation.features.page import write_page
+
+    names = [field.name for field in dataclasses.fields(FeatureOptions)]
+    options = FeatureOptions(**{name: getattr(args, name) for name in names})
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out {args.out}: a folder; name a file, such as page.html")
+    check_writable(args.out.parent)
+    if len(args.saes) > 2:
+        raise ValueError(f"{len(args.saes)} SAEs: a page shows one or two")
+    saes = load_saes(args.saes, args.device)
+    if len(saes) < len(args.saes):
+        raise ValueError(f"{args.saes[0]} is given twice")
+    options.check_latents(saes[args.saes[0].rstrip("/")].cfg.d_sae)
+    statistics = _statistics(args, saes)
+    source = model_source(args, saes)
+    dataset_path = dataset_path_of(args, saes)
+    dataset = open_dataset_of(args, dataset_path)
+    model = load_model_of(source, args.device, args.context_size)
+    found = measure_features(
+        saes,
+        model,
+        dataset,
+        options,
+        statistics=statistics,
+        context_size=args.context_size,
+        prepend_bos=args.prepend_bos,
+        batch_size_prompts=args.batch_size_prompts,
+    )
+    dataset_name = f"{dataset_path} ({args.dataset_split})"
+    write_page(found, args.out, {"dataset": dataset_name})
+    _print_summary(found)
+    print(f"\nsaved: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB); open it in a browser")
+    return 0
+
+
+def _statistics(
+    args: argparse.Namespace, saes: "dict[str, SAE[Any]]"
+) -> "dict[str, ActivationStatistics]":
+    """Statistics by hook: those that were given, or lie beside an SAE."""
+    from sae_whiten.estimation.folders import find_statistics
+    from sae_whiten.statistics import ActivationStatistics
+
+    found = {}
+    for path, sae in saes.items():
+        hook_name = sae.cfg.metadata.hook_name
+        if hook_name is None or hook_name in found:
+            continue
+        if args.statistics is not None:
+            found[hook_name] = ActivationStatistics.load(
+                find_statistics(args.statistics, hook_name)
+            )
+        elif Path(path).is_dir():
+            try:
+                file = find_statistics(path, hook_name)
+            except FileNotFoundError:
+                continue
+            found[hook_name] = ActivationStatistics.load(file)
+    return found
+
+
+def _print_summary(found: "Features") -> None:
+    width = max(len(sae.name) for sae in found.saes)
+    print(f"{'':{width}}  {'latents':>8}  {'that fire':>9}  {'L0':>7}  {'shown':>6}")
+    for sae in found.saes:
+        print(
+            f"{sae.name:{width}}  {sae.d_sae:>8}  {sae.d_sae - sae.n_dead:>9}  {sae.l0:>7.1f}"
+            f"  {len(sae.latents):>6}"
+        )
+    if found.matching is not None:
+        counts = zip(found.matching.n_matched, found.matching.n_live, found.saes, strict=True)
+        for same, live, sae in counts:
+            print(
+                f"{same} of the {live} latents of {sae.name} that fire "
+                f"({same / max(live, 1):.0%}) are found by the other too"
+            )
+    if found.why_no_logits is not None:
+        print(f"No tokens that latents raise or lower: {found.why_no_logits}")

@@ -1,0 +1,291 @@
+"""Read tokens twice and keep, of the latents that are shown, what a reader needs to name them.
+
+The first pass sees which latents fire, how strongly and, of two SAEs, at which tokens; with that
+it is known which latents to show. The second keeps their texts and histograms.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from sae_lens.config import HfDataset
+from sae_lens.saes.sae import SAE
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from sae_whiten._checks import FieldError, require_context, require_number
+from sae_whiten.estimation.sources import Model
+from sae_whiten.evaluation.features.options import FeatureOptions
+from sae_whiten.evaluation.features.pairs import Matches, choose_pairs, draw
+from sae_whiten.evaluation.features.result import Features, Latent, SAEFeatures, TextPiece
+from sae_whiten.evaluation.features.subject import Space, Subject
+from sae_whiten.evaluation.features.vocabulary import TokenTexts, Unembedding
+from sae_whiten.evaluation.model_view import (
+    View,
+    encode_in_parts,
+    latent_scale,
+    run,
+    text_tokens,
+    why_no_next_token_loss,
+    worse_than_guessing,
+)
+from sae_whiten.evaluation.saes import check_sae, flat_heads
+from sae_whiten.evaluation.tokens import sequence_settings, token_batches
+from sae_whiten.statistics import ActivationStatistics
+
+__all__ = ["measure_features"]
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def measure_features(
+    saes: Mapping[str, SAE[Any]],
+    model: Model,
+    dataset: HfDataset | str,
+    options: FeatureOptions | None = None,
+    *,
+    statistics: Mapping[str, ActivationStatistics] | None = None,
+    context_size: int | None = None,
+    prepend_bos: bool | None = None,
+    batch_size_prompts: int = 16,
+) -> Features:
+    """Top texts, histograms, logit effects, neighbours and matches of latents of one or two SAEs.
+
+    Memory does not grow with the number of tokens, but for where latents of two SAEs fire: of at
+    most 2^25 firings each (2 million tokens at an L0 of 16).
+
+    Args:
+        saes: One or two SAEs for raw activations, by the names that they get. Any that SAELens
+            loads.
+        model: As SAELens loads it.
+        dataset: Tokens or text, as for SAELens; it is read twice from its beginning.
+        options: What to show.
+        statistics: Of the activations, by the name of the hook, for whitened coordinates; where
+            there are none, these are estimated from the activations read.
+        context_size: Tokens per sequence; None takes the smallest of the SAEs' metadata.
+        prepend_bos: Whether sequences start with BOS; None takes it from the SAEs' metadata.
+        batch_size_prompts: Sequences per pass of the model.
+
+    Raises:
+        FieldError: An option does not fit: a latent that the SAE does not have, a text without a
+            tokenizer for it, a context longer than the model's.
+        ValueError: There are not one or two SAEs; an SAE is of another model or hook, or is not for
+            raw activations; the SAEs' metadata contradict each other; the dataset is shorter than
+            one sequence, none of its tokens counts, or an activation is not finite.
+    """
+    options = options or FeatureOptions()
+    if not 1 <= len(saes) <= 2:
+        raise ValueError(f"{len(saes)} SAEs: features are shown of one or of two")
+    require_number("batch_size_prompts", batch_size_prompts)
+    for name, sae in saes.items():
+        check_sae(name, sae, model)
+    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
+    require_number("context_size", context_size)
+    require_context(context_size, model)
+    options.check_latents(next(iter(saes.values())).cfg.d_sae)
+
+    subjects = _subjects(saes, model, statistics or {})
+
+    def batches(task: str) -> Iterator[_Batch]:
+        for tokens in token_batches(
+            saes,
+            model,
+            dataset,
+            options.n_tokens,
+            context_size,
+            prepend_bos,
+            batch_size_prompts,
+            task,
+        ):
+            yield _Batch(tokens, _kept(subjects, tokens), _seen(subjects, model, tokens))
+
+    with flat_heads(saes.values()):
+        texts = TokenTexts(model.tokenizer)
+        asked = None
+        if options.text is not None:
+            asked = _AskedText(options.text, subjects, model, context_size, prepend_bos)
+        n_read, why_no_logits = 0, None
+        for i, batch in enumerate(batches("Which latents fire")):
+            if i == 0:
+                why_no_logits = _why_no_logits(subjects, model, batch)
+            by_space = {s.space: (s, x) for s, x in zip(subjects, batch.x, strict=True)}
+            for space, (subject, x) in by_space.items():
+                _check_finite(subject, x[batch.kept])
+                space.update(x[batch.kept])
+            for subject, x in zip(subjects, batch.x, strict=True):
+                subject.survey(x, batch.kept, keep_firing=len(subjects) == 2)
+            n_read += batch.tokens.numel()
+        for subject in subjects:
+            if subject.n_tokens == 0:
+                raise ValueError(
+                    f"{subject.name}: no token counts; all are special or outside seqpos_slice"
+                )
+        for subject in subjects:
+            subject.find_directions()
+
+        found = [
+            SAEFeatures(
+                subject.name,
+                subject.facts(),
+                subject.n_tokens,
+                subject.counts.double() / subject.n_tokens,
+                whitening=subject.space.source,
+            )
+            for subject in subjects
+        ]
+        if len(subjects) == 1:
+            matches, matching = None, None
+            shown = [_choose(subjects[0], options, asked and asked.ranked[0])]
+        else:
+            matches = Matches(subjects[0], subjects[1], options)
+            shown, matching = choose_pairs(matches, options, asked and asked.ranked)
+        for subject, indices in zip(subjects, shown, strict=True):
+            subject.choose(indices, options, min(options.window, context_size))
+        for batch in batches("Reading texts"):
+            for subject, x in zip(subjects, batch.x, strict=True):
+                subject.collect(batch.tokens, x, batch.kept)
+
+    unembedding = None if why_no_logits else Unembedding.of(model)
+    for i, (subject, sae_features) in enumerate(zip(subjects, found, strict=True)):
+        latents = subject.described(texts, unembedding)
+        if asked is not None:
+            asked.add_to(latents, i, texts)
+        if matches is not None:
+            matches.add_to(latents, i)
+        sae_features.latents.update(latents)
+    return Features(found, options, why_no_logits, matching, n_read, context_size)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences, which of their tokens count, and what each SAE sees of them."""
+
+    tokens: Integer[Tensor, "batch seq"]
+    kept: Bool[Tensor, "batch seq"]
+    x: Sequence[Float[Tensor, "batch seq d"]]
+
+
+def _subjects(
+    saes: Mapping[str, SAE[Any]], model: Model, statistics: Mapping[str, ActivationStatistics]
+) -> list[Subject]:
+    found: list[Subject] = []
+    spaces: dict[Any, Space] = {}
+    for name, sae in saes.items():
+        view = View.of(sae, model.tokenizer)
+        given, d_in = statistics.get(view.hook_name), sae.cfg.d_in
+        if given is not None and given.d_in != d_in:
+            raise ValueError(
+                f"the statistics of {view.hook_name} are of width {given.d_in}, but {name} takes "
+                f"activations of width {d_in}"
+            )
+        space = spaces.setdefault((view.hook_name, view.head), Space(given, d_in))
+        found.append(Subject(name, sae, view, space))
+    return found
+
+
+def _check_finite(subject: Subject, x: Float[Tensor, "n d"]) -> None:
+    if not x.isfinite().all():
+        raise ValueError(
+            f"the model's activations at {subject.view.hook_name} hold a NaN or an infinity"
+        )
+
+
+def _kept(
+    subjects: Sequence[Subject], tokens: Integer[Tensor, "batch seq"]
+) -> Bool[Tensor, "batch seq"]:
+    """Tokens that count for all SAEs, so that firing can be compared."""
+    return torch.stack([subject.view.kept(tokens) for subject in subjects]).all(0)
+
+
+def _seen(
+    subjects: Sequence[Subject], model: Model, tokens: Integer[Tensor, "batch seq"]
+) -> list[Float[Tensor, "batch seq d"]]:
+    hooks = [subject.view.hook_name for subject in subjects]
+    _, activations = run(model, tokens, hooks, logits=False)
+    found = []
+    for subject in subjects:
+        x = subject.view.seen(activations[subject.view.hook_name])
+        subject.view.check_width(subject.name, subject.sae, x)
+        found.append(x)
+    return found
+
+
+def _why_no_logits(subjects: Sequence[Subject], model: Model, batch: _Batch) -> str | None:
+    """Why the tokens that a direction raises would mean nothing, or None if they mean something."""
+    why = why_no_next_token_loss(model, batch.tokens)
+    if why is not None:
+        return why
+    logits = model(batch.tokens)
+    loss = float(cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch.tokens[:, 1:].flatten()))
+    why = worse_than_guessing(loss, logits.shape[-1])
+    if why is not None:
+        return why
+    unembedding = Unembedding.of(model)
+    if unembedding is None:
+        return "where the model's unembedding is, is not known"
+    d_model = unembedding.W_U.shape[0]
+    for subject in subjects:
+        if subject.sae.cfg.d_in != d_model:
+            return (
+                f"{subject.view.hook_name} has activations of width {subject.sae.cfg.d_in}, and is "
+                f"not in the residual stream, of width {d_model}, that logits are made from"
+            )
+    return None
+
+
+# --- which latents
+
+
+def _choose(subject: Subject, options: FeatureOptions, ranked: Sequence[int] | None) -> list[int]:
+    if options.latents is not None:
+        return list(dict.fromkeys(options.latents))
+    if ranked is not None:
+        return list(ranked[: options.n_latents])
+    return sorted(draw(subject.live, options.n_latents, options.seed))
+
+
+class _AskedText:
+    """A text, and which latents fire in it.
+
+    Attributes:
+        ranked: Of each SAE, the latents that fire, largest share in the reconstruction first.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        subjects: Sequence[Subject],
+        model: Model,
+        context_size: int,
+        prepend_bos: bool,
+    ) -> None:
+        if model.tokenizer is None:
+            raise FieldError("text", text, "the model has no tokenizer to read it with")
+        (whole,) = text_tokens(model.tokenizer, [text], len(text.encode()) + 8, prepend_bos)
+        (self._ids,) = text_tokens(model.tokenizer, [text], context_size, prepend_bos)
+        if len(whole) > len(self._ids):
+            logger.warning("the text is cut to %d of its %d tokens", len(self._ids), len(whole))
+        tokens = torch.tensor([self._ids], device=next(model.parameters()).device)
+        kept = _kept(subjects, tokens)
+        self._activations: list[Float[Tensor, "seq d_sae"]] = []
+        self.ranked: list[list[int]] = []
+        for subject, x in zip(subjects, _seen(subjects, model, tokens), strict=True):
+            ((_, latents),) = encode_in_parts(subject.sae, x)
+            found = (latents[0] * kept[0, :, None].to(latents)).float().cpu()
+            share = found.abs().amax(0) * latent_scale(subject.sae).cpu()
+            order = share.argsort(descending=True, stable=True)
+            self.ranked.append(order[: int((share > 0).sum())].tolist())
+            self._activations.append(found)
+        if not any(self.ranked):
+            raise FieldError("text", text, "no latent fires in it")
+
+    def add_to(self, latents: Mapping[int, Latent], sae: int, texts: TokenTexts) -> None:
+        pieces = tuple(texts.pieces(self._ids))
+        for i, latent in latents.items():
+            found = self._activations[sae][:, i]
+            peak = int(found.abs().argmax())
+            latent.in_text = TextPiece(tuple(self._ids), pieces, tuple(found.tolist()), peak)

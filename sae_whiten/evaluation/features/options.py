@@ -1,0 +1,77 @@
+"""What a page of features shows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sae_whiten._checks import FieldError, require_number
+
+__all__ = ["FeatureOptions"]
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """Which latents are looked at, and at how many tokens.
+
+    Raises:
+        FieldError: A number is out of range, or both `latents` and `text` are given.
+    """
+
+    n_latents: int = 200
+    """Latents to show, of both SAEs together: without --latents and --text, drawn at random from
+    those that fire"""
+
+    latents: Sequence[int] | None = None
+    """Show these, by number; of two SAEs, the first's, beside their counterparts in the second"""
+
+    text: str | None = None
+    """Show the latents that fire in this text, those with the largest share in its
+    reconstruction first"""
+
+    n_tokens: int = 65_536
+    """Tokens to read, twice; the rarer a latent, the more it takes to see it fire"""
+
+    n_texts: int = 10
+    """Texts of each latent in which it is most active"""
+
+    n_random_texts: int = 4
+    """Further texts, drawn at random from all in which it fires: the most active ones alone can
+    make a latent look purer than it is"""
+
+    window: int = 40
+    """Tokens of each text"""
+
+    match_cosine: float = 0.7
+    """Of two SAEs: latents are the same if the cosine of their decoder directions, in whitened
+    coordinates, is at least this"""
+
+    match_overlap: float = 0.5
+    """or if, of the tokens at which either fires, both fire at this share"""
+
+    seed: int = 0
+    """Of what is drawn at random"""
+
+    def __post_init__(self) -> None:
+        for name in ("n_latents", "n_tokens", "n_texts", "window"):
+            require_number(name, getattr(self, name))
+        require_number("n_random_texts", self.n_random_texts, 0)
+        for name in ("match_cosine", "match_overlap"):
+            value = getattr(self, name)
+            require_number(name, value, 0, whole=False)
+            if value > 1:
+                raise FieldError(name, value, "must be at most 1")
+        if self.latents is not None and self.text is not None:
+            raise FieldError("text", self.text, "choose latents by number or by a text, not both")
+        if self.latents is not None and not self.latents:
+            raise FieldError("latents", "", "name at least one latent")
+        if self.text is not None and not self.text.strip():
+            raise FieldError("text", repr(self.text), "there is nothing in it")
+
+    def check_latents(self, d_sae: int) -> None:
+        """Refuse numbers of latents that an SAE of this size does not have.
+
+        Raises:
+            FieldError: Names the first.
+        """
+        for i in self.latents or ():
+            if not 0 <= i < d_sae:
+                raise FieldError("latents", i, f"the SAE's latents are 0 to {d_sae - 1}")

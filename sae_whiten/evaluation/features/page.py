@@ -1,0 +1,356 @@
+"""One HTML page of features, with its style, script and figures inside.
+
+It reads without scripts, loads nothing, and can be sent as it is. Everything that comes from data
+is escaped by the template; beyond that the page's own policy lets no script run but its own.
+"""
+
+import base64
+import functools
+import hashlib
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from sae_whiten._files import atomic_path
+from sae_whiten._redaction import redacted
+from sae_whiten.evaluation.features.result import Features, Latent, SAEFeatures, TextPiece
+
+__all__ = ["to_html", "write_page"]
+
+_LEVELS = 9  # of shading
+_LABELS = ("A", "B")  # of two SAEs
+_RATE_BINS = 24  # of firing rates, on a logarithmic scale
+# what would be invisible, or move the text around it
+_SHOWN_AS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+_JOINERS = "\u200c\u200d"
+
+
+def write_page(
+    features: Features, path: str | Path, source: Mapping[str, Any] | None = None
+) -> None:
+    """Write the page, atomically.
+
+    Args:
+        features: What `measure_features` found.
+        path: The file.
+        source: Where that comes from, shown as it is, without what of it is secret: "model",
+            "dataset".
+    """
+    with atomic_path(path) as partial:
+        # a name that is no valid Unicode does not cost the page
+        partial.write_text(to_html(features, source), encoding="utf-8", errors="backslashreplace")
+
+
+def to_html(features: Features, source: Mapping[str, Any] | None = None) -> str:
+    """The page as text; arguments as for `write_page`."""
+    templates = files("sae_whiten.evaluation.features") / "templates"
+    style, script = (
+        Markup((templates / name).read_text(encoding="utf-8"))
+        for name in ("features.css", "features.js")
+    )
+    sections, saes = _sections(features), [_sae(features, i) for i in range(len(features.saes))]
+    return (
+        _environment()
+        .get_template("features.html.j2")
+        .render(
+            title="Features of " + " and ".join(sae.name for sae in features.saes),
+            saes=saes,
+            source=redacted({k: v for k, v in (source or {}).items() if v is not None}),
+            features=features,
+            sections=sections,
+            asked=_asked(features),
+            style=style,
+            script=script,
+            policy=(
+                f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+                "base-uri 'none'; form-action 'none'"
+            ),
+        )
+    )
+
+
+def _hash(content: str) -> str:
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("sae_whiten.evaluation.features"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(share=_share, short=_short, visible=_visible)
+    return environment
+
+
+# --- what the template shows
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Tokens that are shaded alike: one active token, or several that are not."""
+
+    text: str
+    level: int = 0
+    value: str = ""
+    peak: bool = False
+
+
+@dataclass(frozen=True)
+class _Card:
+    """One latent, ready for the template."""
+
+    latent: Latent
+    label: str  # "A" or "B"; "" on a page of one SAE
+    other: str
+    anchor: str
+    rate: float
+    bars: str
+    gist: str
+    texts: Sequence[tuple[str, Sequence[_Run]]]
+    random_texts: Sequence[tuple[str, Sequence[_Run]]]
+    in_text: Sequence[_Run]
+    links: Mapping[int, str]  # of latents of the same SAE that are on the page
+    other_links: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What is searched, sorted and stepped through: a latent, or a pair."""
+
+    cards: Sequence[_Card]
+    shown_before: str | None  # where the second of a pair is
+    at: str  # positions in the text that was asked for
+    order: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Section:
+    id: str
+    title: str
+    note: str
+    items: Sequence[_Item]
+
+
+def _sae(features: Features, i: int) -> dict[str, Any]:
+    sae = features.saes[i]
+    facts = {
+        **sae.facts,
+        "latents": f"{sae.d_sae:,}",
+        "that fire": f"{sae.d_sae - sae.n_dead:,}",
+        "L0": _short(sae.l0),
+    }
+    return {
+        "name": sae.name,
+        "label": _LABELS[i] if len(features.saes) == 2 else "",
+        "facts": {k: v for k, v in redacted(facts).items() if v is not None},
+        "rates": _rates_figure(sae),
+    }
+
+
+def _sections(features: Features) -> list[_Section]:
+    saes, matching = features.saes, features.matching
+    if matching is None:
+        items = [_item(features, [(0, i)]) for i in saes[0].latents]
+        return [_Section("latents", "Latents", "", items)]
+    first, second = (f"{label}: {sae.name}" for label, sae in zip(_LABELS, saes, strict=True))
+    shown: set[tuple[int, int]] = set()
+    pairs = []
+    for i, j in matching.both:
+        new = [one for one in ((0, i), (1, j)) if one not in shown]
+        shown.update(new)
+        pairs.append(_item(features, new, [(0, i), (1, j)]))
+    alone = [
+        [_item(features, [(sae, i)]) for i in found if (sae, i) not in shown]
+        for sae, found in enumerate((matching.only_first, matching.only_second))
+    ]
+    (live_a, live_b), (same_a, same_b) = matching.n_live, matching.n_matched
+    return [
+        _Section(
+            "both",
+            "Found by both",
+            f"{same_a:,} of the {live_a:,} latents of A that fire have a counterpart in B, "
+            f"{same_b:,} of the {live_b:,} of B one in A. {len(pairs)} pairs are shown.",
+            pairs,
+        ),
+        _Section(
+            "first",
+            "Only in A",
+            f"{live_a - same_a:,} of the {live_a:,} latents of {first} that fire; "
+            f"{len(alone[0])} are shown.",
+            alone[0],
+        ),
+        _Section(
+            "second",
+            "Only in B",
+            f"{live_b - same_b:,} of the {live_b:,} latents of {second} that fire; "
+            f"{len(alone[1])} are shown.",
+            alone[1],
+        ),
+    ]
+
+
+def _item(
+    features: Features,
+    cards: Sequence[tuple[int, int]],
+    pair: Sequence[tuple[int, int]] | None = None,
+) -> _Item:
+    made = [_card(features, *which) for which in cards]
+    before = [which for which in pair or () if which not in cards]
+    lead, latent = made[0], made[0].latent
+    near = latent.by_direction
+    order = {
+        "number": latent.index,
+        "rate": lead.rate,
+        "largest": latent.largest,
+        "cosine": near.whitened if near is not None and near.whitened is not None else -2.0,
+        "overlap": 0.0 if latent.by_firing is None else latent.by_firing.overlap,
+    }
+    at = sorted(
+        {
+            position
+            for card in made
+            if card.latent.in_text is not None
+            for position, value in enumerate(card.latent.in_text.activations)
+            if value != 0
+        }
+    )
+    return _Item(
+        made,
+        _anchor(features, *before[0]) if before else None,
+        " ".join(map(str, at)),
+        order,
+    )
+
+
+def _card(features: Features, sae: int, i: int) -> _Card:
+    ours, latent = features.saes[sae], features.saes[sae].latents[i]
+    pair = len(features.saes) == 2
+    other = features.saes[1 - sae].latents if pair else {}
+    return _Card(
+        latent=latent,
+        label=_LABELS[sae] if pair else "",
+        other=_LABELS[1 - sae] if pair else "",
+        anchor=_anchor(features, sae, i),
+        rate=latent.n_firing / ours.n_tokens,
+        bars=_bars(latent.histogram, 40),
+        gist=_gist(latent),
+        texts=[_shaded(text, latent.largest) for text in latent.texts],
+        random_texts=[_shaded(text, latent.largest) for text in latent.random_texts],
+        in_text=() if latent.in_text is None else _shaded(latent.in_text, latent.largest)[1],
+        links={j: _anchor(features, sae, j) for j in ours.latents if j != i},
+        other_links={j: _anchor(features, 1 - sae, j) for j in other},
+    )
+
+
+def _anchor(features: Features, sae: int, i: int) -> str:
+    return f"latent-{i}" if len(features.saes) == 1 else f"latent-{_LABELS[sae].lower()}-{i}"
+
+
+def _gist(latent: Latent) -> str:
+    """The token at which a latent is most often most active, as a name to recognise it by."""
+    peaks = Counter(text.pieces[text.peak].strip() for text in latent.texts)
+    return next((piece for piece, _ in peaks.most_common() if piece), "")
+
+
+def _asked(features: Features) -> list[str] | None:
+    """The text that was asked for, token by token."""
+    texts = (latent.in_text for sae in features.saes for latent in sae.latents.values())
+    found = next((text for text in texts if text is not None), None)
+    return None if found is None else list(found.pieces)
+
+
+def _shaded(text: TextPiece, largest: float) -> tuple[str, list[_Run]]:
+    """The value at the peak, and runs of tokens."""
+    runs: list[_Run] = []
+    units: list[tuple[str, float, bool]] = []
+    for position, (piece, value) in enumerate(zip(text.pieces, text.activations, strict=True)):
+        peak = position == text.peak
+        if not piece and units:  # the rest of a character of several tokens
+            before, its_value, its_peak = units[-1]
+            units[-1] = before, max(its_value, value, key=abs), its_peak or peak
+        else:
+            units.append((piece, value, peak))
+    for piece, value, peak in units:
+        if value == 0:
+            if runs and not runs[-1].level:
+                runs[-1] = _Run(runs[-1].text + _visible(piece))
+            else:
+                runs.append(_Run(_visible(piece)))
+            continue
+        level = min(_LEVELS, max(1, math.ceil(_LEVELS * abs(value) / max(largest, 1e-30))))
+        runs.append(_Run(_visible(piece), level, _short(value), peak))
+    return _short(text.activations[text.peak]), runs
+
+
+# --- figures
+
+
+def _bars(counts: Sequence[int], height: int) -> str:
+    """Bars of width 1 as the path of an SVG; what is not empty is seen, however small."""
+    most = max(counts, default=0)
+    path = []
+    for x, count in enumerate(counts):
+        if count:
+            top = height - max(1.0, height * count / most)
+            path.append(f"M{x} {height}V{top:.4g}h.85V{height}z")
+    return "".join(path)
+
+
+def _rates_figure(sae: SAEFeatures) -> dict[str, Any]:
+    """How often the latents of an SAE fire, on a logarithmic scale from once to always."""
+    live = sae.firing_rates[sae.firing_rates > 0]
+    lowest = math.log10(1 / max(sae.n_tokens, 10))
+    parts = ((live.log10() - lowest) / -lowest * _RATE_BINS).floor().clamp(0, _RATE_BINS - 1)
+    counts = torch.bincount(parts.long(), minlength=_RATE_BINS).tolist()
+    decades = range(math.ceil(lowest), 1)
+    return {
+        "bars": _bars(counts, 40),
+        "width": _RATE_BINS,
+        "ticks": [(_RATE_BINS * (d - lowest) / -lowest, _power(d)) for d in decades],
+    }
+
+
+def _power(exponent: int) -> str:
+    return f"{100 * 10.0**exponent:g}%" if exponent >= -5 else f"1e{exponent}"
+
+
+# --- text and numbers
+
+
+def _visible(text: str) -> str:
+    """A text with marks for what is not seen: line breaks, controls, changes of direction."""
+    return "".join(_SHOWN_AS.get(c) or _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if not hidden or character in _JOINERS:
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+def _share(value: float) -> str:
+    """A share of tokens, also a small one."""
+    if value == 0:
+        return "0%"
+    if value < 1e-4:
+        return f"1 in {1 / value:,.0f}"
+    return f"{100 * value:.2g}%" if value < 0.995 else f"{100 * value:.3g}%"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
