@@ -19,9 +19,9 @@ import torch
 from sae_lens.load_model import load_model
 
 from sae_whiten import ActivationStatistics
+from sae_whiten._paper_style import new_figure, paper_style, save_figure
 from sae_whiten.comparison import demo
 from sae_whiten.estimation.split_half import SplitHalfStatistics
-from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
 
 HOOK, D = "bert.encoder.layer.2", 384
 

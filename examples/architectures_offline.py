@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from sae_whiten._files import atomic_path
+from sae_whiten._paper_style import new_figure, paper_style, save_figure
 from sae_whiten.architectures import (
     TopAFATrainingSAEConfig,
     TopKVSAETrainingConfig,
@@ -50,7 +51,6 @@ from sae_whiten.architectures import (
 from sae_whiten.comparison.summary import spread
 from sae_whiten.evaluation.metrics import ExplainedVariance, LatentActivity, dead_latents
 from sae_whiten.evaluation.model_view import run
-from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
 from sae_whiten.lenses.afa.norms import nmse
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sae_whiten import ActivationStatistics, Whitening
-from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
+from sae_whiten._paper_style import new_figure, paper_style, save_figure
 
 N_ROWS = 1500  # of 128 tokens
 

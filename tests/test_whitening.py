@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_whiten import CorruptFileError, Whitening, WhiteningConfig
 from sae_whiten._files import save_tensors
-from sae_whiten.evaluation.metrics import null_tolerance
+from sae_whiten.estimation.spectrum import null_tolerance
 from sae_whiten.whitening import full_precision, oas_shrinkage
 from tests.reference import (
     D_IN,

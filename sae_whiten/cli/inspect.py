@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from sae_whiten.config import WhiteningConfig
-    from sae_whiten.evaluation.inspection import describe_statistics
+    from sae_whiten.estimation.inspection import describe_statistics
 
     config = WhiteningConfig(**given_fields(args))
     statistics = _read(args.sources)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         _print_statistics(rows)
         _print_whitening(rows, config)
     if args.plot is not None:
-        from sae_whiten.comparison.figures import plot_spectra
+        from sae_whiten.estimation.figures import plot_spectra
 
         for path in plot_spectra(
             {name: row["eigenvalues"] for name, row in rows.items()},

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig
     from torch import Tensor
 
-    from sae_whiten.evaluation.metrics import SpectrumSummary
+    from sae_whiten.estimation.spectrum import SpectrumSummary
 
 __all__ = ["DemoError", "DemoOptions", "DemoResult", "run_demo"]
 
@@ -178,8 +178,8 @@ def _run(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
     from safetensors.torch import save_file
 
     from sae_whiten import ActivationStatistics, Whitening, WhiteningTrainingRunner
-    from sae_whiten.comparison.figures import plot_spectrum
-    from sae_whiten.evaluation.metrics import spectrum_summary
+    from sae_whiten.estimation.figures import plot_spectrum
+    from sae_whiten.estimation.spectrum import spectrum_summary
 
     text = _read_text(model, options.seed)
     n_tokens = len(text.train) * (_CONTEXT_SIZE - 2)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 
-from sae_whiten.evaluation.paper_style import (
+from sae_whiten._paper_style import (
     MARKERS,
     common_pattern,
     n_legend_columns,

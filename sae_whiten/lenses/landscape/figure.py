@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
+from sae_whiten._paper_style import new_figure, paper_style, save_figure
 from sae_whiten.lenses.landscape.simulation import Landscape
 
 __all__ = ["plot_landscapes"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_whiten.evaluation.paper_style import (
+from sae_whiten._paper_style import (
     new_figure,
     paper_style,
     save_figure,

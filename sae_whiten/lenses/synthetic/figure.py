@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae_whiten.evaluation.paper_style import new_figure, paper_style, save_figure
+from sae_whiten._paper_style import new_figure, paper_style, save_figure
 from sae_whiten.lenses.synthetic.experiment import Summary
 
 __all__ = ["plot_recovery"]

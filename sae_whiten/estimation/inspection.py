@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sae_whiten.config import WhiteningConfig
-from sae_whiten.evaluation.metrics import (
+from sae_whiten.estimation.spectrum import (
     directions_for_share,
     null_directions,
     regularisation_summary,

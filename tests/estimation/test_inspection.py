@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig
 from sae_whiten.cli import main
-from sae_whiten.evaluation.inspection import describe_statistics
+from sae_whiten.estimation.inspection import describe_statistics
 from tests.support import friendly, nasty
 
 HOOK = "blocks.0.hook_resid_pre"

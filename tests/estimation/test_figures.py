@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sae_whiten.comparison import figures
-from sae_whiten.comparison.figures import plot_spectra, plot_spectrum
+from sae_whiten.estimation import figures
+from sae_whiten.estimation.figures import plot_spectra, plot_spectrum
 
 BEFORE = torch.tensor([8.0, 1e-15, 0.5, 2.0], dtype=torch.float64)
 AFTER = torch.tensor([1.1, 0.9, 1.0, 1e-14], dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_drawing_changes_no_settings_and_needs_no_display(tmp_path: Path) -> Non
 import os, sys
 os.environ.pop("DISPLAY", None)
 import torch
-from sae_whiten.comparison.figures import plot_spectrum
+from sae_whiten.estimation.figures import plot_spectrum
 assert "matplotlib" not in sys.modules
 import matplotlib
 # the backend is chosen, by importing pyplot, as soon as somebody asks for it

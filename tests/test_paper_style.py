@@ -7,16 +7,15 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from sae_whiten import ActivationStatistics
-from sae_whiten.cli import main
-from sae_whiten.evaluation.paper_style import (
+from sae_whiten._paper_style import (
     common_pattern,
     new_figure,
     paper_style,
     save_figure,
     without_common_folders,
 )
-
-from ..support import friendly
+from sae_whiten.cli import main
+from tests.support import friendly
 
 
 def texts(figure: Figure) -> set[str]:

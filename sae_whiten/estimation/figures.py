@@ -1,0 +1,192 @@
+"""Figures of covariance spectra, of one hook or of many."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_whiten._paper_style import common_pattern
+from sae_whiten._paper_style import new_figure as _new_figure
+from sae_whiten._paper_style import paper_style as _paper_style
+from sae_whiten._paper_style import save_figure as _save
+from sae_whiten.estimation.spectrum import null_directions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_spectra", "plot_spectrum"]
+
+_NAMES_IN_A_COLUMN = 26
+
+
+def plot_spectrum(
+    eigenvalues_before: Float[Tensor, "d"],
+    eigenvalues_after: Float[Tensor, "d"],
+    path: str | Path,
+) -> None:
+    """Draw the spectrum of the activations' covariance before and after whitening.
+
+    Numerically null directions have no place on a logarithmic axis; the legend counts them.
+
+    Args:
+        eigenvalues_before: Shape (d,), any order: eigenvalues of the covariance of activations that
+            the whitening was not estimated from. (On those it was estimated from, the spectrum
+            after whitening is flat by construction, however few they are.)
+        eigenvalues_after: Shape (d,), any order: the same of the same activations, whitened.
+        path: Where to write; its suffix is the format (.png, .pdf, .svg).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: matplotlib does not know the format.
+    """
+    spectra = {"before": eigenvalues_before, "after": eigenvalues_after}
+    null = {name: null_directions(eigenvalues) for name, eigenvalues in spectra.items()}
+    style: dict[str, dict[str, Any]] = {
+        "before": {"color": "black", "linestyle": "-"},
+        # told apart by its dashes too, where a printer has one black
+        "after": {"color": "0.45", "linestyle": (0, (4, 1.5))},
+    }
+    with _paper_style():
+        figure = _new_figure(width=3.4, height=2.4)
+        axes = figure.add_subplot()
+        axes.axhline(1, color="0.6", linewidth=0.6, linestyle=":", zorder=1)
+        for name, eigenvalues in spectra.items():
+            values = eigenvalues[~null[name]].sort(descending=True).values.tolist()
+            axes.plot(range(1, len(values) + 1), values, label=f"{name} whitening", **style[name])
+        # the few directions of large variance would vanish in the left edge of a linear axis
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(0.9, 1.1 * len(eigenvalues_before))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("rank of the direction" + _not_shown(null))
+        axes.set_ylabel("eigenvalue of the covariance")
+        axes.legend(loc="lower left", frameon=False)
+        _save(figure, path)
+
+
+def plot_spectra(
+    spectra: Mapping[str, Sequence[float]],
+    directory: str | Path,
+    *,
+    regularised: Mapping[str, Sequence[float]] | None = None,
+    held_out: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+) -> list[Path]:
+    """Draw the covariance spectra of several hooks, a line for each; null directions are left out.
+
+    Args:
+        spectra: Eigenvalues by hook name, in descending order.
+        directory: Where to write spectra and cumulative_variance, each as .png and .pdf, and
+            regularised and held_out where they are given.
+        regularised: What whitening divides by, in the order of the eigenvalues they replace.
+        held_out: Eigenvalues of held-out activations before and after whitening, in descending
+            order.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    before = {name: _float64(values) for name, values in spectra.items()}
+    shown = {name: ~null_directions(values) for name, values in before.items()}
+    lines = {name: values[shown[name]] for name, values in before.items()}
+    cumulative = {name: values.cumsum(0) / values.sum() for name, values in lines.items()}
+    figures: dict[str, list[tuple[str, dict[str, Tensor]]]] = {
+        "spectra": [("eigenvalue of the covariance", lines)],
+        "cumulative_variance": [("share of the variance", cumulative)],
+    }
+    if regularised is not None:
+        made = {name: _float64(values)[shown[name]] for name, values in regularised.items()}
+        figures["regularised"] = [("regularised eigenvalue", made)]
+    if held_out:
+        raw = {name: _float64(pair[0]) for name, pair in held_out.items()}
+        raw = {name: v[~null_directions(v)] / v.mean() for name, v in raw.items()}
+        white = {name: _float64(pair[1]) for name, pair in held_out.items()}
+        figures["held_out"] = [
+            ("held-out eigenvalue (mean: 1)", raw),
+            ("whitened held-out eigenvalue", white),
+        ]
+    written = []
+    for name, panels in figures.items():
+        with _paper_style():
+            figure = _new_figure(width=3.4 * len(panels), height=2.4)
+            all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+            for axes, (label, values) in zip(all_axes, panels, strict=True):
+                _draw_hooks(axes, values, list(spectra))
+                axes.set_ylabel(label)
+                if name != "cumulative_variance":
+                    axes.set_yscale("log")
+                if name == "held_out":
+                    axes.axhline(1, color="0.6", linewidth=0.6, linestyle=":", zorder=1)
+            _add_key(figure, all_axes[0])
+            for suffix in (".png", ".pdf"):
+                path = Path(directory) / f"{name}{suffix}"
+                _save(figure, path)
+                written.append(path)
+    return written
+
+
+def _float64(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
+
+
+def _draw_hooks(axes: Any, spectra: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """A line for each hook, from dark to light in the order of `names`, in three line styles."""
+    from matplotlib import colormaps
+
+    # lightness grows along this map, so that the order can be seen in black and white; its end is
+    # too light for white paper
+    shades = colormaps["viridis"]
+    for i, hook in enumerate(names):
+        if hook not in spectra:
+            continue
+        values = spectra[hook].tolist()
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            color=shades(0.85 * i / max(len(names) - 1, 1)),
+            linestyle=("-", "--", ":")[i % 3],
+            linewidth=1.0,
+            label=hook,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("rank of the direction")
+
+
+def _add_key(figure: "Figure", axes: Any) -> None:
+    """Name the lines outside the axes, where the names cover none of them."""
+    handles, names = axes.get_legend_handles_labels()
+    if len(names) == 1:
+        figure.suptitle(names[0], fontsize=7)
+        return
+    pattern, short = common_pattern(names)
+    figure.legend(
+        handles,
+        short,
+        loc="outside right center",
+        title=pattern,
+        ncols=math.ceil(len(names) / _NAMES_IN_A_COLUMN),
+        frameon=False,
+        fontsize=5,
+        title_fontsize=5,
+        labelspacing=0.1,
+        handlelength=2,
+        handletextpad=0.5,
+        columnspacing=1,
+    )
+
+
+def _not_shown(null: dict[str, Tensor]) -> str:
+    counts = {name: int(directions.sum()) for name, directions in null.items()}
+    if not any(counts.values()):
+        return ""
+    if len(set(counts.values())) == 1:
+        n = counts["before"]
+        return f" (not shown: {n} null direction{'s' if n > 1 else ''})"
+    listed = ", ".join(f"{n} {name}" for name, n in counts.items())
+    return f" (null, not shown: {listed})"
