@@ -31,6 +31,7 @@ from sae_whiten.comparison.data import (
 )
 from sae_whiten.comparison.lockstep import train_arms
 from sae_whiten.comparison.plan import Comparison, arms
+from sae_whiten.comparison.stability import add_stability
 from sae_whiten.estimation.fit import fit_statistics
 from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.evaluate import evaluate_saes
@@ -77,7 +78,8 @@ def compare(
 
     Returns:
         A record per SAE: what `evaluate_saes` says of it, and architecture, condition, sparsity or
-        coefficient, and seed.
+        coefficient, and seed; of several seeds also `across_seeds`, what their dictionaries agree
+        in.
 
     Raises:
         ValueError: `out` holds a comparison with other settings; or as training and evaluation do.
@@ -148,6 +150,8 @@ def compare(
             arm = planned[found["name"]]
             records.append({**found, **dataclasses.asdict(arm), "seed": seed})
         _write(out / _RESULTS, records)
+    add_stability(records, out, comparison.hook_name)
+    _write(out / _RESULTS, records)
     records = [record for record in records if record["seed"] in comparison.seeds]
     _say_what_is_beside(comparison, records)
     return records

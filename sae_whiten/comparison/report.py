@@ -53,6 +53,8 @@ from sae_whiten.evaluation.catalogue import (
     SCR_AT,
     SCR_DENOMINATOR,
     SPARSE_PROBING_AT,
+    STABILITY,
+    STABILITY_NULL,
     TPP_AT,
     Metric,
     name_of,
@@ -206,7 +208,9 @@ def _introduction_blocks(comparison: Summary, settings: Mapping[str, Any]) -> li
             under = _and([code(name) for name, other in reasons.items() if other == reason])
             blocks.append(Paragraph(f"Left out: {code(architecture)} under {under} ({reason})."))
     chosen = {metric.key for metric in (*_PROBING, *_MISLEADING)}
-    missing = [m for m in MAIN_METRICS if m.key not in comparison.metrics]
+    # those of several seeds need several
+    expected = [m for m in MAIN_METRICS if m not in (STABILITY, STABILITY_NULL)]
+    missing = [m for m in expected if m.key not in comparison.metrics]
     absent = [m.name for m in missing if m.key not in chosen]
     if not chosen & set(comparison.metrics):
         absent.append("probing")

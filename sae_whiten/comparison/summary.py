@@ -27,6 +27,8 @@ from sae_whiten.evaluation.catalogue import (
     SCR_AT,
     SCR_DENOMINATOR,
     SPARSE_PROBING_AT,
+    STABILITY,
+    STABILITY_NULL,
     TPP_AT,
 )
 
@@ -49,6 +51,8 @@ MAIN_METRICS = (
     EXPLAINED_VARIANCE,
     L0,
     DEAD_LATENTS,
+    STABILITY,
+    STABILITY_NULL,
     CE_LOSS_SCORE,
     KL,
     SPARSE_PROBING_AT[1],
@@ -251,7 +255,7 @@ def summarise(
 
 
 def read_metrics(record: Mapping[str, Any], where: str) -> dict[str, float]:
-    """The metrics of a record that have a value.
+    """The metrics of a record that have a value, those that it has with other seeds among them.
 
     Raises:
         ValueError: There is no mapping of metrics, or one is not a number; names `where`.
@@ -260,7 +264,7 @@ def read_metrics(record: Mapping[str, Any], where: str) -> dict[str, float]:
     if not isinstance(metrics, Mapping):
         raise ValueError(f"{where} has no 'metrics', a mapping of numbers")
     values = {}
-    for name, value in metrics.items():
+    for name, value in {**metrics, **(record.get("across_seeds") or {})}.items():
         if value is None:
             continue
         if not isinstance(value, int | float):

@@ -36,6 +36,10 @@ __all__ = [
     "SCR_AT",
     "SCR_DENOMINATOR",
     "SPARSE_PROBING_AT",
+    "STABILITY",
+    "STABILITY_NULL",
+    "STABILITY_RAW",
+    "STABILITY_RAW_NULL",
     "TPP_AT",
     "Curve",
     "Measured",
@@ -179,6 +183,21 @@ CE_LOSS_SCORE = Metric("ce_loss_score", lambda m: m.loss and m.loss.score, "CE l
 KL = Metric("kl", lambda m: m.loss and m.loss.kl, "KL divergence", -1)
 
 
+# --- of several seeds: `comparison.stability` computes them, as no SAE alone has them
+
+
+def _of_others(key: str, name: str, better: Literal[0, 1] = 0) -> Metric:
+    return Metric(key, lambda m: None, name, better)
+
+
+STABILITY = _of_others("stability", "stability over seeds", better=1)
+STABILITY_NULL = _of_others("stability_null", "stability of random dictionaries")
+STABILITY_RAW = _of_others("stability_raw", "stability over seeds, raw cosines")
+STABILITY_RAW_NULL = _of_others(
+    "stability_raw_null", "stability of random dictionaries, raw cosines"
+)
+
+
 # --- on labelled texts
 
 
@@ -280,6 +299,10 @@ METRICS = (
     SCR_BASE_ACCURACY,
     SCR_CLEAN_ACCURACY,
     SCR_MIN_DENOMINATOR,
+    STABILITY,
+    STABILITY_NULL,
+    STABILITY_RAW,
+    STABILITY_RAW_NULL,
 )
 """In the order of the records; those of `attribute_metrics` follow."""
 

@@ -13,12 +13,15 @@ from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_whiten import ActivationStatistics, Whitening
+from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig
 from sae_whiten.architectures.losses import ReconstructionMetric
 from sae_whiten.comparison.compare import compare
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import describe_rows
 from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
+from sae_whiten.comparison.summary import summarise
+from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.evaluation.stability import mean_max_cosine
 from sae_whiten.training import multi_runner
 from tests.support import tiny_dataset, tiny_model
 
@@ -67,6 +70,21 @@ def test_every_arm_of_every_seed_is_trained_and_evaluated(finished):
     assert afa["sparsity"] is afa["coefficient"] is None
     stock = SAE.load_from_disk(out / "saes" / "seed-0" / "topk_vsae-half-k8")
     assert stock.cfg.architecture() == "topk"
+
+
+def test_dictionaries_of_several_seeds_are_compared_in_whitened_coordinates(finished):
+    out, records = finished
+    name = "topk-original-k8"
+    decoders = [SAE.load_from_disk(out / "saes" / f"seed-{s}" / name).W_dec for s in (0, 1)]
+    statistics = ActivationStatistics.load(statistics_file(out / "statistics", SMALL.hook_name))
+    whitening = Whitening.from_statistics(statistics, WhiteningConfig())
+    expected = mean_max_cosine(decoders[0], decoders[1], whitening.W)
+    for record in (r for r in records if r["name"] == name):
+        assert record["compared_seeds"] == [0, 1]
+        assert record["across_seeds"]["stability"] == pytest.approx(expected)
+    assert all("stability_null" in record["across_seeds"] for record in records)
+    (shown, *_) = (g for g in summarise(records).groups if g.architecture == "topk")
+    assert shown.spread("original", "stability").mean == pytest.approx(expected)
 
 
 def test_what_does_not_go_together_is_left_out_and_said(finished, caplog):
@@ -218,7 +236,9 @@ def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, monkeyp
     assert [r["metrics"] for r in again] == [r["metrics"] for r in records]
     more = run(out, dataclasses.replace(SMALL, seeds=(0, 1, 2)))
     assert len(more) == len(records) * 3 // 2
-    assert more[: len(records)] == again
+    assert [r["metrics"] for r in more[: len(records)]] == [r["metrics"] for r in again]
+    # what seeds agree in is of all of them
+    assert {tuple(r["compared_seeds"]) for r in more} == {(0, 1, 2)}
 
 
 def test_architectures_are_compared_without_whitening_and_k_can_be_added(

@@ -250,10 +250,10 @@ def test_an_evaluation_says_how_noisy_its_probes_are() -> None:
 
 
 def test_another_metric_changes_no_p_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    extra = catalogue.Metric("stability", lambda measured: 0.5, "stability over seeds", better=1)
+    extra = catalogue.Metric("novelty", lambda measured: 0.5, "novelty of latents", better=1)
     monkeypatch.setattr(catalogue, "METRICS", (*catalogue.METRICS, extra))
     runs = [
-        {**run, "metrics": {**run["metrics"], "stability": 0.5 + 0.1 * i + 0.01 * run["seed"] ** i}}
+        {**run, "metrics": {**run["metrics"], "novelty": 0.5 + 0.1 * i + 0.01 * run["seed"] ** i}}
         for i, run in enumerate(RECORDS)
     ]
     before, after = summarise(RECORDS), summarise(runs)
@@ -264,7 +264,7 @@ def test_another_metric_changes_no_p_value(monkeypatch: pytest.MonkeyPatch) -> N
     ]  # fmt: skip
     # but it is reported
     (others,) = (t for t in tables(comparison_markdown(after)) if "metric" in t[0])
-    assert {row["metric"] for row in others} == {"sparse probing top 2", "stability over seeds"}
+    assert {row["metric"] for row in others} == {"sparse probing top 2", "novelty of latents"}
 
 
 def test_seeds_that_only_one_condition_has_are_not_compared() -> None:

@@ -7,11 +7,8 @@ from hypothesis import strategies as st
 from sae_lens.synthetic.evals import mean_correlation_coefficient
 from sklearn.metrics import f1_score
 
-from sae_whiten.lenses.synthetic.ground_truth import (
-    best_firing_f1,
-    ground_truth_scores,
-    mean_max_cosine,
-)
+from sae_whiten.evaluation.stability import mean_max_cosine
+from sae_whiten.lenses.synthetic.ground_truth import best_firing_f1, ground_truth_scores
 from tests.support import nasty, whitening_of
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Shaped
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-__all__ = ["GroundTruthScores", "best_firing_f1", "ground_truth_scores", "mean_max_cosine"]
+from sae_whiten.evaluation.stability import mean_max_cosine
+
+__all__ = ["GroundTruthScores", "best_firing_f1", "ground_truth_scores"]
 
 
 @dataclass(frozen=True)
@@ -31,39 +32,6 @@ class GroundTruthScores:
     mcc: float
     f1: float
     raw_mcc: float
-
-
-def mean_max_cosine(
-    W_dec: Float[Tensor, "d_sae d_in"],
-    features: Float[Tensor, "n_features d"],
-    W: Float[Tensor, "d d"] | None = None,
-) -> float:
-    """Mean correlation coefficient (MCC): mean absolute cosine of features and decoder rows,
-    matched one to one such that the sum is largest (Hungarian algorithm).
-
-    Features without a partner, where there are fewer latents than features, count as 0.
-
-    Args:
-        W_dec: Shape (d_sae, d), decoder rows; rows of zeros are like no other.
-        features: Shape (n_features, d), directions in the same space.
-        W: Shape (d, d): both are multiplied by it from the right before they are compared, such as
-            the whitening matrix of the activations. (Which one does not matter: rotations cancel.)
-
-    Returns:
-        In [0, 1].
-
-    Raises:
-        ValueError: The widths differ or there are no features.
-    """
-    if len(features) == 0 or W_dec.shape[1:] != features.shape[1:]:
-        raise ValueError(
-            f"decoder of shape {tuple(W_dec.shape)} against features of shape "
-            f"{tuple(features.shape)}: there must be features, of the decoder's width"
-        )
-    rows, columns = _unit_rows(W_dec, W), _unit_rows(features, W)
-    cosines = (columns @ rows.T).abs().cpu()
-    matched = linear_sum_assignment(cosines.numpy(), maximize=True)
-    return float(cosines[matched].sum()) / len(features)
 
 
 def best_firing_f1(
@@ -125,13 +93,3 @@ def ground_truth_scores(
         f1=float(f1.mean()),
         raw_mcc=mean_max_cosine(W_dec, true_directions),
     )
-
-
-def _unit_rows(vectors: Tensor, W: Tensor | None) -> Tensor:
-    # MPS has no float64
-    device = torch.device("cpu") if vectors.device.type == "mps" else vectors.device
-    rows = vectors.detach().to(device).double()
-    if W is not None:
-        rows = rows @ W.to(device, torch.float64)
-    norms = rows.norm(dim=1, keepdim=True)
-    return rows / torch.where(norms > 0, norms, 1.0)

@@ -1,0 +1,120 @@
+"""How far dictionaries agree that were trained with different seeds.
+
+The mean correlation coefficient of two dictionaries: their directions are matched one to one such
+that the sum of absolute cosines is largest, and averaged (Hungarian algorithm; Paulo & Belrose
+2025, arXiv 2501.16615; Song et al. 2025, arXiv 2505.20254). Beside it stands what random
+dictionaries reach, which grows with the number of directions.
+
+On anisotropic activations raw cosines mislead: all directions lie near the few of large variance,
+and random ones agree almost as well as trained ones. So directions are compared after whitening.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from sae_whiten.whitening import Whitening
+
+__all__ = ["Stability", "mean_max_cosine", "stability"]
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Agreement of a dictionary with those of other seeds; the mean over them.
+
+    Attributes:
+        whitened: Mean matched absolute cosine of directions in whitened coordinates, in [0, 1].
+        whitened_null: The same of random dictionaries of as many directions, isotropic there.
+        raw: In the space of the activations.
+        raw_null: Of the same random dictionaries, taken into that space.
+    """
+
+    whitened: float
+    whitened_null: float
+    raw: float
+    raw_null: float
+
+
+@torch.no_grad()
+def stability(
+    dictionaries: Sequence[Float[Tensor, "d_sae d"]], whitening: Whitening
+) -> list[Stability]:
+    """Agreement of each dictionary with all others.
+
+    Args:
+        dictionaries: Decoders, shape (d_sae, d), in the space of the activations; one per seed.
+        whitening: Of the activations, the same for all.
+
+    Returns:
+        In the same order.
+
+    Raises:
+        ValueError: There are fewer than two dictionaries, or their shapes differ.
+    """
+    shapes = {tuple(W_dec.shape) for W_dec in dictionaries}
+    if len(dictionaries) < 2 or len(shapes) > 1:
+        raise ValueError(
+            f"{len(dictionaries)} dictionaries of shapes {sorted(shapes)}: agreement is one of two "
+            "or more of the same shape"
+        )
+    generator = torch.Generator().manual_seed(0)
+    size = next(iter(shapes))
+    a, b = (torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(2))
+    W_inv = whitening.W_inv.cpu()
+    nulls = mean_max_cosine(a, b), mean_max_cosine(a @ W_inv, b @ W_inv)
+    n = len(dictionaries)
+    found = torch.zeros(2, n, n)
+    for i in range(n):
+        for j in range(i):
+            pair = dictionaries[i], dictionaries[j]
+            values = mean_max_cosine(*pair, whitening.W), mean_max_cosine(*pair)
+            found[:, i, j] = found[:, j, i] = torch.tensor(values)
+    means = (found.sum(2) / (n - 1)).T.tolist()
+    return [Stability(whitened, nulls[0], raw, nulls[1]) for whitened, raw in means]
+
+
+def mean_max_cosine(
+    W_dec: Float[Tensor, "d_sae d_in"],
+    features: Float[Tensor, "n_features d"],
+    W: Float[Tensor, "d d"] | None = None,
+) -> float:
+    """Mean correlation coefficient (MCC): mean absolute cosine of features and decoder rows,
+    matched one to one such that the sum is largest (Hungarian algorithm).
+
+    Features without a partner, where there are fewer latents than features, count as 0.
+
+    Args:
+        W_dec: Shape (d_sae, d), decoder rows; rows of zeros are like no other.
+        features: Shape (n_features, d), directions in the same space.
+        W: Shape (d, d): both are multiplied by it from the right before they are compared, such as
+            the whitening matrix of the activations. (Which one does not matter: rotations cancel.)
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: The widths differ or there are no features.
+    """
+    if len(features) == 0 or W_dec.shape[1:] != features.shape[1:]:
+        raise ValueError(
+            f"decoder of shape {tuple(W_dec.shape)} against features of shape "
+            f"{tuple(features.shape)}: there must be features, of the decoder's width"
+        )
+    rows, columns = _unit_rows(W_dec, W), _unit_rows(features, W)
+    cosines = (columns @ rows.T).abs().cpu()
+    matched = linear_sum_assignment(cosines.numpy(), maximize=True)
+    return float(cosines[matched].sum()) / len(features)
+
+
+def _unit_rows(vectors: Tensor, W: Tensor | None) -> Tensor:
+    # MPS has no float64
+    device = torch.device("cpu") if vectors.device.type == "mps" else vectors.device
+    rows = vectors.detach().to(device).double()
+    if W is not None:
+        rows = rows @ W.to(device, torch.float64)
+    norms = rows.norm(dim=1, keepdim=True)
+    return rows / torch.where(norms > 0, norms, 1.0)
