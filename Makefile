@@ -1,6 +1,7 @@
 # make demo          install into .venv and run the demo
 # make test          install into .venv and run every check: ruff, pyright, pytest
 # make docs          install into .venv and build the site into site/
+# make notebooks     run docs/notebooks and store what they print and draw
 # make test-matrix   run pytest in an environment of its own for each entry of MATRIX: a Python and
 #                    either the newest dependencies or the lowest that pyproject.toml allows.
 #                    make test-3.12-newest runs one of them
@@ -25,7 +26,7 @@ MATRIX ?= 3.10-lowest 3.10-newest 3.12-newest 3.13-newest
 WORKERS ?= 2
 UV := .venv-matrix/uv/bin/uv
 
-.PHONY: demo docs test test-matrix test-probes clean
+.PHONY: demo docs notebooks test test-matrix test-probes clean
 .PRECIOUS: .venv-matrix/%/.dev
 
 demo: .venv/.demo
@@ -36,6 +37,9 @@ docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' site --include='*.html'
 	@echo "The site is in site/index.html; $(BIN)/mkdocs serve shows it while you write."
+
+notebooks: .venv/.docs
+	$(BIN)/python docs/run_notebooks.py
 
 # One thread for each process: on small matrices the threads of two pytest workers only get in each
 # other's way. Pyright's wrapper would otherwise ask its registry for a newer version at every start.

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from matplotlib import pyplot
 
 from sae_whiten.cli import COMMANDS, main
 from sae_whiten.evaluation import source_code
 from tests.support import BYTE_TRANSFORMER, ROOT
 
+_PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _CLASS = "AutoModelForCausalLM"
@@ -125,3 +127,51 @@ def test_what_is_named_is_there(page: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+_SHORTER = (
+    (r"(training_tokens=)[\d_]+", r"\g<1>2048"),
+    (r"range\(500\)", "range(20)"),
+    (r"seeds=range\(3\)", "seeds=range(2)"),
+    (r"held_out_sequences=\d+", "held_out_sequences=8"),
+    (r"d_sae=(512|1024)", "d_sae=128"),
+    (r"activations\(50_000\)", "activations(2_000)"),
+    (r"write_report\(.*", ""),  # draws figures; has tests of its own
+    (r'out="byte-stats"', 'out="byte-stats", n_samples=4_000'),
+)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_run(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").symlink_to(ROOT / "tests")  # they look for the model upwards from here
+    monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            code = "".join(cell["source"])
+            for pattern, replacement in _SHORTER:
+                code = re.sub(pattern, replacement, code)
+            exec(compile(code, f"{notebook.name}, cell {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_are_stored_as_they_ran(notebook: Path) -> None:
+    text = notebook.read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    # the first is a comment, what to do elsewhere than in a clone
+    assert [cell["execution_count"] for cell in cells[1:]] == list(range(2, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert str(ROOT) not in text
+    link = f"https://colab.research.google.com/github/{_repository()}/blob/main/docs/notebooks/"
+    assert f"]({link}{notebook.name})" in text
+
+
+def _repository() -> str:
+    """Owner and name, of the repository that pyproject.toml names."""
+    found = re.search(r'^Repository = "https://github\.com/([\w./-]+)"', _PYPROJECT, re.MULTILINE)
+    assert found is not None
+    return found[1]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from sae_lens.config import HfDataset
 from sae_lens.constants import RUNNER_CFG_FILENAME
@@ -19,7 +19,6 @@ from sae_lens.multi_sae_training_runner import (
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.types import MultiHookDataProvider
-from transformer_lens import HookedRootModule
 
 from sae_whiten._checks import require_context
 from sae_whiten._files import write_json
@@ -28,6 +27,7 @@ from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
+from sae_whiten.estimation.sources import Model
 from sae_whiten.training.activations_store import (
     PackedActivationsStore,
     buffer_field,
@@ -82,7 +82,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             of the checkpoint which is resumed, for those that have none. SAEs at one hook share
             statistics, which satisfy all of them.
         override_dataset: As for SAELens' runner.
-        override_model: As for SAELens' runner.
+        override_model: As for SAELens' runner; a TransformerBridge, too.
         override_saes: As for SAELens' runner.
 
     Attributes:
@@ -107,7 +107,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         cfg: MultiSAETrainingRunnerConfig,
         whitening: WhiteningConfig | Mapping[str, WhiteningConfig] | None = None,
         override_dataset: HfDataset | None = None,
-        override_model: HookedRootModule | None = None,
+        override_model: Model | None = None,
         override_saes: dict[str, TrainingSAE[Any]] | None = None,
     ) -> None:
         self.whitening_configs = _whitening_by_name(
@@ -128,7 +128,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             super().__init__(
                 cfg,
                 override_dataset=override_dataset,
-                override_model=override_model,
+                override_model=cast(Any, override_model),  # a bridge will do, too
                 override_saes=override_saes,
             )
         redact_attributes(self.cfg)  # model and dataset are loaded

@@ -4,14 +4,13 @@ import copy
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
-from transformer_lens import HookedRootModule
 
 from sae_whiten._checks import require_context
 from sae_whiten._redaction import redact_attributes
@@ -19,6 +18,7 @@ from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
+from sae_whiten.estimation.sources import Model
 from sae_whiten.training.activations_store import (
     ResumableActivationsStore,
     buffer_field,
@@ -72,7 +72,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         whitening: How to whiten; the default configuration, or that of the checkpoint which is
             resumed, if None.
         override_dataset: As for SAELens' runner.
-        override_model: As for SAELens' runner.
+        override_model: As for SAELens' runner; a TransformerBridge, too.
         override_sae: As for SAELens' runner.
 
     Attributes:
@@ -95,7 +95,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         cfg: LanguageModelSAERunnerConfig[Any],
         whitening: WhiteningConfig | None = None,
         override_dataset: HfDataset | None = None,
-        override_model: HookedRootModule | None = None,
+        override_model: Model | None = None,
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
         sae_cfg = override_sae.cfg if override_sae is not None else cfg.sae
@@ -127,7 +127,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             super().__init__(
                 cfg,
                 override_dataset=override_dataset,
-                override_model=override_model,
+                override_model=cast(Any, override_model),  # a bridge will do, too
                 override_sae=override_sae,
             )
         redact_attributes(self.cfg)  # model and dataset are loaded

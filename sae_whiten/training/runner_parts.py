@@ -14,11 +14,10 @@ from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
-from transformer_lens import HookedRootModule
 
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.distributed import Processes
-from sae_whiten.estimation.sources import resolution_of
+from sae_whiten.estimation.sources import Model, resolution_of
 from sae_whiten.training.activations_store import ResumableActivationsStore
 from sae_whiten.training.data_parallel import logging_once
 from sae_whiten.training.interruption import InterruptibleTrainer, interruptible
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def check_hook(model: HookedRootModule, name: str) -> None:
+def check_hook(model: Model, name: str) -> None:
     """Refuse a hook that the model does not have.
 
     Raises:
