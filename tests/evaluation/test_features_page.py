@@ -173,6 +173,13 @@ def test_whatever_the_data_hold_the_page_has_the_same_tags(hostile, tmp_path):
     assert (tmp_path / "page.html").read_text().endswith("</html>")
 
 
+def test_folders_of_this_machine_are_not_told():
+    name = "/home/somebody/secret-project/runs/sae"
+    page = to_html(single(name=name), {"dataset": f"{name} (train)"})
+    assert "somebody" not in page
+    assert "…/runs/sae" in page
+
+
 def test_what_is_not_seen_is_shown_by_a_mark():
     page = Parsed(to_html(single((" a\nb\tc", "\u202ed", "\x00e"))))
     assert "a↵b⇥c" in page.text

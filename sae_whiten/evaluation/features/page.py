@@ -62,9 +62,9 @@ def to_html(features: Features, source: Mapping[str, Any] | None = None) -> str:
         _environment()
         .get_template("features.html.j2")
         .render(
-            title="Features of " + " and ".join(sae.name for sae in features.saes),
+            title="Features of " + " and ".join(_brief(sae.name) for sae in features.saes),
             saes=saes,
-            source=redacted({k: v for k, v in (source or {}).items() if v is not None}),
+            source=_told(source or {}),
             features=features,
             sections=sections,
             asked=_asked(features),
@@ -154,9 +154,9 @@ def _sae(features: Features, i: int) -> dict[str, Any]:
         "L0": _short(sae.l0),
     }
     return {
-        "name": sae.name,
+        "name": _brief(sae.name),
         "label": _LABELS[i] if len(features.saes) == 2 else "",
-        "facts": {k: v for k, v in redacted(facts).items() if v is not None},
+        "facts": _told(facts),
         "rates": _rates_figure(sae),
     }
 
@@ -166,7 +166,9 @@ def _sections(features: Features) -> list[_Section]:
     if matching is None:
         items = [_item(features, [(0, i)]) for i in saes[0].latents]
         return [_Section("latents", "Latents", "", items)]
-    first, second = (f"{label}: {sae.name}" for label, sae in zip(_LABELS, saes, strict=True))
+    first, second = (
+        f"{label}: {_brief(sae.name)}" for label, sae in zip(_LABELS, saes, strict=True)
+    )
     shown: set[tuple[int, int]] = set()
     pairs = []
     for i, j in matching.both:
@@ -284,13 +286,18 @@ def _shaded(text: TextPiece, largest: float) -> tuple[str, list[_Run]]:
             units[-1] = before, max(its_value, value, key=abs), its_peak or peak
         else:
             units.append((piece, value, peak))
+
+    def add_plain(text: str) -> None:
+        before = runs.pop().text if runs and not runs[-1].level else ""
+        runs.append(_Run(before + text))
+
     for piece, value, peak in units:
         if value == 0:
-            if runs and not runs[-1].level:
-                runs[-1] = _Run(runs[-1].text + _visible(piece))
-            else:
-                runs.append(_Run(_visible(piece)))
+            add_plain(_visible(piece))
             continue
+        if piece[:1] == " " and piece.strip():  # a shaded space would look like a mark of its own
+            add_plain(" ")
+            piece = piece[1:]
         level = min(_LEVELS, max(1, math.ceil(_LEVELS * abs(value) / max(largest, 1e-30))))
         runs.append(_Run(_visible(piece), level, _short(value), peak))
     return _short(text.activations[text.peak]), runs
@@ -329,6 +336,18 @@ def _power(exponent: int) -> str:
 
 
 # --- text and numbers
+
+
+def _told(facts: Mapping[str, Any]) -> dict[str, str]:
+    """What is known, without what of it is secret, and without where it lies on this machine."""
+    known = {name: value for name, value in redacted(dict(facts)).items() if value is not None}
+    return {name: _brief(str(value)) for name, value in known.items()}
+
+
+def _brief(name: str) -> str:
+    """A name; of an absolute path the last two parts."""
+    parts = name.replace("\\", "/").split("/")
+    return "/".join(["…", *parts[-2:]]) if Path(name).is_absolute() and len(parts) > 3 else name
 
 
 def _visible(text: str) -> str:
