@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,9 @@ CONDITIONS: dict[str, WhiteningConfig | None] = {
     "whitened": WhiteningConfig(loss_space="whitened"),
     "original": WhiteningConfig(loss_space="original"),
 }
+
+
+BASELINE = "expected_average_only_in"
 
 
 class Mapped:
@@ -426,39 +429,111 @@ def main() -> None:
     parser.add_argument(
         "--conditions", default=",".join(CONDITIONS), help="run: only these (default: all)"
     )
+    parser.add_argument(
+        "--docs", type=Path, help="report: where tables and figures go (default: OUT/report)"
+    )
     args = parser.parse_args()
     if args.step == "prepare":
         prepare(args.out)
     elif args.step == "run":
         run(args.out, args.conditions.split(","))
     else:
-        report(args.out)
+        report(args.out, args.docs or args.out / "report")
 
 
-def report(out: Path) -> None:
-    """Print a table: means over seeds of what was measured, by dose and condition."""
+def report(out: Path, docs: Path) -> None:
+    """Write table.md, differences.md, sweep.md and curves.png, of all runs so far."""
     import pandas as pd
 
+    from sae_whiten.comparison.paired import bootstrap_difference
+
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    rows = []
-    for record in records:
-        if record["kind"] != "main":
-            continue
-        auc = {
-            f"auc {k}": float(np.mean([np.mean(task[str(k)]) for task in record["auc"].values()]))
-            for k in PROBE_KS
-        }
-        rows.append({**{k: v for k, v in record.items() if k != "auc"}, **auc})
-    frame: Any = pd.DataFrame(rows)
-    columns = [
-        "explained_variance", "explained_variance_undone", "dead_latents",
-        *[f"auc {k}" for k in PROBE_KS],
-    ]  # fmt: skip
+    runs = [record for record in records if record["kind"] == "main"]
+    doses = [d.name for d in (*MAIN, *FURTHER) if any(r["dose"] == d.name for r in runs)]
+    for record in runs:
+        for k in PROBE_KS:
+            # by task, the mean over the seeds of the probes
+            record[f"AUC {k}"] = [float(np.mean(task[str(k)])) for task in record["auc"].values()]
+    docs.mkdir(parents=True, exist_ok=True)
+    names = {
+        "explained_variance": "EV",
+        "explained_variance_undone": "EV, map undone",
+        "dead_latents": f"dead of {D_SAE}",
+    }
+    aucs = [f"AUC {k}" for k in PROBE_KS]
+    frame: Any = pd.DataFrame(runs).rename(columns=names)
+    for name in aucs:
+        frame[name] = frame[name].map(np.mean)
     groups = frame.groupby(["dose", "condition"], sort=False)
-    table = groups[columns].mean()
+    table = groups[[*names.values(), *aucs]].mean()
+    table.insert(0, "lr", groups["lr"].first())
     table.insert(0, "seeds", groups["seed"].count())
-    print(table.to_string(float_format="{:.3f}".format))
-    print(json.dumps([asdict(dose) for dose in (*MAIN, *FURTHER)]))
+    order = [(d, c) for d in doses for c in CONDITIONS if (d, c) in table.index]
+    write_table(docs / "table.md", table.loc[order].reset_index())
+
+    rows = []
+    for dose, condition in order:
+        own, base = (
+            {r["seed"]: r for r in runs if (r["dose"], r["condition"]) == (dose, c)}
+            for c in (condition, BASELINE)
+        )
+        seeds = sorted(set(own) & set(base))
+        if condition == BASELINE or not seeds:
+            continue
+        row: dict[str, Any] = {"dose": dose, "condition": condition, "seeds": len(seeds)}
+        for name in aucs:
+            a, b = (np.array([found[seed][name] for seed in seeds]) for found in (own, base))
+            d = bootstrap_difference(a, b)
+            row[name] = f"{d.mean:+.3f}"
+            if len(seeds) > 1:
+                row[name] += f" ({d.low:+.3f} to {d.high:+.3f})"
+        rows.append(row)
+    write_table(docs / "differences.md", pd.DataFrame(rows))
+    sweep: Any = pd.DataFrame([r for r in records if r["kind"] == "sweep"])
+    sweep = sweep.pivot_table(
+        index=["dose", "condition"],
+        columns="lr",
+        values=["explained_variance", "explained_variance_own_space"],
+        sort=False,
+    )
+    sweep.columns = [f"{'EV' if 'own' not in v else 'EV, whitened'} at {lr:g}" for v, lr in sweep]
+    write_table(docs / "sweep.md", sweep.reset_index())
+    draw(frame, doses, docs / "curves.png")
+    print((docs / "table.md").read_text())
+
+
+def write_table(path: Path, table: Any) -> None:
+    """A pandas table as markdown."""
+    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in table.values]
+    lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *cells]
+    path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def draw(frame: Any, doses: list[str], path: Path) -> None:
+    """Metrics against the dose, a line for each condition, a band from the least to the most."""
+    from matplotlib import pyplot as plt
+
+    doses = [d for d in (MAIN[0].name, FURTHER[0].name, *(m.name for m in MAIN[1:])) if d in doses]
+    panels = ("EV", f"dead of {D_SAE}", "AUC 1", "AUC 16")
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
+    for axis, name in zip(axes, panels, strict=True):
+        for condition in CONDITIONS:
+            own = frame[frame["condition"] == condition]
+            groups = own[own["dose"].isin(doses)].groupby("dose")[name]
+            at = [d for d in doses if d in groups.groups]
+            if not at:
+                continue
+            x = [doses.index(d) for d in at]
+            (line,) = axis.plot(x, groups.mean()[at], marker="o", label=condition)
+            axis.fill_between(
+                x, groups.min()[at], groups.max()[at], alpha=0.2, color=line.get_color()
+            )
+        labels = [dose.replace("-gamma", "\ngamma") for dose in doses]
+        axis.set_xticks(range(len(doses)), labels, fontsize=8)
+        axis.set_title(name)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
