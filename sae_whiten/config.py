@@ -26,13 +26,14 @@ class WhiteningConfig:
     1e-2 and shrinkage up to 0.01 changed little, more did harm. Whether eps below 1e-3 is better is
     open (one seed).
 
-    >>> config = WhiteningConfig(kind="zca", loss_space="whitened")
-    >>> config.strength
-    1.0
-    >>> WhiteningConfig(strength=2)
-    Traceback (most recent call last):
-    ...
-    ValueError: WhiteningConfig.strength=2: must be a number in [0, 1]
+    Examples:
+        >>> config = WhiteningConfig(kind="zca", loss_space="whitened")
+        >>> config.strength
+        1.0
+        >>> WhiteningConfig(strength=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: WhiteningConfig.strength=2: must be a number in [0, 1]
 
     Attributes:
         kind: "pca" rotates into the eigenbasis of the covariance and rescales; "zca" rotates back,

@@ -48,9 +48,10 @@ def oas_shrinkage(eigenvalues: Float[Tensor, "d"], n_samples: int) -> float:
     equation 23, without the terms in 1/d that scikit-learn's `OAS` leaves out too. It needs only
     d, n, tr(C) and tr(C^2).
 
-    >>> eigenvalues = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
-    >>> round(oas_shrinkage(eigenvalues, n_samples=100), 3)
-    0.248
+    Examples:
+        >>> eigenvalues = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+        >>> round(oas_shrinkage(eigenvalues, n_samples=100), 3)
+        0.248
 
     Args:
         eigenvalues: Eigenvalues of the covariance, with divisor n.
@@ -70,10 +71,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Autocast and TensorFloat-32 keep 8 and 11 bits of each factor. Where the mean is large, that is
     less than activations have left once it is subtracted.
 
-    >>> x = torch.ones(2, 2)
-    >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(x.device):
-    ...     (x @ x).dtype
-    torch.float32
+    Examples:
+        >>> x = torch.ones(2, 2)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(x.device):
+        ...     (x @ x).dtype
+        torch.float32
     """
     with torch.autocast(device.type, enabled=False):
         backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
@@ -97,15 +99,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
 class Whitening:
     """An invertible affine map between activations x and whitened activations z.
 
-    >>> x = torch.randn(1000, 3, dtype=torch.float64) * torch.tensor([1.0, 10.0, 100.0]) + 5
-    >>> statistics = ActivationStatistics(3)
-    >>> statistics.update(x)
-    >>> whitening = Whitening.from_statistics(statistics, WhiteningConfig(eps=0.0))
-    >>> z = whitening.whiten(x)
-    >>> torch.allclose(torch.cov(z.T), torch.eye(3, dtype=torch.float64))
-    True
-    >>> torch.allclose(whitening.dewhiten(z), x)
-    True
+    Examples:
+        >>> x = torch.randn(1000, 3, dtype=torch.float64) * torch.tensor([1.0, 10.0, 100.0]) + 5
+        >>> statistics = ActivationStatistics(3)
+        >>> statistics.update(x)
+        >>> whitening = Whitening.from_statistics(statistics, WhiteningConfig(eps=0.0))
+        >>> z = whitening.whiten(x)
+        >>> torch.allclose(torch.cov(z.T), torch.eye(3, dtype=torch.float64))
+        True
+        >>> torch.allclose(whitening.dewhiten(z), x)
+        True
 
     Attributes:
         mean: Mean of the activations.
@@ -350,11 +353,11 @@ class Whitening:
 def require_whitening(value: object, name: str = "whitening") -> None:
     """Refuse what is no whitening, such as the statistics that one is derived from.
 
-    >>> require_whitening(ActivationStatistics(2))
-    Traceback (most recent call last):
-    ...
-    TypeError: whitening must be a sae_whiten.Whitening, got ActivationStatistics: derive one with
-    Whitening.from_statistics(statistics)
+    Examples:
+        >>> require_whitening(ActivationStatistics(2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        TypeError: whitening must be a sae_whiten.Whitening, got ActivationStatistics: derive one...
 
     Raises:
         TypeError: It is none.

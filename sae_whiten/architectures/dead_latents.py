@@ -21,16 +21,17 @@ def dead_latents_loss(
 ) -> Float[Tensor, ""]:
     """Error of the dead latents' reconstruction of the residual.
 
-    >>> import torch
-    >>> from sae_lens.saes.sae import mse_loss
-    >>> from sae_lens.saes.topk_sae import calculate_topk_aux_acts
-    >>> residual, hidden_pre = torch.ones(5, 4), torch.ones(5, 8)
-    >>> dead = torch.arange(8) < 2  # as many as k_aux = d_in / 2
-    >>> W_dec = torch.full((8, 4), 0.25)
-    >>> dead_latents_loss(
-    ...     mse_loss, residual, hidden_pre, dead, calculate_topk_aux_acts, lambda f: f @ W_dec
-    ... )
-    tensor(1.)
+    Examples:
+        >>> import torch
+        >>> from sae_lens.saes.sae import mse_loss
+        >>> from sae_lens.saes.topk_sae import calculate_topk_aux_acts
+        >>> residual, hidden_pre = torch.ones(5, 4), torch.ones(5, 8)
+        >>> dead = torch.arange(8) < 2  # as many as k_aux = d_in / 2
+        >>> W_dec = torch.full((8, 4), 0.25)
+        >>> dead_latents_loss(
+        ...     mse_loss, residual, hidden_pre, dead, calculate_topk_aux_acts, lambda f: f @ W_dec
+        ... )
+        tensor(1.)
 
     Args:
         metric: Maps a reconstruction and its target, shape (batch, d_in) each, to contributions to

@@ -54,10 +54,11 @@ class ComparisonOptions(Protocol):
 def read_weights(sae: SAE[Any], *biases: str) -> AffineWeights:
     """The weights of an SAE whose encoder is `x @ W_enc` plus the biases named; b_enc if none is.
 
-    >>> from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
-    >>> sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=4, d_sae=16))
-    >>> sorted(read_weights(sae).parameters())
-    ['W_dec', 'W_enc', 'b_dec', 'b_enc']
+    Examples:
+        >>> from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+        >>> sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=4, d_sae=16))
+        >>> sorted(read_weights(sae).parameters())
+        ['W_dec', 'W_enc', 'b_dec', 'b_enc']
     """
     return AffineWeights(
         W_enc=sae.W_enc.data,
@@ -138,12 +139,13 @@ def register(architecture: Architecture) -> None:
     The classes themselves are registered with SAELens, by `sae_lens.register_sae_class` and
     `register_sae_training_class`.
 
-    >>> from sae_lens import StandardTrainingSAE
-    >>> class MyTrainingSAE(StandardTrainingSAE):
-    ...     "Like standard, but for something that whitening leaves alone."
-    >>> register(Architecture(sae_classes=(MyTrainingSAE,), sparsity_field="l1_coefficient"))
-    >>> describe(MyTrainingSAE).sparsity_field
-    'l1_coefficient'
+    Examples:
+        >>> from sae_lens import StandardTrainingSAE
+        >>> class MyTrainingSAE(StandardTrainingSAE):
+        ...     "Like standard, but for something that whitening leaves alone."
+        >>> register(Architecture(sae_classes=(MyTrainingSAE,), sparsity_field="l1_coefficient"))
+        >>> describe(MyTrainingSAE).sparsity_field
+        'l1_coefficient'
 
     Raises:
         ValueError: One of its classes is described already.
@@ -157,8 +159,9 @@ def register(architecture: Architecture) -> None:
 def describe(of: SAE[Any] | type[SAE[Any]] | SAEConfig | str) -> Architecture:
     """The description of an architecture; one that cannot be folded, if none is registered.
 
-    >>> describe("topk").sparsity_field
-    'k'
+    Examples:
+        >>> describe("topk").sparsity_field
+        'k'
 
     Args:
         of: An SAE, its class, its config, or SAELens' name of the architecture (for training, if

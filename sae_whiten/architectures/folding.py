@@ -44,9 +44,10 @@ class FoldCheck:
 
     All norms are Frobenius norms over the activations that were compared.
 
-    >>> check = FoldCheck(512, "held-out", 2e-6, 1e-6, 0.0, 2e-6, 1e-5, 0.01)
-    >>> check.fold_error, check.passed
-    (2e-06, True)
+    Examples:
+        >>> check = FoldCheck(512, "held-out", 2e-6, 1e-6, 0.0, 2e-6, 1e-5, 0.01)
+        >>> check.fold_error, check.passed
+        (2e-06, True)
 
     Attributes:
         n_activations: Number of activations that were compared.
@@ -91,9 +92,10 @@ class FoldCheck:
 class FoldReport:
     """What a fold did. `fold_whitening_into_weights` returns one.
 
-    >>> report = FoldReport("topk", "bfloat16", "float32", False, True, {"n_samples": 1000})
-    >>> sorted(report.to_dict())
-    ['fold', 'n_samples']
+    Examples:
+        >>> report = FoldReport("topk", "bfloat16", "float32", False, True, {"n_samples": 1000})
+        >>> sorted(report.to_dict())
+        ['fold', 'n_samples']
 
     Attributes:
         architecture: SAELens' name of the architecture.
@@ -131,11 +133,12 @@ def why_not_foldable(sae: SAE[Any] | type[SAE[Any]]) -> str | None:
 
     A class of your own can give one, in its attribute `whitening_not_foldable_because`.
 
-    >>> from sae_lens import MatchingPursuitSAE, TopKSAE
-    >>> why_not_foldable(TopKSAE) is None
-    True
-    >>> why_not_foldable(MatchingPursuitSAE)[:53]
-    'MatchingPursuitSAE: its encoder is tied to the decode'
+    Examples:
+        >>> from sae_lens import MatchingPursuitSAE, TopKSAE
+        >>> why_not_foldable(TopKSAE) is None
+        True
+        >>> why_not_foldable(MatchingPursuitSAE)[:53]
+        'MatchingPursuitSAE: its encoder is tied to the decode'
     """
     cls = sae if isinstance(sae, type) else type(sae)
     name = cls.__name__
@@ -161,20 +164,21 @@ def fold_whitening_into_weights(
     was done. Computed in float64, stored in float32 or better. The SAE is changed in place, or not
     at all if anything fails. `sae.cfg` is replaced and not changed, for another SAE may share it.
 
-    >>> from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-    >>> from sae_whiten import ActivationStatistics
-    >>> x = torch.randn(1000, 8) * torch.arange(1.0, 9.0) + 5
-    >>> statistics = ActivationStatistics(8)
-    >>> statistics.update(x)
-    >>> whitening = Whitening.from_statistics(statistics)
-    >>> sae = TopKTrainingSAE(
-    ...     TopKTrainingSAEConfig(
-    ...         d_in=8, d_sae=32, k=4, normalize_activations="covariance_whitening"
-    ...     )
-    ... )
-    >>> report = fold_whitening_into_weights(sae, whitening, activations=x)
-    >>> report.check.passed, sae.cfg.normalize_activations
-    (True, 'none')
+    Examples:
+        >>> from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+        >>> from sae_whiten import ActivationStatistics
+        >>> x = torch.randn(1000, 8) * torch.arange(1.0, 9.0) + 5
+        >>> statistics = ActivationStatistics(8)
+        >>> statistics.update(x)
+        >>> whitening = Whitening.from_statistics(statistics)
+        >>> sae = TopKTrainingSAE(
+        ...     TopKTrainingSAEConfig(
+        ...         d_in=8, d_sae=32, k=4, normalize_activations="covariance_whitening"
+        ...     )
+        ... )
+        >>> report = fold_whitening_into_weights(sae, whitening, activations=x)
+        >>> report.check.passed, sae.cfg.normalize_activations
+        (True, 'none')
 
     Args:
         sae: An SAE with `normalize_activations="covariance_whitening"`.
@@ -219,17 +223,18 @@ def unfold_whitening_from_weights(
     For fine-tuning a published SAE under whitening. Any whitening will do; the SAE need not have
     been trained under it. The SAE is changed in place, or not at all if anything fails.
 
-    >>> from sae_lens import StandardSAE, StandardSAEConfig
-    >>> from sae_whiten import ActivationStatistics
-    >>> x = torch.randn(1000, 8) * torch.arange(1.0, 9.0) + 5
-    >>> statistics = ActivationStatistics(8)
-    >>> statistics.update(x)
-    >>> whitening = Whitening.from_statistics(statistics)
-    >>> sae = StandardSAE(StandardSAEConfig(d_in=8, d_sae=32))
-    >>> before = sae(x)
-    >>> unfold_whitening_from_weights(sae, whitening)
-    >>> torch.allclose(whitening.dewhiten(sae(whitening.whiten(x))), before, atol=1e-3)
-    True
+    Examples:
+        >>> from sae_lens import StandardSAE, StandardSAEConfig
+        >>> from sae_whiten import ActivationStatistics
+        >>> x = torch.randn(1000, 8) * torch.arange(1.0, 9.0) + 5
+        >>> statistics = ActivationStatistics(8)
+        >>> statistics.update(x)
+        >>> whitening = Whitening.from_statistics(statistics)
+        >>> sae = StandardSAE(StandardSAEConfig(d_in=8, d_sae=32))
+        >>> before = sae(x)
+        >>> unfold_whitening_from_weights(sae, whitening)
+        >>> torch.allclose(whitening.dewhiten(sae(whitening.whiten(x))), before, atol=1e-3)
+        True
 
     Args:
         sae: An SAE with `normalize_activations="none"`.

@@ -29,15 +29,16 @@ class ReconstructionMetric:
     sparsity coefficients and gradient clipping then carry over between the two. (Directions without
     variance have the average eigenvalue in l~. Where there are any, the mean costs less.)
 
-    >>> from sae_whiten import ActivationStatistics
-    >>> x = torch.randn(1000, 4, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0, 4.0])
-    >>> statistics = ActivationStatistics(4)
-    >>> statistics.update(x)
-    >>> whitening = Whitening.from_statistics(statistics)
-    >>> z = whitening.whiten(x)
-    >>> loss = ReconstructionMetric(whitening, "cpu")(torch.zeros_like(z), z).sum(-1).mean()
-    >>> round(float(loss), 1)
-    4.0
+    Examples:
+        >>> from sae_whiten import ActivationStatistics
+        >>> x = torch.randn(1000, 4, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0, 4.0])
+        >>> statistics = ActivationStatistics(4)
+        >>> statistics.update(x)
+        >>> whitening = Whitening.from_statistics(statistics)
+        >>> z = whitening.whiten(x)
+        >>> loss = ReconstructionMetric(whitening, "cpu")(torch.zeros_like(z), z).sum(-1).mean()
+        >>> round(float(loss), 1)
+        4.0
 
     Args:
         whitening: The transform; its `config.loss_space` chooses the space.
@@ -93,13 +94,14 @@ class SparsityNorms:
     Scaled by the root of d / tr(W_inv W_inv^T): averaged over all directions, the squared norm is
     that in whitened space, and penalties keep their order of magnitude.
 
-    >>> from sae_whiten import ActivationStatistics, WhiteningConfig
-    >>> statistics = ActivationStatistics(2)
-    >>> statistics.update(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 4.0], [0.0, -4.0]]))
-    >>> config = WhiteningConfig(eps=0.0, shrinkage=0.0)
-    >>> norms = SparsityNorms(Whitening.from_statistics(statistics, config))
-    >>> norms(torch.eye(2))  # of the directions with the smaller and with the larger variance
-    tensor([0.8485, 1.1314])
+    Examples:
+        >>> from sae_whiten import ActivationStatistics, WhiteningConfig
+        >>> statistics = ActivationStatistics(2)
+        >>> statistics.update(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 4.0], [0.0, -4.0]]))
+        >>> config = WhiteningConfig(eps=0.0, shrinkage=0.0)
+        >>> norms = SparsityNorms(Whitening.from_statistics(statistics, config))
+        >>> norms(torch.eye(2))  # of the directions with the smaller and with the larger variance
+        tensor([0.8485, 1.1314])
 
     Args:
         whitening: The transform.

@@ -52,8 +52,9 @@ class TopAFASAEConfig(SAEConfig):
     """
     Configuration class for TopAFASAE inference.
 
-    >>> TopAFASAEConfig(d_in=16, d_sae=64).architecture()
-    'top_afa'
+    Examples:
+        >>> TopAFASAEConfig(d_in=16, d_sae=64).architecture()
+        'top_afa'
 
     Args:
         d_in (int): Input dimension. Inherited from SAEConfig.
@@ -81,9 +82,10 @@ class TopAFASAE(SAE[TopAFASAEConfig]):
     """
     An inference-only sparse autoencoder; the norm of the input sets the number of active latents.
 
-    >>> sae = TopAFASAE(TopAFASAEConfig(d_in=16, d_sae=64))
-    >>> sae(torch.randn(3, 16)).shape
-    torch.Size([3, 16])
+    Examples:
+        >>> sae = TopAFASAE(TopAFASAEConfig(d_in=16, d_sae=64))
+        >>> sae(torch.randn(3, 16)).shape
+        torch.Size([3, 16])
     """
 
     @override
@@ -110,9 +112,10 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
     """
     Configuration class for training a TopAFATrainingSAE.
 
-    >>> config = TopAFATrainingSAEConfig(d_in=16, d_sae=64)
-    >>> config.metadata.import_before_loading
-    'sae_whiten'
+    Examples:
+        >>> config = TopAFATrainingSAEConfig(d_in=16, d_sae=64)
+        >>> config.metadata.import_before_loading
+        'sae_whiten'
 
     Args:
         afa_coefficient (float): lambda, the coefficient of the AFA loss, relative to the mean
@@ -178,9 +181,10 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     A training step adds `afa_loss`, coefficient included, and the AuxK loss to SAELens' losses. On
     steps that are logged it has the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
 
-    >>> sae = TopAFATrainingSAE(TopAFATrainingSAEConfig(d_in=16, d_sae=64))
-    >>> sae.encode(torch.randn(3, 16)).shape
-    torch.Size([3, 64])
+    Examples:
+        >>> sae = TopAFATrainingSAE(TopAFATrainingSAEConfig(d_in=16, d_sae=64))
+        >>> sae.encode(torch.randn(3, 16)).shape
+        torch.Size([3, 64])
     """
 
     @override
@@ -319,8 +323,9 @@ def keep_up_to_norm(
     of many contributions may not change them.) Only the largest contributions are sorted, and
     memory is bounded.
 
-    >>> keep_up_to_norm(torch.tensor([[3.0, 0.1, 4.0]]), torch.tensor([5.0]))
-    tensor([[1., 0., 1.]])
+    Examples:
+        >>> keep_up_to_norm(torch.tensor([[3.0, 0.1, 4.0]]), torch.tensor([5.0]))
+        tensor([[1., 0., 1.]])
 
     Args:
         contributions: Latents times norms of decoder rows, not negative.

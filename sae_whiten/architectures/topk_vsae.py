@@ -57,9 +57,10 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
     variance, the worse the reconstruction; the metric selection_overlap shows how much is left to
     chance.
 
-    >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, kl_coefficient=1e-3)
-    >>> config.get_inference_config_class().architecture()
-    'topk'
+    Examples:
+        >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, kl_coefficient=1e-3)
+        >>> config.get_inference_config_class().architecture()
+        'topk'
 
     Args:
         variance (Literal["none", "fixed", "learned"]): "none": nothing is sampled, and the KL
@@ -168,9 +169,10 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     - `selection_overlap` (on steps that are logged): mean of the method of this name.
     - `live_fraction` (on steps that are logged): share of latents that are not dead.
 
-    >>> sae = TopKVSAETrainingSAE(TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4))
-    >>> int(sae.encode(torch.randn(16)).count_nonzero()) <= 4
-    True
+    Examples:
+        >>> sae = TopKVSAETrainingSAE(TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4))
+        >>> int(sae.encode(torch.randn(16)).count_nonzero()) <= 4
+        True
     """
 
     cfg: TopKVSAETrainingConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -273,9 +275,10 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         The Jaccard index (intersection over union) of the latents that are active in two samples of
         the same input. It is 1 without sampling.
 
-        >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, variance="none")
-        >>> TopKVSAETrainingSAE(config).selection_overlap(torch.randn(2, 16))
-        tensor([1., 1.])
+        Examples:
+            >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, variance="none")
+            >>> TopKVSAETrainingSAE(config).selection_overlap(torch.randn(2, 16))
+            tensor([1., 1.])
 
         Args:
             x: Inputs as in training: whitened, if the SAE is being trained under whitening.
@@ -389,8 +392,9 @@ def kl_to_standard_normal(
 ) -> Float[Tensor, "batch"]:
     """KL divergence of normal distributions from the standard normal, summed over latents.
 
-    >>> kl_to_standard_normal(torch.tensor([[0.0, 2.0]]))
-    tensor([2.])
+    Examples:
+        >>> kl_to_standard_normal(torch.tensor([[0.0, 2.0]]))
+        tensor([2.])
 
     Args:
         mu: Means.
