@@ -30,8 +30,9 @@ from sae_whiten.comparison.data import (
     shuffled,
 )
 from sae_whiten.comparison.lockstep import train_arms
-from sae_whiten.comparison.plan import Comparison, arms
+from sae_whiten.comparison.plan import Arm, Comparison, arms
 from sae_whiten.comparison.stability import add_stability
+from sae_whiten.comparison.sweeps import adapted_arms
 from sae_whiten.estimation.fit import fit_statistics
 from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.evaluate import evaluate_saes
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 _RESULTS, _SETTINGS = "results.jsonl", "settings.json"
 # in one folder; left_out follows from the rest
-_MAY_DIFFER = ("device", "left_out")
+_MAY_DIFFER = ("device", "left_out", "sweep_rounds")
 
 
 def compare(
@@ -118,43 +119,58 @@ def compare(
             under = ", ".join(name for name, other in reasons.items() if other == reason)
             logger.warning("%s is left out under %s: %s", architecture, under, reason)
     _estimate_statistics(comparison, model, rest, out, names)
-    planned = {arm.name: arm for arm in arms(comparison)}
     records = _read(out / _RESULTS)
-    for seed in comparison.seeds:
-        done = {record["name"] for record in records if record["seed"] == seed}
-        missing = [name for name in planned if name not in done]
-        if not missing:
-            continue
-        folder = out / "saes" / f"seed-{seed}"
-        untrained = [planned[n] for n in missing if not is_complete_sae(folder / n)]
-        if untrained:
-            logger.info("training %d SAEs with seed %d", len(untrained), seed)
-            training_names = {**names, "dataset_path": dataset_path}
-            rows = shuffled(rest, seed)
-            train_arms(comparison, untrained, seed, model, rows, out, training_names)
-        logger.info("evaluating the SAEs of seed %d", seed)
-        saes = {
-            name: SAE.load_from_disk(folder / name, device=comparison.device) for name in missing
-        }
-        for found in evaluate_saes(
-            saes,
-            model,
-            held_out,
-            labels,
-            n_tokens=n_held_out * context_size,
-            context_size=context_size,
-            batch_size_prompts=comparison.store_batch_size_prompts,
-            probe_seeds=comparison.probe_seeds,
-            tpp_and_scr=comparison.tpp_and_scr,
-        ):
-            arm = planned[found["name"]]
-            records.append({**found, **dataclasses.asdict(arm), "seed": seed})
-        _write(out / _RESULTS, records)
+    planned = arms(comparison)
+    # what an earlier call added to the sweeps, for all seeds
+    planned += [arm for arm in map(_arm, records) if arm not in planned]
+    for sweep_round in range(1 + comparison.sweep_rounds):
+        if sweep_round:
+            planned = adapted_arms(comparison, _of_seeds(records, comparison))
+        by_name = {arm.name: arm for arm in planned}
+        for seed in comparison.seeds if by_name else ():
+            done = {record["name"] for record in records if record["seed"] == seed}
+            missing = [name for name in by_name if name not in done]
+            if not missing:
+                continue
+            folder = out / "saes" / f"seed-{seed}"
+            untrained = [by_name[n] for n in missing if not is_complete_sae(folder / n)]
+            if untrained:
+                logger.info("training %d SAEs with seed %d", len(untrained), seed)
+                training_names = {**names, "dataset_path": dataset_path}
+                rows = shuffled(rest, seed)
+                train_arms(comparison, untrained, seed, model, rows, out, training_names)
+            logger.info("evaluating the SAEs of seed %d", seed)
+            saes = {
+                name: SAE.load_from_disk(folder / name, device=comparison.device)
+                for name in missing
+            }
+            for found in evaluate_saes(
+                saes,
+                model,
+                held_out,
+                labels,
+                n_tokens=n_held_out * context_size,
+                context_size=context_size,
+                batch_size_prompts=comparison.store_batch_size_prompts,
+                probe_seeds=comparison.probe_seeds,
+                tpp_and_scr=comparison.tpp_and_scr,
+            ):
+                arm = by_name[found["name"]]
+                records.append({**found, **dataclasses.asdict(arm), "seed": seed})
+            _write(out / _RESULTS, records)
     add_stability(records, out, comparison.hook_name)
     _write(out / _RESULTS, records)
-    records = [record for record in records if record["seed"] in comparison.seeds]
+    records = _of_seeds(records, comparison)
     _say_what_is_beside(comparison, records)
     return records
+
+
+def _arm(record: Mapping[str, Any]) -> Arm:
+    return Arm(**{field.name: record[field.name] for field in dataclasses.fields(Arm)})
+
+
+def _of_seeds(records: Sequence[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
+    return [record for record in records if record["seed"] in comparison.seeds]
 
 
 def _say_what_is_beside(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> None:

@@ -37,6 +37,10 @@ class ComparisonOptions:
     mean variance of what the SAE sees, and divided by that of its loss, so that one sweep covers
     similar L0 under all conditions."""
 
+    sweep_rounds: int = 2
+    """How often further coefficients are trained, where no two neighbours of a sweep have the
+    wanted L0 between them and are within a factor of 2 of each other."""
+
     sae_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Further fields of the training configs by architecture, for all its SAEs, such as
     {"topk_vsae": {"variance": "fixed", "initial_logvar": -5}}. They replace what the comparison

@@ -108,6 +108,7 @@ class Comparison(ComparisonOptions):
             require_number(name, getattr(self, name))
         # one step at least
         require_number("training_tokens", self.training_tokens, self.train_batch_size_tokens)
+        require_number("sweep_rounds", self.sweep_rounds, 0)
         for name in ("lr", "tolerance"):
             require_number(name, getattr(self, name), math.ulp(0), whole=False)
         for k in self.sparsity:

@@ -44,6 +44,7 @@ from sae_whiten.comparison.summary import (
     spread,
     summarise,
 )
+from sae_whiten.comparison.sweeps import lacking_coefficient
 from sae_whiten.evaluation.catalogue import (
     CE_LOSS_SCORE,
     CURVES,
@@ -369,7 +370,7 @@ def _resolution_blocks(comparison: Summary, tested: Sequence[Metric]) -> list[Bl
 
 def _group_blocks(group: Group, shown: Sequence[Metric], comparison: Summary) -> list[Block]:
     blocks: list[Block] = [_means_table(group, shown)]
-    warning = _sparsity_warning(group)
+    warning = _sparsity_warning(group, comparison)
     if warning:
         blocks.append(Paragraph(warning))
     if len(group.matched):
@@ -461,10 +462,11 @@ def _significantly_best(group: Group, metric: Metric) -> str | None:
     return best
 
 
-def _sparsity_warning(group: Group) -> str | None:
+def _sparsity_warning(group: Group, comparison: Summary) -> str | None:
     """What keeps the conditions of a group from being equally sparse, in words."""
     if group.interpolated:
-        gaps = []
+        assert group.sparsity is not None
+        gaps, missing = [], []
         for name in group.conditions:
             n_inside = group.spread(name, "l0").n
             if n_inside < len(group.seeds) and name in group.swept:
@@ -473,12 +475,29 @@ def _sparsity_warning(group: Group) -> str | None:
                     f"{code(name)} reaches it in {n_inside} of {len(group.seeds)} seeds "
                     f"(its sweep covers {low:.3g} to {high:.3g})"
                 )
+                runs = comparison.runs
+                wanted = [group.hook_name, group.architecture, name]
+                runs = runs[
+                    (runs[["hook_name", "architecture", "condition"]] == wanted).all(axis=1)
+                ]
+                by_coefficient = {c: list(at.l0) for c, at in runs.groupby("coefficient")}
+                missing.append(
+                    lacking_coefficient(
+                        list(by_coefficient), list(by_coefficient.values()), group.sparsity
+                    )
+                )
         said = (
             "Read off each seed's sweep, linear in log L0 between the two nearest SAEs: coarse "
             "where these are far apart in the figure against L0."
         )
         if gaps:
             said += f" Not all sweeps reach {_sparsity(group)}: {'; '.join(gaps)}."
+            tries = sorted({f"{c:g}" for c in missing if c is not None}, key=float)
+            if tries:
+                said += (
+                    f" Raise sweep_rounds, or give coefficients such as {', '.join(tries)} in "
+                    "another folder."
+                )
         return said
     l0s = {name: group.spread(name, "l0").mean for name in group.conditions}
     l0s = {name: mean for name, mean in l0s.items() if not math.isnan(mean)}

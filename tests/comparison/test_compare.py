@@ -20,6 +20,7 @@ from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import describe_rows
 from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
 from sae_whiten.comparison.summary import summarise
+from sae_whiten.comparison.sweeps import lacking_coefficient
 from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.stability import mean_max_cosine
 from sae_whiten.training import multi_runner
@@ -31,6 +32,7 @@ SMALL = Comparison(
     architectures=("topk", "standard", "topk_vsae", "top_afa"),
     sparsity=(8,),
     coefficients=(0.5, 2.0),
+    sweep_rounds=0,
     seeds=(0, 1),
     d_sae=64,
     training_tokens=128 * 20,
@@ -194,6 +196,64 @@ def test_conditions_share_initial_weights_and_data_and_seeds_do_not(tmp_path, mo
         assert all(torch.equal(found[0], other) for other in found)
     assert not torch.equal(batches[0][0], batches[1][0])
     assert not torch.equal(weights[0, "1"], weights[1, "1"])
+
+
+def test_a_sweep_is_trained_on_until_the_wanted_l0_lies_between_neighbours(tmp_path, monkeypatch):
+    trained: list[tuple[int, list[str]]] = []
+
+    def train(comparison, untrained, seed, *rest):
+        trained.append((seed, [arm.name for arm in untrained]))
+
+    def evaluate(saes, *rest, **options):
+        # L0 falls as 20 / coefficient, with the second seed a little more
+        return [
+            {"name": name, "metrics": {"l0": (20 + trained[-1][0]) / float(name.split("-")[-1])}}
+            for name in saes
+        ]
+
+    for name, stand_in in (
+        ("train_arms", train),
+        ("evaluate_saes", evaluate),
+        ("add_stability", lambda *_: None),
+        ("_estimate_statistics", lambda *_: None),
+        ("SAE.load_from_disk", lambda *_, **__: None),
+    ):
+        monkeypatch.setattr(f"sae_whiten.comparison.compare.{name}", stand_in)
+    comparison = dataclasses.replace(
+        SMALL, conditions=("centred",), architectures=("standard",), sparsity=(60, 16)
+    )
+    assert len(run(tmp_path, comparison)) == 2 * 2
+    # nothing reaches 60 in the first round; 16 is ln(40 / 16) / ln(40 / 10.5) of the way from 0.5
+    # to 2, in logarithms
+    trained.clear()
+    run(tmp_path, dataclasses.replace(comparison, sweep_rounds=1))
+    assert trained == [(s, ["standard-centred-0.125", "standard-centred-1.29"]) for s in (0, 1)]
+    trained.clear()
+    records = run(tmp_path, dataclasses.replace(comparison, sweep_rounds=5))
+    assert trained
+    for target in comparison.sparsity:
+        for seed in (0, 1):
+            l0s = [r["metrics"]["l0"] for r in records if r["seed"] == seed]
+            above = min(l0 for l0 in l0s if l0 >= target)
+            below = max(l0 for l0 in l0s if l0 <= target)
+            assert above <= 2.2 * below
+    # a seed that comes later has them all
+    trained.clear()
+    more = run(tmp_path, dataclasses.replace(comparison, seeds=(0, 1, 2)))
+    assert len(more) == 3 * len(records) // 2
+
+
+def test_the_lacking_coefficient_of_a_sweep():
+    # neighbours within a factor of 2 on both sides
+    assert lacking_coefficient([1.0, 2.0], [[20.0, 21.0], [11.0, 12.0]], 15) is None
+    # beyond the ends
+    assert lacking_coefficient([1.0, 2.0], [[20.0], [10.0]], 50) == 0.25
+    assert lacking_coefficient([2.0, 1.0], [[10.0], [20.0]], 5) == 8
+    # one seed does not reach it
+    assert lacking_coefficient([1.0, 2.0], [[20.0, 14.0], [10.0, 9.0]], 15) == 0.25
+    # halfway in the logarithms, also where L0 is 0 on one side
+    assert lacking_coefficient([1.0, 4.0], [[40.0], [10.0]], 20) == 2
+    assert lacking_coefficient([1.0, 4.0], [[40.0], [0.0]], 20) == 2
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])

@@ -527,6 +527,8 @@ def test_a_sweep_that_does_not_reach_the_sparsity_is_marked() -> None:
     runs = [run for run in sweeps() if (run["condition"], run["seed"]) != ("none", 1)]
     markdown = comparison_markdown(summarise(runs, targets=[20, 99]))
     assert "`whitened` reaches it in 1 of 2 seeds (its sweep covers 10 to 40)" in markdown
+    # a fourth of the least coefficient, 1, of whichever has too few active latents
+    assert "Raise sweep_rounds, or give coefficients such as" in markdown
     at_20, at_99 = (t for t in tables(markdown) if "L0" in t[0])
     assert at_20[1]["explained variance"] == "0.500 (1 of 2)"
     assert [row["explained variance"] for row in at_99] == ["outside the sweep"] * 2
