@@ -475,17 +475,8 @@ def _sparsity_warning(group: Group, comparison: Summary) -> str | None:
                     f"{code(name)} reaches it in {n_inside} of {len(group.seeds)} seeds "
                     f"(its sweep covers {low:.3g} to {high:.3g})"
                 )
-                runs = comparison.runs
-                wanted = [group.hook_name, group.architecture, name]
-                runs = runs[
-                    (runs[["hook_name", "architecture", "condition"]] == wanted).all(axis=1)
-                ]
-                by_coefficient = {c: list(at.l0) for c, at in runs.groupby("coefficient")}
-                missing.append(
-                    lacking_coefficient(
-                        list(by_coefficient), list(by_coefficient.values()), group.sparsity
-                    )
-                )
+                l0s = comparison.l0_by_coefficient(group, name)
+                missing.append(lacking_coefficient(list(l0s), list(l0s.values()), group.sparsity))
         said = (
             "Read off each seed's sweep, linear in log L0 between the two nearest SAEs: coarse "
             "where these are far apart in the figure against L0."

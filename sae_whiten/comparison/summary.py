@@ -198,11 +198,18 @@ class Summary:
         Returns:
             A row per setting, and columns (metric, "mean") and (metric, "std"), over seeds.
         """
-        wanted = [hook_name, architecture, condition]
-        runs = self.runs[(self.runs[_RUN[:3]] == wanted).all(axis=1)]
+        runs = self._runs_of(hook_name, architecture, condition)
         settings = runs.drop(columns=[*_RUN[:3], "seed"]).groupby(_SETTING, dropna=False)
         points = settings.agg(["mean", "std"])
         return points[points["l0", "mean"].notna()].sort_values(("l0", "mean"))
+
+    def l0_by_coefficient(self, group: Group, condition: str) -> dict[float, list[float]]:
+        """The L0 of every seed, of those runs of a group's architecture that are of a sweep."""
+        runs = self._runs_of(group.hook_name, group.architecture, condition)
+        return {c: list(at.l0) for c, at in runs.groupby("coefficient")}
+
+    def _runs_of(self, *wanted: str) -> Frame:
+        return self.runs[(self.runs[_RUN[:3]] == list(wanted)).all(axis=1)]
 
 
 def summarise(

@@ -29,18 +29,22 @@ def lacking_coefficient(
         Between the two neighbours where log L0 is linear in the log of the coefficient; beyond the
         sweep a fourth or four times its end. None if nothing is lacking.
     """
-    points = sorted(
-        (coefficient, min(found), max(found))
-        for coefficient, found in zip(coefficients, l0s, strict=True)
-        if coefficient > 0
-    )
-    # every seed is above the target on the left, and below it on the right
-    above = [(c, low) for c, low, _ in points if low >= target]
-    below = [(c, high) for c, _, high in points if high <= target]
+    for of_seed in zip(*l0s, strict=False):
+        sweep = sorted((c, l0) for c, l0 in zip(coefficients, of_seed, strict=True) if c > 0)
+        found = _lacking(sweep, target)
+        if found is not None:
+            return found
+    return None
+
+
+def _lacking(sweep: Sequence[tuple[float, float]], target: float) -> float | None:
+    """`lacking_coefficient` of one seed, whose sweep is in ascending order of coefficients."""
+    above = [(c, l0) for c, l0 in sweep if l0 >= target]
+    below = [(c, l0) for c, l0 in sweep if l0 <= target]
     if not above:
-        return _rounded(points[0][0] / _STEP) if points else None
+        return _rounded(sweep[0][0] / _STEP) if sweep else None
     if not below:
-        return _rounded(points[-1][0] * _STEP)
+        return _rounded(sweep[-1][0] * _STEP)
     (left, l0_left), (right, l0_right) = above[-1], below[0]
     if left >= right or (l0_right > 0 and l0_left / l0_right <= _CLOSE):
         return None
@@ -50,7 +54,7 @@ def lacking_coefficient(
     # not where one is already
     share = min(max(share, 0.1), 0.9)
     found = _rounded(left ** (1 - share) * right**share)
-    return None if found in coefficients else found
+    return None if found in (left, right) else found
 
 
 def adapted_arms(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[Arm]:
