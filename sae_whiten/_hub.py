@@ -161,7 +161,10 @@ def download_all(repo_id: str, revision: str | None = None) -> Path:
 
 
 def upload(
-    files: Mapping[str, tuple[Path, Described]], repo_id: str, private: bool | None = None
+    files: Mapping[str, tuple[Path, Described]],
+    repo_id: str,
+    private: bool | None = None,
+    figure: Path | None = None,
 ) -> str:
     """Upload statistics in one commit.
 
@@ -171,6 +174,7 @@ def upload(
         files: By hook name, the file and what it holds.
         repo_id: "user/name".
         private: Whether a new repo is private; None: the default of the account.
+        figure: Of the spectra, for the card; None leaves it out.
 
     Returns:
         Address of the commit.
@@ -187,9 +191,10 @@ def upload(
         repo_id = make_repo(repo_id, private)
         if not api.file_exists(repo_id, _CARD):
             described = {hook: content for hook, (_, content) in files.items()}
-            operations.append(
-                CommitOperationAdd(_CARD, statistics_card(repo_id, described).encode())
-            )
+            card = statistics_card(repo_id, described, None if figure is None else figure.name)
+            operations.append(CommitOperationAdd(_CARD, card.encode()))
+            if figure is not None:
+                operations.append(CommitOperationAdd(figure.name, figure))
         commit = api.create_commit(
             repo_id, operations, commit_message=f"Statistics of {', '.join(files)}"
         )
@@ -268,8 +273,10 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def statistics_card(repo_id: str, by_hook: Mapping[str, Described]) -> str:
-    """README of a repo: what it holds, and how to use it."""
+def statistics_card(
+    repo_id: str, by_hook: Mapping[str, Described], figure: str | None = None
+) -> str:
+    """README of a repo: what it holds, and how to use it; `figure` is the file of the spectra."""
     from huggingface_hub import ModelCardData
 
     header = ModelCardData(library_name="sae-whiten", tags=["sae-whiten"]).to_yaml()
@@ -301,6 +308,7 @@ def statistics_card(repo_id: str, by_hook: Mapping[str, Described]) -> str:
             "|---|---|---|---|",
             *hooks,
             "",
+            *([f"![Spectra of the covariance]({figure})", ""] if figure else []),
             *(["How they were estimated:", "", "| | |", "|---|---|", *facts, ""] if facts else []),
             "## Use",
             "",

@@ -18,7 +18,7 @@ from sae_whiten.estimation.spectrum import null_directions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_spectra", "plot_spectrum"]
+__all__ = ["plot_eigenvalues", "plot_spectra", "plot_spectrum"]
 
 _NAMES_IN_A_COLUMN = 26
 
@@ -65,6 +65,30 @@ def plot_spectrum(
         axes.set_xlabel("rank of the direction" + _not_shown(null))
         axes.set_ylabel("eigenvalue of the covariance")
         axes.legend(loc="lower left", frameon=False)
+        _save(figure, path)
+
+
+def plot_eigenvalues(spectra: Mapping[str, Float[Tensor, "d"]], path: str | Path) -> None:
+    """Draw eigenvalues against their rank, a line for each name, as one figure.
+
+    Args:
+        spectra: By name, each in any order; divided by its mean, and null directions left out.
+        path: Where to write; its suffix is the format (.png, .pdf, .svg).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    lines = {
+        name: (values[~null_directions(values)] / values.mean()).sort(descending=True).values
+        for name, values in spectra.items()
+    }
+    with _paper_style():
+        figure = _new_figure(width=3.4 if len(lines) == 1 else 4.6, height=2.4)
+        axes = figure.add_subplot()
+        _draw_hooks(axes, lines, list(lines))
+        axes.set_yscale("log")
+        axes.set_ylabel("eigenvalue (mean: 1)")
+        _add_key(figure, axes)
         _save(figure, path)
 
 

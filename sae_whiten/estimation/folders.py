@@ -2,12 +2,16 @@
 
 import contextlib
 import shutil
-from collections.abc import Collection, Iterator
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+
+import torch
 
 from sae_whiten import _hub
 from sae_whiten._files import require_empty
 from sae_whiten._redaction import redacted
+from sae_whiten.estimation.figures import plot_eigenvalues
 from sae_whiten.statistics import ActivationStatistics
 
 __all__ = [
@@ -115,7 +119,10 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -
             to be private.
         OSError: The hub cannot be reached, or refuses: no token, or none with the right to write.
     """
-    return _hub.upload(_to_share(folder), repo_id, private)
+    files = _to_share(folder)
+    with tempfile.TemporaryDirectory() as name:
+        figure = _draw(files, Path(name))
+        return _hub.upload(files, repo_id, private, figure)
 
 
 def write_upload(folder: str | Path, target: str | Path, repo_id: str) -> None:
@@ -135,7 +142,23 @@ def write_upload(folder: str | Path, target: str | Path, repo_id: str) -> None:
     for hook_name, (file, _) in by_hook.items():
         shutil.copyfile(file, statistics_file(target, hook_name))
     described = {hook_name: found for hook_name, (_, found) in by_hook.items()}
-    (target / "README.md").write_text(_hub.statistics_card(repo_id, described))
+    figure = _draw(by_hook, target)
+    card = _hub.statistics_card(repo_id, described, None if figure is None else figure.name)
+    (target / "README.md").write_text(card)
+
+
+def _draw(files: Mapping[str, tuple[Path, ActivationStatistics]], folder: Path) -> Path | None:
+    """Draw the spectra of the hooks that have one."""
+    spectra = {
+        hook_name: torch.linalg.eigvalsh(found.covariance).clamp(min=0)
+        for hook_name, (_, found) in files.items()
+        if found.n_samples > 1
+    }
+    spectra = {hook_name: values for hook_name, values in spectra.items() if values.max() > 0}
+    if not spectra:
+        return None
+    plot_eigenvalues(spectra, folder / "spectra.png")
+    return folder / "spectra.png"
 
 
 def _to_share(folder: str | Path) -> dict[str, tuple[Path, ActivationStatistics]]:

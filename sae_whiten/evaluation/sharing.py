@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from sae_lens import SAE
 from sae_lens.constants import (
@@ -18,10 +19,14 @@ from sae_lens.constants import (
 from sae_whiten._files import require_empty
 from sae_whiten._hub import cell, make_repo, writing
 from sae_whiten._redaction import redacted
+from sae_whiten.estimation.figures import plot_eigenvalues
+from sae_whiten.estimation.spectrum import spectrum_summary
+from sae_whiten.training.checkpoint import OWN_DIR, WHITENING_FILENAME
+from sae_whiten.whitening import Whitening
 
 __all__ = ["find_saes", "model_card", "push_saes", "write_upload"]
 
-_CARD = "README.md"
+_CARD, _FIGURE = "README.md", "spectrum.png"
 _TAGS = ["saelens", "sparse-autoencoder"]
 
 
@@ -70,8 +75,11 @@ def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> 
     target = Path(target)
     require_empty(target)
     cards = {sae_id: model_card(folder, repo_id, sae_id) for sae_id, folder in saes.items()}
+    whitenings = {sae_id: _whitening_of(folder) for sae_id, folder in saes.items()}
     for sae_id, folder in saes.items():
         (target / sae_id).mkdir(parents=True)
+        if (whitening := whitenings[sae_id]) is not None:
+            _draw(whitening, target / sae_id / _FIGURE)
         for name in (SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / sae_id / name)
@@ -81,7 +89,9 @@ def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> 
                 (target / sae_id / name).write_text(json.dumps(content))
         (target / sae_id / _CARD).write_text(cards[sae_id])
     header = "\n".join(["---", "library_name: saelens", "tags:", *(f"- {t}" for t in _TAGS), "---"])
-    (target / _CARD).write_text(header + "\n\n" + "\n\n".join(cards.values()))
+    # the one of the repo is a folder higher
+    parts = [card.replace(f"({_FIGURE})", f"({quote(i)}/{_FIGURE})") for i, card in cards.items()]
+    (target / _CARD).write_text(header + "\n\n" + "\n\n".join(parts))
 
 
 def push_saes(saes: Mapping[str, Path], repo_id: str, private: bool | None = None) -> str:
@@ -114,7 +124,8 @@ def push_saes(saes: Mapping[str, Path], repo_id: str, private: bool | None = Non
             upload_saes_to_huggingface(
                 {sae_id: staging / sae_id for sae_id in saes}, repo_id, add_default_readme=False
             )
-            cards = [f"{sae_id}/{_CARD}" for sae_id in saes]
+            written = [f"{sae_id}/{name}" for sae_id in saes for name in (_CARD, _FIGURE)]
+            cards = [name for name in written if (staging / name).is_file()]
             if not api.file_exists(repo_id, _CARD):
                 cards.append(_CARD)
             commit = api.create_commit(
@@ -157,6 +168,7 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
         "dataset": metadata.dataset_path,
         "context size": metadata.context_size,
         "activations trained on": metadata.n_training_samples,
+        **_training_facts(Path(folder)),
         "L0": _number(metadata.l0),
         "explained variance": _number(metadata.explained_variance),
         "dead latents": metadata.num_dead_features,
@@ -170,7 +182,7 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
             "A sparse autoencoder for [SAELens](https://github.com/decoderesearch/SAELens).",
             "",
             *_table(facts),
-            *_whitening_section(metadata.whitening),
+            *_whitening_section(metadata.whitening, _whitening_of(Path(folder))),
             "## Use",
             "",
             "```python",
@@ -189,10 +201,43 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
     )
 
 
-def _whitening_section(whitening: Mapping[str, Any] | None) -> list[str]:
-    """How an SAE was whitened, and how exact the fold is."""
+def _training_facts(folder: Path) -> dict[str, Any]:
+    """What the settings of the run that made an SAE tell, if they lie beside it."""
+    file = folder / RUNNER_CFG_FILENAME
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    return {
+        "tokens in a batch": settings.get("train_batch_size_tokens"),
+        "learning rate": settings.get("lr"),
+        "seed": settings.get("seed"),
+    }
+
+
+def _whitening_of(folder: Path) -> Whitening | None:
+    """The whitening that was folded into an SAE, if it lies beside it.
+
+    Raises:
+        CorruptFileError: It is damaged.
+    """
+    # the latter is where earlier releases wrote it
+    for file in (folder / OWN_DIR / WHITENING_FILENAME, folder / WHITENING_FILENAME):
+        if file.is_file():
+            return Whitening.load(file)
+    return None
+
+
+def _draw(whitening: Whitening, path: Path) -> None:
+    covariance = whitening.covariance_eigenvalues
+    spectra = {"covariance": covariance, "regularised": whitening.eigenvalues}
+    plot_eigenvalues(spectra, path)
+
+
+def _whitening_section(
+    whitening: Mapping[str, Any] | None, transform: Whitening | None
+) -> list[str]:
+    """How an SAE was whitened, how exact the fold is, and the spectrum if it is known."""
     if not whitening:
         return []
+    spectrum = None if transform is None else spectrum_summary(transform.covariance_eigenvalues)
     config, fold = whitening["config"], whitening["fold"]
     check = fold["check"] or {}
     facts = {
@@ -201,6 +246,12 @@ def _whitening_section(whitening: Mapping[str, Any] | None) -> list[str]:
         "eps": f"{config['eps']:g} ({config['eps_mode']})",
         "strength": config["strength"],
         "activations that it was estimated from": whitening["n_samples"],
+        "condition number of the covariance": _number(
+            None if spectrum is None else spectrum.condition_number_nonnull
+        ),
+        "directions that hold most of the variance": _number(
+            None if spectrum is None else spectrum.participation_ratio
+        ),
         "fold error": _number(check.get("fold_error")),
         "active latents that folding changed": _percent(check.get("active_set_change")),
         "activations that the fold was proved on": check.get("n_activations"),
@@ -212,6 +263,7 @@ def _whitening_section(whitening: Mapping[str, Any] | None) -> list[str]:
         "The whitening is folded into the weights: the SAE takes raw activations.",
         "",
         *_table(facts),
+        *([f"![Spectrum of the covariance]({_FIGURE})", ""] if transform is not None else []),
     ]
 
 

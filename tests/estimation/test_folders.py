@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from sae_whiten.estimation.folders import (
     find_statistics,
     push_folder,
     statistics_file,
+    write_upload,
 )
 from tests.support import friendly
 
@@ -118,3 +120,13 @@ def test_a_pushed_name_stays_inside_the_repo(tmp_path, monkeypatch):
     statistics_of("../../model").save(tmp_path / "x.safetensors")
     push_folder(tmp_path, "user/name")
     assert [file_name(name) for name in sent[0]] == ["%2E.%2F..%2Fmodel.safetensors"]
+
+
+def test_statistics_without_a_spectrum_have_a_card_without_the_figure(tmp_path: Path) -> None:
+    statistics = ActivationStatistics(4)
+    statistics.update(torch.ones(3, 4))  # no variance
+    statistics.provenance = {"hook_name": "h"}
+    statistics.save(tmp_path / "stats" / "h.safetensors")
+    write_upload(tmp_path / "stats", tmp_path / "upload", "me/stats")
+    assert "spectra.png" not in (tmp_path / "upload" / "README.md").read_text()
+    assert not (tmp_path / "upload" / "spectra.png").exists()

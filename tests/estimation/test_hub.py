@@ -92,6 +92,7 @@ def test_a_folder_is_one_commit_and_the_card_lists_its_hooks(hub: FakeHub, tmp_p
         "README.md",
         f"{FIRST}.safetensors",
         f"{SECOND}.safetensors",
+        "spectra.png",
     }
     text = (hub.folder("me/stats") / "README.md").read_text()
     assert f"| `{SECOND}` | 5 | 500 |" in text

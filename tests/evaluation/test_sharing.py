@@ -69,6 +69,7 @@ def test_the_sae_alone_is_uploaded_and_comes_back(folder: Path, hub: FakeHub) ->
     assert files(hub.folder("me/sae")) == {
         "README.md",
         f"{HOOK}/README.md",
+        f"{HOOK}/spectrum.png",
         f"{HOOK}/cfg.json",
         f"{HOOK}/runner_cfg.json",
         f"{HOOK}/sae_weights.safetensors",
@@ -93,10 +94,25 @@ def test_the_card_has_saelens_tag_and_says_how_the_sae_was_trained(
         "| dead latents | `3` |",
         "| loss in | `original space` |",
         "fold error",
+        "condition number of the covariance",
+        "| learning rate | `0.001` |",
+        f"![Spectrum of the covariance]({HOOK}/spectrum.png)",
         f'SAE.from_pretrained("me/sae", "{HOOK}")',
     ):
         assert fact in card.text
     assert "import sae_whiten" not in card.text
+    # the card of the SAE lies beside the figure
+    assert "](spectrum.png)" in (tmp_path / "upload" / HOOK / "README.md").read_text()
+    assert (tmp_path / "upload" / HOOK / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_sae_without_its_whitening_beside_it_has_a_card_without_the_figure(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "sae_whiten" / "whitening.safetensors").unlink()
+    write_upload(find_saes(folder), tmp_path / "upload", "me/sae")
+    assert "spectrum.png" not in (tmp_path / "upload" / "README.md").read_text()
+    assert not list((tmp_path / "upload").rglob("*.png"))
 
 
 def test_nothing_that_is_secret_is_uploaded(folder: Path, tmp_path: Path) -> None:
@@ -178,5 +194,7 @@ def test_the_command_with_statistics(
     assert not hub.requests
     assert main(command) == 0
     assert files(hub.folder("me/stats")) == files(tmp_path / "upload")
+    assert "](spectra.png)" in (tmp_path / "upload" / "README.md").read_text()
+    assert (hub.folder("me/stats") / "spectra.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command, "--sae-id", "x"]) == 2
     assert "--sae-id" in capsys.readouterr().err
