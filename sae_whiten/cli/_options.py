@@ -3,13 +3,16 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from simple_parsing.docstring import get_attribute_docstring
 
 from sae_whiten.cli._values import json_object
+from sae_whiten.cli._values import positive as at_least_1
 
-__all__ = ["add_options", "help_of"]
+__all__ = ["add_options", "help_of", "options_from"]
+
+T = TypeVar("T")
 
 
 def add_options(
@@ -19,6 +22,7 @@ def add_options(
     only: Collection[str] | None = None,
     without: Collection[str] = (),
     renamed: Mapping[str, str] | None = None,
+    positive: Collection[str] = (),
     absent_by_default: bool = False,
 ) -> None:
     """Add a flag for every field of a dataclass; the parsed value has the name of the field.
@@ -29,6 +33,8 @@ def add_options(
         only: Fields that get one; None: all.
         without: Fields that get none.
         renamed: Names of flags that differ from those of their fields, by field.
+        positive: Fields whose numbers below 1 are refused where the command line is parsed, for the
+            command checks them only after it has loaded something.
         absent_by_default: Leave what is not given out of the parsed values, so that it can be told
             from what is.
     """
@@ -47,10 +53,18 @@ def add_options(
             if field.default not in (None, (None,)):
                 values = field.default if isinstance(field.default, tuple) else [field.default]
                 told += f" (default: {','.join(map(str, values))})"
+        if field.name in positive:
+            kwargs["type"] = at_least_1
         if absent_by_default:
             kwargs["default"] = argparse.SUPPRESS
         help = told.replace("%", "%%")
         parser.add_argument(f"--{name.replace('_', '-')}", dest=field.name, help=help, **kwargs)
+
+
+def options_from(args: argparse.Namespace, options: type[T]) -> T:
+    """The dataclass, with the parsed values of its flags."""
+    names = [field.name for field in dataclasses.fields(cast(Any, options))]
+    return options(**{name: getattr(args, name) for name in names})
 
 
 def help_of(options: type, field: str) -> str:
@@ -89,6 +103,7 @@ _PARSERS: dict[Any, dict[str, Any]] = {
     str: {},
     str | None: {},
     bool: {"action": argparse.BooleanOptionalAction},
+    bool | None: {"action": argparse.BooleanOptionalAction},
     int: {"type": int, "metavar": "N"},
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_whiten._checks import require_context
-from sae_whiten.cli._values import json_object, positive
+from sae_whiten.cli._options import add_options
+from sae_whiten.cli._values import json_object
+from sae_whiten.evaluation.options import SequenceOptions
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -67,22 +69,9 @@ def add_dataset_arguments(
     group.add_argument("--no-streaming", action="store_true", help="download the dataset first")
 
 
-def add_sequence_arguments(group: argparse._ArgumentGroup, unit: str = "sequence") -> None:
-    """Add how tokens are shown to the model, in pieces called `unit`."""
-    group.add_argument(
-        "--context-size", type=positive, help=f"tokens per {unit} (default: as in training)"
-    )
-    group.add_argument(
-        "--prepend-bos",
-        action=argparse.BooleanOptionalAction,
-        help="put the beginning-of-sequence token in front (default: as in training)",
-    )
-    group.add_argument(
-        "--batch-size-prompts",
-        type=positive,
-        default=16,
-        help=f"{unit}s per pass of the model (default: %(default)s)",
-    )
+def add_sequence_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add how tokens are shown to the model."""
+    add_options(group, SequenceOptions, positive=("context_size", "batch_size_prompts"))
 
 
 def load_saes(paths: Iterable[str], device: str) -> "dict[str, SAE[Any]]":

@@ -19,26 +19,20 @@ and .pdf, how NMSE and eps-LBO are distributed.
 """
 
 import argparse
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from sae_whiten.cli._options import add_options, options_from
 from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
     add_saes_argument,
-    add_sequence_arguments,
     dataset_path_of,
     load_model_of,
     load_saes,
     model_source,
     open_dataset_of,
 )
-from sae_whiten.cli._values import positive
-
-if TYPE_CHECKING:
-    from sae_whiten.lenses.afa.measure import AFAResult
+from sae_whiten.lenses.options import AFAOptions
 
 EPILOG = """\
 examples:
@@ -61,114 +55,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("prompts")
     add_dataset_arguments(group)
-    group.add_argument(
-        "--n-prompts",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="rows of the dataset, from its beginning (default: %(default)s)",
-    )
-    add_sequence_arguments(group, "prompt")
+    add_options(group, AFAOptions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, evaluate, write the JSON and the figures, and print the table."""
-    from sae_whiten._files import atomic_path
-    from sae_whiten._redaction import redacted
-    from sae_whiten.lenses.afa.figure import plot_violins, plot_zf
     from sae_whiten.lenses.afa.measure import evaluate_afa
+    from sae_whiten.lenses.afa.report import table, write_report
 
+    options = options_from(args, AFAOptions)
     saes = load_saes(args.saes, args.device)
     source = model_source(args, saes)
     dataset_path = dataset_path_of(args, saes)
     dataset = open_dataset_of(args, dataset_path)
     model = load_model_of(source, args.device, args.context_size)
-    results = evaluate_afa(
-        saes,
-        model,
-        dataset,
-        n_prompts=args.n_prompts,
-        context_size=args.context_size,
-        prepend_bos=args.prepend_bos,
-        batch_size_prompts=args.batch_size_prompts,
-    )
-    report = {
-        **source,
-        "dataset_path": dataset_path,
-        "dataset_split": args.dataset_split,
-        "n_prompts": len(results[0].rows),
-        "versions": _versions(),
-        "saes": [result.to_dict() for result in results],
-    }
-    with atomic_path(args.out / "afa.json") as partial:
-        partial.write_text(json.dumps(redacted(report), allow_nan=False) + "\n")
-    samples = {label: result.samples for label, result in _labelled(results).items()}
-    for name, plot in (("zf", plot_zf), ("violins", plot_violins)):
-        for suffix in (".png", ".pdf"):
-            plot(samples, args.out / f"{name}{suffix}")
-    _print_table(report["saes"])
-    print(f"\nsaved in {args.out}: afa.json, zf.png, zf.pdf, violins.png, violins.pdf")
+    results = evaluate_afa(saes, model, dataset, options)
+    source = {**source, "dataset_path": dataset_path, "dataset_split": args.dataset_split}
+    written = write_report(results, args.out, source)
+    print(table(results))
+    print(f"\nsaved in {args.out}: {', '.join(written)}")
     return 0
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from sae_whiten import __version__
-
-    others = ("sae-lens", "transformer-lens", "torch")
-    return {"sae-whiten": __version__, **{name: version(name) for name in others}}
-
-
-def _labelled(results: "Sequence[AFAResult]") -> "dict[str, AFAResult]":
-    """By the hook, which tells the layer, or by the name where SAEs share a hook."""
-    hooks = [result.context["hook_name"] for result in results]
-    if len(set(hooks)) == len(hooks):
-        return dict(zip(hooks, results, strict=True))
-    return {result.name: result for result in results}
-
-
-def _print_table(saes: Sequence[dict[str, Any]]) -> None:
-    width = max(len(sae["name"]) for sae in saes)
-    bands = list(saes[0]["summary"]["in_band"])
-    print(
-        f"{'':{width}}{'prompts':>9}{'h':>8}{'eps-LBO':>10}{'median':>10}{'NMSE':>9}{'L0':>8}"
-        f"{'over':>7}{'under':>7}"
-        + "".join(f"{f'<={e}':>8}" for e in bands)
-        + f"{'norms':>8}{'pearson':>9}{'spearman':>9}{'bias':>7}"
-    )
-    for sae in saes:
-        found = sae["summary"]
-        print(
-            f"{sae['name']:{width}}{found['n_samples']:>9}{sae['d_sae']:>8}"
-            f"{_number(found['eps_lbo_mean'], '.2e'):>10}"
-            f"{_number(found['eps_lbo_median'], '.2e'):>10}"
-            f"{_number(found['nmse_mean'], '.3g'):>9}{found['l0_mean']:>8.1f}"
-            f"{found['over_activated']:>7.1%}{found['under_activated']:>7.1%}"
-            + "".join(f"{share:>8.1%}" for share in found["in_band"].values())
-            + f"{_number(found['norms_pearson'], '.3f'):>8}"
-            f"{_number(found['pearson'], '.3f'):>9}{_number(found['spearman'], '.3f'):>9}"
-            f"{_bias_share(sae):>7.2f}"
-        )
-    for sae in saes:
-        if _bias_share(sae) > 0.9:
-            print(
-                f"{sae['name']}: its codes are little more than the decoder bias, and so eps-LBO "
-                "says little of its latents"
-            )
-    for sae in saes:
-        if n := sae["summary"]["n_undefined"]:
-            print(
-                f"{sae['name']}: {n} prompts are in no mean and no correlation, for their code is "
-                "zero and their eps-LBO infinite, or their activation is zero and their NMSE "
-                "infinite"
-            )
-
-
-def _bias_share(sae: dict[str, Any]) -> float:
-    codes = sae["prompts"]["code_norm"]
-    return sae["bias_norm"] * len(codes) / max(sum(codes), 1e-30)
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)

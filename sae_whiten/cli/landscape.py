@@ -8,6 +8,9 @@ optimum of either; whitening brings the two together. The numbers are printed.
 import argparse
 from pathlib import Path
 
+from sae_whiten.cli._options import add_options, options_from
+from sae_whiten.lenses.options import LandscapeConfig
+
 EPILOG = """\
 example:
   sae-whiten landscape --out landscape.pdf --angle 25
@@ -18,34 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the figure and the generative model."""
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="FILE", help="figure: .png, .pdf or .svg")
-    add(
-        "--angle",
-        type=float,
-        default=30.0,
-        help="between the features, in degrees (default: %(default)s)",
-    )
-    add(
-        "--activity",
-        type=float,
-        default=0.5,
-        help="probability that a source is active (default: %(default)s)",
-    )
-    add(
-        "--ratio",
-        type=float,
-        default=2.0,
-        help="of the sources' scales (default: %(default)s)",
-    )
-    add("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
+    add_options(parser, LandscapeConfig)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compute, print, draw."""
     from sae_whiten.lenses.landscape.figure import plot_landscapes
-    from sae_whiten.lenses.landscape.simulation import LandscapeConfig, landscapes
+    from sae_whiten.lenses.landscape.simulation import landscapes
 
-    config = LandscapeConfig(args.angle, args.activity, args.ratio, args.seed)
-    before, after = landscapes(config)
+    before, after = landscapes(options_from(args, LandscapeConfig))
     print(
         f"{'whitening':9}  {'condition':>9}  {'misalignment':>12}  {'recovery at the sparsest':>24}"
     )

@@ -21,18 +21,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sae_whiten.cli._options import add_options, options_from
 from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
     add_saes_argument,
-    add_sequence_arguments,
     dataset_path_of,
     load_model_of,
     load_saes,
     model_source,
     open_dataset_of,
 )
-from sae_whiten.cli._values import positive
+from sae_whiten.lenses.options import LatentOptions
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -56,49 +56,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_saes_argument(parser)
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="FILE", help="figure: .png, .pdf or .svg")
-    add(
-        "--of",
-        choices=("decoder", "activations"),
-        default="decoder",
-        help="by what latents are placed (default: %(default)s)",
-    )
-    add(
-        "--max-latents",
-        type=positive,
-        default=2000,
-        metavar="N",
-        help="most latents of each SAE to show, drawn at random, but so that dead ones keep their "
-        "share; 4000 in all take 20 s on one core (default: %(default)s)",
-    )
-    add(
-        "--perplexity",
-        type=float,
-        default=30.0,
-        help="of t-SNE, roughly the number of neighbours that a latent stays near to; few latents "
-        "lower it (default: %(default)g)",
-    )
-    add("--seed", type=int, default=0, help="of the picture (default: %(default)s)")
+    add_options(parser, LatentOptions, only=("of", "max_latents", "perplexity", "seed"))
     add("--device", default="cpu", help="of the model and the SAEs (default: %(default)s)")
 
     add_model_arguments(parser)
 
     group = parser.add_argument_group("tokens")
     add_dataset_arguments(group)
-    add = group.add_argument
-    add(
-        "--n-tokens",
-        type=positive,
-        default=65_536,
-        help="tokens to read; a latent that fires at none of them counts as dead "
-        "(default: %(default)s)",
+    add_options(
+        group,
+        LatentOptions,
+        only=("n_tokens", "context_size", "prepend_bos", "batch_size_prompts"),
     )
-    add_sequence_arguments(group)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, measure, embed, draw, write the coordinates, and print a count."""
     if args.out.suffix not in _FORMATS:
         raise ValueError(f"--out {args.out}: a figure is one of {', '.join(_FORMATS)}")
+    options = options_from(args, LatentOptions)
     coordinates = args.out.with_suffix(".json")
     _check_overwritable(coordinates)
     saes = load_saes(args.saes, args.device)
@@ -106,16 +82,8 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.lenses.latents.figure import plot_latent_space
     from sae_whiten.lenses.latents.measure import latent_space
 
-    firing, source = _firing(args, saes)
-    found = latent_space(
-        saes,
-        firing,
-        of=args.of,
-        max_latents=args.max_latents,
-        perplexity=args.perplexity,
-        seed=args.seed,
-        source=source,
-    )
+    firing, source = _firing(args, saes, options)
+    found = latent_space(saes, firing, options, source)
     found.save(coordinates)
     plot_latent_space(found, args.out)
     _print_counts(found)
@@ -138,7 +106,7 @@ def _check_overwritable(coordinates: Path) -> None:
 
 
 def _firing(
-    args: argparse.Namespace, saes: "dict[str, SAE[Any]]"
+    args: argparse.Namespace, saes: "dict[str, SAE[Any]]", options: LatentOptions
 ) -> "tuple[dict[str, Firing], dict[str, Any]]":
     """When latents fire, and where that comes from."""
     from sae_whiten.lenses.latents.measure import measure_firing
@@ -146,16 +114,8 @@ def _firing(
     model_arguments = model_source(args, saes)
     dataset_path = dataset_path_of(args, saes)
     dataset = open_dataset_of(args, dataset_path)
-    firing = measure_firing(
-        saes,
-        load_model_of(model_arguments, args.device, args.context_size),
-        dataset,
-        activations=args.of == "activations",
-        n_tokens=args.n_tokens,
-        context_size=args.context_size,
-        prepend_bos=args.prepend_bos,
-        batch_size_prompts=args.batch_size_prompts,
-    )
+    model = load_model_of(model_arguments, args.device, args.context_size)
+    firing = measure_firing(saes, model, dataset, options)
     n_tokens = {name: found.n_tokens for name, found in firing.items()}
     counts = " or ".join(map(str, dict.fromkeys(n_tokens.values())))
     return firing, {

@@ -28,6 +28,7 @@ from sae_whiten.lenses.afa.norms import (
     nmse,
     summary,
 )
+from sae_whiten.lenses.options import AFAOptions
 from tests.support import BYTE_TRANSFORMER, tiny_model
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -222,7 +223,9 @@ def last_inputs(model: Any, dataset: Dataset, hook_name: str = HOOK) -> Tensor:
 )
 def test_norms_and_errors_are_those_of_the_weights(config):
     model, dataset, sae = tiny_model(), prompts(), sae_of(config=config)
-    (found,) = evaluate_afa({"sae": sae}, model, dataset, n_prompts=40, batch_size_prompts=3)
+    (found,) = evaluate_afa(
+        {"sae": sae}, model, dataset, AFAOptions(n_prompts=40, batch_size_prompts=3)
+    )
     x = last_inputs(model, dataset)
     f = sae.encode(x.to(sae.dtype)).detach().double()
     W_dec, b_dec = sae.W_dec.detach().double(), sae.b_dec.detach().double()
@@ -264,7 +267,7 @@ def test_latents_in_units_of_decoder_norms_are_those_of_the_folded_copy(architec
 def test_inputs_are_normalised_as_the_encoder_gets_them(normalize):
     sae = sae_of(config={"normalize_activations": normalize})
     model, dataset = tiny_model(), prompts()
-    (found,) = evaluate_afa({"sae": sae}, model, dataset, batch_size_prompts=4)
+    (found,) = evaluate_afa({"sae": sae}, model, dataset, AFAOptions(batch_size_prompts=4))
     x = last_inputs(model, dataset)
     if normalize == "layer_norm":
         z = x - x.mean(1, keepdim=True)
@@ -365,7 +368,7 @@ def test_the_token_that_counts_is_within_the_saes_positions_and_no_excluded_one(
         "early": sae_of(seqpos_slice=[1, 4], exclude_special_tokens=[9]),
     }
     everything, early = evaluate_afa(
-        saes, tiny_model(), Dataset.from_dict({"input_ids": rows}), n_prompts=10
+        saes, tiny_model(), Dataset.from_dict({"input_ids": rows}), AFAOptions(n_prompts=10)
     )
     assert everything.rows == early.rows == [0, 1, 2]
     assert everything.positions == [5, 1, 4]
@@ -383,7 +386,7 @@ def test_rows_of_text_become_prompts_of_their_own():
         "numpy", columns=["other"]
     )
     sae = sae_of(128, 256, hook, prepend_bos=True)
-    (found,) = evaluate_afa({"sae": sae}, model, dataset, context_size=8)
+    (found,) = evaluate_afa({"sae": sae}, model, dataset, AFAOptions(context_size=8))
     assert found.rows == [0, 2, 3]
     assert found.positions == [5, 7, 1]
     bos = model.tokenizer.bos_token_id
@@ -435,7 +438,7 @@ def test_what_cannot_be_measured_is_refused_by_name():
         with pytest.raises(ValueError, match=message):
             evaluate_afa(saes, used, data)
     with pytest.raises(ValueError, match="n_prompts=0"):
-        evaluate_afa({"sae": sae_of()}, model, dataset, n_prompts=0)
+        AFAOptions(n_prompts=0)
 
 
 # --- figures

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sae_whiten.cli import main
-from sae_whiten.lenses.landscape.simulation import LandscapeConfig, landscape, landscapes
+from sae_whiten.lenses.landscape.simulation import landscape, landscapes
+from sae_whiten.lenses.options import LandscapeConfig
 
 
 def model(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -32,6 +32,7 @@ from sae_whiten.lenses.latents.measure import (
     latent_space,
     measure_firing,
 )
+from sae_whiten.lenses.options import LatentOptions
 from tests.evaluation.test_evaluate import TOPK, activations, sae_of, text
 from tests.support import BYTE_TRANSFORMER, tiny_dataset, tiny_model
 
@@ -60,7 +61,7 @@ def latents(
 
 
 def embed(*saes: LatentVectors, **options: Any) -> list[LatentMap]:
-    return embed_latents(saes, **{"perplexity": 8, **options})
+    return embed_latents(saes, LatentOptions(**{"perplexity": 8, **options}))
 
 
 def separated(points: ndarray, of: ndarray) -> bool:
@@ -373,8 +374,8 @@ def test_firing_and_activations_are_those_of_a_plain_computation():
         32, 64, hooks["a"], config=TOPK, context_size=32, seqpos_slice=[8, None],
     )  # fmt: skip
     firing = measure_firing(
-        {**saes, "late": late}, model, tiny_dataset(), activations=True, n_tokens=320,
-        batch_size_prompts=3,
+        {**saes, "late": late}, model, tiny_dataset(),
+        LatentOptions(of="activations", n_tokens=320, batch_size_prompts=3),
     )  # fmt: skip
     tokens = torch.tensor(tiny_dataset()[:10]["input_ids"])[:, :32]
     for name, sae in {**saes, "late": late}.items():
@@ -392,13 +393,16 @@ def test_firing_and_activations_are_those_of_a_plain_computation():
     # by the same tokens, not by hook
     assert firing["a"].tokens == firing["b"].tokens != firing["late"].tokens
 
-    found = latent_space(saes, firing, of="activations", perplexity=5)
+    options = LatentOptions(of="activations", perplexity=5)
+    found = latent_space(saes, firing, options)
     assert len({m.space for m in found.maps}) == 1
     for m in found.maps:
         assert not m.dead.any()
         assert np.array_equal(m.without_direction, np.flatnonzero(firing[m.name].firing_rates == 0))
         assert len(m.without_direction) == m.n_dead
-    apart = latent_space({"a": saes["a"], "late": late}, firing, of="activations", perplexity=5)
+    apart = latent_space(
+        {"a": saes["a"], "late": late}, firing, LatentOptions(of="activations", perplexity=5)
+    )
     assert len({m.space for m in apart.maps}) == 2
 
 
@@ -432,7 +436,8 @@ def test_decoders_share_a_space_if_hook_head_and_model_are_the_same():
         assert m.without_direction.tolist() == [2]
         assert m.latents[m.dead].tolist() == [3]
     with pytest.raises(ValueError, match="a: no activations"):
-        latent_space(saes, {name: Firing(rates.numpy()) for name in saes}, of="activations")
+        firing = {name: Firing(rates.numpy()) for name in saes}
+        latent_space(saes, firing, LatentOptions(of="activations"))
 
 
 # --- the command

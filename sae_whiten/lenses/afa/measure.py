@@ -32,6 +32,7 @@ from sae_whiten.evaluation.model_view import (
 from sae_whiten.evaluation.saes import check_sae, flat_heads
 from sae_whiten.evaluation.tokens import sequence_settings
 from sae_whiten.lenses.afa.norms import AFASamples, code_norm, nmse, summary
+from sae_whiten.lenses.options import AFAOptions
 
 __all__ = ["AFAResult", "evaluate_afa"]
 
@@ -109,11 +110,7 @@ def evaluate_afa(
     saes: Mapping[str, SAE[Any]],
     model: Model,
     dataset: HfDataset | str,
-    *,
-    n_prompts: int = 1000,
-    context_size: int | None = None,
-    prepend_bos: bool | None = None,
-    batch_size_prompts: int = 16,
+    options: AFAOptions | None = None,
 ) -> list[AFAResult]:
     """Norms of inputs and codes, and reconstruction errors, of SAEs on the same prompts.
 
@@ -128,12 +125,8 @@ def evaluate_afa(
             Hugging Face models.
         dataset: Rows with tokens ("tokens", "input_ids") or with text ("text", "problem"), as for
             SAELens; or a path of such a dataset. Rows without any token that counts are passed
-            over.
-        n_prompts: How many; fewer if the dataset is shorter.
-        context_size: Tokens per prompt at most; None takes the smallest of the SAEs' metadata.
-        prepend_bos: Whether texts start with BOS; None takes it from the SAEs' metadata. Rows with
-            tokens are taken as they are.
-        batch_size_prompts: Prompts per pass of the model.
+            over. Those with tokens are taken as they are, whatever `prepend_bos` says.
+        options: Which prompts; the defaults if None.
 
     Returns:
         A result for each SAE, in their order.
@@ -145,12 +138,11 @@ def evaluate_afa(
     """
     if not saes:
         raise ValueError("no SAEs to evaluate")
-    if n_prompts < 1:
-        raise ValueError(f"n_prompts={n_prompts}: at least one")
+    options = options or AFAOptions()
     for name, sae in saes.items():
         check_sae(name, sae, model)
         _check_architecture(name, sae)
-    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
+    context_size, prepend_bos = sequence_settings(saes, options.context_size, options.prepend_bos)
     # a separator counts for an SAE that was trained on special tokens, but ends most prompts
     special = get_special_token_ids(model.tokenizer)  # pyright: ignore[reportArgumentType]
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
@@ -159,7 +151,7 @@ def evaluate_afa(
         for name, view in views.items()
     }
     prompts = _read_prompts(
-        model, dataset, set(views.values()), n_prompts, context_size, prepend_bos
+        model, dataset, set(views.values()), options.n_prompts, context_size, prepend_bos
     )
     measured = {name: _Measured(name, sae, len(prompts)) for name, sae in saes.items()}
     hooks = {view.hook_name for view in views.values()}
@@ -168,7 +160,9 @@ def evaluate_afa(
         flat_heads(saes.values()),
         tqdm(desc="Running prompts", total=len(prompts), unit=" prompts") as bar,
     ):
-        for indices in batches_of_equal_length([p.ids for p in prompts], batch_size_prompts):
+        for indices in batches_of_equal_length(
+            [p.ids for p in prompts], options.batch_size_prompts
+        ):
             ids = torch.tensor([prompts[i].ids for i in indices], device=device)
             _, activations = run(model, ids, hooks, logits=False)
             for name, view in views.items():

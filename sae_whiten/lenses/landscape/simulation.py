@@ -19,7 +19,6 @@ more alike the features are and the less sparse the sources: at a probability of
 of 40 degrees they coincide without whitening too.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,40 +26,15 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from sae_whiten._checks import FieldError
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.lenses.options import LandscapeConfig
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
 
-__all__ = ["Landscape", "LandscapeConfig", "landscape", "landscapes"]
+__all__ = ["Landscape", "landscape", "landscapes"]
 
 _N_SAMPLES = 20_000
 _N_ANGLES = 360  # of 180 degrees
-
-
-@dataclass(frozen=True)
-class LandscapeConfig:
-    """The generative model.
-
-    Attributes:
-        angle: Between the two features, in degrees, in (0, 90].
-        activity: Probability that a source is active, in (0, 1].
-        ratio: Scale of the first source, in units of the second's.
-        seed: Of the samples.
-    """
-
-    angle: float = 30.0
-    activity: float = 0.5
-    ratio: float = 2.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.angle <= 90:
-            raise FieldError("angle", self.angle, "in degrees, above 0 and at most 90")
-        if not 0 < self.activity <= 1:
-            raise FieldError("activity", self.activity, "a probability above 0")
-        if not 0 < self.ratio < math.inf:
-            raise FieldError("ratio", self.ratio, "a positive number")
 
 
 @dataclass(frozen=True, eq=False)

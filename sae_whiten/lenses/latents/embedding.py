@@ -24,6 +24,7 @@ from numpy import ndarray
 from scipy.sparse import csr_array, issparse, vstack
 
 from sae_whiten._files import CorruptFileError, write_json
+from sae_whiten.lenses.options import LatentOptions
 
 __all__ = [
     "ACTIVATIONS",
@@ -191,11 +192,7 @@ def _map_from(sae: Mapping[str, Any]) -> LatentMap:
 
 
 def embed_latents(
-    saes: Sequence[LatentVectors],
-    *,
-    max_latents: int = 2000,
-    perplexity: float | int = 30.0,
-    seed: int = 0,
+    saes: Sequence[LatentVectors], options: LatentOptions | None = None
 ) -> list[LatentMap]:
     """Embed the latents of SAEs in the plane, by one t-SNE for each space.
 
@@ -207,39 +204,30 @@ def embed_latents(
 
     Args:
         saes: Their latents.
-        max_latents: Most latents of each SAE.
-        perplexity: Roughly the number of neighbours that a latent stays near to. n points allow at
-            most (n - 1) / 3; a larger value is lowered to that, with a warning.
-        seed: The same seed gives the same picture on one machine. Which latents of an SAE are drawn
-            does not depend on the other SAEs.
+        options: How many, the perplexity and the seed; the defaults if None.
 
     Returns:
         A map for each SAE, in their order.
 
     Raises:
         ValueError: There are no SAEs, two have the same name, SAEs of one space have vectors of
-            different widths, a space has fewer than 4 latents with a direction, or max_latents or
-            the perplexity is less than 1.
+            different widths, or a space has fewer than 4 latents with a direction.
     """
     if not saes:
         raise ValueError("no SAEs to embed")
-    if max_latents < 1:
-        raise ValueError(f"max_latents={max_latents}: it must be 1 or more")
-    if not perplexity >= 1:
-        raise ValueError(f"perplexity={perplexity}: it must be 1 or more")
+    options = options or LatentOptions()
     names = [sae.name for sae in saes]
     if len(set(names)) < len(names):
         raise ValueError(f"SAEs need names of their own, not {', '.join(names)}")
     maps: dict[str, LatentMap] = {}
     for space in dict.fromkeys(sae.space for sae in saes):
         members = [sae for sae in saes if sae.space == space]
-        maps |= {m.name: m for m in _embed_together(members, max_latents, perplexity, seed)}
+        maps |= {m.name: m for m in _embed_together(members, options)}
     return [maps[name] for name in names]
 
 
-def _embed_together(
-    saes: Sequence[LatentVectors], max_latents: int, perplexity: float | int, seed: int
-) -> list[LatentMap]:
+def _embed_together(saes: Sequence[LatentVectors], options: LatentOptions) -> list[LatentMap]:
+    perplexity, seed = options.perplexity, options.seed
     widths = {sae.name: cast(Any, sae.vectors).shape[1] for sae in saes}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{width} ({name})" for name, width in widths.items())
@@ -250,7 +238,7 @@ def _embed_together(
     for sae in saes:
         norms = _norms(sae.vectors)
         directed = np.flatnonzero(norms)
-        latents = directed[_draw(sae.firing_rates[directed] == 0, max_latents, seed)]
+        latents = directed[_draw(sae.firing_rates[directed] == 0, options.max_latents, seed)]
         shown.append(latents)
         without.append(np.flatnonzero(norms == 0))
         vectors: Any = sae.vectors[latents]

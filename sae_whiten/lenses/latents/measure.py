@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from sae_whiten.lenses.latents.embedding import (
     LatentVectors,
     embed_latents,
 )
+from sae_whiten.lenses.options import LatentOptions
 
 __all__ = ["Firing", "latent_space", "measure_firing"]
 
@@ -51,12 +52,7 @@ def measure_firing(
     saes: Mapping[str, SAE[Any]],
     model: Model,
     dataset: HfDataset | str,
-    *,
-    activations: bool = False,
-    n_tokens: int = 65_536,
-    context_size: int | None = None,
-    prepend_bos: bool | None = None,
-    batch_size_prompts: int = 16,
+    options: LatentOptions | None = None,
 ) -> dict[str, Firing]:
     """When the latents of SAEs are active on a model, in one pass over the tokens for all of them.
 
@@ -64,12 +60,7 @@ def measure_firing(
         saes: SAEs for raw activations, by name.
         model: As SAELens loads it.
         dataset: Tokens or text, as for SAELens.
-        activations: Whether these are wanted too. They take 8 bytes for each active latent of each
-            token: 34 MB for 65 536 tokens at an L0 of 64.
-        n_tokens: Tokens to be read from the dataset, special ones included.
-        context_size: Tokens per sequence; None takes the smallest of the SAEs' metadata.
-        prepend_bos: Whether sequences start with BOS; None takes it from the SAEs' metadata.
-        batch_size_prompts: Sequences per pass of the model.
+        options: Which tokens, and whether activations are wanted too; the defaults if None.
 
     Raises:
         ValueError: An SAE is of another model or hook, is not for raw activations, or the SAEs'
@@ -80,7 +71,9 @@ def measure_firing(
         raise ValueError("no SAEs to measure")
     for name, sae in saes.items():
         check_sae(name, sae, model)
-    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
+    options = options or LatentOptions()
+    activations = options.of == "activations"
+    context_size, prepend_bos = sequence_settings(saes, options.context_size, options.prepend_bos)
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     activity = {name: LatentActivity() for name in saes}
     kept_activations: dict[str, list[csr_array]] = {name: [] for name in saes}
@@ -90,10 +83,10 @@ def measure_firing(
             saes,
             model,
             dataset,
-            n_tokens,
+            options.n_tokens,
             context_size,
             prepend_bos,
-            batch_size_prompts,
+            options.batch_size_prompts,
             "Activations of latents",
         ):
             _, at_hooks = run(model, tokens, hooks, logits=False)
@@ -126,11 +119,7 @@ def measure_firing(
 def latent_space(
     saes: Mapping[str, SAE[Any]],
     firing: Mapping[str, Firing],
-    *,
-    of: Literal["decoder", "activations"] = "decoder",
-    max_latents: int = 2000,
-    perplexity: float | int = 30.0,
-    seed: int = 0,
+    options: LatentOptions | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> LatentSpace:
     """Embed the latents of SAEs in the plane.
@@ -142,28 +131,27 @@ def latent_space(
     Args:
         saes: By name.
         firing: Of each of them, by name; with its activations, if these are to be embedded.
-        of: What is embedded.
-        max_latents: Most latents of each SAE that are shown; dead ones keep their share.
-        perplexity: Roughly the number of neighbours that a latent stays near to.
-        seed: Of the choice of latents and of t-SNE.
+        options: What is embedded, and how; the defaults if None.
         source: Where the firing rates come from, see `LatentSpace`.
 
     Raises:
         ValueError: What is to be embedded is missing, or as in `embed_latents`.
     """
-    vectors = []
+    options = options or LatentOptions()
+    by_decoder, vectors = options.of == "decoder", []
     for name, sae in saes.items():
         rates = firing[name].firing_rates
-        if of == "decoder":
+        if by_decoder:
             rows = sae.W_dec.detach().float().cpu().numpy()
             vectors.append(LatentVectors(name, _decoder_space(name, sae), rows, rates))
             continue
         activations = firing[name].activations
         if activations is None:
-            raise ValueError(f"{name}: no activations; measure_firing(..., activations=True)")
+            raise ValueError(f"{name}: no activations; measure_firing with of='activations'")
         vectors.append(LatentVectors(name, firing[name].tokens, activations, rates))
-    maps = embed_latents(vectors, max_latents=max_latents, perplexity=perplexity, seed=seed)
-    return LatentSpace(DECODER if of == "decoder" else ACTIVATIONS, seed, maps, source or {})
+    maps = embed_latents(vectors, options)
+    kind = DECODER if by_decoder else ACTIVATIONS
+    return LatentSpace(kind, options.seed, maps, source or {})
 
 
 def _decoder_space(name: str, sae: SAE[Any]) -> str:
