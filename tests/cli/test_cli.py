@@ -27,7 +27,9 @@ from safetensors import SafetensorError
 import sae_whiten
 from sae_whiten import ActivationStatistics, WhiteningConfig
 from sae_whiten.cli import COMMANDS, main, train
-from tests.support import ROOT
+from tests.support import ROOT, tiny_model
+
+OF_TINY_MODEL = ["--context_size", "32", "--n_batches_in_buffer", "128"]
 
 TOPK = ["--architecture", "topk", "--d_in", "16", "--d_sae", "32"]
 
@@ -457,7 +459,8 @@ def test_flags_of_our_architectures(
     capsys.readouterr()
     # SAELens' own command line does not know it, so without whitening it is trained here too
     monkeypatch.setattr("sae_lens.LanguageModelSAETrainingRunner", FakeRunner)
-    none = ["--architecture", "topk_vsae", "--normalize_activations", "none"]
+    monkeypatch.setattr(FakeRunner, "model", tiny_model())
+    none = ["--architecture", "topk_vsae", "--normalize_activations", "none", *OF_TINY_MODEL]
     assert main(["train", *none]) == 0
     assert runner.cfg.sae.normalize_activations == "none"
     printed = capsys.readouterr().out
@@ -658,7 +661,7 @@ def test_ctrl_c_in_saelens_own_runner_is_130(
     from sae_lens.llm_sae_training_runner import InterruptedException
 
     class Interrupted:
-        model = None
+        model = tiny_model()
 
         def __init__(self, cfg: Any, **options: Any) -> None:
             assert cfg.sae.normalize_activations == "expected_average_only_in"
@@ -668,7 +671,7 @@ def test_ctrl_c_in_saelens_own_runner_is_130(
 
     monkeypatch.setattr(sae_lens, "LanguageModelSAETrainingRunner", Interrupted)
     scaled = ["--normalize_activations", "expected_average_only_in"]
-    assert main(["train", "--architecture", "top_afa", *scaled]) == 130
+    assert main(["train", "--architecture", "top_afa", *scaled, *OF_TINY_MODEL]) == 130
     assert capsys.readouterr().err.endswith("sae-whiten train: interrupted\n")
 
 
