@@ -48,7 +48,15 @@ _NEW, _READY, _OLD = ".whiten-new", ".whiten-ready", ".whiten-old"
 
 
 class CorruptFileError(ValueError):
-    """A file is truncated, foreign or was changed after it was written."""
+    """A file is truncated, foreign or was changed after it was written.
+
+    Examples:
+        >>> from sae_whiten import Whitening
+        >>> Whitening.load(__file__)
+        Traceback (most recent call last):
+        ...
+        sae_whiten._files.CorruptFileError: ...
+    """
 
 
 @contextlib.contextmanager

@@ -38,7 +38,14 @@ _CHUNK = 512  # rows that stay in a CPU's cache between being centred and being 
 
 
 class NonFiniteActivationsError(ValueError):
-    """A batch of activations holds a NaN or an infinity."""
+    """A batch of activations holds a NaN or an infinity.
+
+    Examples:
+        >>> ActivationStatistics(2).update(torch.tensor([[1.0, float("nan")]]))
+        Traceback (most recent call last):
+        ...
+        sae_whiten.statistics.NonFiniteActivationsError: ...
+    """
 
 
 class ActivationStatistics:

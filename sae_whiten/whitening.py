@@ -354,7 +354,7 @@ def require_whitening(value: object, name: str = "whitening") -> None:
     """Refuse what is no whitening, such as the statistics that one is derived from.
 
     Examples:
-        >>> require_whitening(ActivationStatistics(2))  # doctest: +ELLIPSIS
+        >>> require_whitening(ActivationStatistics(2))
         Traceback (most recent call last):
         ...
         TypeError: whitening must be a sae_whiten.Whitening, got ActivationStatistics: derive one...

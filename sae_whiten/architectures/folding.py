@@ -35,7 +35,19 @@ logger = logging.getLogger(__name__)
 
 
 class FoldError(ValueError):
-    """A whitening cannot be folded into an SAE, or the folded SAE computes something else."""
+    """A whitening cannot be folded into an SAE, or the folded SAE computes something else.
+
+    Examples:
+        >>> from sae_lens import StandardSAE, StandardSAEConfig
+        >>> from sae_whiten import ActivationStatistics
+        >>> statistics = ActivationStatistics(4)
+        >>> statistics.update(torch.randn(100, 4))
+        >>> sae = StandardSAE(StandardSAEConfig(d_in=4, d_sae=8))
+        >>> fold_whitening_into_weights(sae, Whitening.from_statistics(statistics))
+        Traceback (most recent call last):
+        ...
+        sae_whiten.architectures.folding.FoldError: this SAE has normalize_activations='none': ...
+    """
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,20 @@ def fit_statistics(
     return the statistics of all shards. (Documents are packed into sequences within a shard: only
     for a dataset of tokens are the sequences the same as in one process.)
 
+    Examples:
+        >>> from datasets import Dataset
+        >>> from transformer_lens import HookedTransformer, HookedTransformerConfig
+        >>> size = {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_head": 8, "n_ctx": 16}
+        >>> model = HookedTransformer(HookedTransformerConfig(**size, d_vocab=50, act_fn="relu"))
+        >>> dataset = Dataset.from_dict({"input_ids": torch.randint(0, 50, (100, 16)).tolist()})
+        >>> found = fit_statistics(
+        ...     model, dataset, "blocks.*.hook_resid_*", context_size=16, n_samples=1000
+        ... )
+        >>> sorted(found)
+        ['blocks.0.hook_resid_mid', 'blocks.0.hook_resid_post', 'blocks.0.hook_resid_pre']
+        >>> found["blocks.0.hook_resid_mid"].covariance.shape
+        torch.Size([8, 8])
+
     Args:
         model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
             Hugging Face models. None with `cached_activations`.

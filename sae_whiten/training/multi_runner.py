@@ -75,6 +75,34 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
     `cfg.output_path` receives a folder for every SAE as `WhiteningTrainingRunner` writes it.
     Stopping and resuming are as there, too.
 
+    Examples:
+        >>> from datasets import Dataset
+        >>> from sae_lens import LoggingConfig, TopKTrainingSAEConfig
+        >>> from transformer_lens import HookedTransformer, HookedTransformerConfig
+        >>> size = {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_head": 8, "n_ctx": 16}
+        >>> model = HookedTransformer(HookedTransformerConfig(**size, d_vocab=50, act_fn="relu"))
+        >>> tokens = [[i * j % 50 for j in range(16)] for i in range(100)]
+        >>> dataset = Dataset.from_dict({"input_ids": tokens})
+        >>> whitened = {"normalize_activations": "covariance_whitening"}
+        >>> cfg = MultiSAETrainingRunnerConfig(
+        ...     saes={
+        ...         "whitened": TopKTrainingSAEConfig(d_in=8, d_sae=32, k=4, **whitened),
+        ...         "plain": TopKTrainingSAEConfig(d_in=8, d_sae=32, k=4),
+        ...     },
+        ...     hook_names={
+        ...         "whitened": "blocks.0.hook_resid_mid",
+        ...         "plain": "blocks.0.hook_resid_post",
+        ...     },
+        ...     model_name="ours", dataset_path="ours", context_size=16,
+        ...     training_tokens=1024, train_batch_size_tokens=256,
+        ...     checkpoint_path=None, output_path=None, logger=LoggingConfig(log_to_wandb=False),
+        ... )
+        >>> runner = WhiteningMultiSAETrainingRunner(
+        ...     cfg, override_model=model, override_dataset=dataset
+        ... )
+        >>> {name: "whitening" in sae.cfg.metadata for name, sae in runner.run().items()}
+        {'whitened': True, 'plain': False}
+
     Args:
         cfg: SAELens' runner config. It is copied, never changed; its `seed` as for
             `WhiteningTrainingRunner`.

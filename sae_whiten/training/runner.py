@@ -62,6 +62,26 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
     `cfg.checkpoint_path`; `cfg.resume_from_checkpoint` continues from any checkpoint as if nothing
     had happened, bit for bit on the same machine.
 
+    Examples:
+        >>> from datasets import Dataset
+        >>> from sae_lens import LoggingConfig, TopKTrainingSAEConfig
+        >>> from transformer_lens import HookedTransformer, HookedTransformerConfig
+        >>> size = {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_head": 8, "n_ctx": 16}
+        >>> model = HookedTransformer(HookedTransformerConfig(**size, d_vocab=50, act_fn="relu"))
+        >>> dataset = Dataset.from_dict({"input_ids": torch.randint(0, 50, (100, 16)).tolist()})
+        >>> cfg = LanguageModelSAERunnerConfig(
+        ...     sae=TopKTrainingSAEConfig(
+        ...         d_in=8, d_sae=32, k=4, normalize_activations="covariance_whitening"
+        ...     ),
+        ...     model_name="ours", hook_name="blocks.0.hook_resid_post", dataset_path="ours",
+        ...     context_size=16, training_tokens=1024, train_batch_size_tokens=256,
+        ...     checkpoint_path=None, output_path=None, logger=LoggingConfig(log_to_wandb=False),
+        ... )
+        >>> runner = WhiteningTrainingRunner(cfg, override_model=model, override_dataset=dataset)
+        >>> sae = runner.run()
+        >>> sae.cfg.normalize_activations, sae.cfg.metadata.whitening["fold"]["check"]["source"]
+        ('none', 'held-out')
+
     Args:
         cfg: SAELens' runner config, with `sae.normalize_activations="covariance_whitening"`. It is
             copied, never changed. Its `seed` decides the initial weights and the order in which

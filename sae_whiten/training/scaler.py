@@ -31,6 +31,13 @@ _SCALES_NOTHING = (
 class CovarianceWhiteningScaler(ActivationScaler):
     """Whitens activations on their way into an SAE and dewhitens what comes out.
 
+    Examples:
+        >>> x = torch.randn(1000, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 5
+        >>> scaler = CovarianceWhiteningScaler()
+        >>> scaler.estimate_whitening(4, iter(x.split(100)))
+        >>> torch.allclose(scaler.unscale(scaler.scale(x)), x, atol=1e-4)
+        True
+
     Args:
         config: How to whiten.
 

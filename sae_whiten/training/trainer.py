@@ -91,6 +91,21 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     saves folded copies and takes reconstruction losses in the configured space; afterwards it is of
     its own class again, folded, and the fold was proved on activations that were not trained on.
 
+    Examples:
+        >>> import itertools
+        >>> from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+        >>> x = torch.randn(4000, 8) * torch.arange(1.0, 9.0) + 5
+        >>> sae = TopKTrainingSAE(
+        ...     TopKTrainingSAEConfig(
+        ...         d_in=8, d_sae=32, k=4, normalize_activations="covariance_whitening"
+        ...     )
+        ... )
+        >>> cfg = SAETrainerConfig(total_training_samples=2000, train_batch_size_samples=500)
+        >>> trainer = WhiteningTrainer(cfg, sae, itertools.cycle(x.split(500)))
+        >>> sae = trainer.fit()
+        >>> sae.cfg.normalize_activations, trainer.whitening.d_in
+        ('none', 8)
+
     Args:
         cfg: SAELens' trainer config.
         sae: Any stock training SAE with `normalize_activations="covariance_whitening"` in its
