@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten._redaction import redacted
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
+    from sae_whiten.comparison.learning_rates import FOUND
     from sae_whiten.comparison.report import write_report
     from sae_whiten.estimation.dataset import open_dataset
 
@@ -126,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
         labels=labels,
     )
     settings = json.loads((args.out / "settings.json").read_text())
+    if (args.out / FOUND).is_file():
+        settings["learning_rates_found"] = json.loads((args.out / FOUND).read_text())
     settings["command"] = shlex.join(redacted(["sae-whiten", *sys.argv[1:]]))
     write_report(records, args.out, settings, targets=settings["sparsity"])
     print((args.out / "table.md").read_text())

@@ -29,6 +29,7 @@ from sae_whiten.comparison.data import (
     same_activations,
     shuffled,
 )
+from sae_whiten.comparison.learning_rates import best_learning_rates, loss_spaces
 from sae_whiten.comparison.lockstep import train_arms
 from sae_whiten.comparison.plan import Arm, Comparison, arms
 from sae_whiten.comparison.stability import add_stability
@@ -119,6 +120,13 @@ def compare(
             under = ", ".join(name for name, other in reasons.items() if other == reason)
             logger.warning("%s is left out under %s: %s", architecture, under, reason)
     _estimate_statistics(comparison, model, rest, out, names)
+    statistics = statistics_file(out / "statistics", comparison.hook_name)
+    training_names = {**names, "dataset_path": dataset_path}
+    rates: dict[tuple[str, str], float] = {}
+    if comparison.learning_rates:
+        rates = best_learning_rates(
+            comparison, model, rest, held_out, out, training_names, statistics
+        )
     records = _read(out / _RESULTS)
     planned = arms(comparison)
     # what an earlier call added to the sweeps, for all seeds
@@ -134,11 +142,18 @@ def compare(
                 continue
             folder = out / "saes" / f"seed-{seed}"
             untrained = [by_name[n] for n in missing if not is_complete_sae(folder / n)]
-            if untrained:
-                logger.info("training %d SAEs with seed %d", len(untrained), seed)
-                training_names = {**names, "dataset_path": dataset_path}
-                rows = shuffled(rest, seed)
-                train_arms(comparison, untrained, seed, model, rows, out, training_names)
+            for lr, together in _by_rate(untrained, rates, comparison.lr).items():
+                logger.info("training %d SAEs with seed %d", len(together), seed)
+                train_arms(
+                    dataclasses.replace(comparison, lr=lr),
+                    together,
+                    seed,
+                    model,
+                    shuffled(rest, seed),
+                    out,
+                    training_names,
+                    statistics,
+                )
             logger.info("evaluating the SAEs of seed %d", seed)
             saes = {
                 name: SAE.load_from_disk(folder / name, device=comparison.device)
@@ -154,15 +169,27 @@ def compare(
                 batch_size_prompts=comparison.store_batch_size_prompts,
                 probe_seeds=comparison.probe_seeds,
                 tpp_and_scr=comparison.tpp_and_scr,
+                spaces=loss_spaces([by_name[name] for name in missing], statistics),
             ):
                 arm = by_name[found["name"]]
-                records.append({**found, **dataclasses.asdict(arm), "seed": seed})
+                lr = rates.get((arm.architecture, arm.condition), comparison.lr)
+                records.append({**found, **dataclasses.asdict(arm), "seed": seed, "lr": lr})
             _write(out / _RESULTS, records)
     add_stability(records, out, comparison.hook_name)
     _write(out / _RESULTS, records)
     records = _of_seeds(records, comparison)
     _say_what_is_beside(comparison, records)
     return records
+
+
+def _by_rate(
+    untrained: Sequence[Arm], rates: Mapping[tuple[str, str], float], lr: float
+) -> dict[float, list[Arm]]:
+    """SAEs by their learning rate: those of one rate are trained together."""
+    found: dict[float, list[Arm]] = {}
+    for arm in untrained:
+        found.setdefault(rates.get((arm.architecture, arm.condition), lr), []).append(arm)
+    return found
 
 
 def _arm(record: Mapping[str, Any]) -> Arm:
@@ -204,6 +231,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         # what earlier versions did not write
         unknown = {
             "sae_options": {},
+            "learning_rates": [],
             "probe_seeds": 1,
             "tpp_and_scr": True,
             "rows": settings["rows"],

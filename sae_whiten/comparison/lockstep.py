@@ -17,7 +17,6 @@ from transformer_lens import HookedRootModule
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
 from sae_whiten.config import WhiteningConfig
-from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.multi_runner import WhiteningMultiSAETrainingRunner
 
@@ -40,6 +39,7 @@ def train_arms(
     dataset: Any,
     out: Path,
     names: Mapping[str, Any],
+    statistics: Path,
 ) -> None:
     """Train SAEs of one seed, or go on from their last checkpoint.
 
@@ -51,23 +51,22 @@ def train_arms(
         seed: Of the weights and of the order in which activations are mixed.
         model: As SAELens loads it.
         dataset: What is trained on, in the order of this seed.
-        out: Folder of the comparison, with the statistics. Receives the SAEs in `saes/seed-...`,
-            and meanwhile their checkpoints.
+        out: Folder that receives the SAEs in `saes/seed-...`, and meanwhile their checkpoints.
         names: model_name, model_class_name, model_from_pretrained_kwargs and dataset_path for the
             metadata of the SAEs.
+        statistics: File of the statistics that they are whitened with.
     """
-    path = statistics_file(out / "statistics", comparison.hook_name)
-    statistics = ActivationStatistics.load(path)
+    found_statistics = ActivationStatistics.load(statistics)
     saes: dict[str, TrainingSAE[Any]] = {}
     whitening: dict[str, WhiteningConfig] = {}
     for arm in _with_the_same_data(comparison, untrained):
         sae_class, _ = get_sae_training_class(arm.architecture)
         # equal for all conditions of an architecture
         torch.manual_seed(seed)
-        saes[arm.name] = sae_class(sae_config(comparison, arm, statistics))
+        saes[arm.name] = sae_class(sae_config(comparison, arm, found_statistics))
         config = CONDITIONS[arm.condition].whitening
         if config is not None:
-            whitening[arm.name] = dataclasses.replace(config, statistics=str(path))
+            whitening[arm.name] = dataclasses.replace(config, statistics=str(statistics))
     checkpoints = out / "checkpoints" / f"seed-{seed}"
     cfg = MultiSAETrainingRunnerConfig(
         saes={name: sae.cfg for name, sae in saes.items()},

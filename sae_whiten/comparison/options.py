@@ -12,8 +12,9 @@ class ComparisonOptions:
     """What is compared, and how the SAEs are trained. Checked by `Comparison`.
 
     The unit of the activations is not the same under all conditions: none and centred leave them in
-    the model's own, and half does in part. The learning rate is not adapted to it: where their
-    variance is far from 1, some of a difference to other conditions is one of scale.
+    the model's own, and half does in part. One learning rate for all is not adapted to it: where
+    their variance is far from 1, some of a difference to other conditions is one of scale, and
+    `learning_rates` are to be tried.
     """
 
     hook_name: str
@@ -61,6 +62,11 @@ class ComparisonOptions:
 
     lr: float = 3e-4
     """Learning rate."""
+
+    learning_rates: Sequence[float] = ()
+    """Learning rates to try: every architecture and condition is trained briefly at each, and then
+    at that which explains most variance of held-out activations in the space of its loss. None:
+    all take the learning rate above."""
 
     context_size: int = 128
     """Tokens per sequence."""

@@ -71,6 +71,13 @@ class Comparison(ComparisonOptions):
                 raise ValueError(f"{name}={values}: at least one, and none twice")
             # as JSON gives them back
             object.__setattr__(self, name, values)
+        object.__setattr__(self, "learning_rates", list(self.learning_rates))
+        if self.learning_rates and "expected_average_only_in" in self.conditions:
+            raise ValueError(
+                "expected_average_only_in takes its scaling factor from batches that SAEs beside "
+                "it then lack, so it cannot be trained at a learning rate of its own: leave out it "
+                "or learning_rates"
+            )
         for name, known in (
             ("condition", CONDITIONS),
             ("architecture", SAE_TRAINING_CLASS_REGISTRY),
@@ -111,6 +118,8 @@ class Comparison(ComparisonOptions):
         require_number("sweep_rounds", self.sweep_rounds, 0)
         for name in ("lr", "tolerance"):
             require_number(name, getattr(self, name), math.ulp(0), whole=False)
+        for lr in self.learning_rates:
+            require_number("learning_rates", lr, math.ulp(0), whole=False)
         for k in self.sparsity:
             require_number("sparsity", k)
         for coefficient in self.coefficients:

@@ -106,7 +106,7 @@ _TESTS = {
 
 _L0_TOLERANCE = 0.05  # relative; beyond it, SAEs are said not to be equally sparse
 _MOST_NAMES_IN_A_FIGURE = 12
-_SHOWN_ELSEWHERE = ("command", "left_out")  # of the settings
+_SHOWN_ELSEWHERE = ("command", "left_out", "learning_rates_found")  # of the settings
 
 # name of the file, caption, the function that draws it, and what that draws
 _Drawing: TypeAlias = tuple[str, str, Callable[[Any, Path], None], Any]
@@ -212,6 +212,8 @@ def _introduction_blocks(comparison: Summary, settings: Mapping[str, Any]) -> li
     # those of several seeds need several
     expected = [m for m in MAIN_METRICS if m not in (STABILITY, STABILITY_NULL)]
     missing = [m for m in expected if m.key not in comparison.metrics]
+    if settings.get("learning_rates_found"):
+        blocks += _learning_rate_blocks(settings["learning_rates_found"])
     absent = [m.name for m in missing if m.key not in chosen]
     if not chosen & set(comparison.metrics):
         absent.append("probing")
@@ -226,6 +228,30 @@ def _introduction_blocks(comparison: Summary, settings: Mapping[str, Any]) -> li
             )
         )
     return blocks
+
+
+def _learning_rate_blocks(
+    found: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+) -> list[Block]:
+    """The scores of all learning rates that were tried, the best in bold."""
+    rows = []
+    rates: list[str] = []
+    for architecture, by_condition in found.items():
+        for condition, scores in by_condition.items():
+            rates = list(scores)
+            known = [score for score in scores.values() if score is not None]
+            cells = [
+                f"**{cell}**" if score is not None and score == max(known) else cell
+                for score in scores.values()
+                for cell in [_number(math.nan if score is None else score, 4)]
+            ]
+            rows.append([f"{code(architecture)}, {code(condition)}", *cells])
+    caption = (
+        "Explained variance of held-out activations, in the space that the loss is taken in, after "
+        "an eighth of the training with the first seed (–: no SAE near the wanted L0). Every "
+        "condition is trained at its best, in bold."
+    )
+    return [Heading("Learning rates", 2), Table(["", *rates], rows, caption)]
 
 
 def _comparison_blocks(comparison: Summary, settings: Mapping[str, Any]) -> list[Block]:

@@ -25,6 +25,7 @@ __all__ = [
     "CURVES",
     "DEAD_LATENTS",
     "EXPLAINED_VARIANCE",
+    "EXPLAINED_VARIANCE_OF_LOSS",
     "KL",
     "K_VALUES",
     "L0",
@@ -105,6 +106,8 @@ class Measured:
     Attributes:
         variance: Over the tokens of a dataset.
         activity: Of the latents, over the same tokens.
+        variance_of_loss: As `variance`, in the whitened space that the loss was taken in; None if
+            it was taken in that of the activations, or nobody said.
         loss: Of the model, over the same tokens; None if it means nothing.
         probes: On labelled texts, one for each seed of the probes.
         tasks: `tasks[name][k]`: test AUC of a task of `sae-probes` with k latents, one for each
@@ -114,6 +117,7 @@ class Measured:
 
     variance: ExplainedVariance
     activity: LatentActivity
+    variance_of_loss: ExplainedVariance | None = None
     loss: ModelLoss | None = None
     probes: list[Probed] = field(default_factory=list)
     tasks: dict[str, dict[int, list[float]]] = field(default_factory=dict)
@@ -167,6 +171,12 @@ class Curve:
 # --- on tokens
 
 EXPLAINED_VARIANCE = Metric("explained_variance", lambda m: m.variance.compute(), better=1)
+EXPLAINED_VARIANCE_OF_LOSS = Metric(
+    "explained_variance_of_loss",
+    lambda m: m.variance_of_loss and m.variance_of_loss.compute(),
+    "explained variance in the space of the loss",
+    better=1,
+)
 L0 = Metric("l0", lambda m: m.activity.l0, "L0", decimals=1)
 DEAD_LATENTS = Metric(
     "dead_latents",
@@ -280,6 +290,7 @@ SCR_MIN_DENOMINATOR = _probed(
 
 METRICS = (
     EXPLAINED_VARIANCE,
+    EXPLAINED_VARIANCE_OF_LOSS,
     L0,
     DEAD_LATENTS,
     DENSE_LATENTS,

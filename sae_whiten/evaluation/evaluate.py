@@ -31,6 +31,7 @@ from sae_whiten.evaluation.probe_saes import probe_saes
 from sae_whiten.evaluation.sae_probes import ProbingTasks, probe_tasks
 from sae_whiten.evaluation.saes import check_sae, flat_heads
 from sae_whiten.evaluation.tokens import sequence_settings, token_batches
+from sae_whiten.whitening import Whitening
 
 __all__ = ["evaluate_saes"]
 
@@ -49,6 +50,7 @@ def evaluate_saes(
     seed: int = 0,
     probe_seeds: int = 3,
     tpp_and_scr: bool = False,
+    spaces: Mapping[str, Whitening] | None = None,
 ) -> list[dict[str, Any]]:
     """Core metrics, loss of the model and probing of SAEs on one model.
 
@@ -93,6 +95,8 @@ def evaluate_saes(
         probe_seeds: How often probing is repeated. With one, nobody knows its noise.
         tpp_and_scr: Whether TPP and SCR are measured on labelled texts. Both fail tests of what
             they are for (Chanin, arXiv 2605.18229).
+        spaces: Whitenings by the name of the SAE, for `explained_variance_of_loss`: explained
+            variance in the space that its loss was taken in.
 
     Returns:
         A record for each SAE, in their order.
@@ -141,7 +145,7 @@ def evaluate_saes(
             batch_size_prompts,
             "Evaluating on tokens",
         )
-        measured = _measure_tokens(saes, views, model, tokens)
+        measured = _measure_tokens(saes, views, model, tokens, spaces or {})
         metrics = list(METRICS)
         how: Any = {
             "context_size": context_size,
@@ -212,10 +216,12 @@ def _measure_tokens(
     views: Mapping[str, View],
     model: Model,
     batches: Iterator[Integer[Tensor, "batch seq"]],
+    spaces: Mapping[str, Whitening],
 ) -> dict[str, Measured]:
     """Explained variance, activity of the latents, and loss of the model; one pass over tokens."""
     hooks = {view.hook_name for view in views.values()}
     variance = {name: ExplainedVariance() for name in saes}
+    variance_of_loss = {name: ExplainedVariance() for name in spaces}
     activity = {name: LatentActivity() for name in saes}
     spliced = {name: _Loss() for name in saes}
     clean = {view: _Loss() for view in views.values()}
@@ -236,6 +242,9 @@ def _measure_tokens(
                 x_hat[rows] = output.to(x_hat.device)
                 activity[name].update(latents[kept[rows].to(latents.device)])
             variance[name].update(x[kept], x_hat[kept])
+            if name in spaces:
+                both = (spaces[name].whiten(part[kept]) for part in (x, x_hat))
+                variance_of_loss[name].update(*both)
             if absent is None:
                 replace = partial(view.with_replaced, x_hat=x_hat, kept=kept)
                 new = _logits_with(model, tokens, view, replace)
@@ -247,7 +256,9 @@ def _measure_tokens(
                 ablated[view].update(tokens, kept, _logits_with(model, tokens, view, view.ablated))
             d_vocab = logits.shape[-1]
 
-    measured = {name: Measured(variance[name], activity[name]) for name in saes}
+    measured = {
+        name: Measured(variance[name], activity[name], variance_of_loss.get(name)) for name in saes
+    }
     for name, view in views.items():
         why = absent or worse_than_guessing(clean[view].ce, d_vocab)
         if why is None and not ablated[view].ce > clean[view].ce:

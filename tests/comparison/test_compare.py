@@ -22,6 +22,7 @@ from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
 from sae_whiten.comparison.summary import summarise
 from sae_whiten.comparison.sweeps import lacking_coefficient
 from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.evaluation.metrics import explained_variance
 from sae_whiten.evaluation.stability import mean_max_cosine
 from sae_whiten.training import multi_runner
 from tests.support import tiny_dataset, tiny_model
@@ -241,6 +242,35 @@ def test_a_sweep_is_trained_on_until_the_wanted_l0_lies_between_neighbours(tmp_p
     trained.clear()
     more = run(tmp_path, dataclasses.replace(comparison, seeds=(0, 1, 2)))
     assert len(more) == 3 * len(records) // 2
+
+
+def test_every_condition_is_trained_at_the_learning_rate_that_is_best_for_it(tmp_path, caplog):
+    comparison = dataclasses.replace(
+        SMALL,
+        conditions=("none", "half"),
+        architectures=("topk",),
+        seeds=(0,),
+        training_tokens=128 * 8,
+        learning_rates=(1e-9, 3e-3),  # the first leaves the initial weights as they are
+    )
+    records = run(tmp_path, comparison)
+    assert [r["lr"] for r in records] == [3e-3, 3e-3]
+    assert "is best at the largest learning rate that was tried, 0.003" in caplog.text
+    found = json.loads((tmp_path / "learning_rates.json").read_text())["topk"]
+    for name in ("none", "half"):
+        assert found[name]["0.003"] > found[name]["1e-09"]
+    none, half = (r["metrics"] for r in records)
+    # what the loss of half is taken of; that of none is of the activations themselves
+    assert "explained_variance_of_loss" not in none
+    folder = tmp_path / "saes" / "seed-0" / "topk-half-k8"
+    sae = SAE.load_from_disk(folder)
+    whitening = Whitening.load(folder / "sae_whiten" / "whitening.safetensors")
+    rows = torch.tensor(tiny_dataset(600)[:16]["input_ids"])[:, :32]
+    x = tiny_model().run_with_cache(rows)[1][SMALL.hook_name].flatten(0, 1)
+    expected = explained_variance(whitening.whiten(x), whitening.whiten(sae(x)))
+    assert half["explained_variance_of_loss"] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ValueError, match="cannot be trained at a learning rate of its own"):
+        dataclasses.replace(comparison, conditions=("none", "expected_average_only_in", "half"))
 
 
 def test_the_lacking_coefficient_of_a_sweep():

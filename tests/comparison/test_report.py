@@ -239,6 +239,18 @@ def test_what_was_probed_on_tasks_is_paired_over_them() -> None:
     assert at_30.differences["half", "none"][AUC].low == pytest.approx(noisy.low)
 
 
+def test_learning_rates_that_were_tried_are_shown_with_the_best_in_bold() -> None:
+    found = {
+        "topk": {"none": {"0.0003": 0.71, "0.001": 0.7}, "half": {"0.0003": None, "0.001": 0.8}}
+    }
+    markdown = comparison_markdown(summarise(RECORDS), {"learning_rates_found": found})
+    (table,) = (t for t in tables(markdown) if "0.0003" in t[0])
+    assert [list(row.values()) for row in table] == [
+        ["`topk`, `none`", "**0.7100**", "0.7000"],
+        ["`topk`, `half`", "–", "**0.8000**"],
+    ]
+
+
 def test_an_evaluation_says_how_noisy_its_probes_are() -> None:
     run = {"name": "sae", "metrics": {AUC: 0.75}, "repeats": {AUC: {"a": [0.7, 0.8]}}}
     table = evaluation_table([run])

@@ -1,0 +1,189 @@
+"""The best learning rate of every architecture and condition, by a short training at each."""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_lens import SAE
+from transformer_lens import HookedRootModule
+
+from sae_whiten._files import write_json
+from sae_whiten.comparison.conditions import CONDITIONS
+from sae_whiten.comparison.data import shuffled
+from sae_whiten.comparison.lockstep import train_arms
+from sae_whiten.comparison.paired import interpolate_at
+from sae_whiten.comparison.plan import Arm, Comparison, arms
+from sae_whiten.evaluation.catalogue import EXPLAINED_VARIANCE, EXPLAINED_VARIANCE_OF_LOSS
+from sae_whiten.evaluation.evaluate import evaluate_saes
+from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.training.checkpoint import is_complete_sae
+from sae_whiten.whitening import Whitening
+
+__all__ = ["FOUND", "best_learning_rates", "loss_spaces"]
+
+logger = logging.getLogger(__name__)
+
+FOUND = "learning_rates.json"
+"""File in the folder of a comparison: scores by architecture, condition and learning rate."""
+
+_SHARE = 8  # of the training is what each rate is tried with
+
+
+def best_learning_rates(
+    comparison: Comparison,
+    model: HookedRootModule,
+    rest: Any,
+    held_out: Any,
+    out: Path,
+    names: Mapping[str, Any],
+    statistics: Path,
+) -> dict[tuple[str, str], float]:
+    """Train every architecture and condition briefly at each rate and see which is best.
+
+    Each is tried with the first seed, an eighth of the training and the middle sparsity, on the
+    same data. The best has the largest explained variance of held-out activations in the space that
+    the loss is taken in, where there is a sweep of coefficients at the same L0.
+
+    Args:
+        comparison: With `learning_rates`.
+        model: As SAELens loads it.
+        rest: What is trained on.
+        held_out: What is evaluated on.
+        out: Folder of the comparison. Receives `learning_rates.json`, after which nothing is tried
+            again.
+        names: As for `train_arms`.
+        statistics: File of the statistics.
+
+    Returns:
+        The rate by architecture and condition.
+    """
+    path = out / FOUND
+    if not path.is_file():
+        scores: dict[str, dict[str, dict[str, float | None]]] = {}
+        for lr in comparison.learning_rates:
+            records = _tried(comparison, lr, model, rest, held_out, out, names, statistics)
+            target = _middle(comparison.sparsity)
+            for architecture, condition in _pairs(comparison):
+                found = [
+                    r
+                    for r in records
+                    if (r["architecture"], r["condition"]) == (architecture, condition)
+                ]
+                score = _score(found, target)
+                of_rates = scores.setdefault(architecture, {}).setdefault(condition, {})
+                of_rates[f"{lr:g}"] = None if math.isnan(score) else score
+        write_json(path, scores, indent=1)
+        shutil.rmtree(out / "learning-rates", ignore_errors=True)
+    scores = json.loads(path.read_text())
+    best = {}
+    for architecture, condition in _pairs(comparison):
+        known = {
+            float(lr): score
+            for lr, score in scores[architecture][condition].items()
+            if score is not None
+        }
+        lr = max(known, key=known.__getitem__, default=comparison.lr)
+        best[architecture, condition] = lr
+        ends = min(comparison.learning_rates), max(comparison.learning_rates)
+        if not known:
+            logger.warning(
+                "%s under %s came to no L0 near %d at any learning rate: %g is used",
+                architecture,
+                condition,
+                _middle(comparison.sparsity),
+                lr,
+            )
+        elif lr in ends and len(comparison.learning_rates) > 1:
+            logger.warning(
+                "%s under %s is best at the %s learning rate that was tried, %g: try others too",
+                architecture,
+                condition,
+                "least" if lr == ends[0] else "largest",
+                lr,
+            )
+    return best
+
+
+def loss_spaces(arms: Sequence[Arm], statistics: Path) -> dict[str, Whitening]:
+    """Of those whose loss is taken in whitened space: that space, by the name of the SAE.
+
+    Args:
+        arms: SAEs.
+        statistics: File of the statistics.
+    """
+    spaces: dict[str, Whitening] = {}
+    for condition in dict.fromkeys(arm.condition for arm in arms):
+        config = CONDITIONS[condition].whitening
+        if config is not None and config.loss_space == "whitened":
+            found = Whitening.from_statistics(ActivationStatistics.load(statistics), config)
+            spaces |= {arm.name: found for arm in arms if arm.condition == condition}
+    return spaces
+
+
+def _tried(
+    comparison: Comparison,
+    lr: float,
+    model: HookedRootModule,
+    rest: Any,
+    held_out: Any,
+    out: Path,
+    names: Mapping[str, Any],
+    statistics: Path,
+) -> list[dict[str, Any]]:
+    """Records of all architectures and conditions at one rate."""
+    folder = out / "learning-rates" / f"{lr:g}"
+    path = folder / "results.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    seed = comparison.seeds[0]
+    brief = dataclasses.replace(
+        comparison,
+        lr=lr,
+        learning_rates=(),
+        sparsity=(_middle(comparison.sparsity),),
+        training_tokens=max(
+            comparison.train_batch_size_tokens, comparison.training_tokens // _SHARE
+        ),
+    )
+    planned = {arm.name: arm for arm in arms(brief)}
+    saes = folder / "saes" / f"seed-{seed}"
+    untrained = [arm for name, arm in planned.items() if not is_complete_sae(saes / name)]
+    if untrained:
+        logger.info("trying learning rate %g", lr)
+        train_arms(brief, untrained, seed, model, shuffled(rest, seed), folder, names, statistics)
+    records = evaluate_saes(
+        {name: SAE.load_from_disk(saes / name, device=comparison.device) for name in planned},
+        model,
+        held_out,
+        n_tokens=comparison.held_out_sequences * comparison.context_size,
+        context_size=comparison.context_size,
+        batch_size_prompts=comparison.store_batch_size_prompts,
+        spaces=loss_spaces(list(planned.values()), statistics),
+    )
+    found = [{**dataclasses.asdict(planned[r["name"]]), "metrics": r["metrics"]} for r in records]
+    write_json(path, found)
+    return found
+
+
+def _pairs(comparison: Comparison) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((arm.architecture, arm.condition) for arm in arms(comparison)))
+
+
+def _middle(sparsity: Sequence[int]) -> int:
+    return sorted(sparsity)[len(sparsity) // 2]
+
+
+def _score(records: Sequence[Mapping[str, Any]], target: int) -> float:
+    """Explained variance in the space of the loss; of a sweep, at the target L0 or NaN."""
+    values = [
+        r["metrics"].get(EXPLAINED_VARIANCE_OF_LOSS.key, r["metrics"][EXPLAINED_VARIANCE.key])
+        for r in records
+    ]
+    if records[0]["coefficient"] is None:
+        return values[0]
+    return interpolate_at([r["metrics"]["l0"] for r in records], values, target)
