@@ -47,7 +47,7 @@ test: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 # All of them, also when one fails.
 test-matrix:
@@ -64,7 +64,7 @@ test-probes: .venv-probes/.dev
 
 test-%: .venv-matrix/%/.dev
 	@$(UV) pip freeze --quiet --python $(<D) | grep -E '^(torch|sae-lens|transformer-lens|numpy)='
-	OMP_NUM_THREADS=1 $(<D)/bin/pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(<D)/bin/pytest -n $(WORKERS) --dist loadfile
 
 .venv-matrix/%/.dev: pyproject.toml | $(UV)
 	$(UV) venv --quiet --clear --python python$(firstword $(subst -, ,$*)) $(@D)

@@ -29,7 +29,7 @@ from tests.support import tiny_dataset, tiny_model
 
 SMALL = Comparison(
     hook_name="blocks.1.hook_resid_pre",
-    conditions=("none", "centred", "original", "half"),
+    conditions=("none", "original", "half"),
     architectures=("topk", "standard", "topk_vsae", "top_afa"),
     sparsity=(8,),
     coefficients=(0.5, 2.0),
@@ -59,7 +59,7 @@ def finished(tmp_path_factory):
 
 def test_every_arm_of_every_seed_is_trained_and_evaluated(finished):
     out, records = finished
-    assert len(records) == 2 * (4 + 4 * 2 + 4 + 1)
+    assert len(records) == 2 * (3 + 3 * 2 + 3 + 1)
     assert len({(record["name"], record["seed"]) for record in records}) == len(records)
     for record in records:
         assert record["metrics"]["explained_variance"] <= 1
@@ -95,7 +95,7 @@ def test_what_does_not_go_together_is_left_out_and_said(finished, caplog):
     with caplog.at_level(logging.WARNING, "sae_whiten"):
         run(out)  # done: only says it again
     (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
-    assert said.startswith("top_afa is left out under centred, original, half: TopAFATrainingSAE")
+    assert said.startswith("top_afa is left out under original, half: TopAFATrainingSAE")
     left_out = json.loads((out / "settings.json").read_text())["left_out"]
     assert list(left_out) == ["top_afa"]
     assert "norm of its input" in left_out["top_afa"]["half"]
@@ -141,9 +141,10 @@ def test_options_go_into_the_configs_and_belong_to_the_comparison(finished):
 def test_noise_and_prior_keep_their_proportion_to_the_latents():
     statistics = ActivationStatistics(16)
     statistics.update(100 * torch.randn(1000, 16, generator=torch.Generator().manual_seed(0)))
+    comparison = dataclasses.replace(SMALL, conditions=("none", "centred", "original", "half"))
     found: dict[str, Any] = {
-        arm.condition: sae_config(SMALL, arm, statistics)
-        for arm in arms(SMALL)
+        arm.condition: sae_config(comparison, arm, statistics)
+        for arm in arms(comparison)
         if arm.architecture == "topk_vsae"
     }
     assert found["original"].initial_logvar == 0
@@ -470,7 +471,7 @@ def test_a_killed_comparison_ends_with_the_same_saes(finished, tmp_path, monkeyp
     def die(self, *args, **options):
         nonlocal n_steps
         n_steps += 1
-        if n_steps == 17 * 17:
+        if n_steps == 13 * 17:  # of 20 steps of 13 SAEs
             raise Killed
         return step(self, *args, **options)
 
@@ -555,9 +556,9 @@ def test_every_condition_can_be_trained_by_every_kind_of_architecture(tmp_path):
         SMALL,
         conditions=tuple(CONDITIONS),
         architectures=("batchtopk", "gated", "jumprelu"),
-        # such as leave no latent active: their fold has to be provable too
-        coefficients=(1.0, 1000.0),
+        # such as leaves no latent active: their fold has to be provable too
+        coefficients=(1000.0,),
         seeds=(0,),
         training_tokens=128 * 4,
     )
-    assert len(run(tmp_path, comparison)) == len(CONDITIONS) * (1 + 2 + 2)
+    assert len(run(tmp_path, comparison)) == len(CONDITIONS) * 3
