@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten._redaction import redacted
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
+    from sae_whiten.comparison.feature_page import write_feature_page
     from sae_whiten.comparison.learning_rates import FOUND
     from sae_whiten.comparison.report import write_report
     from sae_whiten.estimation.dataset import open_dataset
@@ -126,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         dataset_path=args.dataset_path,
         labels=labels,
     )
+    page = write_feature_page(comparison, records, model, dataset, args.out, args.dataset_path)
     settings = json.loads((args.out / "settings.json").read_text())
     if (args.out / FOUND).is_file():
         settings["learning_rates_found"] = json.loads((args.out / FOUND).read_text())
@@ -133,4 +135,6 @@ def run(args: argparse.Namespace) -> int:
     write_report(records, args.out, settings, targets=settings["sparsity"])
     print((args.out / "table.md").read_text())
     print(f"\nsaved in {args.out}: report.html is the whole report in one file")
+    if page is not None:
+        print(f"{page}: features of two of the SAEs side by side")
     return 0

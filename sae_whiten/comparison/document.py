@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeAlias
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -23,6 +24,7 @@ __all__ = [
     "Figure",
     "Heading",
     "Items",
+    "Link",
     "Paragraph",
     "Table",
     "code",
@@ -54,6 +56,15 @@ class Items:
 
     kind: ClassVar = "items"
     texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A line that leads to a file beside the document."""
+
+    kind: ClassVar = "link"
+    text: str
+    target: str
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Details:
     blocks: "Sequence[Block]"
 
 
-Block: TypeAlias = Heading | Paragraph | Items | Code | Table | Figure | Details
+Block: TypeAlias = Heading | Paragraph | Items | Link | Code | Table | Figure | Details
 
 _SPAN = re.compile(r"(`[^`]*`)")
 _BOLD = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
@@ -119,6 +130,8 @@ def _markdown(block: Block, directory: Path) -> str:
             return text
         case Items(texts):
             return "\n".join(f"- {text}" for text in texts)
+        case Link(text, target):
+            return f"[{_plain(text)}]({quote(target)})"
         case Code(text):
             # longer than any run of backticks in the text
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))

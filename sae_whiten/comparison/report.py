@@ -21,6 +21,7 @@ from sae_whiten.comparison.document import (
     Figure,
     Heading,
     Items,
+    Link,
     Paragraph,
     Table,
     code,
@@ -62,6 +63,8 @@ from sae_whiten.evaluation.catalogue import (
 )
 
 __all__ = [
+    "FEATURE_PAGE",
+    "WHITENED",
     "comparison_markdown",
     "describe_difference",
     "evaluation_table",
@@ -86,7 +89,7 @@ _PAPER_SETUP = (
     "500M training tokens, metrics of SAEBench; `standard` is its ReLU SAE"
 )
 # conditions that stand for the paper's whitening, its own loss first
-_WHITENED = ("original", "whitened")
+WHITENED = ("original", "whitened")
 
 # which of them are measured is chosen
 _PROBING = (SPARSE_PROBING_AT[1], *SAE_PROBES_AUC_AT.values(), SCR_AT[20], TPP_AT[20])
@@ -103,6 +106,8 @@ _TESTS = {
     "bootstrap": ("hierarchical bootstrap over seeds and tasks", " (B)"),
 }
 """Name and mark in tables."""
+
+FEATURE_PAGE = "features.html"  # in the folder of the report, which links it if it is there
 
 _L0_TOLERANCE = 0.05  # relative; beyond it, SAEs are said not to be equally sparse
 _MOST_NAMES_IN_A_FIGURE = 12
@@ -163,7 +168,9 @@ def write_report(
     what = [str(settings[key]) for key in ("model_name", "hook_name") if settings.get(key)]
     title += f": {', '.join(what)}" if what else ""
     title = title.replace("`", "'").replace("*", "'")
-    intro = [Heading(title, 1), *intro]
+    page_of_features = Link("Look at features of two of the SAEs", FEATURE_PAGE)
+    linked = [page_of_features] if (directory / FEATURE_PAGE).is_file() else []
+    intro = [Heading(title, 1), *linked, *intro]
     body = [*body, *_settings_blocks(settings)]
 
     table = directory / "table.md"
@@ -655,7 +662,7 @@ def _other_metrics_table(group: Group, keys: Sequence[str]) -> Table:
 
 def _paper_blocks(comparison: Summary, settings: Mapping[str, Any]) -> list[Block]:
     """The paper's figures beside ours, where both have the architecture and the metric."""
-    ours = [name for name in _WHITENED if name in comparison.conditions]
+    ours = [name for name in WHITENED if name in comparison.conditions]
     rows = []
     for group in comparison.groups:
         for metric in TESTED_METRICS:

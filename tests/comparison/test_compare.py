@@ -18,7 +18,9 @@ from sae_whiten.architectures.losses import ReconstructionMetric
 from sae_whiten.comparison.compare import compare
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import describe_rows
+from sae_whiten.comparison.feature_page import choose_pair, write_feature_page
 from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
+from sae_whiten.comparison.report import write_report
 from sae_whiten.comparison.summary import summarise
 from sae_whiten.comparison.sweeps import lacking_coefficient
 from sae_whiten.estimation.folders import statistics_file
@@ -562,3 +564,44 @@ def test_every_condition_can_be_trained_by_every_kind_of_architecture(tmp_path):
         training_tokens=128 * 4,
     )
     assert len(run(tmp_path, comparison)) == len(CONDITIONS) * 3
+
+
+def test_a_page_shows_features_with_and_without_whitening_and_the_report_links_it(
+    finished, tmp_path, monkeypatch
+):
+    folder, records = finished
+    out = shutil.copytree(folder, tmp_path / "comparison")
+    monkeypatch.setattr("sae_whiten.comparison.report._comparison_figures", lambda *_: [])
+    write_report(records, out, {})
+    assert "features.html" not in (out / "report.html").read_text()
+    page = write_feature_page(SMALL, records, tiny_model(), tiny_dataset(600), out, "tokens")
+    assert page == out / "features.html"
+    text = page.read_text()
+    assert all(name in text for name in ("topk-none-k8", "topk-original-k8", "Found by both"))
+    assert "whitened coordinates (from statistics of" in text
+    write_report(records, out, {})
+    assert '<a href="features.html">' in (out / "report.html").read_text()
+    assert "](features.html)" in (out / "table.md").read_text()
+    # a page that is there is left alone
+    page.write_text("mine")
+    write_feature_page(SMALL, records, tiny_model(), tiny_dataset(600), out, "tokens")
+    assert page.read_text() == "mine"
+
+
+def test_the_page_is_of_two_saes_as_alike_as_there_are():
+    def record(condition: str, l0: float, architecture: str = "topk", seed: int = 0):
+        metrics = {"l0": l0}
+        return {
+            "architecture": architecture,
+            "condition": condition,
+            "seed": seed,
+            "metrics": metrics,
+        }
+
+    plain = [record("none", 16), record("none", 32)]
+    others = [record("centred", 30), record("whitened", 10), record("whitened", 31)]
+    assert choose_pair([*others, *plain]) == (plain[1], others[2])
+    assert choose_pair([record("whitened", 8), record("half", 8)]) is not None
+    assert choose_pair([record("none", 8), record("original", 8, "standard")]) is None
+    assert choose_pair([record("none", 8), record("original", 8, seed=1)]) is None
+    assert choose_pair([record("none", 8), record("none", 16)]) is None
