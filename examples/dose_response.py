@@ -493,10 +493,10 @@ def report(out: Path, docs: Path) -> None:
     sweep = sweep.pivot_table(
         index=["dose", "condition"],
         columns="lr",
-        values=["explained_variance", "explained_variance_own_space"],
+        values=["explained_variance", "explained_variance_undone", "dead_latents"],
         sort=False,
     )
-    sweep.columns = [f"{'EV' if 'own' not in v else 'EV, whitened'} at {lr:g}" for v, lr in sweep]
+    sweep.columns = [f"{names[value]} at {lr:g}" for value, lr in sweep]
     write_table(docs / "sweep.md", sweep.reset_index())
     draw(frame, doses, docs / "curves.png")
     print((docs / "table.md").read_text())
@@ -504,7 +504,13 @@ def report(out: Path, docs: Path) -> None:
 
 def write_table(path: Path, table: Any) -> None:
     """A pandas table as markdown."""
-    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row] for row in table.values]
+
+    def cell(value: Any) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+    cells = [[cell(value) for value in row] for row in table.values]
     lines = [list(map(str, table.columns)), ["---"] * len(table.columns), *cells]
     path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
