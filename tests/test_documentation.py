@@ -37,6 +37,7 @@ _STAND_INS = (
     (r"\b768\b", "128"),
     (r"\b24576\b", "256"),
     (r"(training_tokens[= ])[\d_]+", r"\g<1>4096"),
+    (r"(total_training_samples=)[\d_]+", r"\g<1>8192"),
     (r"\bcuda\b", "cpu"),
 )
 
