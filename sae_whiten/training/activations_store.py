@@ -137,7 +137,9 @@ class ResumableActivationsStore(ActivationsStore):
             )
         kind: Any = cls
         if given is not ActivationsStore:
+            # made at run time, because what a user's own subclass overrides has to be kept
             kind = type(f"Resumable{given.__name__}", (cls, given), {})
+        # not by its constructor, which would load the dataset anew and read its first rows
         own = kind.__new__(kind)
         vars(own).update(vars(store))
         own._dataloader, own.n_dataset_processed, own.current_row_idx = None, 0, 0

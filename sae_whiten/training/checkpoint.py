@@ -3,9 +3,11 @@
 A checkpoint of one SAE holds
 
 - `cfg.json` and `sae_weights.safetensors`: a plain, folded SAE with its training config, as SAELens
-  writes checkpoints. `TrainingSAE.load_from_disk` opens it, and `SAE.load_from_disk` too;
-- `inference/`: the same for inference, of architectures that SAELens knows for training only
-  (batchtopk, for example, which at the end is saved as jumprelu);
+  writes checkpoints. `TrainingSAE.load_from_disk` opens it. `SAE.load_from_disk` does too, but for
+  batchtopk, matryoshka_batchtopk and topk_vsae, which are for training only: there it is a
+  KeyError, as with SAELens' own checkpoints;
+- `inference/`: of these architectures, the same as it is saved at the end of training (jumprelu,
+  topk), which `SAE.load_from_disk` opens. `loadable_folder` finds it;
 - `sparsity.safetensors`;
 - `whitened_training_state/`: what training continues from, in whitened coordinates;
 - of a runner, `runner_cfg.json` and the place in the data, `activations_store_state.safetensors`;
@@ -66,10 +68,12 @@ __all__ = [
     "is_complete_sae",
     "loadable_folder",
     "own_part",
+    "read_progress",
     "read_training_weights",
     "replacing_sae",
     "runner_settings",
     "save_or_keep",
+    "save_progress",
     "save_runner_files",
     "save_training_form",
     "save_training_weights",
@@ -90,6 +94,8 @@ WHITENING_FILENAME = "whitening.safetensors"
 TRAINING_STATE_DIR = "whitened_training_state"
 _WEIGHTS_FILENAME = "training_weights.safetensors"
 _WEIGHTS_KIND = "training_weights"
+_PROGRESS_FILENAME = "progress.safetensors"
+_PROGRESS_KIND = "training_progress"
 _CHECKSUMS_FILENAME = "checksums.json"
 _BLOCK = 1 << 20
 
@@ -340,6 +346,48 @@ def read_training_weights(
             f"{path}: these weights were trained under another whitening than the one beside them"
         )
     return state_dict
+
+
+def save_progress(part: str | Path, fields: Mapping[str, Any]) -> None:
+    """Write the random state, and what else differs between processes that train together.
+
+    Args:
+        part: The part of the checkpoint that belongs to this process.
+        fields: What else, as JSON can hold it; "n_processes" is one of them.
+    """
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.stack(torch.cuda.get_rng_state_all())
+    path = Path(part) / TRAINING_STATE_DIR / _PROGRESS_FILENAME
+    save_tensors(path, _PROGRESS_KIND, generators, dict(fields))
+
+
+def read_progress(
+    checkpoint_path: str | Path, processes: Processes
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_progress` wrote in this process.
+
+    Returns:
+        The states of the random generators, by device, and the other fields.
+
+    Raises:
+        FileNotFoundError: The directory is not a checkpoint of this package.
+        CorruptFileError: The file is truncated, foreign or was changed.
+        ValueError: Another number of processes trained it.
+    """
+    file = Path(TRAINING_STATE_DIR) / _PROGRESS_FILENAME
+    own = own_part(checkpoint_path, processes) / file
+    is_there = own.is_file()
+    generators, fields = load_tensors(
+        own if is_there else Path(checkpoint_path) / file, _PROGRESS_KIND
+    )
+    n_processes = int(fields.get("n_processes", 1))
+    if n_processes != processes.world_size or not is_there:
+        raise ValueError(
+            f"{checkpoint_path} was trained by {n_processes} processes, each with a place of its "
+            f"own in the data, and this run has {processes.world_size}: resume with as many"
+        )
+    return generators, fields
 
 
 def check_trainer_state(directory: Path) -> None:

@@ -29,7 +29,6 @@ from sae_lens.util import path_or_tmp_dir
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import (
     FoldError,
@@ -45,8 +44,9 @@ from sae_whiten.training.checkpoint import (
     check_checkpoint,
     check_settings,
     check_trainer_state,
-    own_part,
+    read_progress,
     read_training_weights,
+    save_progress,
     save_training_form,
     save_training_weights,
     settings_of,
@@ -76,8 +76,6 @@ __all__ = ["WhiteningTrainer", "losses_are_due"]
 
 logger = logging.getLogger(__name__)
 
-_PROGRESS_FILENAME = "progress.safetensors"
-_PROGRESS_KIND = "training_progress"
 _FOLDED = "the SAE is trained and folded already"
 _KEEP_RESUMABLE = "save_final_checkpoint=True writes a checkpoint that can be"
 _N_CHECK = 512  # activations to prove the fold on
@@ -495,21 +493,13 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._save_progress(checkpoint_path)
 
     def _save_progress(self, checkpoint_path: Path | str) -> None:
-        """Write what differs between processes that train together."""
-        generators = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators["cuda"] = torch.stack(torch.cuda.get_rng_state_all())
-        save_tensors(
-            Path(checkpoint_path) / TRAINING_STATE_DIR / _PROGRESS_FILENAME,
-            _PROGRESS_KIND,
-            generators,
-            {
-                "n_processes": self.stream.processes.world_size,
-                "n_served": self.stream.n_served,
-                "n_skipped": self.stream.n_skipped,
-                "settings": settings_of(asdict(self.cfg)),
-            },
-        )
+        fields = {
+            "n_processes": self.stream.processes.world_size,
+            "n_served": self.stream.n_served,
+            "n_skipped": self.stream.n_skipped,
+            "settings": settings_of(asdict(self.cfg)),
+        }
+        save_progress(checkpoint_path, fields)
 
     def load_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Continue from a checkpoint: trainer, SAE and whitening. The data provider has to start at
@@ -531,19 +521,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 "Checkpoints of SAELens' own trainer cannot be resumed here.)"
             )
         # everything is read and checked before anything is changed
-        processes = self.stream.processes
-        own = own_part(checkpoint_path, processes) / TRAINING_STATE_DIR / _PROGRESS_FILENAME
-        if own.is_file():
-            progress, fields = load_tensors(own, _PROGRESS_KIND)
-        else:
-            _, fields = load_tensors(directory / _PROGRESS_FILENAME, _PROGRESS_KIND)
-            progress = {}
-        n_processes = int(fields.get("n_processes", 1))
-        if n_processes != processes.world_size or not progress:
-            raise ValueError(
-                f"{checkpoint_path} was trained by {n_processes} processes, each with a place of "
-                f"its own in the data, and this run has {processes.world_size}: resume with as many"
-            )
+        generators, fields = read_progress(checkpoint_path, self.stream.processes)
         # (which earlier checkpoints do not hold)
         check_settings(checkpoint_path, fields.get("settings", {}), asdict(self.cfg))
         saved = CovarianceWhiteningScaler()
@@ -578,9 +556,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.checkpoint_thresholds = [
             t for t in self.checkpoint_thresholds if t >= self.n_training_samples
         ]
-        torch.set_rng_state(progress["cpu"])
-        if "cuda" in progress and torch.cuda.is_available():
-            states = list(progress["cuda"])  # of as many devices as there were
+        torch.set_rng_state(generators["cpu"])
+        if "cuda" in generators and torch.cuda.is_available():
+            states = list(generators["cuda"])  # of as many devices as there were
             torch.cuda.set_rng_state_all(states[: torch.cuda.device_count()])
 
     def _config_to_resume_with(
