@@ -159,8 +159,8 @@ def fit_statistics(
                 _listed(beside),
             )
     record |= {"exclude_special_tokens": config.exclude_special_tokens, **(provenance or {})}
-    # as a file has it: without secrets, tuples are lists, and what JSON cannot hold is refused now,
-    # not at the end
+    # as it will be saved: without secrets, tuples as lists; what JSON cannot hold fails here, not
+    # after hours of work
     record = json.loads(json.dumps(redacted(record)))
     fit = _Fit(source, processes, config)
     progress = None
@@ -170,7 +170,7 @@ def fit_statistics(
             "hooks": source.hook_names,
             "batch_size_prompts": config.batch_size_prompts,
             "on_nonfinite": config.on_nonfinite,
-            # whatever has the same name, or none, is told apart by its content
+            # names may be the same or missing: the content tells models and datasets apart
             "weights": None if model is None else _weights(model),
             "dataset": getattr(dataset, "_fingerprint", None),
             "beginning": source.beginning,

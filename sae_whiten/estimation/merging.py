@@ -13,8 +13,8 @@ __all__ = ["merge_files"]
 def merge_files(paths: Sequence[Path]) -> ActivationStatistics:
     """The statistics of all files together: exactly those of one pass over all shards.
 
-    What the provenance of all agrees on is kept. Shards may differ in the texts that they are of,
-    and in nothing that decides what the activations of a text are.
+    Entries of the provenance that all shards agree on are kept. Shards may be of different texts,
+    but must agree in everything that decides what the activations of a text are.
 
     Args:
         paths: One file of statistics at least.
@@ -30,7 +30,7 @@ def merge_files(paths: Sequence[Path]) -> ActivationStatistics:
     first_with: dict[str, tuple[Path, Any]] = {}
     for path in paths:
         shard = ActivationStatistics.load(path)
-        # by content, whatever the name; empty shards are alike and do no harm
+        # compared by content, not by name; empty shards are all alike, and harmless
         twin = paths_by_digest.setdefault(shard.digest, path) if shard.n_samples else path
         if twin is not path:
             raise ValueError(

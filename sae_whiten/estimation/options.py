@@ -106,12 +106,11 @@ class FitConfig(ReadingConfig):
 
 
 def decisive_fields() -> tuple[str, ...]:
-    """What of the provenance decides, beside the text, what the activations are.
+    """The fields of the provenance that decide what the activations of a given text are.
 
-    Shards of one dataset agree in all of it, and so do statistics and the SAE that is trained under
-    them.
+    They are the same for shards of one dataset, and for statistics and the SAE trained under them.
     """
-    # where texts come from, and on what way, is another matter
+    # not where texts come from, nor whether they are streamed
     reading = (f.name for f in dataclasses.fields(ReadingConfig))
     return (
         "model_name",

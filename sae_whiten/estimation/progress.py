@@ -28,7 +28,7 @@ _KIND = "fit_progress"
 
 @dataclasses.dataclass(frozen=True)
 class SavedProgress:
-    """What an estimation needs to go on.
+    """The state that an estimation continues from.
 
     Attributes:
         statistics: By hook name, of this process's shard.
@@ -53,7 +53,7 @@ class Progress:
 
     Args:
         directory: Where the files are.
-        identity: What two calls have in common of which the second continues the first.
+        identity: Settings and data of the estimation; a call continues only one with the same.
         processes: Who estimates together.
     """
 

@@ -153,7 +153,7 @@ class ModelActivations:
                 acts = acts[:, :, self._head]
             receive(name, acts.flatten(2), None if mask is None else mask.to(acts.device))
 
-        # by the name it was asked for: hooks of a TransformerBridge call themselves something else
+        # under the name that was asked for: a TransformerBridge has other names for its hooks
         hooks: list[Any] = [(name, partial(hand_over, name)) for name in self.hook_names]
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
             self._model.run_with_hooks(tokens, fwd_hooks=hooks, **self._run_options)
@@ -299,7 +299,7 @@ def token_store(
     if isinstance(dataset, str) and is_on_this_machine(dataset):
         dataset = open_dataset(dataset, streaming=options["streaming"])
     if isinstance(dataset, datasets.Dataset):
-        # the store sets the format of the dataset that it is given, and this one is the user's
+        # a copy: the store changes the format of its dataset
         dataset = dataset.with_format(dataset.format["type"])
     parameters = inspect.signature(ActivationsStore.__init__).parameters
     # newer versions call it n_sequences_in_buffer

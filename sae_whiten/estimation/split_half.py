@@ -93,7 +93,7 @@ def _excess(own: Tensor, other: Tensor) -> float:
             "the activations do not vary at all: the hook is not the one that was meant, or the "
             "data provider is broken"
         )
-    # keeps directions without variance from being divided by zero, and does no more than that
+    # only so that directions without variance are not divided by zero
     ridge = 1e-6 * own.diagonal().mean() * torch.eye(d, dtype=own.dtype, device=own.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(own + ridge))
     return float((inverse * other.to(own.device)).sum() / (inverse * own).sum()) - 1

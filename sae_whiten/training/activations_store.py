@@ -111,7 +111,7 @@ class ResumableActivationsStore(ActivationsStore):
 
     @classmethod
     def adopt(cls, store: Any) -> "ResumableActivationsStore":
-        """What SAELens' store is, as a store of this class, at the beginning of its data.
+        """A store of this class that reads what SAELens' store reads, from the beginning.
 
         Args:
             store: An `ActivationsStore`, not to be used any more. If it is of a subclass, what
@@ -157,7 +157,7 @@ class ResumableActivationsStore(ActivationsStore):
         return finite_rows(acts, self.on_nonfinite, name)
 
     def _iterate_filtered_activations(self) -> Any:
-        # here, once per pass of the model, and not at every training step, for a GPU has to wait
+        # once per pass of the model, not at every training step: each check makes a GPU wait
         n_useless = 0
         for number, acts in enumerate(super()._iterate_filtered_activations()):
             finite, n_bad = self._finite(acts, number)
@@ -304,7 +304,7 @@ class ResumableActivationsStore(ActivationsStore):
     def _prepare(self) -> None:
         if hasattr(self, "_generator"):
             return
-        # a generator of its own: whoever else draws random numbers cannot change the data order
+        # a generator of its own, so that other random draws do not change the order of the data
         self._generator = torch.Generator()
         self._generator.set_state(torch.get_rng_state())
         self._begin_epoch()
@@ -454,7 +454,7 @@ class ResumableActivationsStore(ActivationsStore):
                 buffer = buffer[order.to(buffer.device)]
             n_serve = len(buffer) - int(buffer_size * mix_fraction)
             n_batches = max(1, n_serve // batch_size)
-            # cloned, for a view would keep all of the served activations alive
+            # cloned: a view would keep all served activations in memory
             self._buffer = buffer[n_batches * batch_size :].clone()
             for batch in buffer[: n_batches * batch_size].split(batch_size):
                 self._n_batches += 1

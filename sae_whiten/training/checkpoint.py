@@ -135,9 +135,9 @@ _OF_THE_SAES = {"hook_head_indices", "hook_names", "sae", "saes"}
 def writing_checkpoint(path: str | Path, processes: Processes) -> Iterator[Path]:
     """Yield a directory that appears at `path`, with checksums, when the block succeeds.
 
-    Several processes, which have to share the file system, write it together: it is process 0 that
-    is given the directory, and each of the others a folder in it for what only they know. It
-    appears once the blocks of all have succeeded.
+    Several processes write it together, on a file system that all of them see. Process 0 is given
+    the directory, every other process a folder inside it for its own part. The directory appears
+    once the blocks of all processes have succeeded.
     """
     with ExitStack() as stack:
         first = processes.rank == 0
@@ -202,7 +202,7 @@ def check_checkpoint(path: str | Path) -> None:
 
 
 def _checksums(directory: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Of the files in and below a directory; of one that has a list of them, that of the list."""
+    """Checksums of all files below a directory; a folder with a list of its own counts as one."""
     for entry in sorted(directory.iterdir()):
         name = prefix + entry.name
         if not entry.is_dir():

@@ -390,7 +390,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
 
     @contextmanager
     def _step_counted(self) -> Iterator[None]:
-        # fit() counts a step only after it saved a checkpoint, but that is taken after the step
+        # the checkpoint is taken after the step, but fit() counts the step only later
         counters = [self, *self.trainers.values()]
         for counter in counters:
             counter.n_training_steps += 1
@@ -424,7 +424,7 @@ class _OneOfSeveral(WhiteningTrainer[TrainingSAE[Any], Any]):
         self, owner: WhiteningMultiSAETrainer, name: str, whitening: WhiteningConfig | None
     ) -> None:
         super().__init__(
-            # when to save is the owner's decision, but what is saved and where is as always
+            # the owner decides when to save
             cfg=replace(owner.cfg, n_checkpoints=0),
             sae=owner.saes[name],
             data_provider=owner.stream,

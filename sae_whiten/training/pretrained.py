@@ -12,12 +12,12 @@ from sae_whiten.whitening import Whitening
 
 __all__ = ["as_asked_for", "unfold_for_training"]
 
-# what the weights of a finished SAE fit only one value of
+# fields that the weights of a finished SAE decide
 _OF_THE_WEIGHTS = ("architecture", "d_in", "d_sae", "variance")
-# a fold leaves what these say to the weights, and only unfolding gives it back
+# fields that a fold resets; after unfolding they are set as the config asks
 _ONCE_UNFOLDED = ("dtype", "rescale_acts_by_decoder_norm")
-# largest ratio of decoder norms at which ranking by them is ranking without them: the whitening is
-# estimated from other samples than that which the SAE was trained under
+# largest ratio of decoder norms that still count as equal, so that ranking by them changes nothing;
+# not 1, because this whitening was estimated from other samples than the one of the first training
 _SAME_NORMS = 1.25
 
 

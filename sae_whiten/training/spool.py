@@ -34,7 +34,7 @@ class Spool:
     def __init__(self) -> None:
         self.folder: str | None = None
         self.resolution = 0.0
-        # what is kept (in the file: its shape and dtype), and the dtype and device it came with
+        # by batch: the tensor (in the file: its shape and dtype), and its former dtype and device
         self._entries: deque[tuple[Any, torch.dtype, torch.device]] = deque()
         self._n_bytes = 0  # in memory
         self._file: IO[bytes] | None = None
@@ -85,7 +85,7 @@ class Spool:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             if torch.finfo(dtype).eps == self.resolution and dtype.itemsize < values.itemsize:
                 narrow = values.to(dtype)
-                # a layer may compute in a wider dtype than the model, whatever it says
+                # a layer may compute in a wider dtype than that of the model
                 return narrow if torch.equal(narrow.to(values.dtype), values) else values
         return values
 

@@ -579,7 +579,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return given
 
     def _checkpoint_if_needed(self) -> None:
-        # fit() counts a step only after this call, but the checkpoint is taken after the step
+        # the checkpoint is taken after the step, but fit() counts the step only later
         self.n_training_steps += 1
         try:
             with going_on_without_checkpoint(self):

@@ -75,7 +75,7 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
             _set_logarithmic(axes, low, high)
         axes.set_xlim(low, high)
         axes.set_ylim(low, high)
-        # what is left of the height goes below, between the axes and the names of the SAEs
+        # the rest of the height is for the names of the SAEs, below the axes
         axes.set_aspect("equal", anchor="N")
         axes.set_xlabel(
             "norm of the input, $\\|z\\|$" + f" (not shown: {n_hidden} points)" * (n_hidden > 0),
@@ -272,7 +272,7 @@ def _density(
     heights = np.linspace(within.min(), within.max(), 200)
     if logarithmic:
         heights = np.geomspace(within.min(), within.max(), 200)
-    # of values of the size of 1: the estimate is of a covariance, which must not underflow
+    # scaled to about 1, so that the covariance inside the estimate does not underflow
     at = (np.log(heights) if logarithmic else heights) - first
     density = gaussian_kde((x - first) / spread)(at / spread)
     return heights, density / density.max()

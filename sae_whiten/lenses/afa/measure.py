@@ -45,11 +45,11 @@ _ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True, eq=False)
 class AFAResult:
-    """What one SAE makes of the prompts.
+    """Norms and errors of one SAE on the prompts.
 
     Attributes:
         name: Of the SAE.
-        context: The SAE and how it was fed: `architecture`, `d_in`, `d_sae`, `model_name` (of its
+        context: The SAE and its inputs: `architecture`, `d_in`, `d_sae`, `model_name` (of its
             metadata), `hook_name`, `normalize_activations`, `bias_norm`, `context_size`,
             `prepend_bos`.
         samples: Norms and errors, one for each prompt.
@@ -214,8 +214,8 @@ class _Measured:
                 f"the model's activations at {self._sae.cfg.metadata.hook_name} hold a NaN or an "
                 f"infinity: row {rows[finite.index(False)]} of the dataset"
             )
-        # as the SAE normalises them; encoding, below, does so again and leaves the state of it to
-        # the decoder
+        # normalised as the SAE does it; encoding, below, does it again and leaves the state that
+        # the decoder needs
         z_norm = torch.linalg.vector_norm(
             self._sae.run_time_activation_norm_fn_in(_as_float64(x)), dim=1
         )

@@ -90,9 +90,9 @@ class LatentMap:
         d_sae: Number of its latents.
         n_dead: Number of those that were never active, whether they have a place or not.
         perplexity: That t-SNE was run with.
-        latents: Which latents have a place, ascending, shape (n,).
-        xy: Where, shape (n, 2), float64, without a unit.
-        firing_rates: Theirs, shape (n,), float64.
+        latents: Indices of the latents that have a place, ascending, shape (n,).
+        xy: Their positions, shape (n, 2), float64, without a unit.
+        firing_rates: Their firing rates, shape (n,), float64.
         without_direction: Latents whose vector is zero, shape (m,): they have no place. With
             activations these are all dead latents; with decoders, rows of norm zero.
     """

@@ -47,7 +47,7 @@ def plot_latent_space(latent_space: LatentSpace, path: str | Path) -> None:
 
         spaces = list(dict.fromkeys(m.space for m in maps))
         n_columns = min(_MOST_COLUMNS, max(sum(m.space == s for m in maps) for s in spaces))
-        # a space begins a row of its own
+        # every space begins a new row
         rows = [
             members[start : start + n_columns]
             for members in ([m for m in maps if m.space == space] for space in spaces)
@@ -90,7 +90,7 @@ def _draw(axes: Any, title: str, latent_map: LatentMap, norm: Any, colours: Any)
 
     dead = latent_map.dead
     size = 9.0 if len(dead) <= 500 else 5.0  # square points
-    # dead ones below, that they hide no others
+    # dead ones below, so that they hide no others
     axes.scatter(
         *latent_map.xy[dead].T, s=2.5 * size, marker="X", linewidths=0.5,
         facecolors="none", edgecolors=_DEAD,
