@@ -14,6 +14,7 @@ that are those that lie beside the SAE, those of --statistics, or estimated from
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, measure, write the page, and say what is on it."""
-    import dataclasses
-
     from sae_whiten._files import check_writable
     from sae_whiten.evaluation.features.measure import measure_features
     from sae_whiten.evaluation.features.page import write_page

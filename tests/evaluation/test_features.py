@@ -10,6 +10,8 @@ import torch
 from datasets import Dataset
 from sae_lens import SAE
 from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM
 
 from sae_whiten import ActivationStatistics, Whitening
 from sae_whiten._checks import FieldError
@@ -279,7 +281,7 @@ def test_overlaps_and_cosines_are_those_of_all_activations(pair, dataset):
     statistics = ActivationStatistics(D)
     statistics.update(plain[0].x)
     W = Whitening.from_statistics(statistics).W
-    whitened = [nn.functional.normalize(sae.W_dec.double() @ W) for sae in saes]
+    whitened = [nn.functional.normalize(sae.W_dec.detach().double() @ W) for sae in saes]
     for which in (0, 1):
         ours, theirs = fires[which].double(), fires[1 - which].double()
         both = ours.T @ theirs
@@ -337,9 +339,23 @@ def test_tokens_raised_and_lowered_are_those_of_the_unembedding(model, text):
     texts = TokenTexts(model.tokenizer)
     for i, latent in found.saes[0].latents.items():
         d = nn.functional.normalize(sae.W_dec[i].detach(), dim=0)
-        effect = ((d - d.mean()) * gain) @ W_U.T
+        effect = (((d - d.mean()) * gain) @ W_U.T).detach()
         assert [t for t, _ in latent.raised] == [texts(j) for j in effect.topk(10).indices.tolist()]
         assert latent.lowered[0][1] == pytest.approx(float(effect.min()), abs=1e-4)
+
+
+def test_a_bridge_and_a_wrapper_of_one_model_raise_the_same_tokens(model):
+    bridge = TransformerBridge.boot_transformers(
+        "EleutherAI/pythia-14m",
+        hf_model=AutoModelForCausalLM.from_pretrained(BYTE_TRANSFORMER),
+        tokenizer=model.tokenizer,
+        device="cpu",
+    )
+    ours, theirs = Unembedding.of(bridge), Unembedding.of(model)
+    assert ours is not None
+    assert theirs is not None
+    directions = torch.randn(3, 128)
+    torch.testing.assert_close(ours.logits(directions), theirs.logits(directions))
 
 
 def test_no_tokens_are_raised_where_that_means_nothing(model, text, dataset):

@@ -123,6 +123,16 @@ def test_every_latent_has_its_link_its_texts_and_its_numbers():
     }
 
 
+def test_a_latent_goes_by_the_token_at_which_it_is_most_active():
+    features = single()
+    one = features.saes[0].latents[1]
+    one.texts = [text_of((" open",), 4.0), text_of((" by",), 1.0), text_of((" by",), 1.0)]
+    page = to_html(features)
+    assert '<code class="gist" data-search' in page
+    gists = page.split('<code class="gist"')[1:]
+    assert gists[0].partition(">")[2].startswith("open<")
+
+
 def test_of_two_saes_there_are_three_lists_and_no_id_twice():
     page = Parsed(to_html(pair()))
     found = ids(page)

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import math
 import unicodedata
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -263,9 +262,13 @@ def _anchor(features: Features, sae: int, i: int) -> str:
 
 
 def _gist(latent: Latent) -> str:
-    """The token at which a latent is most often most active, as a name to recognise it by."""
-    peaks = Counter(text.pieces[text.peak].strip() for text in latent.texts)
-    return next((piece for piece, _ in peaks.most_common() if piece), "")
+    """The token at which a latent is most active over all its texts, to recognise it by."""
+    peaks: dict[str, float] = {}
+    for text in latent.texts:
+        piece = text.pieces[text.peak].strip()
+        peaks[piece] = peaks.get(piece, 0.0) + abs(text.activations[text.peak])
+    peaks.pop("", None)
+    return max(peaks, key=lambda piece: peaks[piece], default="")
 
 
 def _asked(features: Features) -> list[str] | None:

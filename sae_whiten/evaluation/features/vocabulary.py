@@ -85,14 +85,13 @@ class Unembedding:
     @torch.no_grad()
     def of(cls, model: Model) -> "Unembedding | None":
         """That of a model; None if it has none."""
-        wrapped = getattr(model, "model", None)
-        if isinstance(wrapped, nn.Module) and hasattr(wrapped, "get_output_embeddings"):
-            head: Any = wrapped.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-            W_U, norm = (None if head is None else head.weight.T), _last_norm(wrapped)
-        else:
-            W_U, norm = getattr(model, "W_U", None), getattr(model, "ln_final", None)
-        if not isinstance(W_U, Tensor):
-            return None
+        W_U, norm = getattr(model, "W_U", None), getattr(model, "ln_final", None)
+        if not isinstance(W_U, Tensor):  # SAELens' wrapper of a model of transformers
+            wrapped: Any = getattr(model, "model", None)
+            head = getattr(wrapped, "get_output_embeddings", lambda: None)()
+            if head is None:
+                return None
+            W_U, norm = head.weight.T, _last_norm(wrapped)
         gain, centres = _gain_and_centring(norm, W_U)
         return cls(W_U.detach(), gain, centres)
 
