@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 from matplotlib import pyplot
 
+from sae_whiten import __version__
 from sae_whiten.cli import COMMANDS, main
 from sae_whiten.evaluation import source_code
 from tests.support import BYTE_TRANSFORMER, ROOT
@@ -169,6 +170,12 @@ def test_notebooks_are_stored_as_they_ran(notebook: Path) -> None:
     assert str(ROOT) not in text
     link = f"https://colab.research.google.com/github/{_repository()}/blob/main/docs/notebooks/"
     assert f"]({link}{notebook.name})" in text
+
+
+def test_the_citation_is_of_this_version_and_repository() -> None:
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in text
+    assert f"\nrepository-code: https://github.com/{_repository()}\n" in text
 
 
 def _repository() -> str:
