@@ -7,6 +7,7 @@ results.jsonl (a line for each training; those it has are not done again), resul
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from sae_whiten.cli._options import add_options
@@ -16,6 +17,7 @@ from sae_whiten.lenses.synthetic.options import (
     CHANCE,
     SyntheticDataConfig,
     SyntheticRun,
+    benchmark_run,
 )
 
 _LISTED = "\n".join(f"  {name:24} {c.description}" for name, c in CONDITIONS.items())
@@ -28,6 +30,7 @@ examples:
   sae-whiten synthetic --out synthetic
   sae-whiten synthetic --out synthetic --architectures topk batchtopk standard jumprelu \\
     --seeds 3 --jobs 12 --device cuda
+  sae-whiten synthetic --out bench --benchmark synthsaebench --small --anisotropic
   sae-whiten synthetic --out junk --junk 16 \\
     --conditions whitened whitened:shrinkage=oas whitened:shrinkage=0.1 whitened:eps=0.01
 """
@@ -61,6 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seeds", type=int, default=2, metavar="N", help="how many (default: %(default)s)")
     add_options(parser, SyntheticRun, only=("steps", "lr"))
+    add(
+        "--benchmark",
+        choices=("synthsaebench",),
+        help="train on SynthSAEBench-16k as published (arXiv 2602.14687): 16384 features in 768 "
+        "dimensions, 4096 latents, k = 25, 200 million activations unless --steps says otherwise",
+    )
+    add("--small", action="store_true", help="of the benchmark a version for minutes on a CPU")
+    add(
+        "--anisotropic",
+        action="store_true",
+        help="of the benchmark its features in activations with --condition-number and a mean "
+        "twice their deviation",
+    )
     add_options(parser, SyntheticDataConfig, only=_OF_DATA, renamed=_OF_DATA)
     add("--device", default="cpu", help="where to train (default: %(default)s)")
     add(
@@ -83,8 +99,18 @@ def run(args: argparse.Namespace) -> int:
 
     for name in ("seeds", "jobs"):
         require_number(name, getattr(args, name))
-    data = SyntheticDataConfig(**{name: getattr(args, name) for name in _OF_DATA})
-    template = SyntheticRun(data=data, steps=args.steps, lr=args.lr)
+    options = {name: getattr(args, name) for name in _OF_DATA}
+    if args.benchmark is None:
+        if args.small or args.anisotropic:
+            raise ValueError("--small and --anisotropic are of --benchmark")
+        data = SyntheticDataConfig(**options)
+        template = SyntheticRun(data=data, steps=args.steps, lr=args.lr)
+    else:
+        template = benchmark_run(small=args.small, anisotropic=args.anisotropic)
+        steps = template.steps if args.steps == SyntheticRun.steps else args.steps
+        template = replace(
+            template, data=replace(template.data, **options), steps=steps, lr=args.lr
+        )
     runs = grid(args.architectures, args.conditions, range(args.seeds), template)
     with tqdm(total=len(runs), desc="Comparing", unit="run") as bar:
         rows = run_all(runs, args.out / "results.jsonl", args.device, args.jobs, bar.update)

@@ -29,6 +29,7 @@ from sae_whiten.lenses.synthetic.options import (
     CHANCE,
     SyntheticDataConfig,
     SyntheticRun,
+    benchmark_run,
     parse_condition,
 )
 
@@ -265,3 +266,61 @@ def test_the_command_writes_results_table_and_figure(
     assert main([*command, "--conditions", "nothing"]) == 2
     assert main([*command, "--architectures", "gated"]) == 2
     assert main([*command, "--seeds", "0"]) == 2
+
+
+# --- SynthSAEBench
+
+
+def test_the_benchmark_is_the_published_configuration(monkeypatch):
+    made = []
+    monkeypatch.setattr(synthetic_data, "SyntheticModel", made.append)
+    synthetic_data._feature_model(benchmark_run().data)
+    # as in SAELens' documentation of SynthSAEBench-16k
+    (config,) = made
+    found = config.to_dict()
+    assert (found["num_features"], found["hidden_dim"], found["seed"]) == (16_384, 768, 42)
+    assert found["bias"] == 0.5
+    firing = found["firing_probability"]
+    assert (firing["exponent"], firing["max_prob"], firing["min_prob"]) == (0.5, 0.4, 5e-4)
+    tree = found["hierarchy"]
+    assert (tree["total_root_nodes"], tree["branching_factor"], tree["max_depth"]) == (128, 4, 3)
+    assert (tree["mutually_exclusive_portion"], tree["scale_children_by_parent"]) == (1.0, True)
+    assert found["orthogonalization"]["num_steps"] == 100
+    assert (found["correlation"]["rank"], found["correlation"]["correlation_scale"]) == (25, 0.1)
+    run = benchmark_run()
+    assert (run.d_sae, run.k, run.batch_size, run.lr) == (4096, 25, 1024, 3e-4)
+    assert run.steps * run.batch_size == pytest.approx(200e6, rel=1e-5)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_small_benchmark_has_its_features_in_tame_or_anisotropic_activations(monkeypatch):
+    monkeypatch.setattr(synthetic_data, "_CHUNK", 2048)
+    # ten seconds of it, which change nothing here
+    monkeypatch.setattr(synthetic_data, "OrthogonalizationConfig", lambda **_: None)
+    tame = SyntheticActivations(benchmark_run(small=True).data)
+    x, fires = tame.held_out(2000)
+    assert tame.features.shape == (1024, 128)
+    bias = tame._model.feature_dict.bias
+    torch.testing.assert_close(fires @ tame.features + bias, x, rtol=1e-4, atol=1e-4)
+    batches = tame.batches(1024)
+    assert not torch.equal(next(batches), next(batches))
+    run = benchmark_run(small=True, anisotropic=True)
+    hard = SyntheticActivations(run.data, model=tame._model)
+    y, fires = hard.held_out(2000)
+    rest = y - fires @ hard.features
+    torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=0, atol=1e-3)
+
+    def condition(values):
+        eigenvalues = torch.linalg.eigvalsh(torch.cov(values.double().T))
+        return float(eigenvalues[-1] / eigenvalues[0])
+
+    assert condition(y) > 30 * condition(x)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_activations_may_come_from_any_generator():
+    model = synthetic_data._feature_model(SMALL)
+    given = SyntheticActivations(replace(SMALL, n_features=96), model=model)
+    assert torch.equal(given.features, SyntheticActivations(SMALL).features)
+    run = SyntheticRun(data=SMALL, d_sae=32, k=3, steps=2, batch_size=64)
+    assert run_one(run, data=SyntheticActivations(SMALL)) == run_one(run)

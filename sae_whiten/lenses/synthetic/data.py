@@ -11,6 +11,7 @@ language models do; Q is a random rotation. A is invertible, so the features sta
 F A Q.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -18,8 +19,11 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from sae_lens.synthetic import (
+    FoldedNormalMagnitudeConfig,
     HierarchyConfig,
+    LinearMagnitudeConfig,
     LowRankCorrelationConfig,
+    OrthogonalizationConfig,
     SyntheticModel,
     SyntheticModelConfig,
     ZipfianFiringProbabilityConfig,
@@ -45,18 +49,31 @@ class SyntheticActivations:
 
     Everything follows from the config: two objects of one config give the same numbers.
 
+    Args:
+        config: What they are made of.
+        model: Where features come from, in the place of what the config says: a `SyntheticModel` of
+            SAELens, or anything with its `sample`, `sample_with_features` and `feature_dict`.
+
     Attributes:
         config: What they are made of.
         features: Shape (n_features, d_in), float32: what each feature adds to an activation.
         offset: Shape (d_in,), float32: the mean.
     """
 
-    def __init__(self, config: SyntheticDataConfig) -> None:
+    def __init__(self, config: SyntheticDataConfig, model: SyntheticModel | None = None) -> None:
         self.config = config
-        d, n_junk = config.d_signal, config.n_junk
-        self._model = _feature_model(config)
+        self._model = _feature_model(config) if model is None else model
+        directions = self._model.feature_dict.feature_vectors.detach()
+        d, n_junk = directions.shape[1], config.n_junk
         self._pool = torch.empty(_N_CHUNKS_TRAINING * _CHUNK, d + n_junk)
         self._n_drawn = 0
+        if config.as_published:
+            self.features = directions
+            self._signal_map, self._noise_map = torch.eye(d), torch.empty(0, d)
+            self._shift = torch.zeros(d)
+            with temporary_seed(self._seed(0)):
+                self.offset = self._model.sample(_CHUNK).mean(0)
+            return
         with temporary_seed(self._seed(0)):
             raw = torch.cat(
                 [self._model.sample(_CHUNK) for _ in range(_N_CHUNKS_STATISTICS)]
@@ -78,8 +95,7 @@ class SyntheticActivations:
             offset = torch.randn(d + n_junk)
             self.offset = offset / offset.norm() * config.mean_over_rms * total**0.5
             self._shift = self.offset - (raw.mean(0) @ (colour @ turn[:d])).float()
-        with torch.no_grad():
-            self.features = self._model.feature_dict.feature_vectors @ self._signal_map
+        self.features = directions @ self._signal_map
 
     @property
     def d_in(self) -> int:
@@ -115,7 +131,7 @@ class SyntheticActivations:
         """Training activations without end, shape (batch_size, d_in), the same at every call.
 
         2^20 of them are distinct, drawn as they are needed and kept (256 MiB for 64 dimensions);
-        then they come in another order.
+        then they come in another order. Those of a benchmark are all distinct.
 
         Raises:
             ValueError: A batch is larger than 2^14.
@@ -124,6 +140,9 @@ class SyntheticActivations:
             raise ValueError(f"batch_size={batch_size}: between 1 and {_CHUNK}")
         for i in range(_N_CHUNKS_TRAINING):
             chunk = self._training_chunk(i)
+            yield from chunk[: _CHUNK - _CHUNK % batch_size].split(batch_size)
+        for i in itertools.count(_N_CHUNKS_TRAINING) if self.config.benchmark else ():
+            chunk, _ = self._sample(_CHUNK, self._seed(1, i))
             yield from chunk[: _CHUNK - _CHUNK % batch_size].split(batch_size)
         generator = torch.Generator().manual_seed(self.config.seed)
         n = len(self._pool) - len(self._pool) % batch_size
@@ -150,7 +169,42 @@ class SyntheticActivations:
         return (self.config.seed * 3 + purpose << 32) + number
 
 
+def _benchmark_model(config: SyntheticDataConfig) -> SyntheticModel:
+    """SynthSAEBench-16k, as the documentation of SAELens has it, the same for all seeds.
+
+    The small version has a sixteenth of its features and trees of features, and a sixth of its
+    dimensions.
+    """
+    small = config.benchmark == "synthsaebench-small"
+    return SyntheticModel(
+        SyntheticModelConfig(
+            num_features=1024 if small else 16_384,
+            hidden_dim=128 if small else 768,
+            firing_probability=ZipfianFiringProbabilityConfig(
+                exponent=0.5, max_prob=0.4, min_prob=5e-4
+            ),
+            hierarchy=HierarchyConfig(
+                total_root_nodes=8 if small else 128,
+                branching_factor=4,
+                max_depth=3,
+                mutually_exclusive_portion=1.0,
+                mutually_exclusive_min_depth=0,
+                compensate_probabilities=True,
+                scale_children_by_parent=True,
+            ),
+            orthogonalization=OrthogonalizationConfig(num_steps=100, lr=3e-4),
+            correlation=LowRankCorrelationConfig(rank=25, correlation_scale=0.1),
+            mean_firing_magnitudes=LinearMagnitudeConfig(start=5.0, end=4.0),
+            std_firing_magnitudes=FoldedNormalMagnitudeConfig(mean=0.5, std=0.5),
+            bias=0.5,
+            seed=42,
+        )
+    )
+
+
 def _feature_model(config: SyntheticDataConfig) -> SyntheticModel:
+    if config.benchmark is not None:
+        return _benchmark_model(config)
     ranks = torch.arange(1, config.n_features + 1).double() ** -_ZIPF_EXPONENT
     shape = (ranks - ranks.min()) / (ranks.max() - ranks.min())
     rarest = config.l0 / config.n_features / (1 + (ZIPF_RANGE - 1) * float(shape.mean()))

@@ -70,15 +70,22 @@ _CLOSE = 1.5  # ratio of two L0 between which scores may be interpolated
 _MAX_TRIES = 8
 
 
-def run_one(run: SyntheticRun, device: str = "cpu") -> dict[str, Any]:
+def run_one(
+    run: SyntheticRun, device: str = "cpu", data: SyntheticActivations | None = None
+) -> dict[str, Any]:
     """Train one SAE, fold it, reload it as SAELens does, and score it on held-out activations.
+
+    Args:
+        run: What is trained.
+        device: Where.
+        data: Activations in the place of those that `run.data` describes.
 
     Returns:
         `{"run": ..., "scores": ...}`, for JSON. Scores: mcc, f1 and raw_mcc as in
         `GroundTruthScores`; explained_variance, l0, and dead (latents that never fire in 20000
         held-out activations), all in the space of the activations.
     """
-    data = _data(run.data)
+    data = _data(run.data) if data is None else data
     condition = parse_condition(run.condition)
     with temporary_seed(run.data.seed):
         sae = _trained(run, condition, data, device)

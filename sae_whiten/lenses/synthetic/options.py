@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from sae_whiten._checks import require_number
 from sae_whiten.comparison.conditions import CONDITIONS, Condition
@@ -16,6 +16,7 @@ __all__ = [
     "ZIPF_RANGE",
     "SyntheticDataConfig",
     "SyntheticRun",
+    "benchmark_run",
     "parse_condition",
 ]
 
@@ -66,6 +67,14 @@ class SyntheticDataConfig:
     nuisance_share: float = 0.5
     """Share of the dense activity in the variance of the features' dimensions."""
 
+    benchmark: Literal["synthsaebench", "synthsaebench-small"] | None = None
+    """Features of SynthSAEBench-16k (arXiv 2602.14687) in the place of those above: 16384 in 768
+    dimensions; or a small version of it, 1024 in 128."""
+
+    as_published: bool = False
+    """Of a benchmark: activations as its authors have them, nearly isotropic, in the place of those
+    that the condition number and the mean make of them."""
+
     seed: int = 0
     """Seed of features, rotations and samples."""
 
@@ -76,6 +85,8 @@ class SyntheticDataConfig:
                 f"{self.n_features / ZIPF_RANGE:g}, for the most frequent feature cannot fire "
                 "more often than always"
             )
+        if self.as_published and self.benchmark is None:
+            raise ValueError("as_published: no benchmark is named")
         require_number("condition", self.condition, whole=False)
         require_number("n_junk", self.n_junk, least=0)
         require_number("junk_variance", self.junk_variance, least=0, whole=False)
@@ -150,6 +161,26 @@ class SyntheticRun:
         if unknown:
             raise ValueError(f"SyntheticRun has no field {', '.join(sorted(unknown))}")
         return cls(**{**values, "data": SyntheticDataConfig(**values["data"])})
+
+
+def benchmark_run(*, small: bool = False, anisotropic: bool = False) -> SyntheticRun:
+    """A training on SynthSAEBench as published: 4096 latents, k = 25, 200 million activations.
+
+    Learning rates are decayed in the last fifth here, and constant there.
+
+    Args:
+        small: 256 latents and 5000 steps on a version with 1024 features in 128 dimensions, for
+            minutes on a CPU.
+        anisotropic: On the same features mixed into anisotropic activations with a large mean.
+    """
+    data = SyntheticDataConfig(
+        benchmark="synthsaebench-small" if small else "synthsaebench",
+        as_published=not anisotropic,
+    )
+    if small:
+        return SyntheticRun(data=data, d_sae=256, k=6, batch_size=1024)
+    steps = 200_000_000 // 1024
+    return SyntheticRun(data=data, d_sae=4096, k=25, batch_size=1024, steps=steps)
 
 
 def parse_condition(text: str) -> Condition:
