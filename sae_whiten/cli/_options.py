@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from simple_parsing.docstring import get_attribute_docstring
@@ -107,6 +108,7 @@ _PARSERS: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
+    Path: {"type": Path, "metavar": "PATH"},
     Sequence[str]: {"type": _several(str), "metavar": "A,B,..."},
     Sequence[int]: {"type": _several(int), "metavar": "N,N,..."},
     Sequence[int] | None: {"type": _several(int), "metavar": "N,N,..."},

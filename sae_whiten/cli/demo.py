@@ -12,9 +12,8 @@ that none was trained on, by a process that does not know sae-whiten.
 import argparse
 import os
 import time
-from pathlib import Path
 
-from sae_whiten.cli._values import positive
+from sae_whiten.cli._options import add_options, options_from
 from sae_whiten.comparison.demo import DemoOptions, DemoResult, run_demo
 
 EPILOG = """\
@@ -26,52 +25,13 @@ saved takes raw activations all the same: the whitening is folded into its weigh
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the demo."""
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=DemoOptions.out,
-        metavar="DIRECTORY",
-        help="where to write the SAEs and the figure (default: ./%(default)s)",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=positive,
-        default=DemoOptions.tokens,
-        metavar="N",
-        help="tokens to train each SAE on; more explain more variance and take longer "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--d-sae",
-        type=positive,
-        default=DemoOptions.d_sae,
-        metavar="N",
-        help="latents in each SAE's dictionary; a multiple of the 384 dimensions of the "
-        "activations, here 8-fold (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--k",
-        type=positive,
-        default=DemoOptions.k,
-        metavar="N",
-        help="latents that may be active for one token (its L0); fewer are easier to interpret "
-        "and explain less variance (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=DemoOptions.seed,
-        metavar="N",
-        help="seed for initial weights, order of the data and choice of held-out modules; "
-        "another one shows how far the figures vary by chance (default: %(default)s)",
-    )
+    add_options(parser, DemoOptions, positive=("tokens", "d_sae", "k"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Train the SAEs, evaluate them in a fresh process, and print what came out."""
     started = time.monotonic()
-    options = DemoOptions(args.out, args.tokens, args.d_sae, args.k, args.seed)
-    found = run_demo(options, lambda message: print(message, flush=True))
+    found = run_demo(options_from(args, DemoOptions), lambda message: print(message, flush=True))
     print(f"\nOn {found.n_held_out} tokens of text from other modules than those trained on:\n")
     _print_table(found, args.d_sae)
     print(f"\n{time.monotonic() - started:.0f} seconds. Files are in {args.out}{os.sep}")

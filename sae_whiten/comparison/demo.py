@@ -124,21 +124,24 @@ class Text:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the demo trains.
-
-    Attributes:
-        out: Where to write.
-        tokens: To train each SAE on.
-        d_sae: Latents of each SAE.
-        k: Latents that are active for one token.
-        seed: Of initial weights, the order of the data and the choice of held-out modules.
-    """
+    """What the demo trains."""
 
     out: Path = Path("sae_whiten_demo")
+    """Where to write the SAEs and the figure."""
+
     tokens: int = 130_000
+    """To train each SAE on; more explain more variance and take longer."""
+
     d_sae: int = 2048
+    """Latents in each SAE's dictionary; the activations have 384 dimensions."""
+
     k: int = 32
+    """Latents that may be active for one token (its L0); fewer are easier to interpret and explain
+    less variance."""
+
     seed: int = 0
+    """Of initial weights, order of the data and choice of held-out modules; another one shows how
+    far the figures vary by chance."""
 
 
 @dataclass(frozen=True)
