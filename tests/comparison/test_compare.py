@@ -575,6 +575,7 @@ def test_a_page_shows_features_with_and_without_whitening_and_the_report_links_i
     write_report(records, out, {})
     assert "features.html" not in (out / "report.html").read_text()
     page = write_feature_page(SMALL, records, tiny_model(), tiny_dataset(600), out, "tokens")
+    assert page is not None
     assert page == out / "features.html"
     text = page.read_text()
     assert all(name in text for name in ("topk-none-k8", "topk-original-k8", "Found by both"))

@@ -1,5 +1,6 @@
 """Features of SAEs: every number against a plain computation over all activations."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from sae_whiten.evaluation.features.options import FeatureOptions
 from sae_whiten.evaluation.features.result import Features
 from sae_whiten.evaluation.features.vocabulary import TokenTexts, Unembedding
 from sae_whiten.evaluation.tokens import token_batches
-from tests.evaluation.test_evaluate import activations, model, sae_of, text
+from tests.evaluation.test_evaluate import TOPK, activations, model, sae_of, text
 from tests.support import BYTE_TRANSFORMER, tiny_dataset, tiny_model, without_type_checks
 
 __all__ = ["model", "text"]  # fixtures
@@ -316,6 +317,37 @@ def test_latents_that_fire_alike_are_the_same_whatever_their_directions(dataset)
     latent = next(iter(elsewhere.saes[0].latents.values()))
     assert latent.by_direction is None
     assert latent.by_firing is None or latent.by_firing.cosine is None
+
+
+def test_latents_by_number_stand_beside_their_counterparts(pair, dataset):
+    whole, saes, _ = pair
+    assert whole.matching is not None
+    both, alone = whole.matching.both[0], whole.matching.only_first[0]
+    chosen = dataclasses.replace(whole.options, latents=[alone, both[0]])
+    found = measure_features({"a": saes[0], "b": saes[1]}, tiny_model(), dataset, chosen)
+    assert found.matching is not None
+    assert found.matching.both == [both]
+    assert found.matching.only_first == [alone]
+    assert not found.matching.only_second
+    assert [list(sae.latents) for sae in found.saes] == [[both[0], alone], [both[1]]]
+
+
+def test_a_text_chooses_latents_of_both_saes(model, text):
+    saes = {name: sae_of(128, 256, "gpt_neox.layers.0", seed, config=TOPK)
+            for seed, name in enumerate("ab")}  # fmt: skip
+    options = FeatureOptions(text="import torch", n_latents=8, n_tokens=640)
+    found = measure_features(saes, model, text, options)
+    assert found.matching is not None
+    shown = [
+        {*(pair[which] for pair in found.matching.both), *alone}
+        for which, alone in enumerate((found.matching.only_first, found.matching.only_second))
+    ]
+    for sae, expected in zip(found.saes, shown, strict=True):
+        assert set(sae.latents) == expected
+        asked = [latent.in_text for latent in sae.latents.values() if latent.in_text is not None]
+        assert len(asked) == len(sae.latents)
+        # the others are counterparts of latents that fire
+        assert sum(any(one.activations) for one in asked) >= 4
 
 
 def test_a_random_direction_is_as_near_as_chance_has_it():
