@@ -24,10 +24,11 @@ __all__ = [
 
 _PAGE_WIDTH = 7.0  # inches, both columns of a paper
 _MOST_TICKS = 7
+_OFF_K = 0.02  # relative
 
 # with 9 markers, cycles of lengths 9, 4 and 3 repeat together after 36 lines
 _LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-_GREYS = ("0", "0.45", "0.65")
+_GREYS = ("0", "0.3", "0.5")
 
 
 class Point(NamedTuple):
@@ -186,9 +187,9 @@ def _logarithmic_x(axes: Any, x: Sequence[float | int]) -> None:
     if not x or max(x) <= 3 * min(x):
         return
     axes.set_xscale("log")
-    ticks = sorted(set(x))
-    # chosen numbers, such as k, not measured ones
-    chosen = all(value == round(value) for value in ticks)
+    # chosen numbers, such as k: the L0 of TopK SAEs is k but for tokens with fewer active latents
+    ticks = sorted({round(value) for value in x})
+    chosen = all(abs(value - round(value)) <= _OFF_K * value for value in x)
     apart = all(b > 1.5 * a for a, b in itertools.pairwise(ticks))
     fixed = chosen and apart and len(ticks) <= _MOST_TICKS
     subs = (1, 2, 5) if ticks[-1] < 100 * ticks[0] else (1,)

@@ -843,3 +843,16 @@ def test_a_group_is_what_its_description_says() -> None:
     group: Group = summarise(RECORDS).groups[0]
     assert math.isnan(group.relative_change("original", "none", "scr_top_20"))
     assert math.isnan(group.relative_change("original", "absent", "kl"))
+
+
+def test_ticks_stand_at_the_k_that_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    # a few tokens had fewer active latents than k
+    points = [Point(15.98, 0.5), Point(31.7, 0.6), Point(64.0, 0.7)]
+    plot_against_l0({"explained variance": {"none": points}}, "unused.png")
+    plot_against_l0({"explained variance": {"none": [Point(2.6, 0.5), Point(13.4, 0.7)]}}, "u")
+    trained, measured = (list(figure.axes[0].get_xticks()) for figure in drawn)
+    assert trained == [16, 32, 64]
+    assert 5 in measured
+    assert 3 not in measured

@@ -131,7 +131,8 @@ class SyntheticActivations:
         """Training activations without end, shape (batch_size, d_in), the same at every call.
 
         2^20 of them are distinct, drawn as they are needed and kept (256 MiB for 64 dimensions);
-        then they come in another order. Those of a benchmark are all distinct.
+        then they come in another order. Those of SynthSAEBench-16k are all
+        distinct.
 
         Raises:
             ValueError: A batch is larger than 2^14.
@@ -141,7 +142,8 @@ class SyntheticActivations:
         for i in range(_N_CHUNKS_TRAINING):
             chunk = self._training_chunk(i)
             yield from chunk[: _CHUNK - _CHUNK % batch_size].split(batch_size)
-        for i in itertools.count(_N_CHUNKS_TRAINING) if self.config.benchmark else ():
+        endless = self.config.benchmark == "synthsaebench"
+        for i in itertools.count(_N_CHUNKS_TRAINING) if endless else ():
             chunk, _ = self._sample(_CHUNK, self._seed(1, i))
             yield from chunk[: _CHUNK - _CHUNK % batch_size].split(batch_size)
         generator = torch.Generator().manual_seed(self.config.seed)
