@@ -1,8 +1,8 @@
-"""Architectures: a file each says how it is folded, trained under whitening and compared.
+"""Architectures: how each is folded, trained under whitening and compared. One file each.
 
-`describe` gives what a file says, `register` makes an architecture of your own known. Two that
-SAELens does not have, topk_vsae and top_afa, are added to its registries; `import sae_whiten` has
-that done as soon as sae_lens is imported, in whichever order.
+`describe` returns the description of an architecture. `register` adds one of your own. topk_vsae
+and top_afa are not part of SAELens and are added to its registries. `import sae_whiten` does this
+as soon as sae_lens is imported too, in either order.
 """
 
 from sae_lens.registry import register_sae_class, register_sae_training_class

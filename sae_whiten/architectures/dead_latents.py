@@ -1,4 +1,4 @@
-"""AuxK: dead latents learn to reconstruct the residual of the living ones.
+"""AuxK: dead latents learn to reconstruct what the other latents leave over.
 
 Gao et al. 2024, *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), appendix A.2.
 """
@@ -34,13 +34,13 @@ def dead_latents_loss(
         tensor(1.)
 
     Args:
-        metric: Maps a reconstruction and its target, shape (batch, d_in) each, to contributions to
-            the squared error, of the same shape.
-        residual: What the living latents did not reconstruct.
+        metric: Maps a reconstruction and its target to elementwise contributions to the squared
+            error. All have shape (batch, d_in).
+        residual: The activations minus the reconstruction.
         hidden_pre: Pre-activations of all latents.
         dead: Whether a latent is dead.
-        select: Gives the latents to reconstruct with. Called with the keyword arguments of SAELens'
-            `calculate_topk_aux_acts`: k_aux, hidden_pre, dead_neuron_mask.
+        select: Chooses the latents that reconstruct the residual. It is called with the keyword
+            arguments of SAELens' `calculate_topk_aux_acts`: k_aux, hidden_pre, dead_neuron_mask.
         decode: Maps latents, shape (batch, d_sae), to shape (batch, d_in), without a bias.
 
     Returns:

@@ -1,7 +1,7 @@
-"""One description per architecture: what folding, training under whitening and comparing need.
+"""One description per architecture, for folding, training under whitening and comparing.
 
-Every file of this folder that is named after an architecture ends by registering its description.
-One of your own needs no more than that, wherever it is defined: see `register`.
+Each file named after an architecture registers its description at the end. For an architecture of
+your own, call `register` wherever you define it.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ class FastStep(Protocol):
     """A faster `training_forward_pass`, with the same values and gradients."""
 
     def __call__(self, sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
-        """The whole step; None where `training_forward_pass` has to be taken."""
+        """The output of the step, or None if `training_forward_pass` has to run instead."""
         ...
 
 
@@ -41,18 +41,18 @@ class ComparisonOptions(Protocol):
     """Fields of the training config that `compare` sets because SAELens' defaults do not fit."""
 
     def __call__(self, *, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
-        """The fields.
+        """The fields and their values.
 
         Args:
-            seen: Root mean variance of the coordinates that the SAE sees; 1 if they are whitened.
-            loss: Root mean variance of those that its loss is taken of.
+            seen: Root mean variance of the SAE's input coordinates; 1 if they are whitened.
+            loss: Root mean variance of the coordinates in which the loss is measured.
             n_steps: Number of training steps.
         """
         ...
 
 
 def read_weights(sae: SAE[Any], *biases: str) -> AffineWeights:
-    """The weights of an SAE whose encoder is `x @ W_enc` plus the biases named; b_enc if none is.
+    """The weights of an SAE whose encoder is `x @ W_enc` plus the named biases (default: b_enc).
 
     Examples:
         >>> from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
@@ -82,34 +82,34 @@ def _no_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What has to be known of an architecture beyond its SAELens classes.
+    """Facts about an architecture that its SAELens classes do not state.
 
     Attributes:
-        sae_classes: The classes that this describes, for training and for inference. Subclasses
-            follow, unless they have a description of their own.
-        not_foldable_because: Why no whitening can be folded into it, if so. Nothing else about
-            folding and training is needed then.
-        affine_weights: The weights of an SAE that whitening changes. The fold gives every one of
-            `AffineWeights.parameters()` its new value, by name.
-        set_by_fold: Fields of the config that have these values after a fold, because the folded
-            weights contain what they stood for.
-        is_transcoder: Whether it writes to another hook than it reads: it takes two whitenings, and
-            b_dec is never subtracted from its input.
-        losses: A subclass of the training class whose reconstruction errors are all measured by
-            `mse_loss_fn`, and whose sparsity is charged by `sparsity_norms` where that is not None.
-            None: the errors of the training class are, and it charges no norms.
-        why_not_original_norms: The reason why `sparsity_norms="original"` means nothing for a
-            training config; None if `losses` follows it.
-        fast_step: Replaces the training step under whitening, for the training class itself but not
-            for subclasses, which may override anything.
-        sparsity_field: The field of the training config that sets the sparsity, if one does.
-        sparsity_is_exact: Whether that field is the number of active latents. If not, `compare`
-            trains SAEs with several values of it and interpolates their metrics at the L0 wanted.
-        scaled_fields: Fields of the training config that are coefficients of a loss which grows
-            like this power of the scale of the latents, such as 1 for L1. `compare` takes them as
-            for activations of variance 1, and rescales them.
-        comparison_options: Further fields that `compare` sets.
-        required_options: Fields without which `compare` cannot train it.
+        sae_classes: The training and inference classes that this describes. Subclasses share the
+            description unless they have their own.
+        not_foldable_because: The reason why no whitening can be folded into it, or None. With a
+            reason, the other fields on folding and training are not needed.
+        affine_weights: Returns the weights of an SAE that whitening changes. The fold sets each of
+            `AffineWeights.parameters()`, by name.
+        set_by_fold: Config fields that the fold sets, with their values. The folded weights already
+            contain what these fields switched on.
+        is_transcoder: Whether it reads one hook and writes another. If so, it takes two whitenings,
+            and b_dec is never subtracted from its input.
+        losses: A subclass of the training class. It measures every reconstruction error by
+            `mse_loss_fn`, and weights sparsity by `sparsity_norms` unless they are None. None if
+            the training class measures every error by `mse_loss_fn` and uses no norms.
+        why_not_original_norms: Returns the reason why `sparsity_norms="original"` has no effect on
+            a training config, or None if it has one.
+        fast_step: Replaces the training step under whitening. Used for the training class itself,
+            not for subclasses, since these may override anything.
+        sparsity_field: The field of the training config that sets the sparsity, if there is one.
+        sparsity_is_exact: Whether `sparsity_field` is the number of active latents. If not,
+            `compare` trains SAEs with several values and interpolates metrics at the target L0.
+        scaled_fields: Loss coefficients in the training config, each with a power. The loss grows
+            like this power of the scale of the latents (1 for L1). `compare` reads the coefficients
+            as given for activations of variance 1, and rescales them.
+        comparison_options: Returns further fields that `compare` sets.
+        required_options: Fields that the user of `compare` has to set.
     """
 
     sae_classes: tuple[type[SAE[Any]], ...]
@@ -129,15 +129,15 @@ class Architecture:
 
 _DESCRIPTIONS: dict[type[Any], Architecture] = {}
 
-# what sets the sparsity of an architecture without a description, and the power of its scale
+# sparsity fields of architectures without a description, with the power as in `scaled_fields`
 _USUAL_FIELDS = {"k": 0, "l1_coefficient": 1, "l0_coefficient": 0}
 
 
 def register(architecture: Architecture) -> None:
     """Make an architecture known to folding, training and comparing.
 
-    The classes themselves are registered with SAELens, by `sae_lens.register_sae_class` and
-    `register_sae_training_class`.
+    The classes themselves have to be registered with SAELens: `sae_lens.register_sae_class` and
+    `sae_lens.register_sae_training_class`.
 
     Examples:
         >>> from sae_lens import StandardTrainingSAE
@@ -148,7 +148,7 @@ def register(architecture: Architecture) -> None:
         'l1_coefficient'
 
     Raises:
-        ValueError: One of its classes is described already.
+        ValueError: One of its classes already has a description.
     """
     for cls in architecture.sae_classes:
         if cls in _DESCRIPTIONS:
@@ -157,18 +157,18 @@ def register(architecture: Architecture) -> None:
 
 
 def describe(of: SAE[Any] | type[SAE[Any]] | SAEConfig | str) -> Architecture:
-    """The description of an architecture; one that cannot be folded, if none is registered.
+    """The description of an architecture. One without a registered description is not foldable.
 
     Examples:
         >>> describe("topk").sparsity_field
         'k'
 
     Args:
-        of: An SAE, its class, its config, or SAELens' name of the architecture (for training, if
-            SAELens has two of that name).
+        of: An SAE, its class, its config, or SAELens' name of the architecture. A name that has a
+            training and an inference class means the training class.
 
     Raises:
-        KeyError: SAELens knows no architecture of that name.
+        KeyError: SAELens has no architecture of this name.
     """
     cls = _sae_class(of)
     for base in cls.__mro__:
@@ -184,7 +184,7 @@ def describe(of: SAE[Any] | type[SAE[Any]] | SAEConfig | str) -> Architecture:
 
 
 def _config_fields(cls: type[Any]) -> list[str]:
-    """Of the training config of a class that SAELens knows."""
+    """Field names of the training config of a class; empty if SAELens does not know the class."""
     for sae_class, config_class in SAE_TRAINING_CLASS_REGISTRY.values():
         if sae_class is cls:
             return [each.name for each in fields(config_class)]

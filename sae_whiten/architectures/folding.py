@@ -1,7 +1,7 @@
-"""Fold a whitening into a SAELens SAE, prove that nothing changed, and unfold it again.
+"""Fold a whitening into a SAELens SAE, check that nothing changed, and unfold it again.
 
-The algebra is in `sae_whiten.folding`. The description of an architecture says which of its weights
-it applies to.
+The algebra is in `sae_whiten.folding`. The description of an architecture names the weights that
+change.
 """
 
 import copy
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class FoldError(ValueError):
-    """A whitening cannot be folded into an SAE, or the folded SAE computes something else.
+    """A whitening cannot be folded into an SAE, or the folded SAE computes different outputs.
 
     Examples:
         >>> from sae_lens import StandardSAE, StandardSAEConfig
@@ -52,9 +52,9 @@ class FoldError(ValueError):
 
 @dataclass(frozen=True)
 class FoldCheck:
-    """How far a folded SAE is from the SAE before the fold, between whitening and dewhitening.
+    """Differences between a folded SAE and whitening, original SAE, dewhitening in sequence.
 
-    All norms are Frobenius norms over the activations that were compared.
+    All norms are Frobenius norms over the compared activations.
 
     Examples:
         >>> check = FoldCheck(512, "held-out", 2e-6, 1e-6, 0.0, 2e-6, 1e-5, 0.01)
@@ -62,13 +62,14 @@ class FoldCheck:
         (2e-06, True)
 
     Attributes:
-        n_activations: Number of activations that were compared.
+        n_activations: Number of compared activations.
         source: Where they came from, for example "held-out".
         pre_activation_error: |difference| / |value| of the pre-activations.
-        decoder_error: |difference| / |x - mean| of what the two decoders make of the same latents.
-        active_set_change: Share of the active latents that are active in one of the two SAEs only.
-        reconstruction_error: |difference| / |x - mean| of the two reconstructions, end to end. It
-            includes what comes of near ties between latents, where rounding decides.
+        decoder_error: |difference| / |x - mean| of the two decoders' outputs for the same latents.
+        active_set_change: Share of the active latents that are active in only one of the two SAEs.
+        reconstruction_error: |difference| / |x - mean| of the two reconstructions, end to end.
+            Includes latents with nearly equal pre-activations, where rounding decides which is
+            active.
         tolerance: Largest `pre_activation_error` and `decoder_error` that rounding explains.
         active_set_tolerance: Largest `active_set_change` that near ties explain.
     """
@@ -84,19 +85,19 @@ class FoldCheck:
 
     @property
     def fold_error(self) -> float:
-        """The larger of the two errors of the affine maps."""
+        """The larger of `pre_activation_error` and `decoder_error`."""
         return max(self.pre_activation_error, self.decoder_error)
 
     @property
     def passed(self) -> bool:
-        """Whether all errors are within their tolerances. NaN is not."""
+        """Whether all errors except `reconstruction_error` are within tolerance. NaN fails."""
         return (
             self.fold_error <= self.tolerance
             and self.active_set_change <= self.active_set_tolerance
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and `fold_error`, as JSON can hold them."""
+        """The fields and `fold_error`, ready for JSON."""
         return {**asdict(self), "fold_error": self.fold_error}
 
 
@@ -113,9 +114,9 @@ class FoldReport:
         architecture: SAELens' name of the architecture.
         dtype: Dtype of the weights before.
         folded_dtype: Dtype of the weights after.
-        apply_b_dec_to_input: The setting before; afterwards it is True, except for transcoders.
-        decoder_norms_folded: Whether decoder norms that latents were ranked by were folded too, and
-            `rescale_acts_by_decoder_norm` switched off.
+        apply_b_dec_to_input: The setting before. Afterwards it is True, except for transcoders.
+        decoder_norms_folded: Whether the SAE ranked latents by decoder norms. If so, the norms are
+            folded too and `rescale_acts_by_decoder_norm` is switched off.
         whitening: `Whitening.summary()` of the whitening.
         check: The comparison on activations, if any were given.
     """
@@ -129,7 +130,7 @@ class FoldReport:
     check: FoldCheck | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report, as JSON can hold it. Saved SAEs have it in `cfg.metadata.whitening`."""
+        """The report, ready for JSON. Saved SAEs have it in `cfg.metadata.whitening`."""
         details = {
             "dtype": self.dtype,
             "folded_dtype": self.folded_dtype,
@@ -141,9 +142,9 @@ class FoldReport:
 
 
 def why_not_foldable(sae: SAE[Any] | type[SAE[Any]]) -> str | None:
-    """The reason why no whitening can be folded into an SAE of this class; None if one can.
+    """The reason why no whitening can be folded into an SAE of this class, or None if one can.
 
-    A class of your own can give one, in its attribute `whitening_not_foldable_because`.
+    A class of your own can state a reason in its attribute `whitening_not_foldable_because`.
 
     Examples:
         >>> from sae_lens import MatchingPursuitSAE, TopKSAE
@@ -169,12 +170,13 @@ def fold_whitening_into_weights(
     activations: Float[Tensor, "..."] | None = None,
     source: str = "given",
 ) -> FoldReport:
-    """Turn an SAE that was trained on whitened activations into a plain one for raw activations.
+    """Turn an SAE trained on whitened activations into a plain one for raw activations.
 
-    Afterwards `sae(x)` is what `whitening.dewhiten(sae(whitening.whiten(x)))` was, with the same
-    latents; `sae.cfg.normalize_activations` is "none", and `sae.cfg.metadata.whitening` tells what
-    was done. Computed in float64, stored in float32 or better. The SAE is changed in place, or not
-    at all if anything fails. `sae.cfg` is replaced and not changed, for another SAE may share it.
+    Afterwards, `sae(x)` equals `whitening.dewhiten(sae(whitening.whiten(x)))` from before, with the
+    same latents. `sae.cfg.normalize_activations` is "none", and `sae.cfg.metadata.whitening` holds
+    the report. The fold is computed in float64 and stored in float32 or better. The SAE is changed
+    in place. If anything fails, it stays as it was. `sae.cfg` is replaced by a changed copy,
+    because another SAE may share it.
 
     Examples:
         >>> from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -194,19 +196,19 @@ def fold_whitening_into_weights(
 
     Args:
         sae: An SAE with `normalize_activations="covariance_whitening"`.
-        whitening: The whitening that it was trained under.
-        output_whitening: The whitening of the output of a transcoder, which may be the same one.
-        activations: Raw activations to prove the fold on, shape (n, d_in).
-        source: What the report calls them.
+        whitening: The whitening that the SAE was trained under.
+        output_whitening: The whitening of a transcoder's output; may be the same object.
+        activations: Raw activations to check the fold on, shape (n, d_in).
+        source: Name of the activations in the report.
 
     Returns:
-        What was done, and how exact it is if `activations` were given.
+        A report of the fold. With `activations`, it includes the check.
 
     Raises:
         FoldError: The architecture cannot be folded, the SAE is folded already or was not trained
             under whitening, the widths differ, the weights are not finite, or the folded SAE
             differs by more than rounding explains.
-        TypeError: `whitening` is none: statistics, say.
+        TypeError: `whitening` is not a `Whitening` (statistics, for example).
     """
     folded, report = folded_copy(sae, whitening, output_whitening)
     if activations is not None:
@@ -232,8 +234,8 @@ def unfold_whitening_from_weights(
 ) -> None:
     """Inverse of `fold_whitening_into_weights`: bring a plain SAE into whitened coordinates.
 
-    For fine-tuning a published SAE under whitening. Any whitening will do; the SAE need not have
-    been trained under it. The SAE is changed in place, or not at all if anything fails.
+    For fine-tuning a published SAE under whitening. The SAE need not have been trained under this
+    whitening, or under any. It is changed in place. If anything fails, it stays as it was.
 
     Examples:
         >>> from sae_lens import StandardSAE, StandardSAEConfig
@@ -251,12 +253,12 @@ def unfold_whitening_from_weights(
     Args:
         sae: An SAE with `normalize_activations="none"`.
         whitening: The whitening of its input.
-        output_whitening: The whitening of the output of a transcoder, which may be the same one.
+        output_whitening: The whitening of a transcoder's output; may be the same object.
 
     Raises:
         FoldError: The architecture cannot be folded, the SAE normalises its activations, the widths
             differ or the weights are not finite.
-        TypeError: `whitening` is none: statistics, say.
+        TypeError: `whitening` is not a `Whitening` (statistics, for example).
     """
     _require_foldable(sae)
     if sae.cfg.normalize_activations != "none":
@@ -275,9 +277,9 @@ def unfold_whitening_from_weights(
 def folded_copy(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None = None
 ) -> tuple[SAE[Any], FoldReport]:
-    """A folded copy of an SAE, which is not changed itself, and the report.
+    """A folded copy of an SAE, and the report. The SAE itself is not changed.
 
-    Arguments and errors are those of `fold_whitening_into_weights`, which has an example.
+    See `fold_whitening_into_weights` for arguments, errors and an example.
     """
     _require_foldable(sae)
     if sae.cfg.normalize_activations != "covariance_whitening":
@@ -349,10 +351,10 @@ def _transformed(
 
 
 def _copy_with(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
-    """A copy of `sae` with other values for some parameters and a config of its own.
+    """A copy of `sae` with new values for the given parameters and its own config.
 
-    The other parameters, such as thresholds, are kept in the precision of these. Modules are
-    shared.
+    The remaining parameters, such as thresholds, get at least the precision of the given ones.
+    Modules are shared.
     """
     copied = copy.copy(sae)
     dtype = parameters["W_enc"].dtype
@@ -370,20 +372,20 @@ def _copy_with(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
     }
     copied.cfg, copied.dtype = copy.deepcopy(sae.cfg), dtype
     copied.cfg.dtype = dtype_to_str(dtype)
-    # a compiled step is bound to the SAE that it was compiled for
+    # a compiled step is bound to the SAE it was compiled for
     vars(copied).pop("training_forward_pass", None)
     return copied
 
 
 def _leave_whitened_space(sae: SAE[Any]) -> None:
-    """Make an SAE that this package was training a stock SAE. Its weights must be plain."""
+    """Undo what training under whitening attached to an SAE. Its weights must be folded."""
     leave = getattr(sae, "leave_whitened_space", None)
     if leave is not None:
         leave()
 
 
 def _take_over(sae: SAE[Any], new: SAE[Any]) -> None:
-    """Give `sae` the values and the config of `new`. Nothing here can fail half-way."""
+    """Copy the values and the config of `new` to `sae`. Nothing here can fail half-way."""
     for name, parameter in new._parameters.items():
         own = sae._parameters[name]
         if own is not None and parameter is not None:
@@ -400,21 +402,21 @@ def _compare(
     activations: Tensor,
     source: str,
 ) -> FoldCheck:
-    """Compare `folded` with `sae` between whitening and dewhitening, on raw activations."""
+    """Compare `folded` on raw activations with whitening, `sae`, dewhitening in sequence."""
     if activations.ndim != 2 or activations.shape[1] != whitening.d_in or len(activations) == 0:
         raise FoldError(
             f"activations to prove the fold on: expected shape (n, {whitening.d_in}) with n > 0, "
             f"got {tuple(activations.shape)}"
         )
     out = output_whitening or whitening
-    # both in the precision of the folded weights, which holds bfloat16 weights exactly: bfloat16
-    # rounding in the forward pass is not an error of the fold
+    # both run in the precision of the folded weights, which holds bfloat16 weights exactly:
+    # bfloat16 rounding in the forward pass is not an error of the fold
     dtype = folded.W_enc.dtype
     x = activations.to(folded.W_enc.device, dtype)
     reference = _copy_with(
         sae, {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None}
     )
-    # heads are flat already, and the closures that flatten them would act on `sae`
+    # the activations are flat already, and the copies' reshaping closures would act on `sae`
     for copied in (reference, folded):
         copied.turn_off_forward_pass_hook_z_reshaping()
     architecture = describe(sae)
@@ -422,11 +424,11 @@ def _compare(
 
     eps = torch.finfo(dtype).eps
     offset = float(out.mean.norm() / out.covariance_eigenvalues.sum().sqrt())
-    # each map is a product with W or W_inv, which amplifies rounding by the condition number; the
-    # mean is part of the decoder bias, whose rounding counts in units of the spread
+    # each map is a product with W or W_inv, which amplifies rounding by the condition number; b_dec
+    # contains the mean, and its rounding error is relative to the spread of the activations
     tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
 
-    # a few activations at a time, because latents take memory: sums of squares, and counts
+    # in small batches, because latents take memory; `sums` holds sums of squares, and counts
     sums: dict[str, float] = defaultdict(float)
     norms = None if weights.decoder_norms is None else weights.decoder_norms.to(dtype)
     with full_precision(x.device):
@@ -446,7 +448,7 @@ def _compare(
                 ("reconstruction_error", folded.decode(new_to_decode) + new_skip - output),
             ):
                 sums[name] += float(torch.linalg.vector_norm(value)) ** 2
-            # of the activations: the output of an SAE without active latents has none
+            # spread of the activations; that of the output is 0 for an SAE without active latents
             sums["spread"] += len(rows) * float(out.covariance_eigenvalues.sum())
             sums["changed"] += int((active ^ new_active).sum())
             sums["active"] += int((active | new_active).sum())
@@ -478,13 +480,13 @@ def _encode(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sparse_if_few(latents: Tensor) -> Tensor:
-    """The latents as a sparse tensor, if few are active: most of the proof's time is decoding."""
+    """The latents, as a sparse tensor if few are active: the check spends most time decoding."""
     few = latents.device.type == "cpu" and latents.count_nonzero() < latents.numel() / 16
     return latents.to_sparse() if few else latents
 
 
 def _skipped(weights: AffineWeights, x: Tensor) -> Tensor | float:
-    """What a skip transcoder adds to its decoder's output."""
+    """The skip connection's share of a transcoder's output; 0 without a skip connection."""
     return 0.0 if weights.W_skip is None else x @ weights.W_skip.T
 
 

@@ -1,5 +1,5 @@
-"""gated: one encoder product, read by a gate and by magnitudes with a gain (Rajamanoharan et al.
-2024, arXiv 2404.16014)."""
+"""gated: gate and magnitudes share one encoder product, which the magnitudes rescale
+(Rajamanoharan et al. 2024, arXiv 2404.16014)."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from sae_whiten.folding import AffineWeights
 
 
 class GatedLosses(GatedTrainingSAE):
-    """The penalty by norms of either space, and the auxiliary error measured like the main one."""
+    """The penalty can use original-space norms. The auxiliary error is that of the main loss."""
 
     sparsity_norms: SparsityNorms | None
 

@@ -1,8 +1,8 @@
 """jumprelu: latents above a learned threshold, an L0 penalty (Rajamanoharan et al. 2024,
 arXiv 2407.14435).
 
-The threshold is in the unit of the pre-activations, which whitening leaves as they are. BatchTopK
-SAEs are saved as JumpReLU SAEs.
+The threshold applies to pre-activations. The fold does not change these, so the threshold stays.
+BatchTopK SAEs are saved as JumpReLU SAEs.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from sae_whiten.architectures.losses import SparsityNorms
 
 
 class JumpReLULosses(JumpReLUTrainingSAE):
-    """The penalties of the tanh mode by norms of either space."""
+    """The penalties of the tanh mode can use decoder norms in the original space."""
 
     sparsity_norms: SparsityNorms | None
 
@@ -29,7 +29,7 @@ class JumpReLULosses(JumpReLUTrainingSAE):
         hidden_pre: Tensor,
         sae_out: Tensor,
     ) -> dict[str, Tensor]:
-        """The penalties, as SAELens has them but for the norms."""
+        """SAELens' penalties, with other decoder norms."""
         if self.sparsity_norms is None:
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         norms = self.sparsity_norms(self.W_dec)
@@ -56,8 +56,8 @@ def _why_not_original_norms(cfg: Any) -> str | None:
 
 
 def _comparison_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
-    # SAELens' defaults are for latents of about 1, and reach the threshold alone, which a short
-    # training hardly moves
+    # SAELens' defaults suit latents of about 1. Their penalty trains the threshold alone, which
+    # hardly moves in a short training.
     return {
         "jumprelu_sparsity_loss_mode": "tanh",
         "jumprelu_ste_to_input": True,

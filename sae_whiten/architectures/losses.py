@@ -1,13 +1,12 @@
-"""Errors and norms in the space of the original activations, of SAEs in whitened coordinates.
+"""Losses of an SAE in whitened coordinates, measured in the original space.
 
-With e = z_hat - z the error in whitened coordinates, the squared error in the original space is
-|e @ W_inv|^2. For pca that is sum_i l~_i^a e_i^2, an elementwise weight. Every reconstruction term
+Let e = z_hat - z be the error in whitened coordinates. The squared error in the original space is
+|e @ W_inv|^2. For pca this is sum_i l~_i^a e_i^2, an elementwise weight. Every reconstruction term
 is measured like this: the main loss, the inner losses of Matryoshka SAEs and the auxiliary losses.
-The error of a residual is mapped in the same way, without the mean. Saraswatula & Klindt,
-arXiv 2511.13981.
+Residuals are mapped in the same way; the mean cancels. Saraswatula & Klindt, arXiv 2511.13981.
 
-Sparsity is charged by norms of decoder rows d_j. With `sparsity_norms="whitened"` these are |d_j|,
-as SAELens takes them; with "original" |d_j @ W_inv|, the norms of the folded decoder.
+Sparsity penalties weight latents by the norms of decoder rows d_j. `sparsity_norms="whitened"`
+means |d_j|, as in SAELens. "original" means |d_j @ W_inv|, the norms of the folded decoder.
 """
 
 from typing import Any
@@ -24,10 +23,11 @@ __all__ = ["ReconstructionMetric", "SparsityNorms"]
 class ReconstructionMetric:
     """Squared error between whitened activations, measured in the configured space.
 
-    Scaled such that predicting the mean costs d_in on average: by d / sum(l~) in the original space
-    and by d / sum(l~^(1-a)) in whitened space, which is 1 for full whitening. Learning rates,
-    sparsity coefficients and gradient clipping then carry over between the two. (Directions without
-    variance have the average eigenvalue in l~. Where there are any, the mean costs less.)
+    The error is scaled such that predicting the mean costs d_in on average. The factor is
+    d / sum(l~) in the original space and d / sum(l~^(1-a)) in whitened space (1 for full
+    whitening). Learning rates, sparsity coefficients and gradient clipping therefore carry over
+    between the spaces. (In l~, directions without variance have the average eigenvalue. If there
+    are any, predicting the mean costs less than d_in.)
 
     Examples:
         >>> from sae_whiten import ActivationStatistics
@@ -49,7 +49,7 @@ class ReconstructionMetric:
         values, a = whitening.eigenvalues, whitening.strength
         if whitening.config.loss_space == "whitened":
             scale = values.numel() / values.pow(1 - a).sum()
-            # strength 1 needs no weights at all, so that the loss is SAELens' own to the bit
+            # no weights at strength 1, so that the loss is SAELens' own to the bit
             self.weights = None if a == 1 else torch.full_like(values, float(scale))
             self.residual_map = None
         else:
@@ -65,14 +65,14 @@ class ReconstructionMetric:
     def __call__(
         self, preds: Float[Tensor, "*batch d_in"], target: Float[Tensor, "*batch d_in"]
     ) -> Float[Tensor, "*batch d_in"]:
-        """Contributions to the squared error, to be summed over the last dimension.
+        """Elementwise contributions to the squared error; sum them over the last dimension.
 
         Args:
             preds: Reconstructions in whitened coordinates.
             target: Whitened activations.
 
         Returns:
-            The contributions, in float32 or better unless the metric is SAELens' own.
+            The contributions, in float32 or better. SAELens' own metric keeps the dtype.
         """
         mse = torch.nn.functional.mse_loss
         if self.weights is not None:
@@ -91,8 +91,8 @@ class ReconstructionMetric:
 class SparsityNorms:
     """Norms of decoder rows in the space of the original activations, |d_j @ W_inv|.
 
-    Scaled by the root of d / tr(W_inv W_inv^T): averaged over all directions, the squared norm is
-    that in whitened space, and penalties keep their order of magnitude.
+    The norms are scaled by the root of d / tr(W_inv W_inv^T). Averaged over all directions, the
+    squared norm is then the same as in whitened space, and penalties keep their magnitude.
 
     Examples:
         >>> from sae_whiten import ActivationStatistics, WhiteningConfig
@@ -100,7 +100,7 @@ class SparsityNorms:
         >>> statistics.update(torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 4.0], [0.0, -4.0]]))
         >>> config = WhiteningConfig(eps=0.0, shrinkage=0.0)
         >>> norms = SparsityNorms(Whitening.from_statistics(statistics, config))
-        >>> norms(torch.eye(2))  # of the directions with the smaller and with the larger variance
+        >>> norms(torch.eye(2))  # the directions of smaller and of larger variance
         tensor([0.8485, 1.1314])
 
     Args:
@@ -110,12 +110,12 @@ class SparsityNorms:
     def __init__(self, whitening: Whitening) -> None:
         gains = whitening.eigenvalues.pow(whitening.strength / 2)
         scale = gains.square().mean().rsqrt()
-        # the rotation of pca does not change lengths
+        # pca needs no rotation: it preserves lengths
         self._map = scale * (gains if whitening.kind == "pca" else whitening.W_inv)
         self._casts: dict[Any, Tensor] = {}
 
     def __call__(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae"]:
-        """The norms of a decoder in whitened coordinates, in its dtype."""
+        """The norms of the rows of a decoder in whitened coordinates, in the decoder's dtype."""
         dtype = torch.promote_types(W_dec.dtype, torch.float32)
         key = (W_dec.device, dtype)
         if key not in self._casts:

@@ -1,5 +1,5 @@
-"""matryoshka_batchtopk: nested dictionaries, each of which reconstructs (Bussmann et al. 2025,
-arXiv 2503.17547), with BatchTopK."""
+"""matryoshka_batchtopk: BatchTopK with nested dictionaries, each trained to reconstruct the input
+(Bussmann et al. 2025, arXiv 2503.17547)."""
 
 from collections.abc import Generator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from sae_whiten.architectures.topk import BATCHTOPK, TopKLosses
 
 
 class MatryoshkaLosses(TopKLosses, MatryoshkaBatchTopKTrainingSAE):
-    """As for TopK, at every level."""
+    """The changes of `TopKLosses`, at every level."""
 
     cfg: MatryoshkaBatchTopKTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 

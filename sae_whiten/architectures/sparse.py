@@ -1,17 +1,17 @@
-"""Encoding and decoding where few latents are active, without products over the others.
+"""Encoding and decoding over active latents only, for when few are active.
 
-One dense product is needed: the encoder's, which tells the active latents. It is taken some rows at
-a time, and only what is selected is kept. Decoding and both weight gradients are then sums over
-pairs of an input and a latent that is active in it. With v_i the latent of pair i, x_i its input,
-g_i the gradient of its pre-activation and G_i that of the reconstruction:
+Only the encoder needs a dense product, to find the active latents. It runs over some rows at a
+time and keeps only the selected pre-activations. Decoding and both weight gradients are then sums
+over pairs: an input, and a latent that is active in it. For pair i, let v_i be the latent's value,
+x_i the input, g_i the gradient of the pre-activation and G_i that of the reconstruction:
 
     decode                sum_i v_i W_dec[latent_i]        over the pairs of an input
     gradient of W_dec     sum_i v_i G_i                    over the pairs of a latent
     gradient of W_enc^T   sum_i g_i x_i                    over the pairs of a latent
     gradient of v_i       W_dec[latent_i] . G_i
 
-All are weighted sums of rows, which `torch.nn.functional.embedding_bag` takes in a fixed order:
-results are the same each time, on CUDA too.
+The sums are weighted sums of rows. `torch.nn.functional.embedding_bag` adds in a fixed order, so
+results are reproducible, on CUDA too.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,9 +38,9 @@ __all__ = [
     "top_k",
 ]
 
-# Rows of pre-activations at a time: as many as a matrix product needs to be at its fastest
+# Rows of pre-activations at a time: enough for a matrix product at full speed
 _ROWS = {"cpu": 512, "cuda": 4096}
-# Latents at a time of the gradient of W_enc, which is transposed: about a megabyte of sums
+# Latents at a time when the gradient of W_enc is transposed: about a megabyte of sums
 _LATENTS = 256
 
 
@@ -50,12 +50,12 @@ class ActivePairs:
 
     Attributes:
         rows: Shape (n,), the input of each pair.
-        latents: Shape (n,), its latent.
-        bags: Shape (n,), ascending: the row of the decoder's output that it is added to. There are
-            several to an input where parts of the latents are decoded by themselves.
+        latents: Shape (n,), the latent of each pair.
+        bags: Shape (n,), ascending: the row of the decoder's output to which each pair is added. An
+            input has several bags if groups of latents are decoded separately.
         bag_offsets: Shape (n_bags + 1,), where the pairs of each bag begin.
-        order: Shape (n,), permutation that sorts by latent.
-        latent_offsets: Shape (d_sae + 1,), where the pairs of each latent begin in that order.
+        order: Shape (n,), permutation that sorts the pairs by latent.
+        latent_offsets: Shape (d_sae + 1,), where the pairs of each latent begin after sorting.
     """
 
     rows: Integer[Tensor, "n"]
@@ -73,11 +73,11 @@ class ActivePairs:
         bags: Integer[Tensor, "n"],
         n_bags: int,
     ) -> "ActivePairs":
-        """The pairs with their two orders.
+        """Build the pairs and both of their orders, by bag and by latent.
 
         Args:
-            rows: Shape (n,).
-            latents: Shape (n,).
+            rows: Shape (n,), the input of each pair.
+            latents: Shape (n,), the latent of each pair.
             d_sae: Number of latents.
             bags: Shape (n,), ascending.
             n_bags: Number of rows of the decoder's output.
@@ -94,14 +94,14 @@ def _offsets(ascending: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Selection:
-    """Latents that were selected, and what else was asked for.
+    """The result of `select`. All pre-activations are multiplied by `scale`.
 
     Attributes:
-        values: Shape (n,), pre-activations times `scale`.
-        rows: Shape (n,), ascending: of which input.
-        latents: Shape (n,), of which latent.
-        columns: Shape (batch, n_columns), pre-activations times `scale` of the columns asked for.
-        hidden_pre: Shape (batch, d_sae), all of them, if asked for.
+        values: Shape (n,), the selected pre-activations.
+        rows: Shape (n,), ascending: the input of each.
+        latents: Shape (n,), the latent of each.
+        columns: Shape (batch, n_columns), pre-activations of the requested columns.
+        hidden_pre: Shape (batch, d_sae), all pre-activations, if requested.
     """
 
     values: Float[Tensor, "n"]
@@ -111,7 +111,7 @@ class Selection:
     hidden_pre: Float[Tensor, "batch d_sae"] | None
 
 
-# From pre-activations, some rows at a time, to values, rows (ascending) and latents
+# Takes pre-activations, some rows at a time. Returns values, rows (ascending) and latents.
 Selector = Callable[[Iterator[Tensor]], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -127,17 +127,16 @@ def select(
 ) -> Selection:
     """Select among the pre-activations (x @ W_enc + b_enc) * scale.
 
-    The product is taken in the dtype of autocast where that is enabled, everything else in float32
-    at least.
+    Under autocast, the product is computed in its dtype. Everything else is in float32 or better.
 
     Args:
-        x: Shape (batch, d_in), what the encoder sees.
+        x: Shape (batch, d_in), the encoder's input.
         W_enc: Shape (d_in, d_sae).
         b_enc: Shape (d_sae,).
         scale: Shape (d_sae,), such as the norms of the decoder.
         selector: `top_k` or `batch_top_k`.
-        columns: Shape (n_columns,), latents whose pre-activations are wanted for every input.
-        keep_hidden_pre: Whether all pre-activations are wanted.
+        columns: Shape (n_columns,), latents whose pre-activations to return for every input.
+        keep_hidden_pre: Whether to return all pre-activations.
     """
     of_columns: list[Tensor] = []
     kept: list[Tensor] = []
@@ -169,7 +168,7 @@ def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor) -> 
 
 
 def top_k(k: int, by_magnitude: bool = False) -> Selector:
-    """Select the k largest of every input, or those of largest magnitude."""
+    """Select the k largest pre-activations of every input, or the k of largest magnitude."""
 
     def selector(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         values, latents = [], []
@@ -185,12 +184,12 @@ def top_k(k: int, by_magnitude: bool = False) -> Selector:
 
 
 def batch_top_k(n: int, least: Callable[[Tensor], Tensor] | None = None) -> Selector:
-    """Select the n largest of the batch, of those that are positive.
+    """Select the n largest positive pre-activations of the batch.
 
     Args:
-        n: How many.
-        least: From their values, shape (m,), the least that is to be kept, shape (1,), or shape
-            (0,) if all are.
+        n: Number to select.
+        least: Maps the selected values, shape (m,), to the smallest value to keep, shape (1,).
+            Shape (0,) keeps all.
     """
 
     def selector(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,17 +206,18 @@ def batch_top_k(n: int, least: Callable[[Tensor], Tensor] | None = None) -> Sele
 def largest(
     x: Float[Tensor, "rows width"], k: int
 ) -> tuple[Float[Tensor, "rows k"], Integer[Tensor, "rows k"]]:
-    """`torch.topk(x, k, sorted=False)`, faster on a CPU where k is much less than the width.
+    """`torch.topk(x, k, sorted=False)`, but faster on a CPU if k is much less than the width.
 
-    The k largest are in the k groups with the largest maxima, and maxima are found at the speed of
-    memory: at 8192 columns and k=32, 37 ms of CPU time for 2048 rows instead of 68.
+    Columns are grouped. The k largest values are in the k groups with the largest maxima, which are
+    found at the speed of memory. At 8192 columns and k=32, 2048 rows take 37 ms of CPU time instead
+    of 68.
 
     Args:
         x: Shape (rows, width).
         k: At most the width.
 
     Returns:
-        Values and indices, shape (rows, k), in no particular order; among equal values, any.
+        Values and indices, shape (rows, k), in no particular order. Ties are broken arbitrarily.
     """
     per_group = gcd(x.shape[1], 16)
     n_groups = x.shape[1] // per_group
@@ -234,17 +234,18 @@ def largest(
 def largest_of_all(
     chunks: Iterator[Float[Tensor, "rows width"]], n: int
 ) -> tuple[Float[Tensor, "m"], Integer[Tensor, "m"], int]:
-    """The n largest of all chunks, of those that are positive, in one pass.
+    """The n largest positive values of all chunks, in one pass.
 
-    What is below the n-th largest so far is not kept.
+    Values below the n-th largest so far are dropped.
 
     Args:
-        chunks: Rows of one matrix, of any numbers of rows; one at least.
-        n: How many.
+        chunks: Consecutive rows of one matrix; at least one chunk, each of any number of rows.
+        n: Number of values.
 
     Returns:
-        Values and positions in the matrix, flattened: shape (m,), m = n unless there are fewer
-        positive ones, ascending by position; and the width of the matrix. Among equal values, any.
+        Values, their positions in the flattened matrix, and the width of the matrix. Values and
+        positions have shape (m,), ascending by position. m = n unless fewer values are positive.
+        Ties are broken arbitrarily.
     """
     values: list[Tensor] = []
     positions: list[Tensor] = []
@@ -268,7 +269,7 @@ def largest_of_all(
 
 
 def _lower_bound(x: Tensor, n: int) -> Tensor | float:
-    """What the n-th largest of x at least is: the n-th largest of the maxima of groups."""
+    """A lower bound on the n-th largest value of x: the n-th largest of the maxima of groups."""
     per_group = gcd(x.shape[1], 16)
     if n == 0 or x.numel() // per_group < n:
         return 0.0
@@ -286,16 +287,16 @@ def encode(
     pairs: ActivePairs,
     columns: Integer[Tensor, "n_columns"],
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "batch n_columns"]]:
-    """Give pre-activations x @ W_enc + b_enc that are known already their gradient.
+    """Attach gradients to pre-activations x @ W_enc + b_enc that are already computed.
 
     Args:
-        x: Shape (batch, d_in), what the encoder sees; gets no gradient itself.
+        x: Shape (batch, d_in), the encoder's input; gets no gradient itself.
         W_enc: Shape (d_in, d_sae).
         b_enc: Shape (d_sae,).
-        b_dec: Shape (d_in,), if it was subtracted to make `x`.
+        b_dec: Shape (d_in,), if it was subtracted to make `x`; else None.
         values: Shape (n,), pre-activations of `pairs`.
-        of_columns: Shape (batch, n_columns), those of `columns`.
-        pairs: Which they are.
+        of_columns: Shape (batch, n_columns), pre-activations of `columns`.
+        pairs: The active pairs.
         columns: Shape (n_columns,), latents without repetition.
 
     Returns:
@@ -337,7 +338,7 @@ class _Encoder(torch.autograd.Function):
             of_b[columns] += of_columns.sum(dim=0)
         of_b_dec = None
         if ctx.b_dec_dtype is not None:
-            # the sum over the batch, taken before the product with W_enc, not after
+            # cheaper: the sum over the batch comes before the product with W_enc
             of_b_dec = -(W_enc @ of_b.to(W_enc.dtype)).to(ctx.b_dec_dtype)
         return (
             None,
@@ -354,21 +355,21 @@ def decode(
     pairs: ActivePairs,
     columns: Integer[Tensor, "n_columns"],
 ) -> tuple[Float[Tensor, "n_bags d_in"], Float[Tensor, "n_columns d_in"]]:
-    """Sums of decoder rows, each times its latent; no bias.
+    """Sums of decoder rows, each times its latent, without a bias.
 
     Args:
-        values: Shape (n,), latents of `pairs`.
+        values: Shape (n,), the values of the latents of `pairs`.
         W_dec: Shape (d_sae, d_in).
-        pairs: Which they are, and to which output each belongs.
+        pairs: The active pairs, with the output row (bag) of each.
         columns: Shape (n_columns,), latents without repetition.
 
     Returns:
-        The sums, shape (n_bags, d_in), float32 at least; and the decoder's rows of `columns`,
-        which share the one gradient of W_dec.
+        The sums, shape (n_bags, d_in), float32 or better. And the decoder rows of `columns`, whose
+        gradient is added to the gradient of W_dec.
     """
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
     values = values.to(dtype)
-    # gives the latents their gradient, and _Decoder gives W_dec its own
+    # this gives the latents their gradient; _Decoder gives W_dec its gradient
     out = embedding_bag(
         pairs.latents,
         W_dec.detach().to(dtype),
@@ -400,7 +401,7 @@ class _Decoder(torch.autograd.Function):
 
 
 def _sum_by_latent(table: Tensor, rows: Tensor, weights: Tensor, pairs: ActivePairs) -> Tensor:
-    """For every latent, the sum over its pairs of a row of the table times a weight."""
+    """Per latent: the weighted sum, over its pairs, of rows of the table."""
     return embedding_bag(
         rows[pairs.order],
         table,
@@ -414,7 +415,7 @@ def _sum_by_latent(table: Tensor, rows: Tensor, weights: Tensor, pairs: ActivePa
 def _sum_by_latent_transposed(
     table: Tensor, rows: Tensor, weights: Tensor, pairs: ActivePairs
 ) -> Tensor:
-    """`_sum_by_latent` with the latents in columns; some at a time, to stay in a CPU's cache."""
+    """`_sum_by_latent`, transposed. Works on some latents at a time to stay in a CPU's cache."""
     if table.device.type != "cpu":
         return _sum_by_latent(table, rows, weights, pairs).T.contiguous()
     rows, weights = rows[pairs.order], weights[pairs.order]

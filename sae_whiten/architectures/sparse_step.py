@@ -1,8 +1,8 @@
 """Training steps of topk, abstopk, batchtopk and matryoshka_batchtopk with sparse latents.
 
-Values and gradients are those of SAELens' `training_forward_pass` under this package's losses, to
-rounding; the sums are in `sparse`. What cancels is left out: a latent is relu(pre) * norm, and is
-decoded by W_dec / norm, so decoder norms decide what is selected, and nothing else.
+Up to rounding, values and gradients are those of SAELens' `training_forward_pass` under this
+package's losses. The sums are in `sparse`. A latent is relu(pre) * norm and is decoded by
+W_dec / norm. The norms cancel, so they are used for the selection only.
 """
 
 from collections.abc import Callable
@@ -39,18 +39,18 @@ from sae_whiten.architectures.sparse import (
 
 __all__ = ["SparseStepOutput", "is_hooked", "sparse_pays", "sparse_step"]
 
-# Share of the latents up to which sums over the active ones cost less than dense products.
-# Measured on one core of a CPU by benchmarks/training_step.py --border: at 1/16 a sparse step took
-# 0.67 to 0.78 of the time of a dense one, at 1/8 1.04 to 1.49 (d_in 512 and 2048, topk and
-# batchtopk). Not measured on CUDA, where dense products are faster by more than memory is: there it
-# is what five passes over the active rows at the speed of memory leave room for.
+# Largest share of active latents at which sparse sums cost less than dense products.
+# CPU: measured on one core by benchmarks/training_step.py --border. A sparse step took 0.67 to 0.78
+# of the time of a dense one at 1/16, and 1.04 to 1.49 at 1/8 (d_in 512 and 2048, topk and
+# batchtopk). CUDA: estimated from five passes over the active rows at memory bandwidth. It is lower
+# because dense products gain more from CUDA than memory access does.
 _SPARSE_UP_TO = {"cpu": 1 / 16, "cuda": 1 / 256}
 
 
 class SparseStepOutput(TrainStepOutput):
-    """A step's output in which pre-activations are computed if somebody asks for them.
+    """A step's output that computes pre-activations only when they are read.
 
-    `feature_acts` is a sparse COO tensor, as SAELens has it with `use_sparse_activations`.
+    `feature_acts` is a sparse COO tensor, as in SAELens with `use_sparse_activations`.
     """
 
     def __init__(self, hidden_pre: Tensor | Callable[[], Tensor], **fields: Any) -> None:
@@ -76,12 +76,12 @@ class SparseStepOutput(TrainStepOutput):
 
 
 def sparse_pays(k: int | float, d_sae: int, device: torch.device) -> bool:
-    """Whether sums over k of d_sae latents cost less than dense products."""
+    """Whether sums over k of the d_sae latents cost less than dense products."""
     return k <= _SPARSE_UP_TO.get(device.type, 0) * d_sae
 
 
 def is_hooked(hook: nn.Module) -> bool:
-    """Whether somebody sees what passes a hook point."""
+    """Whether any hook is registered on a hook point."""
     return bool(
         hook._forward_hooks
         or hook._forward_pre_hooks
@@ -94,13 +94,14 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     """The training step of an SAE of the TopK family, under whitening.
 
     Args:
-        sae: One of the four, with the attribute `sparsity_norms`, which may be None.
-        step_input: Of the step. If it is to be logged, `feature_acts` and `hidden_pre` of the
-            output are dense; else see `SparseStepOutput`.
+        sae: One of the four architectures, with an attribute `sparsity_norms` (or None).
+        step_input: The input of the step. On logging steps, `feature_acts` and `hidden_pre` of the
+            output are dense. On other steps, see `SparseStepOutput`.
 
     Returns:
-        None where the dense step has to be taken: somebody hooks the input or the latents, k is too
-        large for sparse sums to pay, the selection is not SAELens', or the step is being compiled.
+        The output, or None if the dense step has to run instead: the input, pre-activations or
+        latents are hooked, k is too large for sparse sums to pay, the activation function is
+        unknown, the input needs a gradient or is not 2-dimensional, or the step is being compiled.
     """
     selector = _selector(sae, len(step_input.sae_in))
     if selector is None or not _can_be_sparse(sae, step_input.sae_in):
@@ -182,7 +183,7 @@ def _can_be_sparse(sae: Any, sae_in: Tensor) -> bool:
 
 
 def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"]:
-    """What latents are ranked by besides their pre-activations, float32 at least."""
+    """The factors that multiply pre-activations for ranking, float32 or better."""
     dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
     if not sae.cfg.rescale_acts_by_decoder_norm:
         return torch.ones(sae.cfg.d_sae, dtype=dtype, device=sae.W_dec.device)
@@ -192,7 +193,7 @@ def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"]:
 
 
 def _dead_latents(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
-    """Those that AuxK is to revive, ascending."""
+    """Indices of the latents that AuxK is to revive, ascending."""
     dead = step_input.dead_neuron_mask
     if dead is None or sae.cfg.aux_loss_coefficient == 0:
         return torch.empty(0, dtype=torch.long, device=sae.W_dec.device)
@@ -200,14 +201,14 @@ def _dead_latents(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_de
 
 
 def _widths(sae: Any) -> list[int]:
-    """Up to which latent each level goes; there is one unless the SAE is a Matryoshka SAE."""
+    """Number of latents in each level. Only Matryoshka SAEs have more than one level."""
     if isinstance(sae, MatryoshkaBatchTopKTrainingSAE):
         return sae.cfg.matryoshka_widths
     return [sae.cfg.d_sae]
 
 
 def _pairs(found: Selection, widths: list[int], n_rows: int) -> ActivePairs:
-    """The pairs, with a bag for every level of every row."""
+    """The active pairs, with one bag per level of each input."""
     levels = torch.searchsorted(found.latents.new_tensor(widths), found.latents, right=True)
     bags = found.rows * len(widths) + levels
     return ActivePairs.of(found.rows, found.latents, widths[-1], bags, n_rows * len(widths))
@@ -229,15 +230,15 @@ def _auxk_loss(
     norms: Float[Tensor, "d_sae"],
     W_dec: Float[Tensor, "n_dead d_in"],
 ) -> Float[Tensor, ""]:
-    """AuxK among the dead latents alone, whose pre-activations and decoder rows are given.
+    """AuxK, computed from the pre-activations and decoder rows of the dead latents only.
 
     Args:
         sae: The SAE.
-        residuals: Shape (batch, d_in) each: one for every level, or one for all latents.
-        dead: Shape (n_dead,), ascending.
-        pre: Shape (batch, n_dead).
-        norms: Shape (d_sae,), what latents are ranked by.
-        W_dec: Shape (n_dead, d_in).
+        residuals: Shape (batch, d_in) each: one per level, or one for all latents.
+        dead: Shape (n_dead,), indices of the dead latents, ascending.
+        pre: Shape (batch, n_dead), their pre-activations.
+        norms: Shape (d_sae,), the ranking norms of all latents.
+        W_dec: Shape (n_dead, d_in), decoder rows of the dead latents.
     """
     by_magnitude = isinstance(sae, AbsTopKTrainingSAE)
     ends = _widths(sae) if len(residuals) > 1 else [sae.cfg.d_sae]
@@ -259,7 +260,7 @@ def _auxk_loss(
 
 
 def _later(sae: Any, sae_in: Tensor) -> Callable[[], Tensor]:
-    """Pre-activations of this step, for as long as the weights are what they are now."""
+    """A function that computes this step's pre-activations while the weights are unchanged."""
     weights = list(sae.parameters())
     versions = [weight._version for weight in weights]
 

@@ -9,7 +9,7 @@ from sae_whiten.architectures.losses import SparsityNorms
 
 
 class StandardLosses(StandardTrainingSAE):
-    """The sparsity penalty by norms of either space."""
+    """The sparsity penalty can use decoder norms in the original space."""
 
     sparsity_norms: SparsityNorms | None
 
@@ -20,7 +20,7 @@ class StandardLosses(StandardTrainingSAE):
         hidden_pre: Tensor,
         sae_out: Tensor,
     ) -> dict[str, Tensor]:
-        """The sparsity penalty, as SAELens has it but for the norms."""
+        """SAELens' sparsity penalty, with other decoder norms."""
         if self.sparsity_norms is None:
             return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
         charged = feature_acts * self.sparsity_norms(self.W_dec)

@@ -2,9 +2,9 @@
 
 Lee et al., *Evaluating and Designing Sparse Autoencoders by Approximating Quasi-Orthogonality*,
 arXiv 2503.24277. If decoder rows are nearly orthogonal, the norm of a sparse code approximates the
-norm of the vector that it encodes. With a = ReLU((x - b_dec) @ W_enc), the latents with the largest
-contributions a_j |d_j| are kept: as many as bring the norm of the contributions closest to
-|x - b_dec|. A loss reduces the distance between the two norms.
+norm of the vector that it encodes. Let a = ReLU((x - b_dec) @ W_enc). The latents with the largest
+contributions a_j |d_j| are kept. Their number is chosen to bring the norm of the contributions
+closest to |x - b_dec|. The AFA loss reduces the remaining difference of the two norms.
 """
 
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class TopAFASAEConfig(SAEConfig):
 
 class TopAFASAE(SAE[TopAFASAEConfig]):
     """
-    An inference-only sparse autoencoder; the norm of the input sets the number of active latents.
+    An inference-only SAE. The norm of the input decides how many latents are active.
 
     Examples:
         >>> sae = TopAFASAE(TopAFASAEConfig(d_in=16, d_sae=64))
@@ -119,13 +119,12 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
 
     Args:
         afa_coefficient (float): lambda, the coefficient of the AFA loss, relative to the mean
-            squared error per dimension as in the paper. The paper tries 1/128, which does poorly,
-            to 1/16. The loss is multiplied by d_in, because SAELens sums the squared error over
+            squared error per dimension as in the paper. The paper tries 1/128 to 1/16; 1/128 does
+            poorly. The loss is multiplied by d_in, because SAELens sums the squared error over
             dimensions.
-        afa_form (Literal["consistent", "published"]): What the norm of the contributions is
-            compared with in the loss. "consistent": with the norm of x - b_dec, as in the
-            selection. "published": with the norm of x, as in the authors' code. In neither case
-            does b_dec get a gradient from it.
+        afa_form (Literal["consistent", "published"]): The norm with which the loss compares the
+            norm of the contributions. "consistent": the norm of x - b_dec, as in the selection.
+            "published": the norm of x, as in the authors' code. This norm gives b_dec no gradient.
         aux_loss_coefficient (float): Coefficient of the loss that revives dead latents (AuxK).
         decoder_init_norm (float | None): Must be 1: decoder rows are kept at norm 1.
         d_in (int): Input dimension. Inherited from SAEConfig.
@@ -178,8 +177,8 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     """
     top_afa in training: decoder rows are directions, kept at norm 1.
 
-    A training step adds `afa_loss`, coefficient included, and the AuxK loss to SAELens' losses. On
-    steps that are logged it has the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
+    A training step adds `afa_loss` (with its coefficient) and the AuxK loss to SAELens' losses.
+    Logging steps have the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
 
     Examples:
         >>> sae = TopAFATrainingSAE(TopAFATrainingSAEConfig(d_in=16, d_sae=64))
@@ -198,8 +197,7 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         with torch.no_grad():
-            # the gradient is orthogonal to the directions, so a step of the optimizer makes rows
-            # longer, by its second order
+            # the gradient is orthogonal to the rows, so an optimizer step lengthens them slightly
             self.W_dec.data.div_(self.get_W_dec_norm()[:, None])
         output = super().training_forward_pass(step_input)
         if step_input.is_logging_step:
@@ -246,13 +244,13 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     @override
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
-        """Rows have norm 1 already, except for what the last step of the optimizer changed."""
+        """Set rows to norm 1 again: the last optimizer step may have changed them slightly."""
         self.W_dec.data.copy_(self._directions())
 
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Rows keep their norm, so the unit of the latents changes."""
+        """Rows keep norm 1, so only b_dec is rescaled and the latents change their unit."""
         self.b_dec.data /= scaling_factor
         self.cfg.normalize_activations = "none"
 
@@ -288,7 +286,7 @@ def _check(cfg: SAEConfig) -> None:
 
 
 def _encode(sae: SAE[Any], x: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Latents and pre-activations; `norms` of the decoder rows, if they are not 1."""
+    """Latents and pre-activations. `norms` are those of the decoder rows; None if all are 1."""
     sae_in = sae.process_sae_in(x)
     hidden_pre = sae.hook_sae_acts_pre(sae_in @ sae.W_enc)
     latents = hidden_pre.relu()
@@ -302,7 +300,7 @@ def _encode(sae: SAE[Any], x: Tensor, norms: Tensor | None) -> tuple[Tensor, Ten
 
 
 def _norm(x: Tensor) -> Tensor:
-    """In float32 or better: bfloat16 norms would not tell whether one more latent is closer."""
+    """Norms in float32 or better. bfloat16 is too coarse to show the effect of one more latent."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
@@ -316,12 +314,12 @@ def _decode(sae: SAE[Any], latents: Tensor, rows: Tensor) -> Tensor:
 def keep_up_to_norm(
     contributions: Float[Tensor, "batch d_sae"], norm: Float[Tensor, "batch"]
 ) -> Float[Tensor, "batch d_sae"]:
-    """Choose the largest contributions, as many as bring their l2 norm closest to `norm`.
+    """Keep as many of the largest contributions as bring their l2 norm closest to `norm`.
 
-    At least one is kept. If several numbers of contributions are equally close, the smallest is
-    taken, so that no zeros are kept beyond the first. (Norms are rounded to float32: the smallest
-    of many contributions may not change them.) Only the largest contributions are sorted, and
-    memory is bounded.
+    At least one is kept. If several numbers of contributions are equally close, the smallest number
+    is taken, so no zeros are kept beyond the first. (Norms are rounded to float32, where the
+    smallest contributions may make no difference.) Only the largest contributions are sorted, in
+    blocks of bounded memory.
 
     Examples:
         >>> keep_up_to_norm(torch.tensor([[3.0, 0.1, 4.0]]), torch.tensor([5.0]))
@@ -338,7 +336,7 @@ def keep_up_to_norm(
     kept = torch.zeros_like(contributions)
     n_sorted = d_sae
     if batch > 512:
-        # as many as a sample of the rows needs, and a little more
+        # sort as many as a sample of the rows needs, and a few more
         few = slice(None, None, max(batch // 64, -(-batch * d_sae // _BLOCK)))
         some = _sorted(contributions[few], norm[few], d_sae)[1]
         n_sorted = min(d_sae, int(1.2 * int(some.max())) + 8)
@@ -349,7 +347,7 @@ def keep_up_to_norm(
             indices, number, decided = _sorted(contributions[rows], norm[rows], n_sorted)
             rank = torch.arange(n_sorted, device=rows.device)
             chosen = (rank < number[:, None]).to(kept.dtype)
-            # rows that are undecided are written again in the next round
+            # the next round writes undecided rows again
             kept[rows] = torch.zeros_like(kept[rows]).scatter_(-1, indices, chosen)
             undecided.append(rows[~decided])
         todo = torch.cat(undecided)
@@ -358,14 +356,14 @@ def keep_up_to_norm(
 
 
 def _sorted(contributions: Tensor, norm: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the n largest, how many to keep, and whether more than n cannot be closer."""
+    """Indices of the n largest, how many to keep, and whether this number is final for any n."""
     largest, indices = contributions.topk(n, dim=-1)
     norms = largest.to(torch.promote_types(largest.dtype, torch.float32)).square_()
     norms = norms.cumsum_(dim=-1).sqrt_()
     decided = (norms[:, -1] >= norm) | (largest[:, -1] <= 0)
     if n == contributions.shape[-1]:
         decided = torch.ones_like(decided)
-    # argmin takes the first of equals
+    # argmin takes the first of equal values
     return indices, (norms - norm[:, None]).abs_().argmin(dim=-1) + 1, decided
 
 

@@ -1,7 +1,7 @@
 """topk (Gao et al. 2024, arXiv 2406.04093), abstopk and batchtopk: the largest latents are kept.
 
-With `rescale_acts_by_decoder_norm` latents are ranked by pre-activation times decoder norm, and are
-in units of these norms. Whitening changes norms, so the fold takes them into the encoder first.
+With `rescale_acts_by_decoder_norm`, latents are pre-activations times decoder norms, and are ranked
+by this product. Whitening changes the norms, so the fold moves them into the encoder first.
 """
 
 from dataclasses import replace
@@ -30,16 +30,16 @@ __all__ = ["TOPK", "TopKLosses"]
 
 
 class TopKLosses(TopKTrainingSAE):
-    """Ranking by norms of either space, and the AuxK error measured like the main one.
+    """Ranking can use original-space norms. The AuxK error is measured like the main one.
 
-    Latents are in units of the norms that they are ranked by. They are brought to SAELens' units,
-    those of the norms in whitened space, wherever SAELens decodes them.
+    Latents are in units of the norms used for ranking. SAELens' decoder expects units of the norms
+    in whitened space, so latents are converted before each decoding.
     """
 
     sparsity_norms: SparsityNorms | None
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """SAELens' own, but for the norms."""
+        """SAELens' encoder, with other decoder norms."""
         if self.sparsity_norms is None:
             return super().encode_with_hidden_pre(x)
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
@@ -47,7 +47,7 @@ class TopKLosses(TopKTrainingSAE):
         return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """SAELens' own, of latents in the units of this SAE."""
+        """SAELens' decoder, for latents in the units of this SAE."""
         return super().decode(self.in_stock_units(feature_acts))
 
     def in_stock_units(self, acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
@@ -76,7 +76,7 @@ class TopKLosses(TopKTrainingSAE):
         dead_neuron_mask: Tensor | None,
         select: Any,
     ) -> Tensor:
-        """AuxK, for a way to `select` among the dead latents."""
+        """AuxK, where `select` chooses among the dead latents. See `dead_latents_loss`."""
         if dead_neuron_mask is None:
             return sae_out.new_tensor(0.0)
         loss = dead_latents_loss(
@@ -93,7 +93,7 @@ class TopKLosses(TopKTrainingSAE):
 
 
 class AbsTopKLosses(TopKLosses, AbsTopKTrainingSAE):
-    """The same for latents of either sign."""
+    """`TopKLosses` for latents of either sign."""
 
     def calculate_abstopk_aux_loss(
         self,
@@ -113,11 +113,11 @@ def _affine_weights(sae: Any) -> AffineWeights:
 
 
 def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"] | None:
-    """The norms that latents are ranked by, if they are: float64, at least 1e-8 as in SAELens."""
+    """Decoder norms used for ranking, float64, at least 1e-8 as in SAELens; None if not used."""
     if not sae.cfg.rescale_acts_by_decoder_norm:
         return None
     W_dec = sae.W_dec.data
-    # of an SAE that is being trained with sparsity_norms="original"
+    # set while an SAE is trained with sparsity_norms="original"
     in_original_space = getattr(sae, "sparsity_norms", None)
     if in_original_space is None:
         norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
@@ -149,7 +149,7 @@ TOPK = Architecture(
     sparsity_is_exact=True,
 )
 ABSTOPK = replace(TOPK, sae_classes=(AbsTopKSAE, AbsTopKTrainingSAE), losses=AbsTopKLosses)
-# in latent units, its threshold stays what it is
+# its threshold is in units of the latents, so the fold leaves it as it is
 BATCHTOPK = replace(
     TOPK, sae_classes=(BatchTopKTrainingSAE,), comparison_options=_batchtopk_options
 )

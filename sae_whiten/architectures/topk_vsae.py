@@ -1,22 +1,22 @@
 """TopK vSAE: a TopK SAE whose latents are sampled from a Gaussian posterior during training.
 
-Baker & Li, Analysis of Variational Sparse Autoencoders, arXiv 2509.22994. With x~ the input that
-the encoder sees, mu = x~ @ W_enc + b_enc and logvar fixed or x~ @ W_var + b_var, training selects
-the k largest of z = mu + exp(logvar / 2) * noise and decodes them. To the loss it adds the KL
-divergence of the posterior from a standard normal distribution, averaged over inputs:
+Baker & Li, Analysis of Variational Sparse Autoencoders, arXiv 2509.22994. Let x~ be the encoder's
+input and mu = x~ @ W_enc + b_enc. logvar is fixed, or x~ @ W_var + b_var. Training selects the k
+largest of z = mu + exp(logvar / 2) * noise and decodes them. The loss includes the KL divergence of
+the posterior from a standard normal distribution, averaged over inputs:
 
     0.5 * sum(mu^2 + exp(logvar) - 1 - logvar)
 
-Each SAE has a stream of noise of its own. The seed of the stream is derived from
-`torch.initial_seed()` when the SAE is made. Seed and position are in the state dict, so a resumed
-training continues with the same noise. It does not depend on what else draws random numbers.
+Each SAE has its own stream of noise. Its seed is derived from `torch.initial_seed()` when the SAE
+is created. Seed and position are in the state dict, so a resumed training continues with the same
+noise. Other draws of random numbers do not affect it.
 
 Outside of training nothing is sampled: `encode` selects the k largest of mu. So the trained SAE is
 a TopK SAE, and is saved as one.
 
-Latents are in the units of SAELens' TopK SAE: with `rescale_acts_by_decoder_norm`, mu includes the
-norm of the decoder row, so that no latent evades the prior by a small mu and a large row. The
-authors' code multiplies the mean KL by the mean norm instead.
+Latents are in the units of SAELens' TopK SAE. With `rescale_acts_by_decoder_norm`, mu includes the
+norm of the decoder row. A latent therefore cannot evade the prior by a small mu and a large row.
+The authors' code multiplies the mean KL by the mean norm instead.
 """
 
 import math
@@ -43,7 +43,7 @@ from sae_whiten.folding import AffineWeights
 __all__ = ["TopKVSAETrainingConfig", "TopKVSAETrainingSAE", "kl_to_standard_normal"]
 
 _MAX_LOGVAR = 60.0
-_NOISE = "_extra_state"  # PyTorch's name, in state dicts, of what `get_extra_state` returns
+_NOISE = "_extra_state"  # PyTorch's key in the state dict for the value of `get_extra_state`
 
 
 @dataclass
@@ -53,8 +53,8 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
 
     By the authors' later account, the models of the preprint (arXiv 2509.22994) had
     variance="none", relu_mean=True and aux_loss_coefficient=0: TopK with a quadratic penalty,
-    without sampling. With sampling, noise changes which latents are selected. The larger the
-    variance, the worse the reconstruction; the metric selection_overlap shows how much is left to
+    without sampling. With sampling, noise changes which latents are selected. A larger variance
+    makes reconstruction worse. The metric selection_overlap shows how much of the selection is
     chance.
 
     Examples:
@@ -69,17 +69,17 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
         kl_coefficient (float): beta, the coefficient of the KL divergence. The divergence is summed
             over latents, as the squared error is summed over d_in.
         kl_warm_up_steps (int): Steps over which the coefficient rises linearly from 0. The paper
-            has a tenth of all steps.
-        kl_over (Literal["all", "selected"]): Whether all latents are charged, as in the paper, or
-            those that are selected.
-        initial_logvar (float): Log variance of the posterior, at the beginning ("learned") or
-            always ("fixed"), in units of the latents. For inputs of unit norm, 0, the value in the
-            authors' code, means noise much larger than the latents. On two small models with inputs
-            of unit norm, a learned variance with beta 1e-4 cost 5 to 13 percent of the explained
-            variance up to -8, 22 to 64 at -4 and 51 to 91 at -2 (docs/architectures.md). For inputs
-            of norm sqrt(d_in), add log(d_in) for the same relative noise.
-        relu_mean (bool): Whether mu goes through a ReLU before it is sampled and charged, as in
-            the authors' code but not in their paper. The saved SAE is of the same kind.
+            uses a tenth of all steps.
+        kl_over (Literal["all", "selected"]): Latents in the KL divergence. "all": all of them, as
+            in the paper. "selected": those that are selected.
+        initial_logvar (float): Log variance of the posterior, in units of the latents: at the
+            beginning ("learned") or throughout ("fixed"). The authors' code uses 0. For inputs of
+            unit norm, this noise is much larger than the latents. On two small models with inputs
+            of unit norm and beta 1e-4, a learned variance cost 5 to 13 percent of the explained
+            variance at values up to -8, 22 to 64 at -4 and 51 to 91 at -2 (docs/architectures.md).
+            For inputs of norm sqrt(d_in), add log(d_in) for the same relative noise.
+        relu_mean (bool): Whether mu passes a ReLU before sampling and before the KL divergence, as
+            in the authors' code but not in their paper. The saved SAE is of the same kind.
         k (int): Number of latents selected. Inherited from TopKTrainingSAEConfig.
         aux_loss_coefficient (float): Coefficient of the loss that revives dead latents (AuxK).
             Inherited from TopKTrainingSAEConfig; the default is the paper's.
@@ -143,13 +143,13 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """That of stock TopK: without noise it is one."""
+        """The config class of stock TopK: without noise, this SAE is one."""
         return get_sae_class("topk")[1]
 
 
 @dataclass
 class _Posterior:
-    """The latents of one training step, and what they were sampled from."""
+    """The latents of one training step, and the posterior they were sampled from."""
 
     mu: Tensor
     logvar: Tensor | float | None
@@ -163,11 +163,11 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     """
     TopK SAE with a Gaussian posterior over its latents, which is sampled only in training.
 
-    A training step adds `kl_loss` to SAELens' losses, coefficient included, and these metrics:
+    A training step adds `kl_loss` (with its coefficient) to SAELens' losses, and these metrics:
 
-    - `kl`: the divergence in nats per input. For a fixed variance without its constant part.
-    - `selection_overlap` (on steps that are logged): mean of the method of this name.
-    - `live_fraction` (on steps that are logged): share of latents that are not dead.
+    - `kl`: the divergence in nats per input. With a fixed variance, without its constant part.
+    - `selection_overlap` (logging steps only): the mean of `selection_overlap` over the batch.
+    - `live_fraction` (logging steps only): share of latents that are not dead.
 
     Examples:
         >>> sae = TopKVSAETrainingSAE(TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4))
@@ -180,7 +180,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     b_var: nn.Parameter
 
     def __init__(self, cfg: TopKVSAETrainingConfig, use_error_term: bool = False):
-        # seed and number of draws so far; on the CPU, because every step reads them
+        # seed, and number of draws so far; on the CPU, because every step reads both
         self._noise = torch.tensor([_noise_seed(), 0], device="cpu")
         self._step: _Posterior | None = None
         self._in_training_step = False
@@ -190,7 +190,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     def initialize_weights(self) -> None:
         super().initialize_weights()
         if self.cfg.variance == "learned":
-            # at first the same for every input: `initial_logvar`
+            # every input starts at `initial_logvar`
             self.W_var = nn.Parameter(torch.zeros_like(self.W_enc.data))
             self.b_var = nn.Parameter(torch.full_like(self.b_enc.data, self.cfg.initial_logvar))
 
@@ -218,7 +218,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Sampled latents in a training step; otherwise those of stock TopK."""
+        """Sampled latents in a training step. Otherwise the latents of stock TopK."""
         if not self._in_training_step:
             return super().encode_with_hidden_pre(x)
         hidden_pre, mu, logvar = self._posterior_of(x)
@@ -237,7 +237,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """SAELens' own; in a training step with small k, a sum over the active latents only."""
+        """SAELens' decoder. In a training step with small k, it sums over active latents only."""
         step = self._step
         if (
             step is None
@@ -270,10 +270,10 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @torch.no_grad()
     def selection_overlap(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch"]:
-        """How little the selection depends on the noise.
+        """The overlap of the active latents of two samples of the same input.
 
-        The Jaccard index (intersection over union) of the latents that are active in two samples of
-        the same input. It is 1 without sampling.
+        It is measured as a Jaccard index (intersection over union). It is 1 if the selection does
+        not depend on the noise, and without sampling.
 
         Examples:
             >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, variance="none")
@@ -281,7 +281,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
             tensor([1., 1.])
 
         Args:
-            x: Inputs as in training: whitened, if the SAE is being trained under whitening.
+            x: Inputs as in training: whitened if the SAE is trained under whitening.
 
         Returns:
             The index of each input, in [0, 1].
@@ -293,7 +293,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
-        # mu in units of the decoder norms has become smaller with them
+        # mu is in units of the decoder norms, which have become smaller
         shift = -2 * math.log(scaling_factor) if self.cfg.rescale_acts_by_decoder_norm else 0.0
         if self.cfg.variance == "learned":
             self.W_var.data *= scaling_factor
@@ -335,19 +335,19 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """PyTorch's own, but weights without a position in the noise are accepted too."""
+        """PyTorch's method, but the state of the noise may be missing from `state_dict`."""
         return super().load_state_dict({_NOISE: self._noise, **state_dict}, strict, assign)
 
     def _posterior_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float | None]:
         """Pre-activations, mean and log variance of the latents, shape (batch, d_sae)."""
         sae_in = self.process_sae_in(x)
-        # whether only b_dec needs a gradient through the input
+        # whether b_dec is the only tensor that needs a gradient through the input
         only_b_dec = not (x.requires_grad or is_hooked(self.hook_sae_input))
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and only_b_dec else None
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         W_enc, b_enc = self.W_enc, self.b_enc
         if norms is not None and not is_hooked(self.hook_sae_acts_pre):
-            # cheaper than multiplying the latents of a batch, but a hook would see the difference
+            # cheaper than multiplying a batch of latents, but a hook would see other values
             W_enc, b_enc, norms = W_enc * norms, b_enc * norms, None
         hidden_pre = self.hook_sae_acts_pre(_affine(sae_in, W_enc, b_enc, b_dec))
         if norms is not None:
@@ -359,7 +359,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @torch.no_grad()
     def _logged(self, step: _Posterior, dead: Tensor | None) -> dict[str, Tensor]:
-        # its own generator: training must not depend on what is logged
+        # a generator of its own, so that logging does not change the training
         generator = torch.Generator(step.mu.device).manual_seed(0)
         overlap = _overlap(step.mu, step.logvar, self.cfg.k, generator)
         found = {"selection_overlap": overlap.mean()}
@@ -369,15 +369,15 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
 
 def _noise_seed() -> int:
-    """Derived from PyTorch's seed, which itself would repeat the draws of the initial weights."""
+    """A seed derived from PyTorch's. PyTorch's itself would repeat the draws of the weights."""
     return _mixed(torch.initial_seed()) >> 1  # fits int64
 
 
 def _next_noise(position: Integer[Tensor, "2"], device: torch.device) -> torch.Generator:
-    """A generator for the next draw; the number of draws in `position` goes up."""
+    """A generator for the next draw. Increments the number of draws in `position`."""
     seed, n_draws = position.tolist()
     position[1] += 1
-    # processes that share a batch need different noise for their parts of it
+    # processes that share a batch need different noise
     shared = distributed.is_available() and distributed.is_initialized()
     rank = distributed.get_rank() if shared else 0
     return torch.Generator(device).manual_seed(_mixed(seed, n_draws, rank))
@@ -398,8 +398,7 @@ def kl_to_standard_normal(
 
     Args:
         mu: Means.
-        logvar: Log variances. None leaves out the terms that do not depend on the means, which are
-            zero for a variance of 1.
+        logvar: Log variances. None leaves out the terms in logvar, which are 0 for a variance of 1.
 
     Returns:
         0.5 * sum(mu^2 + exp(logvar) - 1 - logvar) in nats, in float32 or better.
@@ -410,13 +409,13 @@ def kl_to_standard_normal(
 
 
 class _KL(torch.autograd.Function):
-    """With few passes over tensors of shape (batch, d_sae), which take most of a step's time."""
+    """The KL divergence in few passes over tensors of shape (batch, d_sae), to save time."""
 
     @staticmethod
     def forward(ctx: Any, mu: Tensor, logvar: Tensor) -> Tensor:
         ctx.dtype = logvar.dtype
         logvar = logvar.to(torch.promote_types(logvar.dtype, torch.float32))
-        # expm1, because training brings the log variance of most latents close to 0
+        # expm1 for precision: training brings the log variance of most latents close to 0
         excess = logvar.expm1()
         ctx.save_for_backward(mu, excess)
         terms = excess.sum(dim=-1) - logvar.sum(dim=-1)
@@ -436,15 +435,15 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor | None) -> Tensor:
-    """x @ W + b. If b_dec is given, x is data minus b_dec and the data need no gradient."""
+    """x @ W + b. With b_dec, x has to be data minus b_dec, where the data need no gradient."""
     if b_dec is None or torch.is_autocast_enabled(x.device.type):
         return x @ W + b
     return _CentredAffine.apply(x.detach(), W, b, b_dec)
 
 
 class _CentredAffine(torch.autograd.Function):
-    """x @ W + b for x = data - b_dec. b_dec's gradient is summed over the batch before the product
-    with W, not after it."""
+    """x @ W + b for x = data - b_dec. To save time, the gradient of b_dec is summed over the batch
+    before the product with W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor) -> Tensor:
@@ -472,7 +471,7 @@ def _deviation(logvar: Tensor | float) -> Any:
 def _select(
     mu: Tensor, logvar: Tensor | float | None, k: int, generator: torch.Generator | None = None
 ) -> tuple[Integer[Tensor, "batch k"], Tensor | None]:
-    """Indices of the k largest of a sample, and their standard normal noise. No gradients."""
+    """Indices of the k largest sampled latents, and their standard normal noise. No gradients."""
     if logvar is None:
         return mu.topk(k, dim=-1, sorted=False).indices, None
     noise = _normal(mu, generator)
@@ -501,7 +500,7 @@ def _overlap(
         active.append(torch.zeros_like(mu, dtype=torch.bool).scatter_(-1, indices, values > 0))
     union = (active[0] | active[1]).sum(dim=-1)
     both = (active[0] & active[1]).sum(dim=-1)
-    # without any active latent, nothing differs
+    # without active latents there is no difference
     return torch.where(union > 0, both / union.clamp(min=1), torch.ones_like(both / union))
 
 
@@ -520,7 +519,7 @@ def _why_not_original_norms(cfg: Any) -> str:
 def _comparison_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
     return {
         "kl_warm_up_steps": n_steps // 10,  # as in the paper
-        # latents are in the unit of the activations
+        # latents scale with the activations
         "initial_logvar": TopKVSAETrainingConfig.initial_logvar + 2 * math.log(seen),
     }
 

@@ -1,4 +1,4 @@
-"""Transcoders: they read one hook and write another, so folding takes a whitening of each."""
+"""Transcoders read one hook and write another, so folding takes one whitening per hook."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,7 +10,7 @@ from sae_whiten.folding import AffineWeights
 
 
 def _affine_weights(sae: Any) -> AffineWeights:
-    # b_dec belongs to the hook that is written
+    # b_dec belongs to the output hook
     return replace(read_weights(sae), subtracts_b_dec=False)
 
 
