@@ -15,7 +15,7 @@ from sae_whiten.folding import AffineWeights
 
 
 class GatedLosses(GatedTrainingSAE):
-    """The penalty can use original-space norms. The auxiliary error is that of the main loss."""
+    """The penalty can use original-space norms. The auxiliary error uses the main metric."""
 
     sparsity_norms: SparsityNorms | None
 

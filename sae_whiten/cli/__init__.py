@@ -1,10 +1,9 @@
 """The command `sae-whiten`.
 
-Every command is a module of this package with `add_arguments(parser)` and `run(args) -> int`; its
-docstring is the description in its help, its EPILOG, if it has one, the end of the help. A module
-with PASSES_ARGUMENTS_ON = True finds the arguments that its parser does not know in
-`args.arguments`. Modules are imported when their command is called, and themselves import what is
-slow (torch, sae_lens) in `run`.
+Every command is a module of this package with `add_arguments(parser)` and `run(args) -> int`. Its
+docstring opens the help of the command, and its EPILOG (if any) ends it. With
+PASSES_ARGUMENTS_ON = True, arguments unknown to the parser are passed on in `args.arguments`.
+A module is imported only when its command is called. Slow imports (torch, sae_lens) are in `run`.
 """
 
 import argparse
@@ -61,13 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name. None: those of the process.
 
     Returns:
         Exit status: 0 success, 1 failure, 2 wrong usage or input, 130 interrupted by Ctrl-C.
 
     Raises:
-        SystemExit: From argparse (help, wrong usage) and from a run that was ended by a signal.
+        SystemExit: From argparse (help, wrong usage), or when a signal ended the run.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -92,11 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(command, "PASSES_ARGUMENTS_ON", False):
         args, args.arguments = command_parser.parse_known_args(args.arguments, args)
     else:
-        # whatever the command is, these work behind its name too
+        # every command takes these flags behind its name too
         _add_logging_arguments(command_parser, default=argparse.SUPPRESS)
         args = command_parser.parse_args(args.arguments, args)
 
-    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started
+    is_first = os.environ.get("RANK", "0") == "0"  # the first of the processes of torchrun
     if not is_first:
         os.environ.setdefault("TQDM_DISABLE", "1")
     with _logging_to_stderr(args.verbose, args.quiet or not is_first):
@@ -116,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes flags with hyphens and with underscores, and says what was wrong in one line, without a
-    usage of thirty flags in front."""
+    """Accepts hyphens and underscores in flags. Reports errors on one line, without the usage."""
 
     def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] (it is overloaded)
         self, args: Any = None, namespace: Any = None
@@ -164,13 +162,13 @@ def _add_logging_arguments(parser: argparse.ArgumentParser, default: object) -> 
 
 
 def _outcome(error: Exception, parser: argparse.ArgumentParser) -> tuple[int, str | None]:
-    """The exit status for an error, and what to tell; None where only its traceback tells it."""
+    """The exit status for an error, and its message; None if the traceback has to be shown."""
     if _is_full_disk(error):
         return 1, f"the disk is full, or its quota used up; free some space ({error})"
     if isinstance(error, FieldError):
         name = error.field.rpartition(".")[2]
         flags = {action.dest: action.option_strings for action in parser._actions}
-        # those of SAELens, which this parser does not know, are named like the fields
+        # SAELens' flags are unknown to this parser; they are named like the fields
         flag = flags.get(name, [f"--{name}"])[-1]
         given = "" if error.value is None else f" {error.value}"
         return 2, f"{flag}{given}: {error.problem}"
@@ -178,10 +176,10 @@ def _outcome(error: Exception, parser: argparse.ArgumentParser) -> tuple[int, st
 
 
 def _is_user_error(error: Exception) -> bool:
-    """Whether the message alone tells what to do, and a traceback would only hide it."""
+    """Whether the message alone tells the user what to do, so no traceback is needed."""
     if type(error).__module__.startswith("sae_whiten."):
         return True
-    # what is raised for missing files and for models and data sets that cannot be loaded
+    # raised for missing files, and for models and datasets that cannot be loaded
     if isinstance(error, (OSError, argparse.ArgumentError)):
         return True
     return isinstance(error, ValueError) and _is_deliberate(error)
@@ -193,7 +191,7 @@ _NUMERICAL_LIBRARIES = ("torch", "numpy", "scipy", "sklearn", "pandas")
 def _is_deliberate(error: Exception) -> bool:
     """Whether a `raise` statement outside the numerical libraries raised it.
 
-    These libraries complain of shapes and dtypes, which no user of a command has given.
+    Errors of these libraries are about shapes and dtypes, which no user of a command controls.
     """
     tb = error.__traceback__
     while tb is not None and tb.tb_next is not None:
@@ -201,18 +199,18 @@ def _is_deliberate(error: Exception) -> bool:
     if tb is None:
         return True
     library = tb.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-    # an extension in C raises from within the line that calls it
+    # an error from a C extension has no `raise` statement: the frame is at the call
     instruction = dis.opname[tb.tb_frame.f_code.co_code[tb.tb_lasti]]
     return library not in _NUMERICAL_LIBRARIES and instruction == "RAISE_VARARGS"
 
 
 def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether writing failed, here or in what led to this error, for want of space."""
+    """Whether this error, or one that caused it, is a write that failed for lack of disk space."""
     numbers = (errno.ENOSPC, errno.EDQUOT)
     while error is not None:
         if isinstance(error, OSError) and error.errno in numbers:
             return True
-        # safetensors and PyTorch raise errors of their own, with the number in the text if at all
+        # safetensors and PyTorch raise their own errors, at best with the number in the text
         text = str(error)
         if type(error).__name__ == "SafetensorError" and any(
             f"(os error {number})" in text for number in numbers

@@ -26,18 +26,18 @@ def add_options(
     positive: Collection[str] = (),
     absent_by_default: bool = False,
 ) -> None:
-    """Add a flag for every field of a dataclass; the parsed value has the name of the field.
+    """Add a flag for every field of a dataclass. The parsed value has the name of the field.
 
     Args:
         parser: Receives the flags.
-        options: The dataclass. Fields without a default are required.
-        only: Fields that get one; None: all.
-        without: Fields that get none.
-        renamed: Names of flags that differ from those of their fields, by field.
-        positive: Fields whose numbers below 1 are refused where the command line is parsed, for the
-            command checks them only after it has loaded something.
-        absent_by_default: Leave what is not given out of the parsed values, so that it can be told
-            from what is.
+        options: The dataclass. Fields without a default become required flags.
+        only: Fields that get a flag. None: all.
+        without: Fields that get no flag.
+        renamed: Flag names that differ from the field name, by field.
+        positive: Fields that must be at least 1. This is checked while parsing, because the command
+            checks its options only after it has loaded something.
+        absent_by_default: Whether flags that are not given are missing from the parsed values. The
+            command can then tell them from flags set to their default.
     """
     annotations = get_type_hints(options)
     for field in dataclasses.fields(options):
@@ -69,10 +69,9 @@ def options_from(args: argparse.Namespace, options: type[T]) -> T:
 
 
 def help_of(options: type, field: str) -> str:
-    """The string under a field of a dataclass as the help of a flag: on one line, the first letter
-    small, no full stop."""
+    """The help of a flag, from the string under its field: one line, lower case, no full stop."""
     told = " ".join(get_attribute_docstring(options, field).docstring_below.split())
-    is_name = told[1:2].isupper()  # such as SAELens'
+    is_name = told[1:2].isupper()  # keeps the capitals of SAELens, for example
     return (told if is_name else told[:1].lower() + told[1:]).removesuffix(".")
 
 
@@ -91,12 +90,12 @@ def _separator(text: str) -> int | str | None:
 
 
 def _several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A,B,... as a list."""
+    """A parser of A,B,... as a list."""
 
     def parse_all(text: str) -> list[Any]:
         return [parse(part) for part in map(str.strip, text.split(",")) if part]
 
-    parse_all.__name__ = f"list of {parse.__name__}"  # argparse names it where a value is wrong
+    parse_all.__name__ = f"list of {parse.__name__}"  # argparse prints it for a wrong value
     return parse_all
 
 
@@ -120,4 +119,4 @@ _PARSERS: dict[Any, dict[str, Any]] = {
         "metavar": "bos|eos|sep|none|ID",
     },
 }
-"""How a flag is parsed, by the annotation of its field."""
+"""Arguments of `add_argument`, by the annotation of the field."""

@@ -1,4 +1,4 @@
-"""What SAEs are probed with, from flags."""
+"""The flags of sparse probing, shared by commands."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ __all__ = ["add_probe_arguments", "probed_texts"]
 
 
 def add_probe_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add what is probed with, and how many texts."""
+    """Add flags for the texts or tasks to probe with, and for their number."""
     add = parser.add_argument
     add(
         "--probes",
@@ -59,11 +59,11 @@ def add_probe_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
 
 
 def probed_texts(args: argparse.Namespace, seed: int = 0) -> "LabelledTexts | ProbingTasks | None":
-    """What the flags ask for.
+    """The texts or tasks that the flags select; None for `--probes none`.
 
     Raises:
-        ModuleNotFoundError: It is sae-probes, which is not installed.
-        ValueError: There is nothing of this name, or it has too few texts.
+        ModuleNotFoundError: --probes is sae-probes, and the package is not installed.
+        ValueError: The name is unknown, or there are too few texts.
     """
     from sae_whiten.estimation.probing_texts import is_probing_texts
     from sae_whiten.evaluation.labels import dataset_texts, library_texts

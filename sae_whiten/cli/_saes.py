@@ -1,4 +1,4 @@
-"""What commands on finished SAEs share: the SAEs, their model and the dataset, from their flags."""
+"""Flags that commands on finished SAEs share: the SAEs, their model and the dataset."""
 
 import argparse
 import logging
@@ -30,7 +30,7 @@ logger = logging.getLogger("sae_whiten")
 
 
 def add_saes_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the SAEs."""
+    """Add the argument for the SAEs."""
     parser.add_argument(
         "saes",
         nargs="+",
@@ -40,7 +40,7 @@ def add_saes_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add which model to load, a group of its own in the help."""
+    """Add flags for the model, as their own group in the help."""
     group = parser.add_argument_group("model (default: what the SAEs were trained on)")
     group.add_argument("--model-name", help="model to load, as in SAELens")
     group.add_argument(
@@ -57,7 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_dataset_arguments(
     group: argparse._ArgumentGroup, default: str = "the SAEs' training data"
 ) -> None:
-    """Add where tokens or texts come from; `default` says what is read without any of these."""
+    """Add flags for the dataset. `default` is the help's name for what is read without them."""
     group.add_argument("--dataset-path", help=f"name on the hub or a folder (default: {default})")
     group.add_argument(
         "--dataset-split",
@@ -70,12 +70,12 @@ def add_dataset_arguments(
 
 
 def add_sequence_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add how tokens are shown to the model."""
+    """Add flags for how the dataset is cut into sequences for the model."""
     add_options(group, SequenceOptions, positive=("context_size", "batch_size_prompts"))
 
 
 def load_saes(paths: Iterable[str], device: str) -> "dict[str, SAE[Any]]":
-    """SAEs by their paths, each a folder or release/sae_id.
+    """SAEs by path. A path is a folder or release/sae_id.
 
     Raises:
         ValueError: A path is neither.
@@ -93,7 +93,7 @@ def _load_sae(path: str, device: str) -> "SAE[Any]":
         return SAE.load_from_disk(loadable_folder(path), device=device)
     release, _, sae_id = path.partition("/")
     if release not in get_pretrained_saes_directory():
-        # a repository on the hub, whose name has a slash of its own
+        # a repository on the hub, whose name contains a slash
         owner, _, rest = path.partition("/")
         repository, _, sae_id = rest.partition("/")
         release = f"{owner}/{repository}"
@@ -105,10 +105,10 @@ def _load_sae(path: str, device: str) -> "SAE[Any]":
 
 
 def model_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> dict[str, Any]:
-    """Arguments of SAELens' `load_model`: from the flags, else what the SAEs agree on.
+    """Arguments of SAELens' `load_model`, from the flags or else from the SAEs' metadata.
 
     Raises:
-        ValueError: They do not agree, or do not say.
+        ValueError: The metadata of the SAEs differ, or lack an entry.
     """
     kwargs = args.model_from_pretrained_kwargs
     if kwargs is None:
@@ -122,10 +122,10 @@ def model_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> di
 
 
 def load_model_of(source: Mapping[str, Any], device: str, context_size: int | None = None) -> Any:
-    """The model of a `model_source`.
+    """Load the model that `model_source` describes.
 
     Raises:
-        ValueError: It cannot read sequences of `context_size`.
+        ValueError: The model cannot read sequences of `context_size`.
     """
     from sae_lens.load_model import load_model
 
@@ -136,10 +136,10 @@ def load_model_of(source: Mapping[str, Any], device: str, context_size: int | No
 
 
 def dataset_path_of(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> str:
-    """The dataset, from the flag or what the SAEs agree on; warns of data they were trained on.
+    """The dataset's path, from the flag or the SAEs' metadata. Warns if SAEs were trained on it.
 
     Raises:
-        ValueError: They do not agree, or do not say.
+        ValueError: The metadata of the SAEs differ, or lack an entry.
     """
     path = args.dataset_path or _shared(saes, "dataset_path", "--dataset-path")
     trained_on = {sae.cfg.metadata.dataset_path for sae in saes.values()}
@@ -153,20 +153,20 @@ def dataset_path_of(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") ->
 
 
 def open_dataset_of(args: argparse.Namespace, path: str) -> Any:
-    """The dataset at a path, streamed where that is possible and not refused."""
+    """Open the dataset at a path, streamed if possible unless --no-streaming is given."""
     from sae_whiten.estimation.dataset import open_dataset
 
     return open_dataset(path, args.dataset_split, streaming=not args.no_streaming)
 
 
 def _shared(saes: "Mapping[str, SAE[Any]]", field: str, flag: str, default: Any = None) -> Any:
-    """What the metadata of all SAEs agree on."""
+    """The value of a metadata field, which has to be the same for all SAEs."""
     found = {name: sae.cfg.metadata[field] for name, sae in saes.items()}
     values = [value for value in found.values() if value is not None]
     if any(value != values[0] for value in values):
         listed = ", ".join(f"{value!r} ({name})" for name, value in found.items())
         raise ValueError(f"the SAEs do not agree in {field}: {listed}; give {flag}")
-    # "local": the usual name where a dataset is given as an object
+    # "local" is the usual name of a dataset that was given as an object
     if values and not (field == "dataset_path" and values[0] in ("", "local")):
         return values[0]
     if default is None:

@@ -1,4 +1,4 @@
-"""Flags as they may be written: with hyphens or underscores, and what was meant by others."""
+"""Spelling of flags: hyphens or underscores, and suggestions for unknown flags."""
 
 import difflib
 import re
@@ -8,7 +8,7 @@ __all__ = ["did_you_mean", "known_spelling"]
 
 
 def known_spelling(argument: str, flags: Iterable[str]) -> str:
-    """An argument with hyphens or underscores as the flag that it names has them, if it is one."""
+    """The argument, with hyphens and underscores as in the flag that it names (if any)."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -17,7 +17,7 @@ def known_spelling(argument: str, flags: Iterable[str]) -> str:
 
 
 def did_you_mean(message: str, flags: Iterable[str]) -> str:
-    """The flag nearest to the unknown one that an error of argparse is about, as its end."""
+    """An ending for an argparse error about an unknown flag: the flag nearest to it, if any."""
     unknown = re.search(r"unrecognized arguments:.*?(--[\w.-]+)", message)
     near = difflib.get_close_matches(unknown[1], list(flags), n=1) if unknown else []
     return f"; did you mean {near[0]}?" if near else ""

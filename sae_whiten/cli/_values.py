@@ -1,4 +1,4 @@
-"""Types of arguments for argparse, with errors that say what was expected."""
+"""Argument types for argparse, with errors that state the expected value."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ __all__ = ["json_object", "positive"]
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number, at least 1."""
     try:
         number = int(text)
     except ValueError:
@@ -19,7 +19,7 @@ def positive(text: str) -> int:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """An object in JSON."""
+    """A JSON object."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:

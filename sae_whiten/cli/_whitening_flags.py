@@ -1,4 +1,4 @@
-"""The flags --whitening.*, one for each field of `WhiteningConfig`, of commands that whiten."""
+"""The flags --whitening.* of commands that whiten, one for each field of `WhiteningConfig`."""
 
 import argparse
 import contextlib
@@ -17,7 +17,7 @@ PREFIX = "--whitening."
 def add_whitening_arguments(
     parser: argparse.ArgumentParser, names: Collection[str] | None = None
 ) -> None:
-    """Add the flags of the fields named; None: of all."""
+    """Add a flag for each of the named fields. None: all fields."""
     group = parser.add_argument_group("whitening")
     annotations = get_type_hints(WhiteningConfig)
     for field in dataclasses.fields(WhiteningConfig):
@@ -28,7 +28,7 @@ def add_whitening_arguments(
         group.add_argument(
             PREFIX + field.name,
             type=parse,
-            # absent, so that resuming can tell what was asked for from what was not
+            # absent unless given, so that resuming knows which settings the user has asked for
             default=argparse.SUPPRESS,
             metavar=expected,
             help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
@@ -36,13 +36,13 @@ def add_whitening_arguments(
 
 
 def given_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of `WhiteningConfig` that were given on the command line."""
+    """The fields of `WhiteningConfig` that the command line sets."""
     prefix = PREFIX.removeprefix("--")
     return {k.removeprefix(prefix): v for k, v in vars(args).items() if k.startswith(prefix)}
 
 
 def _value_parser(annotation: Any) -> tuple[Callable[[str], Any], str]:
-    """Function from a flag's text to a value of the annotated type, and the values it takes."""
+    """A parser of a flag's text to a value of the annotated type, and the values it accepts."""
     is_union = get_origin(annotation) in (Union, types.UnionType)
     members = get_args(annotation) if is_union else (annotation,)
     literals: dict[str, Any] = {}

@@ -1,21 +1,20 @@
-"""Are codes of SAEs as large as their inputs? eps-LBO and the ZF plot, for any that SAELens loads.
+"""Are codes of SAEs as large as their inputs? eps-LBO and the ZF plot, for any SAE of SAELens.
 
-If the features were nearly orthogonal, the norm of a sparse code would be about that of its input
-(Lee et al., arXiv 2503.24277). At the last token of each prompt, one prompt for each row of a
-dataset, the norm of the code is set beside the norm of the input. In the table, h is the number of
-latents, and means are over the prompts:
+If features are nearly orthogonal, the norm of a sparse code is close to the norm of its input
+(Lee et al., arXiv 2503.24277). This command compares the two norms at the last token of each
+prompt. Every row of a dataset is a prompt. Columns of the table (h is the number of latents):
 
-eps-LBO: the smallest largest inner product between features that fits both norms, mean and median;
+eps-LBO: smallest bound on inner products between features that fits both norms, mean and median;
 NMSE: squared error over squared norm of the activation; L0: active latents; over, under: share of
-prompts whose code is larger, smaller than the input; the bands: share with eps-LBO (h - 1) at most
-0.25, 0.5, 1; norms: Pearson's correlation of the two norms; pearson, spearman: correlations of NMSE
-and eps-LBO; bias: norm of the decoder bias, which is one entry of every code, over the mean norm of
-the codes. Near 1 the bias is all that these figures are of: so it is where the mean of the
-activations is large beside their spread, and was subtracted from them (whitening does so) and
-folded into the bias.
+prompts whose code is larger, smaller than the input; bands: share with eps-LBO (h - 1) at most
+0.25, 0.5, 1; norms: Pearson correlation of the two norms; pearson, spearman: correlations of NMSE
+and eps-LBO; bias: norm of the decoder bias over the mean norm of the codes. The bias is one entry
+of every code. If this ratio is near 1, the other columns describe little but the bias. This happens
+if the mean of the activations is large relative to their spread and is folded into the bias, as
+after whitening.
 
 Writes afa.json, with the values of every prompt; zf.png and .pdf, code against input; violins.png
-and .pdf, how NMSE and eps-LBO are distributed.
+and .pdf, the distributions of NMSE and eps-LBO.
 """
 
 import argparse
@@ -43,7 +42,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the SAEs, where the model and the prompts come from, and the output."""
+    """Add the SAEs, the sources of model and prompts, and the output."""
     add_saes_argument(parser)
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIRECTORY", help="where to write"

@@ -1,12 +1,12 @@
 """Find out whether whitening helps: train SAEs with and without it, all else being equal.
 
 For every seed, SAEs of all architectures, conditions and sparsities are trained in lockstep on one
-stream of activations, with equal initial weights per architecture, and evaluated as stock SAELens
-SAEs on sequences that none was trained on. The report has a table, paired differences over the
-seeds with confidence intervals and corrected tests, and figures.
+stream of activations. Initial weights are equal per architecture. The SAEs are evaluated as stock
+SAELens SAEs on held-out sequences. The report has a table, paired differences over the seeds with
+confidence intervals and corrected tests, and figures.
 
-Killed, it goes on from its last checkpoint when the same command is repeated; with more --seeds or
-another --sparsity, once it is done, it adds those that are missing.
+After an interruption, repeat the command: it continues from its last checkpoint. After it has
+finished, repeat it with more --seeds or another --sparsity: it trains only what is missing.
 """
 
 import argparse
@@ -37,7 +37,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is compared and what it is trained on, with SAELens' names."""
+    """Add flags for the comparison, the model and the data, with SAELens' names."""
     add = parser.add_argument
     add("--model-name", required=True, help="model to load, as in SAELens")
     add(
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = Comparison(**{**options, "seeds": range(args.seeds)})
     check_writable(args.out)
     dataset = open_dataset(args.dataset_path, streaming=not args.no_streaming)
-    # too few rows are refused before a model is loaded
+    # refuse too few rows before loading a model
     describe_rows(dataset, comparison.held_out_sequences)
     labels = probed_texts(args)
     kwargs = args.model_from_pretrained_kwargs

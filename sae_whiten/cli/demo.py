@@ -1,12 +1,12 @@
-"""Watch whitening at work: the same activations tame and anisotropic, and three SAEs for each.
+"""Watch whitening at work: three SAEs each on tame activations and on anisotropic ones.
 
 Model: all-MiniLM-L6-v2, activations after the third of its six layers. Text: the docstrings of the
 Python standard library on this machine. Nothing is downloaded. These activations are tame. An
-invertible map gives them a large mean and a few directions with most of the variance, as residual
-streams of language models have them; what a probe can find stays. SAEs are trained on both: on raw
-activations, with the mean subtracted, and whitened. All see the same data in the same order and
-start from the same random numbers. They are saved as ordinary SAELens SAEs and evaluated, on text
-that none was trained on, by a process that does not know sae-whiten.
+invertible map makes them anisotropic: a large mean and a few directions with most of the variance,
+like residual streams of language models. Probes can still find the same information. On each
+version, one SAE is trained on raw activations, one on centred and one on whitened activations. All
+see the same data in the same order and start from the same random numbers. They are saved as
+ordinary SAELens SAEs. A process without sae-whiten evaluates them on held-out text.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train the SAEs, evaluate them in a fresh process, and print what came out."""
+    """Train the SAEs, evaluate them in a fresh process, and print the results."""
     started = time.monotonic()
     found = run_demo(options_from(args, DemoOptions), lambda message: print(message, flush=True))
     print(f"\nOn {found.n_held_out} tokens of text from other modules than those trained on:\n")

@@ -1,10 +1,10 @@
-"""Evaluate SAEs on the model they were trained on: any that SAELens loads, trained with us or not.
+"""Evaluate any SAEs that SAELens loads, on the model they were trained on.
 
-Explained variance, L0, dead and dense latents on tokens of a dataset; the loss of the model with
-reconstructions in the place of activations, if its predictions mean something; sparse probing on
-labelled texts. All SAEs see the same tokens and texts. The texts are by default code and docstrings
-of libraries installed here, so that they need no download; but they change with the versions of
-these libraries. --probes sae-probes takes the field's standard, whose data an extra brings along:
+Metrics: explained variance, L0, dead and dense latents on tokens of a dataset; the loss of the
+model with activations replaced by reconstructions, if the model predicts next tokens; sparse
+probing on labelled texts. All SAEs see the same tokens and texts. By default the texts are code and
+docstrings of installed libraries. They need no download, but depend on the versions of these
+libraries. --probes sae-probes selects the field's standard tasks. Their data come with an extra:
 pip install "sae-whiten[probes]"
 """
 
@@ -35,7 +35,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the SAEs, where the model, the tokens and the texts come from, and the output."""
+    """Add the SAEs, the sources of model, tokens and texts, and the output."""
     add_saes_argument(parser)
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")

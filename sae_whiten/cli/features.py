@@ -1,16 +1,16 @@
 """Look at features: one HTML page of the latents of an SAE, or of two SAEs side by side.
 
-For each latent: the texts in which it is most active and some drawn at random, every token shaded
-by its activation; a histogram of its activations and how often it fires; the tokens whose logits
-its decoder direction raises and lowers, where the model predicts next tokens; its nearest
-neighbours. The page is one file that needs no network and no server, opens in any browser, and can
-be sent. Its latents can be searched and sorted, and each has a link: page.html#latent-123.
+Each latent has: the texts in which it is most active and some random ones, every token shaded by
+its activation; a histogram of its activations and how often it fires; the tokens whose logits its
+decoder direction raises and lowers, if the model predicts next tokens; its nearest neighbours. The
+page is one file for any browser, and needs neither network nor server. Latents can be searched and
+sorted, and each has a link: page.html#latent-123.
 
-Of two SAEs the page has three lists: latents found by both, side by side, only by the first, and
-only by the second. Latents are the same if their decoder directions nearly agree, or if they fire
-at nearly the same tokens. Directions are compared in whitened coordinates: in those of the
-activations, a few dimensions of large variance make any two directions look alike. Statistics for
-that are those that lie beside the SAE, those of --statistics, or estimated from the tokens read.
+For two SAEs, the page has three lists: latents found by both (side by side), only by the first, and
+only by the second. Two latents match if their decoder directions nearly agree, or if they fire at
+nearly the same tokens. Directions are compared in whitened coordinates, because in raw ones a few
+dimensions of large variance make all directions look alike. The statistics for this are those of
+--statistics, else those in the folder of an SAE, else estimated from the tokens read.
 """
 
 import argparse
@@ -50,7 +50,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the SAEs, what to show of them, and where the model and the tokens come from."""
+    """Add the SAEs, the contents of the page, and the sources of model and tokens."""
     add_saes_argument(parser)
     parser.add_argument(
         "--out",
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, measure, write the page, and say what is on it."""
+    """Load, measure, write the page, and print a summary."""
     from sae_whiten._files import check_writable
     from sae_whiten.evaluation.features.measure import measure_features
     from sae_whiten.evaluation.features.page import write_page
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 def _statistics(
     args: argparse.Namespace, saes: "dict[str, SAE[Any]]"
 ) -> "dict[str, ActivationStatistics]":
-    """Statistics by hook: those that were given, or lie beside an SAE."""
+    """Statistics by hook, from --statistics or else from the folder of an SAE."""
     from sae_whiten.estimation.folders import find_statistics
     from sae_whiten.statistics import ActivationStatistics
 

@@ -1,12 +1,12 @@
 """Estimate the mean and covariance of the activations at many hooks, in one pass over a dataset.
 
-The model runs once for all hooks and stops after the last; no activation is kept. Estimation ends
-when held-out activations would have at most --tolerance too much variance under the whitening, as
-two halves of the samples tell of each other. The result is a folder with one file per hook, for
-sae-whiten train --whitening.statistics.
+The model runs once for all hooks and stops after the last; no activation is kept. Estimation stops
+when held-out activations would have an excess variance of at most --tolerance under the whitening.
+The excess is estimated by comparing two halves of the samples. The result is a folder with one file
+per hook, for sae-whiten train --whitening.statistics.
 
-Killed, it goes on from where it was last saved when the same command is repeated. Started
-by torchrun, every process takes its share of the dataset, and the result is that of all.
+After an interruption, repeat the command: it continues from what was last saved. Under torchrun,
+every process reads its share of the dataset, and the result covers all shares.
 """
 
 import argparse

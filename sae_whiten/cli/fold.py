@@ -1,14 +1,14 @@
-"""Make a correct, plain SAE of a checkpoint that SAELens wrote under its own whitening.
+"""Turn a checkpoint that SAELens wrote under its own whitening into a correct, plain SAE.
 
-Under normalize_activations="covariance_whitening" SAELens saves checkpoints during training with
-weights in whitened coordinates, and the whitening beside them. Opened as they are, they are wrong.
-This folds the whitening into the weights, proves it, and writes an SAE that plain SAELens opens.
+With normalize_activations="covariance_whitening", SAELens saves checkpoints during training with
+weights in whitened coordinates and the whitening beside them. Loaded as they are, they are wrong.
+This command folds the whitening into the weights, checks the fold, and writes a stock SAELens SAE.
 
-A final checkpoint is folded already, and one of a run that was resumed from a final checkpoint is
-folded twice: both are told from the weights. The first is copied as it is. The second fold is
-undone, for which --whitening has to name the whitening of the second run. What cannot be told for
-certain is refused: then --state says it. Activations, if there are any, make it more certain:
-cached ones, or those of a model on a dataset.
+A final checkpoint is folded already and is copied as it is. A final checkpoint of a run that was
+resumed from a final checkpoint is folded twice. Its second fold is undone; --whitening has to name
+the whitening of the second run. The command recognises the state from the weights. It refuses a
+checkpoint in doubt; then give --state. Activations make the result more certain: cached ones, or
+those of a model on a dataset.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _STATES = ("whitened", "folded", "folded-twice")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, the output, and what tells the state of the weights."""
+    """Add the checkpoint, the output, and flags that help to recognise the state of the weights."""
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of one SAE")
     add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fold, save, and say what the checkpoint was."""
+    """Fold, save, and print the state that the checkpoint was in."""
     from sae_whiten.training.builtin_checkpoints import fold_builtin_checkpoint
 
     done = fold_builtin_checkpoint(
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _activations(args: argparse.Namespace) -> "Tensor | None":
-    """Raw activations from the cache, or from the model on the dataset, if either is given."""
+    """Raw activations from the cache, or from the model on the dataset. None without either."""
     if args.cached_activations is None and args.dataset_path is None:
         return None
     if args.cached_activations is not None and args.dataset_path is not None:

@@ -1,19 +1,19 @@
-"""Show what statistics say: how anisotropic each hook is, and how well it was estimated.
+"""Show statistics: how anisotropic the activations of each hook are, and how well estimated.
 
-n: activations; excess: too much variance that held-out activations have under the whitening (- in
-files of sae-whiten merge, where it is not known);
-|mean|/std: norm of the mean over the root of the total variance; condition: of the covariance
-without its null directions, which null counts; directions: participation ratio; 90%, 99%: number
-of directions that hold so much of the variance; top: share of the largest eigenvalue; outliers: the
-dimensions of largest variance, in units of the median.
+n: activations; excess: excess variance of held-out activations under the whitening (-: unknown, as
+in files of sae-whiten merge); |mean|/std: norm of the mean over the root of the total variance;
+condition: condition number of the covariance without null directions; null: number of null
+directions; directions: participation ratio; 90%, 99%: number of directions that hold this share of
+the variance; top: share of the largest eigenvalue; outliers: dimensions of largest variance, in
+units of the median.
 
-The second table is about the whitening that training would derive, with the --whitening.* given.
-condition: of the regularised covariance; gain: of the most amplified direction, in units of that of
-a direction of average variance; damped: directions left with less than half of unit variance;
-shrinkage: its intensity; oas: the intensity that --whitening.shrinkage oas would choose. With
---held-out, over the directions that are not null: mean, min and max eigenvalue of the covariance of
-the whitened held-out activations, all 1 at best, and its distance |C - I|/sqrt(d) from the
-identity.
+The second table describes the whitening that training would derive with the given --whitening.*.
+condition: condition number of the regularised covariance; gain: gain of the most amplified
+direction, relative to a direction of average variance; damped: directions with less than half of
+unit variance after whitening; shrinkage: its intensity; oas: the intensity that
+--whitening.shrinkage oas would choose. With --held-out, the covariance C of the whitened held-out
+activations, without null directions: mean, min and max of its eigenvalues (1 at best), and its
+distance |C - I|/sqrt(d) from the identity.
 """
 
 import argparse
@@ -34,7 +34,7 @@ example:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the inputs, the forms of output, and the flags that change the spectrum."""
+    """Add the inputs, the output formats, and the flags that change the spectrum."""
     parser.add_argument(
         "sources",
         nargs="+",
@@ -106,7 +106,7 @@ def _read(sources: Iterable[str]) -> "dict[str, ActivationStatistics]":
                 raise ValueError(
                     f"{file} holds no covariance: of {statistics.n_samples} activations"
                 )
-            # two statistics of one hook, from two sources, are told apart by their files
+            # if two sources have the same hook, the second is named by its file
             found[name if name not in found else str(file)] = statistics
     return found
 

@@ -1,8 +1,8 @@
-"""Draw the paper's 2-D simulation: where sparsity leads, before and after whitening.
+"""Draw a 2-D simulation: where sparsity leads, before and after whitening (arXiv 2511.13981).
 
-Two sparse sources are mixed along two features at an angle. Over all dictionaries of two unit
-vectors, the figure shows how well they recover the sources, how sparse their codes are, and the
-optimum of either; whitening brings the two together. The numbers are printed.
+Two sparse sources are mixed along two features at an angle. For all dictionaries of two unit
+vectors, the figure shows the recovery of the sources, the sparsity of the codes, and the optimum of
+each. Whitening makes the two optima coincide. The numbers are printed.
 """
 
 import argparse

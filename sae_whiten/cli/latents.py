@@ -1,20 +1,21 @@
-"""Draw where the latents of SAEs lie in the plane (t-SNE), and how often each of them fires.
+"""Draw the latents of SAEs in the plane (t-SNE), and how often each of them fires.
 
-A panel for each SAE: a disc for each latent, coloured by the logarithm of its firing frequency, and
-hollow grey crosses for dead ones, which fired at no token. --of decoder places latents by the
-direction of their decoder rows: what they write. SAEs of one hook are embedded together, so that
-their panels can be compared; those of other hooks apart. --of activations places latents by their
-activations over the same tokens: when they fire. This compares SAEs of any hooks, and dead latents
-have no place in it: they are counted, and listed in the coordinates.
+Each SAE has a panel, each latent a disc, coloured by the logarithm of its firing frequency. Hollow
+grey crosses are dead latents, which fired at no token. --of decoder places latents by the direction
+of their decoder rows: what they write. SAEs of the same hook are embedded together, so their panels
+can be compared; other hooks are embedded separately. --of activations places latents by their
+activations on the same tokens: when they fire. It compares SAEs of any hooks, and leaves out dead
+latents. These are counted, and listed in the coordinates.
 
-Near each other means alike. Distances between clusters, and their sizes, mean nothing in t-SNE.
-Alike is meant by cosine. Where a few directions hold most of the variance of the activations, they
-can decide the cosines of decoder rows; --of activations is not affected.
+Latents close to each other have a high cosine similarity. Distances between clusters, and their
+sizes, mean nothing in t-SNE. If a few directions hold most of the variance of the activations, they
+can dominate the cosines of decoder rows; --of activations is not affected.
 
 Firing frequencies are counted on a run of the model.
 
-Beside the figure, FILE with the suffix .json has the coordinates; Python draws them again by
-sae_whiten.lenses.latents.embedding.LatentSpace.load and latent_space_figure.plot_latent_space.
+The coordinates are saved beside the figure, with the suffix .json. To draw them again in Python,
+use sae_whiten.lenses.latents.embedding.LatentSpace.load and
+sae_whiten.lenses.latents.figure.plot_latent_space.
 """
 
 import argparse
@@ -52,7 +53,7 @@ _FORMATS = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the SAEs, what to draw, and where the model and the tokens come from."""
+    """Add the SAEs, the figure, and the sources of model and tokens."""
     add_saes_argument(parser)
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="FILE", help="figure: .png, .pdf or .svg")
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, measure, embed, draw, write the coordinates, and print a count."""
+    """Load, measure, embed, draw, write the coordinates, and print counts."""
     if args.out.suffix not in _FORMATS:
         raise ValueError(f"--out {args.out}: a figure is one of {', '.join(_FORMATS)}")
     options = options_from(args, LatentOptions)
@@ -108,7 +109,7 @@ def _check_overwritable(coordinates: Path) -> None:
 def _firing(
     args: argparse.Namespace, saes: "dict[str, SAE[Any]]", options: LatentOptions
 ) -> "tuple[dict[str, Firing], dict[str, Any]]":
-    """When latents fire, and where that comes from."""
+    """The firing of the latents by SAE, and its provenance."""
     from sae_whiten.lenses.latents.measure import measure_firing
 
     model_arguments = model_source(args, saes)

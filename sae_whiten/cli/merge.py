@@ -1,8 +1,8 @@
-"""Combine statistics of several shards of a dataset: the result is that of one pass over all.
+"""Combine statistics of several shards of a dataset. The result equals one pass over all of it.
 
-Takes files, or folders with one file per hook, of which the hooks are merged that every folder has.
-What the provenance of all agrees on is kept. Shards of another model, hook or context are an error,
-and so are the same statistics given twice: their activations would count double.
+Takes files, or folders with one file per hook. Of folders, hooks found in all of them are merged.
+Provenance entries are kept if they are equal in all shards. Shards that differ in model, hook or
+context are an error. So are duplicates of the same statistics, which would count double.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge file by file; nothing is written unless everything could be read."""
+    """Merge file by file. Nothing is written unless everything could be read."""
     folders = [shard.is_dir() for shard in args.shards]
     if any(folders) and not all(folders):
         raise ValueError("give either files or folders, not both")
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _by_hook(folders: list[Path], out: Path) -> dict[Path, list[Path]]:
-    """The files of every hook that all folders have, by the file to write."""
+    """The files to merge, by the file to write: one entry per hook that all folders have."""
     names = [{path.name for path in folder.glob(f"*{_SUFFIX}")} for folder in folders]
     common = set.intersection(*names)
     if not common:

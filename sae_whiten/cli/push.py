@@ -1,8 +1,8 @@
-"""Upload a finished SAE, or statistics, to the Hugging Face hub, with a card that says what it is.
+"""Upload a finished SAE, or statistics, to the Hugging Face hub, with a model or dataset card.
 
-An SAE is uploaded by SAELens' own uploader: weights, config and sparsity, and nothing of the
-whitening, which is folded into the weights. Anyone loads it with SAE.from_pretrained. Access tokens
-that a config holds are left out.
+An SAE is uploaded by SAELens' own uploader: weights, config and sparsity. The whitening is folded
+into the weights and needs no file. Anyone can load the SAE with SAE.from_pretrained. Access tokens
+in a config are left out.
 """
 
 import argparse
@@ -20,7 +20,7 @@ Log in with `hf auth login`, or set HF_TOKEN.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what to upload and where to."""
+    """Add what to upload, and its destination."""
     parser.add_argument("path", help="folder of an SAE, of several, or of statistics")
     parser.add_argument("repo", metavar="USER/NAME", help="repo on the hub, made if need be")
     parser.add_argument(
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Upload, or write what would be uploaded; say how to load it."""
+    """Upload, or write what would be uploaded. Print how to load it."""
     path = Path(args.path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")

@@ -1,9 +1,9 @@
-"""Compare ways of whitening where the answer is known: on synthetic activations.
+"""Compare ways of whitening on synthetic activations, whose features are known.
 
-Sparse features, correlated and hierarchical, are mixed into activations that are as anisotropic as
-those of language models and far from the origin. Every condition trains on the same activations
-from the same initial weights, and is scored by the features that it recovers. Written to --out:
-results.jsonl (a line for each training; those it has are not done again), results.md, results.png.
+Sparse features, correlated and hierarchical, are mixed into activations. These are as anisotropic
+as those of language models and have a large mean. All conditions train on the same activations from
+the same initial weights. The score is how many of the features an SAE recovers. Written to --out:
+results.jsonl (one line per training; finished trainings are skipped), results.md, results.png.
 """
 
 import argparse
@@ -41,11 +41,11 @@ _OF_DATA = {
     "junk_variance": "junk_variance",
     "n_nuisance": "nuisance",
 }
-"""Flags for fields of the activations."""
+"""Names of the flags that set fields of `SyntheticDataConfig`, by field."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what to train, on what, and where."""
+    """Add flags for the SAEs, the activations, the output and the device."""
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")
     add(
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train what has not been trained yet, print the table."""
+    """Train what is missing, and print the table."""
     from tqdm import tqdm
 
     from sae_whiten._checks import require_number

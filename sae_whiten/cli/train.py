@@ -1,9 +1,9 @@
 """Train an SAE under whitening, fold the whitening into its weights and save it.
 
 Takes every flag of SAELens' own command line (python -m sae_lens.llm_sae_training_runner) and the
---whitening.* flags below. The saved SAE is an ordinary SAELens SAE for raw activations. Beside
-SAELens' architectures there are topk_vsae, saved as an ordinary topk SAE, and top_afa, which no
-whitening can be folded into: with --normalize_activations none it is trained without.
+--whitening.* flags below. The saved SAE is an ordinary SAELens SAE for raw activations. Two
+architectures are added to those of SAELens. topk_vsae is saved as an ordinary topk SAE. top_afa
+cannot be whitened; train it with --normalize_activations none.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, save, and say where the SAE is and how exact the fold was."""
+    """Train, save, and print where the SAE is and how exact the fold was."""
     if args.help:
         args.print_help()
         print("\nSAELens' flags:\n")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     given = given_fields(args)
     whitening = WhiteningConfig(**given)
     cfg = _saelens_config(args.arguments)
-    torch.manual_seed(cfg.seed)  # which SAELens reads nowhere
+    torch.manual_seed(cfg.seed)  # SAELens ignores this field
     if cfg.sae.normalize_activations != "covariance_whitening":
         if given:
             raise ValueError(
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{cfg.sae.normalize_activations} nothing is whitened; leave it out"
             )
         return _train_without(cfg)
-    # a checkpoint is resumed with the whitening that it was trained under, unless told otherwise
+    # a checkpoint resumes with the whitening that it was trained under, unless flags say otherwise
     decides_nothing = not given.keys() - {"temporary_folder"}
     resumes_as_it_was = cfg.resume_from_checkpoint is not None and decides_nothing
 
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
-    """Train as SAELens does, and say that nothing was whitened."""
+    """Train with SAELens' own runner, and print that nothing was whitened."""
     from sae_lens import LanguageModelSAETrainingRunner
     from sae_lens.llm_sae_training_runner import InterruptedException
     from sae_lens.registry import get_sae_training_class
@@ -155,8 +155,8 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
     """Parse SAELens' flags with SAELens' own parser, with whitening as the default.
 
     Raises:
-        ValueError: SAELens refuses the arguments, or they ask for another normalisation than
-            whitening where that is possible, or for whitening where it is not.
+        ValueError: SAELens refuses the arguments. Or the architecture cannot be whitened and
+            whitening is asked for; or it can, and another normalisation is asked for.
         SystemExit: With status 0, after --help.
         RuntimeError: This version of SAELens has no such parser.
     """
@@ -167,7 +167,7 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
     import sae_lens
 
     try:
-        # private, and the only way to get SAELens' flags without keeping a copy of them
+        # private, but the only way to get SAELens' flags without keeping a copy of them
         from sae_lens.llm_sae_training_runner import _parse_cfg_args
     except ImportError as error:
         raise RuntimeError(
@@ -185,9 +185,9 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         arguments = [*(f"--{name}={saved['sae'][name]}" for name in names), *arguments]
     reason = _why_not_whitened(arguments)
     if reason is None:
-        # in front, so that a value the user gives wins and can be refused below
+        # in front, so that a value from the user takes precedence and can be refused below
         arguments.insert(0, "--normalize_activations=covariance_whitening")
-    # SAELens puts a usage of a hundred lines before its error
+    # SAELens prints a hundred lines of usage before its error
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -212,10 +212,10 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
 
 
 def _settings_of_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
-    """The runner's config in the checkpoint to resume from, if there is one to resume from.
+    """The runner's config in the checkpoint to resume from. None without such a checkpoint.
 
     Raises:
-        FileNotFoundError, CorruptFileError: The checkpoint does not hold it.
+        FileNotFoundError, CorruptFileError: The checkpoint does not contain the config.
     """
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--resume_from_checkpoint")
@@ -233,16 +233,16 @@ def _settings_of_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
 def _resumed(
     saved: dict[str, Any], cfg: "LanguageModelSAERunnerConfig[Any]", given: Sequence[str]
 ) -> "LanguageModelSAERunnerConfig[Any]":
-    """The config that a checkpoint was trained with, but for the flags that are given.
+    """The config that a checkpoint was trained with, changed by the given flags.
 
     Args:
-        saved: That config, as `to_dict` gives it.
-        cfg: What SAELens makes of the flags.
-        given: The arguments, as SAELens spells them.
+        saved: The config in the checkpoint, from `to_dict`.
+        cfg: The config that SAELens parsed from the flags.
+        given: The arguments, in SAELens' spelling.
 
     Raises:
-        ValueError: A flag is not written as its field, or the checkpoint was saved without a secret
-            that its settings held.
+        ValueError: The flags name another architecture, a flag is not named like a field, or the
+            settings held a secret, which a checkpoint does not save.
     """
     from sae_lens import LanguageModelSAERunnerConfig
 
@@ -252,7 +252,7 @@ def _resumed(
     architecture = saved["sae"]["architecture"]
     if own["sae"]["architecture"] != architecture:
         raise ValueError(f"--architecture: the checkpoint is of {architecture}; leave the flag out")
-    # of this version of SAELens, and of this machine
+    # drop fields that this version of SAELens does not have, and its version numbers
     settings = {k: v for k, v in saved.items() if k in own and not k.startswith("sae_lens_")}
     settings["seqpos_slice"] = tuple(settings["seqpos_slice"])
     for name in ("llm_device", "act_store_device"):
@@ -276,10 +276,10 @@ def _resumed(
 
 
 def _require_positive(arguments: Sequence[str]) -> None:
-    """Refuse sizes below 1, some of which SAELens divides by as soon as it has parsed them.
+    """Refuse sizes below 1. SAELens divides by some of them as soon as they are parsed.
 
     Raises:
-        argparse.ArgumentError: One is; names the flag.
+        argparse.ArgumentError: A size is below 1. The error names the flag.
     """
     from sae_whiten.training.checks import POSITIVE_FIELDS
 
@@ -290,10 +290,10 @@ def _require_positive(arguments: Sequence[str]) -> None:
 
 
 def _why_not_whitened(arguments: Sequence[str]) -> str | None:
-    """Why no whitening can be folded into the architecture that the arguments name, if so.
+    """The reason why the named architecture cannot be whitened, or None if it can.
 
     Raises:
-        ValueError: So it is, and they do not ask for another normalisation.
+        ValueError: It cannot be whitened, and the arguments ask for no other normalisation.
     """
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 
@@ -320,8 +320,8 @@ def _why_not_whitened(arguments: Sequence[str]) -> str | None:
 
 
 def _as_saelens_spells(argument: str, runner_flags: set[str]) -> str:
-    """Underscores for hyphens, and no prefix of a nested flag, which SAELens keeps only where two
-    flags would clash."""
+    """The argument with underscores for hyphens, and without the prefix of a nested flag. SAELens
+    keeps the prefix only if two flags would clash."""
     if argument.startswith("--"):
         flag, equals, value = argument.partition("=")
         argument = f"--{flag[2:].replace('-', '_')}{equals}{value}"
