@@ -1,8 +1,8 @@
-"""Every metric of an SAE that is reported: its key, computation, name and direction, in one object.
+"""Every reported metric of an SAE as one object: its key, computation, name and direction.
 
-To add one is to add it to `METRICS`: `evaluate_saes` then computes it, and reports list it with all
-other metrics. It changes no p-value. Which metrics are tested, and corrected together, is said by
-`sae_whiten.comparison.summary.TESTED_METRICS`.
+To add a metric, add it to `METRICS`: `evaluate_saes` then computes it and reports list it. This
+changes no p-value. `sae_whiten.comparison.summary.TESTED_METRICS` lists the metrics that are tested
+and corrected together.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -55,21 +55,21 @@ K_VALUES = (1, 2, 5, 20)
 """Columns of sparse probing."""
 
 SAE_PROBES_K = (1, 2, 4, 8, 16)
-"""Latents that the probes of `sae-probes` use: the first five of its own."""
+"""Numbers of latents for the probes of `sae-probes`: the first five of the package's own."""
 
 N_VALUES = (2, 5, 10, 20, 50, 100)
 """Latents removed by TPP and SCR."""
 
 MEASUREMENTS = {"ce_loss": "CE loss score and KL", "tpp": "TPP", "scr": "SCR"}
-"""What a record may lack, with the reason under this key; and its name in reports."""
+"""Measurements that a record may lack: the key of the reason in `absent`, and the reports' name."""
 
 
 @dataclass(frozen=True)
 class ProbedColumns:
-    """Accuracies of probes on some columns: latents, or channels of the activations.
+    """Accuracies of probes on columns: latents, or channels of the activations.
 
     Attributes:
-        sparse: `sparse[attribute][K]`, without those K of which there are not as many columns.
+        sparse: `sparse[attribute][K]`, for each K up to the number of columns.
         full: By attribute, with all columns.
     """
 
@@ -77,20 +77,20 @@ class ProbedColumns:
     full: Mapping[str, float]
 
     def mean(self, k: int, attributes: Iterable[str] | None = None) -> float | None:
-        """Accuracy with K columns, over these attributes or all; None if none has it."""
+        """Mean accuracy with K columns over these attributes (None: all); None without any."""
         names = self.sparse if attributes is None else attributes
         return _mean(self.sparse[name].get(k) for name in names)
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What probing with one seed found; None was not measured.
+    """The results of probing with one seed.
 
     Attributes:
         latents: Probes on latents, averaged over the tokens of labelled texts.
         residual: Probes on activations, averaged in the same way.
-        tpp: On the same texts.
-        scr: On the same texts, of each pair of classes.
+        tpp: TPP on the same texts; None if not measured.
+        scr: SCR on the same texts, one per pair of classes; empty if not measured.
     """
 
     latents: ProbedColumns
@@ -101,18 +101,18 @@ class Probed:
 
 @dataclass
 class Measured:
-    """What was measured of one SAE, for metrics to be computed from.
+    """Measurements of one SAE, from which metrics are computed.
 
     Attributes:
-        variance: Over the tokens of a dataset.
-        activity: Of the latents, over the same tokens.
-        variance_of_loss: As `variance`, in the whitened space that the loss was taken in; None if
-            it was taken in that of the activations, or nobody said.
-        loss: Of the model, over the same tokens; None if it means nothing.
-        probes: On labelled texts, one for each seed of the probes.
-        tasks: `tasks[name][k]`: test AUC of a task of `sae-probes` with k latents, one for each
-            seed of the probes.
-        absent: Why something was not measured, by the keys of `MEASUREMENTS`.
+        variance: Explained variance over the tokens of a dataset.
+        activity: Activity of the latents over the same tokens.
+        variance_of_loss: Explained variance in the whitened space of the training loss. None if the
+            loss was in the space of the activations, or is unknown.
+        loss: Loss of the model over the same tokens; None if it is meaningless.
+        probes: Probing on labelled texts, one entry per seed of the probes.
+        tasks: `tasks[name][k]`: test AUCs of a task of `sae-probes` with k latents, one per seed of
+            the probes.
+        absent: Reasons why something was not measured, by the keys of `MEASUREMENTS`.
     """
 
     variance: ExplainedVariance
@@ -130,13 +130,14 @@ class Metric:
 
     Attributes:
         key: Its name in a record.
-        compute: The number; None if what it is computed from was not measured.
-        name: In words; if empty, those of the key.
+        compute: Returns the number, or None if its inputs were not measured.
+        name: Its name in reports. Default: the key, with spaces.
         better: 1 if more is better, -1 if less is, 0 if neither.
-        decimals: Fewest decimals that it is printed with.
-        is_count: Whether SAEs have more or fewer of it, and not a higher or lower value.
-        repeats: The same measured again with other seeds of the probes, by task (where there is but
-            one, it has no name): what `compute` is the mean of. None: it has no seed.
+        decimals: Smallest number of decimals to print.
+        is_count: Whether it is a count, so that reports say "more" and "fewer" instead of "higher"
+            and "lower".
+        repeats: Returns the values whose mean is `compute`, one per seed of the probes, by task. A
+            single task has an empty name. None: the metric does not depend on the seed.
     """
 
     key: str
@@ -156,10 +157,10 @@ class Curve:
     """A metric at several numbers of latents.
 
     Attributes:
-        name: In words.
-        x_label: What the numbers count.
+        name: Name in reports.
+        x_label: Label of the x axis.
         metrics: By number of latents.
-        baselines: The same of channels of the activations, by their number.
+        baselines: The same metrics of channels of the activations, by number of channels.
     """
 
     name: str
@@ -193,7 +194,7 @@ CE_LOSS_SCORE = Metric("ce_loss_score", lambda m: m.loss and m.loss.score, "CE l
 KL = Metric("kl", lambda m: m.loss and m.loss.kl, "KL divergence", -1)
 
 
-# --- of several seeds: `comparison.stability` computes them, as no SAE alone has them
+# --- of several seeds: `comparison.stability` computes them, as they need more than one SAE
 
 
 def _of_others(key: str, name: str, better: Literal[0, 1] = 0) -> Metric:
@@ -224,7 +225,7 @@ def _probed(
 
 
 def _sparse_probing(k: int, attribute: str | None = None) -> tuple[Metric, Metric]:
-    """On latents, and on channels of the activations; of one attribute, or the mean over all."""
+    """Accuracies on latents and on channels: of one attribute, or the mean over all."""
     attributes = None if attribute is None else [attribute]
     key = f"sparse_probing_{f'{attribute}_' if attribute else ''}top_{k}"
     return (
@@ -234,7 +235,7 @@ def _sparse_probing(k: int, attribute: str | None = None) -> tuple[Metric, Metri
 
 
 def attribute_metrics(attributes: Iterable[str]) -> list[Metric]:
-    """Sparse probing of single attributes of the texts, which others may lack."""
+    """Sparse probing of single attributes. Which attributes there are depends on the texts."""
     return [m for name in attributes for k in K_VALUES for m in _sparse_probing(k, name)]
 
 
@@ -315,7 +316,7 @@ METRICS = (
     STABILITY_RAW,
     STABILITY_RAW_NULL,
 )
-"""In the order of the records; those of `attribute_metrics` follow."""
+"""All metrics in the order of the records. Those of `attribute_metrics` follow in a record."""
 
 CURVES = (
     Curve("sparse probing", "latents used, K", SPARSE_PROBING_AT, RESIDUAL_PROBING_AT),
@@ -326,7 +327,7 @@ CURVES = (
 
 
 def name_of(key: str) -> str:
-    """What reports call the metric with this key, which may be one of `attribute_metrics`.
+    """The name, in reports, of the metric with this key, also for `attribute_metrics`.
 
     >>> name_of("kl"), name_of("sparse_probing_language_top_5")
     ('KL divergence', 'sparse probing language top 5')

@@ -1,6 +1,6 @@
 """Evaluate SAEs on a model: one pass over tokens and one over labelled texts for all of them.
 
-SAEs are taken as they are: any that SAELens loads, for raw activations, however they were trained.
+Takes any SAEs for raw activations that SAELens loads, however they were trained.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -54,57 +54,56 @@ def evaluate_saes(
 ) -> list[dict[str, Any]]:
     """Core metrics, loss of the model and probing of SAEs on one model.
 
-    Every SAE sees the same tokens and the same texts, at the hook and with the special tokens left
-    out that its metadata say. A record has the SAE's `name`, `architecture`, `d_in`, `d_sae`,
-    `model_name`, `hook_name` and whole `config`; `n_tokens` that it was evaluated on,
-    `context_size`, `prepend_bos`, `excluded_tokens`, `labels` (where the texts come from) and
-    `probing_seeds`; and its `metrics`, numbers by name:
+    Every SAE sees the same tokens and texts. Its metadata decide the hook and which special tokens
+    are left out. A record has the SAE's `name`, `architecture`, `d_in`, `d_sae`, `model_name`,
+    `hook_name` and whole `config`. It also has `n_tokens` (number of tokens evaluated on),
+    `context_size`, `prepend_bos`, `excluded_tokens`, `labels` (source of the texts),
+    `probing_seeds`, and `metrics`, numbers by name:
 
-    - `explained_variance`, `l0`, `dead_latents`, `dense_latents` (active in more than a tenth of
-      the tokens; both are numbers of latents): of activations in their own space.
-    - `ce_loss_score` and `kl`, with reconstructions in the place of activations; and what the score
-      comes from: `ce_loss`, `ce_loss_with_sae`, `ce_loss_ablated` (activations at the hook zero at
-      every token, as in SAELens and SAEBench), like the KL divergence in nats per token.
-    - `sparse_probing_top_K`, the mean over the attributes of the texts, `sparse_probing_NAME_top_K`
-      for each; `residual_sparse_probing_...` with channels of the activations instead of latents,
-      and `full_probe_accuracy` with all of these.
-    - `sae_probes_auc_top_K` instead, where the tasks of `sae-probes` are probed: test AUC, the mean
-      over tasks.
+    - `explained_variance`, `l0`, `dead_latents`, `dense_latents` in the space of the activations.
+      The last two are numbers of latents. Dense: active in more than a tenth of the tokens.
+    - `ce_loss_score` and `kl`, with activations replaced by reconstructions. The score is computed
+      from `ce_loss`, `ce_loss_with_sae` and `ce_loss_ablated` (all activations at the hook zero, as
+      in SAELens and SAEBench). Losses and KL divergence are in nats per token.
+    - `sparse_probing_top_K`, the mean over the attributes of the texts, and
+      `sparse_probing_NAME_top_K` for each attribute. `residual_sparse_probing_...` uses channels of
+      the activations instead of latents, and `full_probe_accuracy` all channels.
+    - `sae_probes_auc_top_K` instead, for the tasks of `sae-probes`: test AUC, the mean over tasks.
     - `tpp_top_N` and `tpp_probe_accuracy`, on the first attribute if it has three values or more.
     - `scr_top_N`, `scr_denominator`, `scr_base_accuracy`, `scr_clean_accuracy`: means over disjoint
-      pairs of values of the first attribute, with the second as the other attribute;
-      `scr_min_denominator` is the smallest of the pairs'.
+      pairs of values of the first attribute, with the second as the other attribute.
+      `scr_min_denominator` is the smallest over the pairs.
 
-    Whatever probing gives is the mean over `probe_seeds` seeds, which draw other rows; `repeats`
-    has the values themselves, by metric and task.
+    Probing metrics are means over `probe_seeds` seeds, each of which draws other rows. `repeats`
+    has the single values, by metric and task.
 
-    What would mean nothing is not among the metrics: `absent` has the reason under `ce_loss` (which
-    stands for the KL divergence too), `tpp` or `scr`.
+    Metrics that would be meaningless are left out. `absent` then has the reason, under `ce_loss`
+    (also for the KL divergence), `tpp` or `scr`.
 
     Args:
-        saes: SAEs for raw activations, by the names they get in the records.
+        saes: SAEs for raw activations, by their names in the records.
         model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
             Hugging Face models.
-        dataset: Tokens or text that the SAEs were not trained on, as for SAELens.
-        labels: Texts to probe with, or tasks of `sae-probes`; None leaves probing out.
-        n_tokens: Tokens to be read from the dataset, special ones included.
-        context_size: Tokens per sequence; None takes the smallest of the SAEs' metadata.
-        prepend_bos: Whether sequences start with BOS; None takes it from the SAEs' metadata.
+        dataset: Tokens or text that the SAEs were not trained on, in a form that SAELens reads.
+        labels: Texts to probe with, or tasks of `sae-probes`. None: no probing.
+        n_tokens: Tokens to read from the dataset, including special ones.
+        context_size: Tokens per sequence. None: the smallest in the SAEs' metadata.
+        prepend_bos: Whether sequences start with BOS. None: from the SAEs' metadata.
         batch_size_prompts: Sequences per pass of the model.
-        seed: The first of those that draw rows for probing.
-        probe_seeds: How often probing is repeated. With one, nobody knows its noise.
-        tpp_and_scr: Whether TPP and SCR are measured on labelled texts. Both fail tests of what
-            they are for (Chanin, arXiv 2605.18229).
+        seed: First of the seeds that draw rows for probing.
+        probe_seeds: Number of repetitions of probing. One gives no estimate of its noise.
+        tpp_and_scr: Whether to measure TPP and SCR on labelled texts. Both have failed validity
+            tests (Chanin, arXiv 2605.18229).
         spaces: Whitenings by the name of the SAE, for `explained_variance_of_loss`: explained
-            variance in the space that its loss was taken in.
+            variance in the space of the training loss.
 
     Returns:
-        A record for each SAE, in their order.
+        A record for each SAE, in the order of `saes`.
 
     Raises:
-        ValueError: An SAE is of another model or hook, is not for raw activations, or the SAEs'
-            metadata contradict each other; a number is out of range, or the dataset is shorter than
-            one sequence.
+        ValueError: An SAE belongs to another model or hook, or is not for raw activations. The
+            SAEs' metadata contradict each other. A number is out of range. The dataset is shorter
+            than one sequence.
     """
     if not saes:
         raise ValueError("no SAEs to evaluate")
@@ -180,7 +179,7 @@ def evaluate_saes(
 
 
 class _Loss:
-    """Mean cross-entropy of the next token, and mean KL divergence from other logits, in nats."""
+    """Mean cross-entropy of the next token, and mean KL divergence from clean logits, in nats."""
 
     def __init__(self) -> None:
         self._ce, self._kl, self._n_ce, self._n_kl = 0.0, 0.0, 0, 0
@@ -192,8 +191,8 @@ class _Loss:
         logits: Float[Tensor, "batch seq vocab"],
         clean: Float[Tensor, "batch seq vocab"] | None = None,
     ) -> None:
-        """Add the tokens that count; a token's loss is that of predicting the next from it."""
-        # one sequence at a time, for logits are many
+        """Add the kept tokens. A token's loss is the loss of predicting the next token from it."""
+        # one sequence at a time, because logits take memory
         for i in range(len(tokens)):
             rows = logits[i, :-1][kept[i, :-1]].float()
             self._ce += float(cross_entropy(rows, tokens[i, 1:][kept[i, :-1]], reduction="sum"))
@@ -218,7 +217,7 @@ def _measure_tokens(
     batches: Iterator[Integer[Tensor, "batch seq"]],
     spaces: Mapping[str, Whitening],
 ) -> dict[str, Measured]:
-    """Explained variance, activity of the latents, and loss of the model; one pass over tokens."""
+    """Explained variance, activity of the latents and loss of the model, in one pass."""
     hooks = {view.hook_name for view in views.values()}
     variance = {name: ExplainedVariance() for name in saes}
     variance_of_loss = {name: ExplainedVariance() for name in spaces}

@@ -1,7 +1,7 @@
 """Texts with labels, for probing.
 
-Two sources: sources of installed libraries, which every machine has, labelled by the library they
-come from and by whether they are code or prose; and any dataset with a text and a label column.
+The texts come from installed libraries, which need no download, or from any dataset with a text and
+a label column. Texts of libraries are labelled by library, and as code or prose.
 """
 
 import importlib.metadata
@@ -29,18 +29,18 @@ __all__ = ["LIBRARIES", "LabelledTexts", "Split", "dataset_texts", "library_text
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("numpy", "pandas", "scipy", "sklearn", "torch", "transformers")
-"""Where the offline texts come from: this package depends on all of them."""
+"""Sources of the offline texts. This package depends on all of them."""
 
 _KINDS = ("code", "prose")
 _LENGTH = (100, 600)  # characters
-_MAX_PER_MODULE = 4  # texts of one kind, so that no single module stands for its library
+_MAX_PER_MODULE = 4  # texts of one kind, so that no single module dominates its library
 _SHINGLE = 5  # words
 _MIN_PER_CELL = 10
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts, and for each attribute the label of each of them.
+    """Texts and their labels, one label per attribute.
 
     Attributes:
         texts: The texts.
@@ -53,12 +53,12 @@ class Split:
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts with labels: as many of every combination of labels, none alike.
+    """Texts with labels: equally many of each combination of labels, without near-duplicates.
 
     Attributes:
-        train: To choose latents and to fit probes.
-        test: To score them.
-        source: Where the texts come from, for the record.
+        train: Texts to choose latents and to fit probes.
+        test: Texts to score the probes.
+        source: The origin of the texts, for the record.
     """
 
     train: Split
@@ -71,12 +71,12 @@ def library_texts(
 ) -> LabelledTexts:
     """Docstrings ("prose") and bodies of functions ("code") of installed libraries.
 
-    The attributes are "library" and "kind". Modules of which the training split has texts have none
-    in the test split. Other versions of the libraries give other texts; `source` has the versions.
+    The attributes are "library" and "kind". No module has texts in both splits. The texts depend on
+    the versions of the libraries, which are in `source`.
 
     Args:
         n_texts: Texts of each kind from each library, in each split.
-        seed: Of the choice of modules.
+        seed: Seed for the choice of modules.
         libraries: Names of installed packages.
 
     Raises:
@@ -87,7 +87,7 @@ def library_texts(
     for library in libraries:
         found = {kind: ([], []) for kind in _KINDS}
         for i, path in enumerate(shuffled(source_files(package_root(library)), seed)):
-            # each module gives all its texts to one of the splits
+            # all texts of a module go to the same split
             texts = {kind: splits[i % 2] for kind, splits in found.items()}
             wanted = {kind: min(_MAX_PER_MODULE, n_texts - len(texts[kind])) for kind in _KINDS}
             tree = parse(path) if any(wanted.values()) else None
@@ -120,15 +120,16 @@ def dataset_texts(
     """Texts and labels of a Hugging Face dataset.
 
     Args:
-        dataset: A `datasets.Dataset`, or what `open_dataset` takes.
-        label_columns: One attribute each. Sparse probing takes all of them, TPP the first; SCR
-            needs two, the second with two values.
-        text_column: Where the texts are.
-        n_texts: Texts of each combination of labels, in each split; fewer where there are fewer.
-        seed: Of the choice of texts.
+        dataset: A `datasets.Dataset`, or an argument of `open_dataset`.
+        label_columns: One attribute each. Sparse probing uses all of them, TPP the first. SCR needs
+            two, of which the second has two values.
+        text_column: The column with the texts.
+        n_texts: Texts of each combination of labels, in each split. If a combination has fewer, all
+            combinations get that many.
+        seed: Seed for the choice of texts.
 
     Raises:
-        ValueError: A column is missing, or there are too few texts of some combination of labels.
+        ValueError: A column is missing, or a combination of labels has too few texts.
     """
     source: dict[str, Any] = {"dataset": dataset if isinstance(dataset, (str, Path)) else "object"}
     if isinstance(dataset, (str, Path)):
@@ -196,10 +197,10 @@ def _assembled(
 
 
 class _NearDuplicates:
-    """Tells texts that are new from those of which half was in texts before.
+    """Recognises texts that largely repeat earlier ones.
 
-    Documentation and code are copied within and between libraries. A text is new if fewer than half
-    of its sequences of five words, numbers left aside, occurred in earlier texts that were new.
+    Documentation and code are copied within and between libraries. A text is new if earlier new
+    texts contain fewer than half of its sequences of five words. Numbers are ignored.
     """
 
     def __init__(self) -> None:
@@ -216,7 +217,7 @@ class _NearDuplicates:
 
 
 def _prose(docstring: str) -> str:
-    """A docstring without its examples and its lists of parameters."""
+    """A docstring without its examples and its sections, such as parameters."""
     paragraphs = re.split(r"\n\s*\n", docstring)
     prose = []
     for paragraph in paragraphs:

@@ -1,7 +1,7 @@
 """Metrics of sparse autoencoders, as functions of tensors.
 
-Sums are float64. Every metric of an SAE exists as a function of one batch and as an accumulator for
-evaluations that do not fit into memory; the two agree up to the rounding of float64.
+Sums are float64. Each metric exists as a function of one batch and as an accumulator over batches.
+The two agree up to the rounding of float64.
 """
 
 import torch
@@ -22,8 +22,8 @@ __all__ = [
 class ExplainedVariance:
     """Explained variance, 1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2, batch by batch.
 
-    The mean is that of all activations, not of each batch, and the denominator is updated by Chan's
-    pairwise formula: a mean far from the origin neither inflates the figure nor cancels digits.
+    The mean is over all activations, not per batch. The denominator is updated by Chan's pairwise
+    formula, so a mean far from the origin neither inflates the result nor costs digits.
 
     Attributes:
         n_samples: Activations seen so far.
@@ -50,7 +50,8 @@ class ExplainedVariance:
             x_hat: Their reconstructions, of the same shape.
 
         Raises:
-            ValueError: The shapes differ, or differ from those before, or a value is not finite.
+            ValueError: The two shapes differ, the width differs from earlier batches, or a value is
+                not finite.
         """
         if x.shape != x_hat.shape:
             raise ValueError(
@@ -79,7 +80,7 @@ class ExplainedVariance:
         """Explained variance so far: 1 is perfect, 0 is as good as predicting the mean.
 
         Raises:
-            ValueError: All activations are the same, or there are none: no variance to explain.
+            ValueError: There is no variance to explain: no activations, or all are the same.
         """
         if not self._scatter > 0:
             raise ValueError(f"{self.n_samples} activations without any variance: none to explain")
@@ -87,9 +88,9 @@ class ExplainedVariance:
 
 
 class LatentActivity:
-    """How many latents are active at once, and how often each of them is, batch by batch.
+    """The number of active latents per row and the firing rate of each latent, batch by batch.
 
-    A latent is active where it is not zero.
+    A latent is active if it is not zero.
 
     Attributes:
         n_samples: Rows of latents seen so far.
@@ -107,7 +108,7 @@ class LatentActivity:
             latents: Shape (n, d_sae) or (batch, seq, d_sae), dense or sparse COO, any dtype.
 
         Raises:
-            ValueError: d_sae differs from that of the batches before.
+            ValueError: d_sae differs from earlier batches.
         """
         if latents.is_sparse:
             latents = latents.to_dense()
@@ -161,7 +162,7 @@ def l0(latents: Tensor) -> float:
 def dead_latents(firing_rates: Float[Tensor, "d_sae"]) -> int:
     """Number of latents that were active in no row.
 
-    It falls as the number of rows grows: compare SAEs on the same rows.
+    The number falls as rows are added. Compare SAEs on the same rows.
     """
     return int((firing_rates == 0).sum())
 

@@ -1,6 +1,6 @@
-"""What a language model loses when an SAE's reconstruction takes the place of its activations.
+"""The effect on a language model's loss of replacing its activations by an SAE's reconstructions.
 
-These mean something only for models with a trained language-modelling head.
+Meaningful only for models with a trained language-modelling head.
 """
 
 import math
@@ -22,10 +22,10 @@ class ModelLoss:
     """Mean cross-entropy of the next token, and mean KL divergence, in nats per token.
 
     Attributes:
-        clean: Of the unchanged model.
-        with_sae: With reconstructions in the place of activations.
-        ablated: With zeros in the place of activations.
-        kl: Of the model with reconstructions from the unchanged one.
+        clean: Cross-entropy of the unchanged model.
+        with_sae: Cross-entropy with activations replaced by reconstructions.
+        ablated: Cross-entropy with activations replaced by zeros.
+        kl: Divergence of the model with reconstructions from the unchanged one.
     """
 
     clean: float
@@ -40,20 +40,20 @@ class ModelLoss:
 
 
 def ce_loss_score(ce_clean: float, ce_sae: float, ce_ablated: float) -> float:
-    """Share of the loss that the activations save the model which their reconstruction saves too.
+    """CE loss score (loss recovered): how much of the loss due to ablation the SAE recovers.
 
     `(ce_ablated - ce_sae) / (ce_ablated - ce_clean)`: 1 if the SAE costs nothing, 0 if it is as bad
-    as no activations at all, negative if it is worse.
+    as zero ablation, negative if it is worse.
 
     Args:
-        ce_clean: Mean cross-entropy of the unchanged model, in nats or bits per token, as long as
-            all three are the same.
-        ce_sae: The same with the reconstruction in place of the activations.
-        ce_ablated: The same with zeros in place of the activations.
+        ce_clean: Mean cross-entropy of the unchanged model, per token. All three values need the
+            same unit, nats or bits.
+        ce_sae: Mean cross-entropy with activations replaced by reconstructions.
+        ce_ablated: Mean cross-entropy with activations replaced by zeros.
 
     Raises:
-        ValueError: A value is negative or not finite, or ablation does not raise the loss, as with
-            a model whose head is untrained or whose activations at that hook do not matter.
+        ValueError: A value is negative or not finite, or ablation does not raise the loss. The
+            latter happens if the head is untrained or the activations at the hook have no effect.
     """
     losses = {"ce_clean": ce_clean, "ce_sae": ce_sae, "ce_ablated": ce_ablated}
     for name, loss in losses.items():
@@ -73,17 +73,17 @@ def kl_divergence(
 ) -> Float[Tensor, "*tokens"]:
     """KL divergence of the model with the SAE from the unchanged model, for every token, in nats.
 
-    `sum_v p_v (log p_v - log q_v)` with p of the unchanged model. The metric is the mean over all
-    tokens that are not masked.
+    `sum_v p_v (log p_v - log q_v)`, where p is of the unchanged model and q of the model with the
+    SAE. The metric is the mean over all tokens that are not masked.
 
     Args:
-        logits: Of the unchanged model, shape (..., vocab), any floating dtype. -inf is a token that
-            cannot occur.
-        sae_logits: With the reconstruction in place of the activations, of the same shape.
+        logits: Logits of the unchanged model, shape (..., vocab), any floating dtype. -inf marks an
+            impossible token.
+        sae_logits: Logits with activations replaced by reconstructions, same shape.
 
     Returns:
-        Shape (...), float64; at least 0 up to rounding, infinite where a token that can occur has
-        become impossible.
+        Shape (...), float64; at least 0 up to rounding. Infinite where a possible token has become
+        impossible.
 
     Raises:
         ValueError: The shapes differ.
@@ -94,8 +94,8 @@ def kl_divergence(
             "of the same tokens"
         )
     rows, sae_rows = (x.reshape(-1, x.shape[-1]) for x in (logits, sae_logits))
-    # float64, as small divergences are differences of large terms; in blocks, as a float64 copy of
-    # all logits of a large vocabulary is several times the size of the model's own
+    # float64, because small divergences are differences of large terms; in blocks, because a
+    # float64 copy of all logits would take several times their memory
     divergences = [
         _kl_divergence(_as_float64(p), _as_float64(q))
         for p, q in zip(rows.split(_BLOCK), sae_rows.split(_BLOCK), strict=True)
@@ -107,5 +107,5 @@ def _kl_divergence(
     logits: Float[Tensor, "n vocab"], sae_logits: Float[Tensor, "n vocab"]
 ) -> Float[Tensor, "n"]:
     log_p, log_q = logits.log_softmax(-1), sae_logits.log_softmax(-1)
-    # impossible tokens add nothing, not 0 * (-inf + inf)
+    # impossible tokens add 0, where the formula gives 0 * (-inf + inf)
     return torch.where(log_p == -math.inf, 0, log_p.exp() * (log_p - log_q)).sum(-1)

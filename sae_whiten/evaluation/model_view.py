@@ -1,4 +1,4 @@
-"""What SAEs see of a model, what they give back to it, and texts as the model reads them."""
+"""Activations that SAEs read from a model and replace in it, and tokens of texts."""
 
 import math
 from collections import defaultdict
@@ -34,13 +34,13 @@ _LATENTS_AT_ONCE = 2**25  # 128 MB in float32
 
 @dataclass(frozen=True)
 class View:
-    """What an SAE sees of a model: SAEs with the same view see the same.
+    """The activations that an SAE reads. SAEs with equal views read the same activations.
 
     Attributes:
         hook_name: Name of the hook.
-        head: One head of a hook with a head dimension; None takes all.
-        seqpos_slice: Positions of a sequence that count, as in SAELens' config.
-        special: Tokens at which activations neither count nor are replaced.
+        head: One head of a hook with a head dimension. None: all heads.
+        seqpos_slice: Positions of a sequence to keep, as in SAELens' config.
+        special: Tokens whose activations are neither evaluated nor replaced.
     """
 
     hook_name: str
@@ -50,9 +50,9 @@ class View:
 
     @classmethod
     def of(cls, sae: SAE[Any], tokenizer: Any) -> "View":
-        """The view that the metadata of an SAE tell of.
+        """The view in the metadata of an SAE.
 
-        Where they do not say whether it was trained on special tokens, these do not count.
+        Special tokens are left out if the metadata do not say whether it was trained on them.
         """
         metadata = sae.cfg.metadata
         exclude = metadata.exclude_special_tokens
@@ -66,20 +66,20 @@ class View:
         )
 
     def kept(self, tokens: Integer[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
-        """Which positions count."""
+        """The positions to evaluate and to replace."""
         in_slice = torch.zeros_like(tokens, dtype=torch.bool)
         in_slice[:, slice(*self.seqpos_slice)] = True
         special = torch.tensor(self.special, dtype=tokens.dtype, device=tokens.device)
         return in_slice & ~torch.isin(tokens, special)
 
     def seen(self, activations: Float[Tensor, "batch seq *heads"]) -> Float[Tensor, "batch seq d"]:
-        """What the SAE takes of the activations at the hook."""
+        """The part of the activations at the hook that the SAE reads, with heads flattened."""
         if self.head is not None:
             return activations[:, :, self.head]
         return activations.flatten(2)
 
     def check_width(self, name: str, sae: SAE[Any], x: Float[Tensor, "batch seq d"]) -> None:
-        """Raise ValueError if the SAE, called `name`, takes activations of another width."""
+        """Raise ValueError if the SAE, called `name`, has another input width."""
         if x.shape[-1] != sae.cfg.d_in:
             raise ValueError(
                 f"{name} takes activations of width {sae.cfg.d_in}, but {self.hook_name} has "
@@ -92,7 +92,7 @@ class View:
         x_hat: Float[Tensor, "batch seq d"],
         kept: Bool[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq *heads"]:
-        """Activations at the hook with reconstructions in the place of those that count."""
+        """Activations at the hook, with reconstructions at the kept positions."""
         new = activations.clone()
         part = new if self.head is None else new[:, :, self.head]
         part[kept] = x_hat[kept].reshape(-1, *part.shape[2:]).to(part)
@@ -101,7 +101,7 @@ class View:
     def ablated(
         self, activations: Float[Tensor, "batch seq *heads"]
     ) -> Float[Tensor, "batch seq *heads"]:
-        """Activations at the hook with zeros, at every token, for what the SAE takes."""
+        """Activations at the hook, with zeros at every token for the part that the SAE reads."""
         if self.head is None:
             return torch.zeros_like(activations)
         new = activations.clone()
@@ -117,11 +117,11 @@ def run(
     Args:
         model: As SAELens loads it.
         tokens: Token ids.
-        hook_names: Hooks whose activations are wanted.
-        logits: Whether these are wanted too; without, the pass ends after the last hook.
+        hook_names: Hooks whose activations to return.
+        logits: Whether to return logits. If not, the pass stops after the last hook.
 
     Returns:
-        Logits (empty if not wanted), and activations by the name of the hook.
+        Logits (empty if not requested), and activations by the name of the hook.
     """
     names = list(dict.fromkeys(hook_names))
     activations: dict[str, Tensor] = {}
@@ -129,7 +129,7 @@ def run(
     def keep(name: str, acts: Tensor, hook: Any) -> None:
         activations[name] = acts
 
-    # by the name it was asked for: hooks of a TransformerBridge call themselves something else
+    # keyed by the requested name: in a TransformerBridge, `hook.name` differs from it
     hooks: list[Any] = [(name, partial(keep, name)) for name in names]
     options = {} if logits else stopping_after(model, names)
     output = model.run_with_hooks(tokens, fwd_hooks=hooks, **options)
@@ -139,10 +139,11 @@ def run(
 def encode_decode(
     sae: SAE[Any], x: Float[Tensor, "batch seq d"]
 ) -> Iterator[tuple[slice, Tensor, Float[Tensor, "some seq d"]]]:
-    """Latents and reconstructions of some sequences at a time, as memory allows.
+    """Latents and reconstructions of a few sequences at a time, to bound memory.
 
     Yields:
-        Which sequences, their latents (dense, shape (some, seq, d_sae)), and their reconstructions.
+        Indices of the sequences, their latents (dense, shape (some, seq, d_sae)), and their
+        reconstructions.
     """
     for rows in _parts(sae, x):
         latents = sae.encode(x[rows].to(sae.device, sae.dtype))
@@ -153,7 +154,7 @@ def encode_decode(
 def encode_in_parts(
     sae: SAE[Any], x: Float[Tensor, "batch seq d"]
 ) -> Iterator[tuple[slice, Float[Tensor, "some seq d_sae"]]]:
-    """Latents of some sequences at a time, dense, as memory allows; and which sequences."""
+    """Indices and dense latents of a few sequences at a time, to bound memory."""
     for rows in _parts(sae, x):
         latents = sae.encode(x[rows].to(sae.device, sae.dtype))
         yield rows, latents.to_dense() if latents.is_sparse else latents
@@ -166,15 +167,15 @@ def _parts(sae: SAE[Any], x: Float[Tensor, "batch seq d"]) -> list[slice]:
 
 @torch.no_grad()
 def decoder_norms(sae: SAE[Any]) -> Float[Tensor, "d_sae"]:
-    """Norms of the decoder's rows, float64."""
+    """Norms of the decoder rows, float64."""
     return torch.linalg.vector_norm(_as_float64(sae.W_dec), dim=1)
 
 
 def latent_scale(sae: SAE[Any]) -> Float[Tensor, "d_sae"]:
-    """What latents have to be multiplied by to be coefficients of unit-norm decoder rows, float64.
+    """Factors that turn latents into coefficients of unit-norm decoder rows, float64.
 
-    That is the norms of the rows, except for SAEs which decode by unit rows: TopK's family with
-    rescale_acts_by_decoder_norm.
+    The factors are the norms of the rows. They are 1 for SAEs that already decode with unit rows:
+    the TopK family with rescale_acts_by_decoder_norm.
     """
     norms = decoder_norms(sae)
     if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
@@ -190,9 +191,10 @@ def text_tokens(
     *,
     keep_end: bool = False,
 ) -> list[list[int]]:
-    """Token ids of each text, cut to the context: its beginning, or with `keep_end` its end.
+    """Token ids of each text, cut to the context. Keeps the beginning, or the end if `keep_end`.
 
-    Encoders get them between [CLS] and [SEP], other models behind BOS if `prepend_bos`.
+    For encoders, [CLS] and [SEP] are put around them. For other models, BOS is put in front if
+    `prepend_bos`.
 
     Raises:
         ValueError: There is no tokenizer.
@@ -205,17 +207,17 @@ def text_tokens(
     elif prepend_bos and tokenizer.bos_token_id is not None:
         start = [tokenizer.bos_token_id]
     n = context_size - len(start) - len(end)
-    # not verbose about long ones: they are cut
+    # verbose=False: no warnings about long texts, which are cut below
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     kept = slice(-n, None) if keep_end else slice(n)
     return [[*start, *text[kept], *end] for text in ids]
 
 
 def batches_of_equal_length(tokens: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Indices of sequences to be given to a model together.
+    """Indices of sequences of equal length, in batches for the model.
 
-    SAELens' wrapper of Hugging Face models takes no attention mask, without which padding would
-    change what an encoder makes of the other tokens; so there is none.
+    Equal lengths need no padding. SAELens' wrapper of Hugging Face models takes no attention mask,
+    and without one, padding would change an encoder's activations at the other tokens.
     """
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, ids in enumerate(tokens):
@@ -229,11 +231,12 @@ def batches_of_equal_length(tokens: Sequence[Sequence[int]], batch_size: int) ->
 
 @torch.no_grad()
 def why_no_next_token_loss(model: Model, tokens: Integer[Tensor, "batch seq"]) -> str | None:
-    """Why a model's loss on the next token would mean nothing, or None if it means something.
+    """The reason why a model's next-token loss is meaningless, or None if it is meaningful.
 
-    Encoders see the token that is to be predicted; and transformers gives a model whose checkpoint
-    has no language-modelling head one with random weights. The former is tried out, the latter
-    told from the classes that the checkpoint's config names. See also `worse_than_guessing`.
+    There are two reasons. Encoders see the token that they have to predict; this is tested on the
+    tokens. Or transformers has initialised the language-modelling head at random because the
+    checkpoint has none; the classes in the checkpoint's config show this. See also
+    `worse_than_guessing`.
 
     Args:
         model: As SAELens loads it.
@@ -249,18 +252,18 @@ def why_no_next_token_loss(model: Model, tokens: Integer[Tensor, "batch seq"]) -
     difference = (others - logits)[:, :-1].float().abs().max()
     if difference > 1e-2 * logits.float().std():
         return "the model is no causal one: what it predicts of a token depends on later tokens"
-    # where SAELens' wrapper of Hugging Face models and TransformerBridge have the model
+    # the attributes in which SAELens' wrapper and TransformerBridge hold the Hugging Face model
     wrapped = getattr(model, "model", None) or getattr(model, "original_model", None)
     return _why_head_untrained(wrapped)
 
 
 def _why_head_untrained(model: Any) -> str | None:
-    """What the classes that the checkpoint's config names tell of a Hugging Face model's head."""
+    """The reason why a Hugging Face model's head is untrained, or None, from its config."""
     names = getattr(getattr(model, "config", None), "architectures", None)
     if not names or any("LM" in name or "ConditionalGeneration" in name for name in names):
         return None
     base = {id(p) for p in getattr(model, model.base_model_prefix, model).parameters()}
-    # a head that consists of the embeddings alone is not missing
+    # a head that is tied to the embeddings is not missing
     if all(id(p) in base for p in model.parameters()):
         return None
     return (
@@ -270,7 +273,7 @@ def _why_head_untrained(model: Any) -> str | None:
 
 
 def worse_than_guessing(ce_loss: float, d_vocab: int) -> str | None:
-    """Why a loss means nothing if it is above that of guessing evenly, or None if it is below."""
+    """The reason why a loss is meaningless, if uniform guessing is as good; otherwise None."""
     if ce_loss < math.log(d_vocab):
         return None
     return (

@@ -9,7 +9,7 @@ __all__ = ["SequenceOptions"]
 
 @dataclass(frozen=True)
 class SequenceOptions:
-    """How tokens are shown to the model.
+    """How the dataset is cut into sequences and batches for the model.
 
     Raises:
         FieldError: A size is below 1.

@@ -58,19 +58,19 @@ def probe_saes(
     seeds: Sequence[int],
     tpp_and_scr: bool,
 ) -> None:
-    """Sparse probing of each SAE, and TPP and SCR if asked for; one pass over the texts.
+    """Sparse probing of each SAE, and optionally TPP and SCR, in one pass over the texts.
 
     Args:
-        saes: By name.
-        views: What each SAE sees of the model.
-        measured: What each SAE's results, or the reasons why there are none, are written to.
+        saes: SAEs by name.
+        views: The view of each SAE.
+        measured: Receives the results of each SAE, or the reasons why there are none.
         model: As SAELens loads it.
         labels: The texts.
-        context_size: Tokens that a text is cut to.
+        context_size: Number of tokens to which texts are cut.
         prepend_bos: Whether texts start with BOS.
-        batch_size: Texts per pass of the model, which have the same length.
-        seeds: Of the rows drawn for probing, which is repeated with each.
-        tpp_and_scr: Whether these two are measured too.
+        batch_size: Texts per pass of the model. All texts of a batch have the same length.
+        seeds: Seeds for drawing rows. Probing is repeated with each.
+        tpp_and_scr: Whether to measure TPP and SCR too.
     """
     texts = labels.train.texts + labels.test.texts
     tokens = text_tokens(model.tokenizer, texts, context_size, prepend_bos)
@@ -105,7 +105,7 @@ class _Latents:
 
     Attributes:
         values: Shape (n, d_sae), float32, on disk.
-        not_linear: Why a reconstruction is no linear function of them, or None if it is one.
+        not_linear: The reason why reconstructions are not linear in the latents; None if they are.
     """
 
     values: Float[ndarray, "n d_sae"]
@@ -120,8 +120,7 @@ def _pooled(
     batch_size: int,
     directory: Path,
 ) -> tuple[dict[View, Float[ndarray, "n d"]], dict[str, _Latents]]:
-    """Averages over the tokens of each text that count: residuals of each view, latents of each
-    SAE."""
+    """Residuals of each view and latents of each SAE, as means over each text's kept tokens."""
     hooks = {view.hook_name for view in views.values()}
     device = next(model.parameters()).device
     residuals: dict[View, ndarray] = {}
@@ -156,7 +155,7 @@ def _pooled(
 def _mean(
     values: Float[Tensor, "batch seq d"], kept: Bool[Tensor, "batch seq"]
 ) -> Float[ndarray, "batch d"]:
-    """Mean over the tokens that count."""
+    """Mean over the kept tokens."""
     counts = kept.sum(1, keepdim=True)
     if not bool(counts.all()):
         raise ValueError("a text has no tokens but special ones: leave such texts out")
@@ -202,7 +201,7 @@ def _probe_columns(
 
 
 def _why_absent(latents: _Latents, labels: LabelledTexts) -> dict[str, str]:
-    """Why TPP and SCR would mean nothing, by their keys in `MEASUREMENTS`."""
+    """Reasons why TPP and SCR would be meaningless, by their keys in `MEASUREMENTS`."""
     reasons = {
         "tpp": latents.not_linear or _why_no_tpp(labels),
         "scr": latents.not_linear or _why_no_scr(labels),
@@ -248,7 +247,7 @@ def _why_no_scr(labels: LabelledTexts) -> str | None:
         min(int(((y == a) & (z == b)).sum()) for a in range(len(values)) for b in (0, 1))
         for y, z in ((first, second), (first_test, second_test))
     )
-    # the biased probe takes twice as many texts where both attributes coincide
+    # the biased probe needs twice as many texts in which both attributes coincide
     if n_train < 2 * MIN_CELL or n_test < MIN_CELL:
         return (
             f"it needs {2 * MIN_CELL} training and {MIN_CELL} test texts with each combination of "
@@ -264,7 +263,7 @@ def _scr(
     labels: LabelledTexts,
     seed: int,
 ) -> list[SCR]:
-    """Of disjoint pairs of the first attribute's values."""
+    """SCR of disjoint pairs of the first attribute's values."""
     (values, first, first_test), (_, second, second_test) = (
         _encoded(labels, attribute) for attribute in list(labels.train.labels)[:2]
     )
@@ -293,7 +292,7 @@ def _scr(
 def _encoded(
     labels: LabelledTexts, attribute: str
 ) -> tuple[list[str], Integer[ndarray, "n"], Integer[ndarray, "n_test"]]:
-    """The values of an attribute in alphabetical order, and which of them each text has."""
+    """The values of an attribute in alphabetical order, and the index of each text's value."""
     values = sorted(set(labels.train.labels[attribute]))
     number = {value: i for i, value in enumerate(values)}
     train, test = (

@@ -1,17 +1,17 @@
 """Sparse probing, TPP and SCR of SAEBench (Karvonen et al. 2025), as functions of arrays.
 
-Everything is given as one row per text: `x`, shape (n, d), residuals averaged over the tokens of
-the text, and `f`, shape (n, d_sae), latents averaged over the same tokens. Averages are all these
-metrics need: the decoder is affine, so that zeroing the latents S in every token and keeping the
-reconstruction error takes `f[:, S] @ W_dec[S]` from the averaged residuals.
+Inputs have one row per text: `x`, shape (n, d), are residuals averaged over the tokens of the text,
+and `f`, shape (n, d_sae), latents averaged over the same tokens. These averages suffice because the
+decoder is affine. Zeroing the latents S in every token, with the reconstruction error kept,
+subtracts `f[:, S] @ W_dec[S]` from the averaged residuals.
 
-Probes are logistic regressions on standardised columns. Rows are drawn from the labels and the
-seed alone: all SAEs evaluated on the same texts are evaluated on the same rows. Sums are float64.
+Probes are logistic regressions on standardised columns. Drawn rows depend on labels and seed only,
+so all SAEs are evaluated on the same rows of the same texts. Sums are float64.
 
-SAEBench 0.6 does otherwise in this: its probes for TPP, SCR and all columns are trained by AdamW
-for some epochs, of which the best on the test split is taken; no probe of its is standardised, so
-that units matter; and where fewer than N latents have a positive effect, its TPP fills up with
-latents without any, while here only those are removed.
+Differences from SAEBench 0.6: its probes for TPP, SCR and all columns are trained by AdamW for some
+epochs, and the best epoch on the test split is used. Its columns are not standardised, so units
+matter. If fewer than N latents have a positive effect, its TPP removes latents without effect too;
+here only latents with a positive effect are removed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 MIN_CELL = 25
-"""Fewest texts per combination of two attributes: an accuracy has a standard error of 0.05."""
+"""Fewest texts per combination of two attributes: the standard error of accuracies is then 0.05."""
 
 _MIN_DENOMINATOR = 0.001  # SAEBench's
 
-# rows and targets of a balanced problem; several of them differ in size
+# rows and targets of a balanced problem; sizes differ between problems
 _Draw: TypeAlias = tuple[Integer[ndarray, "_"], Bool[ndarray, "_"]]
 
 
@@ -71,19 +71,18 @@ def linear_probe(
 ) -> LinearProbe:
     """Logistic regression on standardised columns, with scikit-learn's default penalty C = 1.
 
-    SAEBench fits scikit-learn's to the columns as they come. Its penalty then weighs more the
-    smaller the activations are, so that the probe, and with it the comparison of SAEs whose latents
-    differ in scale, depends on units: on the latents of `tests/saebench.py` its accuracy at K = 20
-    falls from 0.90 to 0.81 when they are divided by 1000, where this one's stays. The optimum is
-    unique: there is nothing to seed.
+    SAEBench does not standardise. The penalty then weighs more for smaller activations, so
+    comparisons of SAEs whose latents differ in scale depend on units. On the latents of
+    `tests/saebench.py`, divided by 1000, SAEBench's accuracy at K = 20 falls from 0.90 to 0.81;
+    with standardised columns it stays the same. The optimum is unique, so there is no seed.
 
     Args:
         x_train: Shape (n, d), any floating dtype; computed in float64.
         y_train: Shape (n,), 0 or 1.
 
     Raises:
-        ValueError: `y_train` holds other values than 0 and 1, or only one of them, or `x_train`
-            holds a NaN or an infinity.
+        ValueError: `y_train` has values other than 0 and 1, or only one of these, or `x_train` has
+            a NaN or an infinity.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -113,7 +112,7 @@ def probe_accuracy(
         y: Shape (n,), 0 or 1.
 
     Raises:
-        ValueError: `y` holds other values than 0 and 1, or `x` a NaN or an infinity.
+        ValueError: `y` has values other than 0 and 1, or `x` has a NaN or an infinity.
     """
     return _accuracy(probe.logits(x), _targets(y))
 
@@ -129,23 +128,24 @@ def sparse_probing(
     ks: Sequence[int] = (1, 2, 5, 20),
     seed: int = 0,
 ) -> dict[int, float]:
-    """How well a class is told from the rest by its K most telling columns.
+    """Accuracy of probes that separate a class from the rest by the class's K best columns.
 
-    For every class a balanced problem is drawn (`balanced_rows`); the K columns with the largest
-    |mean over the class - mean over the rest| in the training split are chosen and a probe is
+    For every class, a balanced problem is drawn (`balanced_rows`). The K columns with the largest
+    |mean over the class - mean over the rest| in the training split are chosen, and a probe is
     fitted to them. Gurnee et al. (2023); SAEBench section 4.
 
     Args:
-        train: Shape (n, d): latents, of an SAE whose decoder rows have unit norm, as the choice of
-            columns compares their sizes; or residual channels, as a baseline.
+        train: Shape (n, d): latents, or residual channels as a baseline. Latents have to be those
+            of unit-norm decoder rows, because the choice of columns compares their sizes.
         train_labels: Shape (n,), any integers.
-        test: Shape (n_test, d), the same of other texts.
+        test: Shape (n_test, d), the columns of `train` for other texts.
         test_labels: Shape (n_test,).
         ks: Numbers of columns K.
-        seed: Of the drawing of rows.
+        seed: Seed for drawing rows.
 
     Returns:
-        For every K the accuracy on the test split, in [0, 1], averaged over classes; 0.5 is chance.
+        For every K, the accuracy on the test split, in [0, 1], averaged over classes. 0.5 is
+        chance.
 
     Raises:
         ValueError: The labels have fewer than two classes or differ between the splits, K exceeds
@@ -177,9 +177,9 @@ def full_probe_accuracy(
     test_labels: Integer[ndarray, "n_test"],
     seed: int = 0,
 ) -> float:
-    """The accuracy of `sparse_probing` with all columns: what linear probing can reach at most.
+    """The accuracy of `sparse_probing` with all columns, a reference for its values.
 
-    Arguments and errors as there.
+    Arguments and errors are those of `sparse_probing`.
     """
     _check_lengths(train=train, train_labels=train_labels)
     _check_lengths(test=test, test_labels=test_labels)
@@ -201,12 +201,12 @@ class TPP:
     """Result of `targeted_probe_perturbation`; C classes in ascending order of their labels.
 
     Attributes:
-        classes: Their labels, shape (C,).
-        base_accuracies: Of each class' probe on unchanged residuals, shape (C,).
-        accuracies: For every N a matrix, shape (C, C), whose row i has the accuracies of all probes
-            after the N latents of class i were removed.
-        scores: For every N the mean over i of the drop of probe i less the mean drop of the others.
-            0.5 is reached if every class depends on latents of its own: its probe falls to chance.
+        classes: Labels of the classes, shape (C,).
+        base_accuracies: Accuracy of each class's probe on unchanged residuals, shape (C,).
+        accuracies: For every N a matrix, shape (C, C). Row i has the accuracies of all probes after
+            removing the N latents of class i.
+        scores: For every N, the mean over i of (drop of probe i) - (mean drop of the others). 0.5
+            means that every class depends on its own latents: only its own probe falls to chance.
     """
 
     classes: Integer[ndarray, "c"]
@@ -236,12 +236,12 @@ def targeted_probe_perturbation(
     ns: Sequence[int] = (2, 5, 10, 20, 50, 100),
     seed: int = 0,
 ) -> TPP:
-    """Whether classes depend on latents of their own: removing those of one spares the others.
+    """TPP: whether removing the latents of one class affects the probe of that class only.
 
-    A probe w_c for every class is fitted to balanced residuals. The effect of latent j on class c
-    is `max(0, mean of f_j over c - mean of f_j over the rest) * (w_c . W_dec[j])`, on the training
-    split. The N latents with the largest effects, fewer if fewer are positive, are zeroed in the
-    test split and the reconstruction error is kept. SAEBench section 4 and appendix D.
+    For every class, a probe w_c is fitted to balanced residuals. On the training split, the effect
+    of latent j on class c is `max(0, mean of f_j over c - mean of f_j over the rest) *
+    (w_c . W_dec[j])`. In the test split, the N latents with the largest effects are zeroed (fewer
+    if fewer are positive), and the reconstruction error is kept. SAEBench section 4 and appendix D.
 
     Args:
         x_train: Residuals, shape (n, d), averaged over tokens.
@@ -250,10 +250,10 @@ def targeted_probe_perturbation(
         x_test: Shape (n_test, d).
         f_test: Shape (n_test, d_sae).
         labels_test: Shape (n_test,).
-        W_dec: Decoder, shape (d_sae, d), in the space of the residuals. (Not for SAEs that scale
-            every activation by its own norm: their decoding is not affine.)
+        W_dec: Decoder, shape (d_sae, d), in the space of the residuals. Not valid for SAEs that
+            scale every activation by its own norm, because their decoding is not affine.
         ns: Numbers of latents N.
-        seed: Of the drawing of rows.
+        seed: Seed for drawing rows.
 
     Raises:
         ValueError: The labels have fewer than two classes or differ between the splits, N exceeds
@@ -288,13 +288,13 @@ def targeted_probe_perturbation(
 
 @dataclass(frozen=True, eq=False)
 class SCRDirection:
-    """One attribute scored after the latents of the other were removed.
+    """The score of one attribute after removing the latents of the other.
 
     Attributes:
-        base: Accuracy on balanced data of the probe that was trained where both attributes
-            coincide.
+        base: Accuracy of the biased probe on balanced data. It was trained on texts in which both
+            attributes coincide.
         clean: Accuracy of a probe that was trained on balanced data.
-        ablated: For every N the accuracy of the former with N latents of the other attribute
+        ablated: For every N, the accuracy of the biased probe with N latents of the other attribute
             removed.
     """
 
@@ -304,12 +304,12 @@ class SCRDirection:
 
     @property
     def denominator(self) -> float:
-        """`clean - base`, the accuracy to be gained: the smaller, the noisier the score."""
+        """`clean - base`, the accuracy to gain. Small values make the score noisy."""
         return self.clean - self.base
 
     @property
     def scores(self) -> dict[int, float]:
-        """For every N `(ablated - base) / (clean - base)`, 0 where the latter is under 0.001."""
+        """For every N, `(ablated - base) / denominator`; 0 if the denominator is below 0.001."""
         if self.denominator < _MIN_DENOMINATOR:
             return dict.fromkeys(self.ablated, 0.0)
         return {n: (a - self.base) / self.denominator for n, a in self.ablated.items()}
@@ -320,8 +320,8 @@ class SCR:
     """Result of `spurious_correlation_removal`.
 
     Attributes:
-        first: The first attribute scored, latents of the second removed.
-        second: The second attribute scored, latents of the first removed.
+        first: Scores of the first attribute, with latents of the second removed.
+        second: Scores of the second attribute, with latents of the first removed.
     """
 
     first: SCRDirection
@@ -329,9 +329,9 @@ class SCR:
 
     @property
     def directions(self) -> tuple[SCRDirection, ...]:
-        """The one that SAEBench reports: of the attribute that the biased probe tells worse.
+        """The direction that SAEBench reports: the attribute with the lower biased accuracy.
 
-        It depends on the residuals only and is thus the same for all SAEs. Both if there is a tie.
+        It depends on the residuals only, so it is the same for all SAEs. In a tie, both.
         """
         if self.first.base == self.second.base:
             return self.first, self.second
@@ -354,7 +354,7 @@ class SCR:
 
     @property
     def scores(self) -> dict[int, float]:
-        """For every N the mean of `directions`."""
+        """For every N, the mean of `directions`."""
         scores = [direction.scores for direction in self.directions]
         return {n: float(np.mean([score[n] for score in scores])) for n in scores[0]}
 
@@ -372,14 +372,14 @@ def spurious_correlation_removal(
     ns: Sequence[int] = (2, 5, 10, 20, 50, 100),
     seed: int = 0,
 ) -> SCR:
-    """Whether removing the latents of one attribute rids a biased probe of that attribute.
+    """SCR: whether removing the latents of one attribute makes a biased probe ignore it.
 
-    With q texts drawn from each combination of the attributes, one probe per attribute is fitted to
-    these balanced 4 q texts, and a biased one to 2 q texts with both attributes against 2 q with
-    neither. The N latents with the largest |effect| on the probe of one attribute, the effects
-    being those of `targeted_probe_perturbation` on the balanced texts without the `max`, are zeroed
-    in balanced test texts, and the biased probe is scored on the other attribute. Shift (Marks et
-    al. 2024); SAEBench section 4 and appendix D.
+    q texts are drawn from each combination of the two attributes. On these balanced 4 q texts, one
+    probe per attribute is fitted. A biased probe is fitted to 2 q texts with both attributes and
+    2 q with neither. Effects of latents on the probe of one attribute are those of
+    `targeted_probe_perturbation` on the balanced texts, without the `max`. The N latents with the
+    largest |effect| are zeroed in balanced test texts, and the biased probe is scored on the other
+    attribute. Shift (Marks et al. 2024); SAEBench section 4 and appendix D.
 
     Args:
         x_train: Residuals, shape (n, d), averaged over tokens.
@@ -392,19 +392,19 @@ def spurious_correlation_removal(
         second_test: Shape (n_test,), 0 or 1.
         W_dec: Decoder, shape (d_sae, d), in the space of the residuals.
         ns: Numbers of latents N.
-        seed: Of the drawing of texts.
+        seed: Seed for drawing texts.
 
     Raises:
-        ValueError: A combination of the attributes has too few texts (`MIN_CELL` of each in either
-            split, twice that where the attributes of training texts coincide), an attribute has
-            other values than 0 and 1, N exceeds d_sae, or a value is not finite.
+        ValueError: A combination of the attributes has too few texts (fewer than `MIN_CELL` in a
+            split, or twice that in the training split if both attributes coincide), an attribute
+            has values other than 0 and 1, N exceeds d_sae, or a value is not finite.
     """
     _check_lengths(x_train=x_train, f_train=f_train, first=first_train, second=second_train)
     _check_lengths(x_test=x_test, f_test=f_test, first=first_test, second=second_test)
     _check_counts("n", ns, len(W_dec))
     attributes = _targets(first_train), _targets(second_train)
     test_attributes = _targets(first_test), _targets(second_test)
-    # the biased probe has two combinations for as many texts as the others draw from four
+    # the biased probe draws its 4 q texts from two combinations, the others from four
     cells = _cells(*attributes, {(0, 0): 2, (0, 1): 1, (1, 0): 1, (1, 1): 2}, seed, "training")
     test_cells = _cells(
         *test_attributes, dict.fromkeys([(0, 0), (0, 1), (1, 0), (1, 1)], 1), seed, "test"
@@ -441,24 +441,25 @@ def spurious_correlation_removal(
 def balanced_rows(
     labels: Integer[ndarray, "n"], positive: int, seed: int = 0
 ) -> tuple[Integer[ndarray, "m"], Bool[ndarray, "m"]]:
-    """Draw as many rows of one class as of all others together, these in equal shares.
+    """Draw equally many rows of one class and of all others together.
 
-    Where another class has fewer rows than its share, the rest make up for it; if all others have
-    fewer rows together than the class has, some of its own are left out.
+    The others contribute equal shares. If one of them has too few rows for its share, the rest
+    contribute more. If all others together have fewer rows than the class, rows of the class are
+    left out.
 
     Args:
         labels: Shape (n,).
         positive: The class.
-        seed: Of the drawing.
+        seed: Seed for drawing.
 
     Returns:
-        Indices of the rows, and whether each of them is of the class.
+        Indices of the rows, and whether each row belongs to the class.
     """
     rng = np.random.default_rng([seed, positive & 0xFFFFFFFF])
     order = rng.permutation(len(labels))
     rows = order[labels[order] == positive]
     others = order[labels[order] != positive]
-    # the i-th row of every class comes before the (i + 1)-th of any
+    # order: the first rows of all classes, then the second rows, and so on
     rank = np.empty(len(others), np.int64)
     for label in np.unique(labels[others]):
         of_class = labels[others] == label
@@ -491,7 +492,7 @@ def _cells(
     seed: int,
     split: str,
 ) -> dict[tuple[int, int], ndarray]:
-    """`multiples` times the same number of rows, the largest possible, of each combination."""
+    """`multiples` times q rows of each combination, with the largest possible q."""
     order = np.random.default_rng(seed).permutation(len(first))
     cells = {
         (a, b): order[(first[order] == a) & (second[order] == b)] for a, b in sorted(multiples)
@@ -521,8 +522,8 @@ def _accuracy(logits: Float[ndarray, "n"], y: Bool[ndarray, "n"]) -> float:
 def _mean_differences(
     f: Float[ndarray, "n d"], draws: Sequence[_Draw]
 ) -> Float[ndarray, "n_draws d"]:
-    """Mean over the positive less mean over the negative rows of each draw, per column."""
-    # 0 and 1, so that equal means of what few values there are differ by 0 and not by rounding
+    """Per draw and column: mean over the positive rows minus mean over the negative rows."""
+    # weights of 0 and 1, so that equal means of few distinct values differ by exactly 0
     members = np.zeros((2, len(draws), len(f)))
     for i, (rows, y) in enumerate(draws):
         members[0, i, rows[y]] = members[1, i, rows[~y]] = 1
@@ -540,14 +541,14 @@ def _mean_differences(
 def _decoder_logits(
     W_dec: Float[ndarray, "d_sae d"], probes: Sequence[LinearProbe]
 ) -> Float[ndarray, "d_sae n_probes"]:
-    """What one unit of each latent adds to the logit of each probe."""
+    """The change in each probe's logit per unit of each latent."""
     weights = np.stack([probe.weight for probe in probes], axis=1)
     blocks = _blocks(len(W_dec), W_dec.shape[1])
     return np.concatenate([np.asarray(W_dec[block], np.float64) @ weights for block in blocks])
 
 
 def _blocks(n: int, width: int) -> Iterator[slice]:
-    """Slices of 0...n that bound the float64 copy of a block of that width to some 64 MB."""
+    """Slices of 0...n such that a float64 block of this width takes about 64 MB."""
     step = max(1, 2**23 // max(width, 1))
     return (slice(start, start + step) for start in range(0, n, step))
 
@@ -558,7 +559,7 @@ def _largest(values: Float[ndarray, "n"], n: int) -> Integer[ndarray, "m"]:
 
 
 def _effective(effects: Float[ndarray, "d_sae"], n: int) -> Integer[ndarray, "m"]:
-    """`_largest` of those that are positive."""
+    """Indices of the n largest effects, of which only positive ones are kept."""
     latents = _largest(effects, n)
     return latents[effects[latents] > 0]
 

@@ -1,9 +1,9 @@
 """Probing with the tasks of `sae-probes` (Kantamneni et al. 2025, arXiv 2502.16681).
 
-Their texts, labels, splits, choice of latents and classifiers are used as they are; what is ours is
-to run the model and the SAEs, any that the rest of this package runs, where their own runner loads
-TransformerLens models by name. On the same activations the figures are equal: with the last token
-of a text, all rows and seed 42, those of their setting "normal".
+Texts, labels, splits, choice of latents and classifiers are those of `sae-probes`. Model and SAEs
+are run here, because its own runner only loads TransformerLens models by name. On the same
+activations the results are equal: the last token of a text, all rows and seed 42 give those of its
+setting "normal".
 """
 
 import importlib.metadata
@@ -36,9 +36,9 @@ from sae_whiten.evaluation.model_view import (
 
 __all__ = ["ProbingTasks", "probe_tasks", "task_auc"]
 
-_FIRST_SEED = 42  # theirs
-_ENCODED_AT_ONCE = 128  # as theirs: with other numbers of rows the last bits of products differ
-_MOST_TRAINED_ON, _FEWEST_TESTED = 1024, 100  # of their setting "normal"
+_FIRST_SEED = 42  # the seed of sae-probes
+_ENCODED_AT_ONCE = 128  # as in sae-probes: other numbers of rows change the last bits of products
+_MOST_TRAINED_ON, _FEWEST_TESTED = 1024, 100  # as in the setting "normal" of sae-probes
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,17 @@ class ProbingTasks:
     """Which tasks of `sae-probes` are probed, and how.
 
     Attributes:
-        names: Of the tasks.
-        tokens: What of a text is probed: latents of the "last" token, as in their protocol, or the
-            "mean" of the latents over its tokens.
-        penalty: Of the logistic regression; "l1" is what `sae-probes` recommends.
-        n_texts: Texts of each task, half of either class, of which three quarters are trained on;
-            None: all, of which 1024 are trained on, as in their protocol.
+        names: Names of the tasks.
+        tokens: "last": probe the latents of a text's last token, as `sae-probes` does. "mean": the
+            mean of the latents over its tokens.
+        penalty: Penalty of the logistic regression. `sae-probes` recommends "l1".
+        n_texts: Texts of each task, half of them of each class. Three quarters are used for
+            training. None: all texts, of which at most 1024 are used for training, as in
+            `sae-probes`.
 
     Raises:
         ModuleNotFoundError: `sae-probes` is not installed.
-        ValueError: There is no such task, or too few texts.
+        ValueError: A task does not exist, or `n_texts` is below 32.
     """
 
     names: Sequence[str]
@@ -73,12 +74,12 @@ class ProbingTasks:
 
     @classmethod
     def of(cls, source: str, **options: Any) -> "ProbingTasks":
-        """Those that a name means: "sae-probes" all 113, "sae-probes:20" a fixed sample of 20."""
+        """Tasks by a name: "sae-probes" for all 113, "sae-probes:20" for a fixed sample of 20."""
         return cls(tasks_of(source), **options)
 
     @property
     def source(self) -> dict[str, Any]:
-        """For the record."""
+        """The tasks, options and package version, for the record."""
         return {
             "sae-probes": importlib.metadata.version("sae-probes"),
             "tasks": list(self.names),
@@ -90,12 +91,12 @@ class ProbingTasks:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """The texts of one task that any seed uses, and their splits.
+    """The texts of one task, for all seeds, and the splits of each seed.
 
     Attributes:
-        texts: As they are read by the model.
+        texts: Texts that at least one seed uses.
         y: Shape (n,), 0 or 1.
-        splits: Rows to train on and to test on, for each seed.
+        splits: Training rows and test rows, for each seed.
     """
 
     texts: list[str]
@@ -115,18 +116,19 @@ def probe_tasks(
     batch_size: int,
     seeds: Sequence[int],
 ) -> None:
-    """Test AUC of every task with the most telling latents of each SAE.
+    """Test AUC of every task with the best latents of each SAE.
 
     Args:
-        saes: By name.
-        views: What each SAE sees of the model.
-        measured: What each SAE's `tasks` are written to.
+        saes: SAEs by name.
+        views: The view of each SAE.
+        measured: Receives the `tasks` of each SAE.
         model: As SAELens loads it.
-        tasks: Which ones, and how.
-        context_size: Tokens that a text is cut to: of the last token, its end is kept.
+        tasks: The tasks and their options.
+        context_size: Number of tokens to which texts are cut. With `tokens="last"`, their end is
+            kept.
         prepend_bos: Whether texts start with BOS.
-        batch_size: Texts per pass of the model, which have the same length.
-        seeds: Of splits and classifiers, counted from 42, the seed of `sae-probes`.
+        batch_size: Texts per pass of the model. All texts of a batch have the same length.
+        seeds: Seeds for splits and classifiers, added to 42, the seed of `sae-probes`.
 
     Raises:
         ValueError: A task has fewer texts of a class than `tasks.n_texts` asks for.
@@ -170,18 +172,18 @@ def task_auc(
     seed: int,
     penalty: Literal["l1", "l2"] = "l1",
 ) -> dict[int, float]:
-    """Area under the ROC curve of their classifier on their k most telling latents.
+    """Test AUC (ROC) of the `sae-probes` classifier on the k latents that it ranks highest.
 
     Args:
         train: Latents, shape (n, d_sae), float32.
         y_train: Shape (n,), 0 or 1.
         test: Latents, shape (n_test, d_sae).
         y_test: Shape (n_test,).
-        seed: Of the classifier's cross-validation and order.
-        penalty: Of its logistic regression.
+        seed: Seed for the classifier's cross-validation and order.
+        penalty: Penalty of its logistic regression.
 
     Returns:
-        By k, for those k of which there are as many latents; in [0, 1], 0.5 is chance.
+        AUC by k, for each k up to d_sae; in [0, 1], 0.5 is chance.
     """
     from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization  # pyright: ignore[reportMissingImports]
     from sae_probes.utils_training import find_best_reg  # pyright: ignore[reportMissingImports]
@@ -190,7 +192,7 @@ def task_auc(
     ranked = get_sorted_indices(train, labels, mean_act_normalization)
     found = {}
     with warnings.catch_warnings():
-        # of scikit-learn, about its option for the penalty and the number of iterations
+        # scikit-learn warns about its penalty option and the number of iterations
         warnings.simplefilter("ignore")
         for k in (k for k in SAE_PROBES_K if k <= train.shape[1]):
             chosen = ranked[:k]
@@ -232,7 +234,7 @@ def _read(name: str, n_texts: int | None, seeds: Sequence[int]) -> _Task:
 def _last_tokens(
     views: Iterable[View], model: Model, tokens: Sequence[Sequence[int]], batch_size: int
 ) -> dict[View, Float[Tensor, "n d"]]:
-    """For each view the activations of the last token of each text that counts."""
+    """For each view, the activations of the last kept token of each text."""
     found: dict[View, Tensor] = {}
     for indices, ids, activations in _activations(views, model, tokens, batch_size):
         for view in dict.fromkeys(views):
@@ -253,7 +255,7 @@ def _mean_latents(
     batch_size: int,
     directory: Path,
 ) -> dict[str, Float[Tensor, "n d_sae"]]:
-    """For each SAE the latents of each text, averaged over the tokens that count; on disk."""
+    """For each SAE, the latents of each text, averaged over the kept tokens; on disk."""
     found = {}
     for i, (name, sae) in enumerate(saes.items()):
         shape = len(tokens), sae.cfg.d_sae
@@ -275,7 +277,7 @@ def _mean_latents(
 def _activations(
     views: Iterable[View], model: Model, tokens: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], Integer[Tensor, "batch seq"], dict[str, Tensor]]]:
-    """Which texts, their tokens, and activations by the name of the hook."""
+    """Indices of texts, their tokens, and activations by the name of the hook."""
     hooks = {view.hook_name for view in views}
     device = next(model.parameters()).device
     for indices in batches_of_equal_length(tokens, batch_size):
@@ -291,7 +293,7 @@ def _kept(view: View, ids: Integer[Tensor, "batch seq"]) -> Tensor:
 
 
 def _encoded(sae: SAE[Any], x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_sae"]:
-    """Latents, on the CPU."""
+    """Dense float32 latents, on the CPU."""
     parts = [
         sae.encode(part.to(sae.device, sae.dtype)).cpu().float()
         for part in x.split(_ENCODED_AT_ONCE)

@@ -1,4 +1,4 @@
-"""What every experiment on finished SAEs has to know and to refuse."""
+"""Checks and settings shared by all experiments on finished SAEs."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ def check_sae(name: str, sae: SAE[Any], model: Model) -> None:
 
 
 def common_setting(saes: Mapping[str, SAE[Any]], field: str, default: Any) -> Any:
-    """What the SAEs' metadata say of a setting that all of them have to share here."""
+    """The value of a metadata field, or `default`. Raises ValueError if the SAEs' values differ."""
     found = {n: v for n, sae in saes.items() if (v := sae.cfg.metadata[field]) is not None}
     values = list(dict.fromkeys(found.values()))
     if len(values) > 1:
@@ -47,7 +47,7 @@ def common_setting(saes: Mapping[str, SAE[Any]], field: str, default: Any) -> An
 
 @contextmanager
 def flat_heads(saes: Iterable[SAE[Any]]) -> Iterator[None]:
-    """Let SAEs of hook_z take activations whose heads are flat, as `View` gives them."""
+    """Let SAEs of hook_z take activations with flattened heads, as `View.seen` returns them."""
     reshaping = [sae for sae in saes if sae.hook_z_reshaping_mode]
     for sae in reshaping:
         sae.turn_off_forward_pass_hook_z_reshaping()

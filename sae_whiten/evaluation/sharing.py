@@ -31,17 +31,17 @@ _TAGS = ["saelens", "sparse-autoencoder"]
 
 
 def find_saes(path: str | Path, sae_id: str | None = None) -> dict[str, Path]:
-    """The SAEs in a folder, by the names that they get on the hub.
+    """The SAEs in a folder, by their names on the hub.
 
     Args:
-        path: The folder of an SAE, or one with a folder for each of several, as the runner of
+        path: The folder of one SAE, or a folder with one subfolder per SAE, as the runner of
             several SAEs writes it.
-        sae_id: What to call the SAE, if it is one; None: after its hook. Several are called after
+        sae_id: The name of a single SAE. None: the name of its hook. Several SAEs are named after
             their folders.
 
     Raises:
         FileNotFoundError: There is no SAE.
-        ValueError: `sae_id` is given for several SAEs, or leads to another folder.
+        ValueError: `sae_id` is given for several SAEs, or is not a relative path below the repo.
     """
     path = Path(path)
     if (path / SAE_CFG_FILENAME).is_file():
@@ -60,17 +60,17 @@ def find_saes(path: str | Path, sae_id: str | None = None) -> dict[str, Path]:
 
 
 def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> None:
-    """Write the files that `push_saes` uploads into a folder: nothing of the whitening, and no
-    access tokens.
+    """Write the files that `push_saes` uploads into a folder. Whitenings and access tokens are left
+    out.
 
     Args:
-        saes: Folders of SAEs, by the names that they get.
+        saes: Folders of SAEs, by their names on the hub.
         target: A folder that is empty or does not exist.
         repo_id: The repo that the card is for.
 
     Raises:
         ValueError: An SAE's weights are in whitened coordinates, or an SAE does not load.
-        FileExistsError: `target` holds something.
+        FileExistsError: `target` is not empty.
     """
     target = Path(target)
     require_empty(target)
@@ -89,7 +89,7 @@ def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> 
                 (target / sae_id / name).write_text(json.dumps(content))
         (target / sae_id / _CARD).write_text(cards[sae_id])
     header = "\n".join(["---", "library_name: saelens", "tags:", *(f"- {t}" for t in _TAGS), "---"])
-    # the one of the repo is a folder higher
+    # the repo's card is one folder above the figures
     parts = [card.replace(f"({_FIGURE})", f"({quote(i)}/{_FIGURE})") for i, card in cards.items()]
     (target / _CARD).write_text(header + "\n\n" + "\n\n".join(parts))
 
@@ -97,11 +97,11 @@ def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> 
 def push_saes(saes: Mapping[str, Path], repo_id: str, private: bool | None = None) -> str:
     """Upload SAEs with SAELens' own uploader, and their cards.
 
-    The repo is made if there is none, and gets a README.md if it has none. Each SAE has a card in
-    its own folder too.
+    The repo is created if it does not exist, and gets a README.md if it has none. Each SAE also has
+    a card in its own folder.
 
     Args:
-        saes: Folders of SAEs, by the names that they get.
+        saes: Folders of SAEs, by their names on the hub.
         repo_id: "user/name".
         private: Whether a new repo is private; None: the default of the account.
 
@@ -109,8 +109,8 @@ def push_saes(saes: Mapping[str, Path], repo_id: str, private: bool | None = Non
         Address of the last commit.
 
     Raises:
-        ValueError: As `write_upload`, or the repo is public and was to be private.
-        OSError: The hub cannot be reached, or refuses: no token, or none with the right to write.
+        ValueError: As for `write_upload`, or `private` is set and the repo is public.
+        OSError: The hub cannot be reached, or refuses access (no token, or no right to write).
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
@@ -137,12 +137,12 @@ def push_saes(saes: Mapping[str, Path], repo_id: str, private: bool | None = Non
 
 
 def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
-    """What a reader of an SAE needs to know, from what its config tells: Markdown.
+    """The model card of an SAE, from its config, as Markdown.
 
     Args:
-        folder: Of the SAE.
-        repo_id: The repo that it is going to be in.
-        sae_id: Its name there.
+        folder: Folder of the SAE.
+        repo_id: The repo to which it will be uploaded.
+        sae_id: Its name in the repo.
 
     Raises:
         ValueError: The weights are in whitened coordinates, or the SAE does not load.
@@ -202,7 +202,7 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
 
 
 def _training_facts(folder: Path) -> dict[str, Any]:
-    """What the settings of the run that made an SAE tell, if they lie beside it."""
+    """Facts from the training run's settings, if their file is in the folder of the SAE."""
     file = folder / RUNNER_CFG_FILENAME
     settings = json.loads(file.read_text()) if file.is_file() else {}
     return {
@@ -213,12 +213,12 @@ def _training_facts(folder: Path) -> dict[str, Any]:
 
 
 def _whitening_of(folder: Path) -> Whitening | None:
-    """The whitening that was folded into an SAE, if it lies beside it.
+    """The whitening that was folded into an SAE, if its file is in the SAE's folder.
 
     Raises:
-        CorruptFileError: It is damaged.
+        CorruptFileError: The file is damaged.
     """
-    # the latter is where earlier releases wrote it
+    # earlier releases wrote it to the second path
     for file in (folder / OWN_DIR / WHITENING_FILENAME, folder / WHITENING_FILENAME):
         if file.is_file():
             return Whitening.load(file)
@@ -234,7 +234,7 @@ def _draw(whitening: Whitening, path: Path) -> None:
 def _whitening_section(
     whitening: Mapping[str, Any] | None, transform: Whitening | None
 ) -> list[str]:
-    """How an SAE was whitened, how exact the fold is, and the spectrum if it is known."""
+    """The whitening of an SAE, the error of the fold, and the spectrum if it is known."""
     if not whitening:
         return []
     spectrum = None if transform is None else spectrum_summary(transform.covariance_eigenvalues)

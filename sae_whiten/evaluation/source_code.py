@@ -1,4 +1,4 @@
-"""Text that every machine has: the sources of installed Python packages, parsed, never imported."""
+"""Text without a download: the sources of installed Python packages, parsed and never imported."""
 
 import ast
 import importlib.util
@@ -40,7 +40,7 @@ def package_root(name: str) -> Path:
 
 
 def source_files(root: Path) -> list[Path]:
-    """Modules under a folder in the order of their paths, without tests and installed packages."""
+    """Modules under a folder, sorted by path, without tests and installed packages."""
     return sorted(p for p in root.rglob("*.py") if not _SKIPPED & set(p.relative_to(root).parts))
 
 
@@ -52,9 +52,9 @@ def shuffled(paths: Sequence[Path], seed: int) -> list[Path]:
 
 
 def parse(path: Path) -> ast.Module | None:
-    """The syntax tree of a module; None of what is none, such as templates."""
+    """The syntax tree of a module; None for a file that is not valid Python, such as a template."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes in its strings
+        warnings.simplefilter("ignore")  # about invalid escapes in strings
         try:
             return ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):

@@ -1,11 +1,11 @@
-"""How far dictionaries agree that were trained with different seeds.
+"""Agreement of dictionaries that were trained with different seeds.
 
-The mean correlation coefficient of two dictionaries: their directions are matched one to one such
-that the sum of absolute cosines is largest, and averaged (Hungarian algorithm; Paulo & Belrose
-2025, arXiv 2501.16615; Song et al. 2025, arXiv 2505.20254). Beside it stands what random
-dictionaries reach, which grows with the number of directions.
+The measure is the mean correlation coefficient: directions are matched one to one such that the sum
+of absolute cosines is largest (Hungarian algorithm), and the matched cosines are averaged (Paulo &
+Belrose 2025, arXiv 2501.16615; Song et al. 2025, arXiv 2505.20254). The value of random
+dictionaries is reported too; it grows with the number of directions.
 
-On anisotropic activations raw cosines mislead: all directions lie near the few of large variance,
+Raw cosines mislead on anisotropic activations: all directions lie near the few of large variance,
 and random ones agree almost as well as trained ones. So directions are compared after whitening.
 """
 
@@ -24,13 +24,14 @@ __all__ = ["Stability", "mean_max_cosine", "stability"]
 
 @dataclass(frozen=True)
 class Stability:
-    """Agreement of a dictionary with those of other seeds; the mean over them.
+    """Mean agreement of a dictionary with those of the other seeds.
 
     Attributes:
         whitened: Mean matched absolute cosine of directions in whitened coordinates, in [0, 1].
-        whitened_null: The same of random dictionaries of as many directions, isotropic there.
-        raw: In the space of the activations.
-        raw_null: Of the same random dictionaries, taken into that space.
+        whitened_null: The same for two random dictionaries of equal size, isotropic in whitened
+            coordinates.
+        raw: The same as `whitened`, in the space of the activations.
+        raw_null: The same for the random dictionaries, mapped to the space of the activations.
     """
 
     whitened: float
@@ -47,10 +48,10 @@ def stability(
 
     Args:
         dictionaries: Decoders, shape (d_sae, d), in the space of the activations; one per seed.
-        whitening: Of the activations, the same for all.
+        whitening: The whitening of the activations, the same for all.
 
     Returns:
-        In the same order.
+        One result per dictionary, in the same order.
 
     Raises:
         ValueError: There are fewer than two dictionaries, or their shapes differ.
@@ -85,16 +86,17 @@ def mean_max_cosine(
     """Mean correlation coefficient (MCC): mean absolute cosine of features and decoder rows,
     matched one to one such that the sum is largest (Hungarian algorithm).
 
-    Features without a partner, where there are fewer latents than features, count as 0.
+    With fewer latents than features, unmatched features count as 0.
 
     Args:
-        W_dec: Shape (d_sae, d), decoder rows; rows of zeros are like no other.
+        W_dec: Shape (d_sae, d), decoder rows. Rows of zeros have cosine 0 with all features.
         features: Shape (n_features, d), directions in the same space.
-        W: Shape (d, d): both are multiplied by it from the right before they are compared, such as
-            the whitening matrix of the activations. (Which one does not matter: rotations cancel.)
+        W: Shape (d, d), for example a whitening matrix of the activations. Both arguments are
+            multiplied by it from the right before comparison. (All kinds of whitening give the same
+            result: rotations cancel.)
 
     Returns:
-        In [0, 1].
+        The MCC, in [0, 1].
 
     Raises:
         ValueError: The widths differ or there are no features.

@@ -1,4 +1,4 @@
-"""The tokens that experiments on finished SAEs show to the model."""
+"""Batches of tokens for experiments on finished SAEs."""
 
 import logging
 import warnings
@@ -26,7 +26,7 @@ def sequence_settings(
 ) -> tuple[int, bool]:
     """Tokens per sequence, and whether it starts with BOS.
 
-    What is None comes from the SAEs' metadata: the smallest context, the common prepend_bos.
+    For None, the SAEs' metadata are used: the smallest context_size, the common prepend_bos.
 
     Raises:
         ValueError: The SAEs were trained with different prepend_bos.
@@ -49,9 +49,9 @@ def token_batches(
     batch_size: int,
     task: str,
 ) -> Iterator[Integer[Tensor, "batch seq"]]:
-    """Batches of tokens, cut out of the dataset as SAELens does for training.
+    """Batches of tokens, cut from the dataset in the same way as SAELens does for training.
 
-    The progress bar is called `task`.
+    `task` is the name of the progress bar.
     """
     options = {
         "streaming": True,
@@ -62,7 +62,7 @@ def token_batches(
         "sequence_separator_token": common_setting(saes, "sequence_separator_token", "bos"),
     }
     with warnings.catch_warnings():
-        # that the dataset is not tokenized, or has longer sequences
+        # warnings that the dataset is not tokenized, or has longer sequences
         warnings.simplefilter("ignore")
         store = token_store(
             model, dataset, next(iter(saes.values())).cfg.metadata.hook_name, options
@@ -76,7 +76,7 @@ def token_batches(
             yield torch.stack(rows).to(device)
             n_read += len(rows) * context_size
             bar.update(len(rows) * context_size)
-    # not from the bar, which counts nothing under TQDM_DISABLE
+    # counted here, because the bar counts nothing under TQDM_DISABLE
     if n_read == 0:
         raise ValueError(f"the dataset is shorter than one sequence, {context_size} tokens")
     if n_read < n_wanted:
