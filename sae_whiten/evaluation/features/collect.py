@@ -1,6 +1,6 @@
-"""What is kept of latents while activations stream by: memory does not grow with the tokens.
+"""Collect histograms and top sequences of latents in one pass, in constant memory.
 
-Nothing here knows models or texts, only tensors of token ids and activations.
+Inputs are tensors of token ids and activations; models and texts are not needed.
 """
 
 import torch
@@ -13,15 +13,15 @@ N_BINS = 40
 
 
 class TopSequences:
-    """The sequences with the highest scores, for each of some latents, cut to a window.
+    """The k sequences with the highest scores for each latent, cut to a window.
 
-    Of equal scores the earlier sequence goes first.
+    Ties go to the earlier sequence.
 
     Attributes:
-        scores: In descending order, -inf where there are fewer sequences; shape (n_latents, k).
-        tokens: Their token ids; shape (n_latents, k, window).
-        activations: The latent's activations at these tokens; of the same shape.
-        peaks: Position in the window that it was laid around; shape (n_latents, k).
+        scores: Shape (n_latents, k), descending; -inf if there are fewer than k sequences.
+        tokens: Shape (n_latents, k, window), token ids of the sequences.
+        activations: Shape (n_latents, k, window), the latent's activations at these tokens.
+        peaks: Shape (n_latents, k), position of the peak within the window.
     """
 
     def __init__(self, n_latents: int, k: int, window: int) -> None:
@@ -37,14 +37,14 @@ class TopSequences:
         activations: Float[Tensor, "n_latents batch seq"],
         peaks: Integer[Tensor, "n_latents batch"],
     ) -> None:
-        """Add sequences, of at least as many tokens as the window has.
+        """Add sequences. They need at least as many tokens as the window.
 
         Args:
-            scores: -inf leaves a sequence out.
+            scores: Score of each sequence; -inf leaves it out.
             tokens: Token ids.
-            activations: Of the latents.
-            peaks: Position in each sequence that is to be within the window, with two thirds of
-                the window before it where the sequence allows.
+            activations: Activations of the latents.
+            peaks: Position in each sequence around which the window is cut. If the sequence allows,
+                two thirds of the window lie before it.
         """
         k, window = self.tokens.shape[1:]
         start = (peaks - 2 * window // 3).clamp(0, tokens.shape[1] - window)
@@ -65,11 +65,11 @@ class Collector:
     """Histograms and texts of some latents of an SAE.
 
     Attributes:
-        counts: Tokens at which each latent is active, by the size of its activation: equal parts of
-            the range from 0 to its largest; shape (n_latents, N_BINS).
-        sums: Sums of the sizes of activations; shape (n_latents,), float64.
+        counts: Shape (n_latents, N_BINS), histogram of |activation| over active tokens, with equal
+            bins from 0 to the largest.
+        sums: Shape (n_latents,), float64, sums of |activation|.
         top: Sequences with the largest activations.
-        drawn: Sequences in which a latent fires, drawn at random.
+        drawn: Random sequences in which the latent fires.
     """
 
     def __init__(
@@ -92,12 +92,12 @@ class Collector:
 
         Args:
             tokens: Token ids.
-            activations: Of the latents, 0 at tokens that do not count.
+            activations: Activations of the latents, 0 at tokens that are left out.
         """
         sizes = activations.abs()
         parts = sizes.flatten(1) / self._largest[:, None] * N_BINS
-        # the largest itself belongs to the last part, and activations of a second pass of the model
-        # may exceed it by rounding
+        # the last bin includes the largest activation, which a second pass of the model may exceed
+        # by rounding
         bins = parts.floor().clamp(max=N_BINS - 1).long()
         self.counts.scatter_add_(1, bins, (parts > 0).long())
         self.sums += sizes.flatten(1).double().sum(1)
@@ -105,6 +105,6 @@ class Collector:
         scores, peaks = sizes.max(dim=2)
         silent = scores == 0
         self.top.update(scores.masked_fill(silent, -torch.inf), tokens, activations, peaks)
-        # by sequences first, so that the draw does not depend on how they are batched
+        # drawn sequence by sequence, so that the result does not depend on the batch size
         draw = torch.rand(scores.T.shape, generator=self._generator).T
         self.drawn.update(draw.masked_fill(silent, -torch.inf), tokens, activations, peaks)

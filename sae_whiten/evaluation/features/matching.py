@@ -1,4 +1,4 @@
-"""Which latents are alike: by the cosine of decoder directions, and by the tokens they fire at."""
+"""Similarity of latents: the cosine of decoder directions, and the overlap of firing tokens."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,11 @@ _AT_ONCE = 2**24  # cosines, 64 MB in float32
 
 @dataclass(frozen=True)
 class Nearest:
-    """The latents most alike to each of some latents.
+    """The k nearest latents of each latent.
 
     Attributes:
-        indices: Of the others, the most alike first; shape (n, k).
-        values: How alike; of the same shape. -inf where there are fewer than k.
+        indices: Shape (n, k), the nearest first.
+        values: Shape (n, k), cosines; -inf if there are fewer than k.
     """
 
     indices: Integer[Tensor, "n k"]
@@ -28,7 +28,7 @@ class Nearest:
 
 
 def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Rows scaled to norm 1, float32; rows of zeros stay so."""
+    """Rows scaled to norm 1, float32. Rows of zeros stay zero."""
     x = x.double()
     largest = x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return torch.nn.functional.normalize(x / largest, dim=1, eps=1e-30).float()
@@ -43,15 +43,15 @@ def nearest(
     itself: Integer[Tensor, "n"] | None = None,
     task: str | None = None,
 ) -> Nearest:
-    """The `k` others of largest cosine with each row, never the whole matrix of cosines at once.
+    """The `k` others with the largest cosine with each row. Cosines are computed in blocks.
 
     Args:
-        rows: Of norm 1.
-        others: Of norm 1.
-        k: How many.
-        among: Which of the others may be found; None: all.
-        itself: For each row, which of the others it is, to be left out.
-        task: Name of a progress bar; None shows none.
+        rows: Rows of norm 1.
+        others: Rows of norm 1.
+        k: Number of others to find.
+        among: Mask of candidates among the others. None: all.
+        itself: For each row, its own index among the others, which is left out.
+        task: Name of a progress bar. None: no bar.
     """
     k = min(k, len(others))
     step = max(1, _AT_ONCE // max(1, len(others)))
@@ -74,14 +74,14 @@ def nearest(
 def chance_cosine(
     others: Float[Tensor, "m d"], among: Bool[Tensor, "m"], seed: int, n_draws: int = 256
 ) -> float:
-    """Median of the largest cosine that a random direction has with any of the others.
+    """Median, over random directions, of the largest cosine with any of the others.
 
     Args:
-        others: Of norm 1, in coordinates in which activations are white: there random directions
-            are those that have nothing to do with the data.
-        among: Which of the others count.
-        seed: Of the directions.
-        n_draws: How many directions.
+        others: Rows of norm 1, in whitened coordinates. Only there are isotropic random directions
+            unrelated to the data.
+        among: Mask of candidates among the others.
+        seed: Seed of the directions.
+        n_draws: Number of directions.
     """
     generator = torch.Generator().manual_seed(seed)
     directions = unit_rows(torch.randn(n_draws, others.shape[1], generator=generator))
@@ -91,16 +91,16 @@ def chance_cosine(
 def most_overlapping(
     firing: csr_array, others: csr_array, task: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The latent of others that fires most at the same tokens as each latent.
+    """For each latent, the one of the others with the largest overlap of firing tokens.
 
     Args:
-        firing: 1 where a latent fires, shape (n_latents, n_tokens).
-        others: The same of other latents, at the same tokens.
-        task: Name of a progress bar; None shows none.
+        firing: Shape (n_latents, n_tokens), 1 where a latent fires.
+        others: Shape (n_others, n_tokens), the same for the other latents.
+        task: Name of a progress bar. None: no bar.
 
     Returns:
-        Which latent, and the overlap: of the tokens at which either fires, the share at which both
-        do (Jaccard's index), 0 if they share none.
+        Index of the other latent, and the overlap (Jaccard index): tokens at which both fire over
+        tokens at which either fires.
     """
     n_each, n_others = firing.sum(1), others.sum(1)
     by_token = others.T.tocsr()
@@ -119,7 +119,7 @@ def most_overlapping(
 
 
 def overlaps(firing: csr_array, others: csr_array) -> np.ndarray:
-    """Overlap of each row with the row of the same number, as `most_overlapping` has it."""
+    """Overlap, as in `most_overlapping`, of each row with the row of the same index."""
     both = firing.multiply(others).sum(1)
     either = firing.sum(1) + others.sum(1) - both
     return np.divide(both, either, out=np.zeros(len(both)), where=either > 0)

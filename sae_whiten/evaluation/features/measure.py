@@ -1,7 +1,7 @@
-"""Read tokens twice and keep, of the latents that are shown, what a reader needs to name them.
+"""Measure latents for a page of features, in two passes over the tokens.
 
-The first pass sees which latents fire, how strongly and, of two SAEs, at which tokens; with that
-it is known which latents to show. The second keeps their texts and histograms.
+The first pass finds which latents fire and how strongly, and for two SAEs at which tokens. The
+latents to show are chosen from this. The second pass collects their texts and histograms.
 """
 
 import logging
@@ -55,27 +55,26 @@ def measure_features(
 ) -> Features:
     """Top texts, histograms, logit effects, neighbours and matches of latents of one or two SAEs.
 
-    Memory does not grow with the number of tokens, but for where latents of two SAEs fire: of at
-    most 2^25 firings each (2 million tokens at an L0 of 16).
+    For one SAE, memory does not grow with the number of tokens. For two SAEs, the tokens at which
+    latents fire are kept: at most 2^25 firings each (2 million tokens at an L0 of 16).
 
     Args:
-        saes: One or two SAEs for raw activations, by the names that they get. Any that SAELens
-            loads.
+        saes: One or two SAEs for raw activations that SAELens loads, by name.
         model: As SAELens loads it.
-        dataset: Tokens or text, as for SAELens; it is read twice from its beginning.
+        dataset: Tokens or text in a form that SAELens reads. It is read twice from its beginning.
         options: What to show.
-        statistics: Of the activations, by the name of the hook, for whitened coordinates; where
-            there are none, these are estimated from the activations read.
-        context_size: Tokens per sequence; None takes the smallest of the SAEs' metadata.
-        prepend_bos: Whether sequences start with BOS; None takes it from the SAEs' metadata.
+        statistics: Statistics of the activations by the name of the hook, for whitened coordinates.
+            Missing ones are estimated from the activations read.
+        context_size: Tokens per sequence. None: the smallest in the SAEs' metadata.
+        prepend_bos: Whether sequences start with BOS. None: from the SAEs' metadata.
         batch_size_prompts: Sequences per pass of the model.
 
     Raises:
-        FieldError: An option does not fit: a latent that the SAE does not have, a text without a
-            tokenizer for it, a context longer than the model's.
-        ValueError: There are not one or two SAEs; an SAE is of another model or hook, or is not for
-            raw activations; the SAEs' metadata contradict each other; the dataset is shorter than
-            one sequence, none of its tokens counts, or an activation is not finite.
+        FieldError: An option does not fit: the SAE lacks a latent, the model has no tokenizer for a
+            text, or the context is longer than the model's.
+        ValueError: There are not one or two SAEs. An SAE belongs to another model or hook, or is
+            not for raw activations. The SAEs' metadata contradict each other. The dataset is
+            shorter than one sequence, all its tokens are left out, or an activation is not finite.
     """
     options = options or FeatureOptions()
     if not 1 <= len(saes) <= 2:
@@ -162,7 +161,7 @@ def measure_features(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Sequences, which of their tokens count, and what each SAE sees of them."""
+    """Sequences, the mask of kept tokens, and the activations that each SAE reads."""
 
     tokens: Integer[Tensor, "batch seq"]
     kept: Bool[Tensor, "batch seq"]
@@ -197,7 +196,7 @@ def _check_finite(subject: Subject, x: Float[Tensor, "n d"]) -> None:
 def _kept(
     subjects: Sequence[Subject], tokens: Integer[Tensor, "batch seq"]
 ) -> Bool[Tensor, "batch seq"]:
-    """Tokens that count for all SAEs, so that firing can be compared."""
+    """Mask of the tokens that all SAEs keep, so that firing can be compared."""
     return torch.stack([subject.view.kept(tokens) for subject in subjects]).all(0)
 
 
@@ -215,7 +214,7 @@ def _seen(
 
 
 def _why_no_logits(subjects: Sequence[Subject], model: Model, batch: _Batch) -> str | None:
-    """Why the tokens that a direction raises would mean nothing, or None if they mean something."""
+    """The reason why logit effects would be meaningless, or None if they are meaningful."""
     why = why_no_next_token_loss(model, batch.tokens)
     if why is not None:
         return why
@@ -250,10 +249,10 @@ def _choose(subject: Subject, options: FeatureOptions, ranked: Sequence[int] | N
 
 
 class _AskedText:
-    """A text, and which latents fire in it.
+    """A text, and the latents that fire in it.
 
     Attributes:
-        ranked: Of each SAE, the latents that fire, largest share in the reconstruction first.
+        ranked: For each SAE, the latents that fire, largest share in the reconstruction first.
     """
 
     def __init__(

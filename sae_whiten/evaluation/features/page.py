@@ -45,7 +45,7 @@ def write_page(
             "dataset".
     """
     with atomic_path(path) as partial:
-        # a name that is no valid Unicode does not cost the page
+        # a name that is not valid Unicode must not prevent the page
         partial.write_text(to_html(features, source), encoding="utf-8", errors="backslashreplace")
 
 
@@ -100,7 +100,7 @@ def _environment() -> Environment:
 
 @dataclass(frozen=True)
 class _Run:
-    """Tokens that are shaded alike: one active token, or several that are not."""
+    """Tokens with the same shade: one active token, or several inactive ones."""
 
     text: str
     level: int = 0
@@ -128,7 +128,7 @@ class _Card:
 
 @dataclass(frozen=True)
 class _Item:
-    """What is searched, sorted and stepped through: a latent, or a pair."""
+    """An entry that can be searched, sorted and stepped through: a latent or a pair."""
 
     cards: Sequence[_Card]
     shown_before: str | None  # where the second of a pair is
@@ -262,7 +262,7 @@ def _anchor(features: Features, sae: int, i: int) -> str:
 
 
 def _gist(latent: Latent) -> str:
-    """The token at which a latent is most active over all its texts, to recognise it by."""
+    """The token at which a latent is most active over all its texts, as its label."""
     peaks: dict[str, float] = {}
     for text in latent.texts:
         piece = text.pieces[text.peak].strip()
@@ -272,7 +272,7 @@ def _gist(latent: Latent) -> str:
 
 
 def _asked(features: Features) -> list[str] | None:
-    """The text that was asked for, token by token."""
+    """The requested text, token by token."""
     texts = (latent.in_text for sae in features.saes for latent in sae.latents.values())
     found = next((text for text in texts if text is not None), None)
     return None if found is None else list(found.pieces)
@@ -310,7 +310,7 @@ def _shaded(text: TextPiece, largest: float) -> tuple[str, list[_Run]]:
 
 
 def _bars(counts: Sequence[int], height: int) -> str:
-    """Bars of width 1 as the path of an SVG; what is not empty is seen, however small."""
+    """Bars of width 1 as the path of an SVG. Every nonempty bar is visible, however small."""
     most = max(counts, default=0)
     path = []
     for x, count in enumerate(counts):
@@ -321,7 +321,7 @@ def _bars(counts: Sequence[int], height: int) -> str:
 
 
 def _rates_figure(sae: SAEFeatures) -> dict[str, Any]:
-    """How often the latents of an SAE fire, on a logarithmic scale from once to always."""
+    """Histogram of firing rates of an SAE's latents, on a logarithmic scale from once to always."""
     live = sae.firing_rates[sae.firing_rates > 0]
     lowest = math.log10(1 / max(sae.n_tokens, 10))
     parts = ((live.log10() - lowest) / -lowest * _RATE_BINS).floor().clamp(0, _RATE_BINS - 1)
@@ -342,19 +342,19 @@ def _power(exponent: int) -> str:
 
 
 def _told(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What is known, without what of it is secret, and without where it lies on this machine."""
+    """The known facts, without secrets and without paths on this machine."""
     known = {name: value for name, value in redacted(dict(facts)).items() if value is not None}
     return {name: _brief(str(value)) for name, value in known.items()}
 
 
 def _brief(name: str) -> str:
-    """A name; of an absolute path the last two parts."""
+    """A name. Of an absolute path, only the last two parts."""
     parts = name.replace("\\", "/").split("/")
     return "/".join(["…", *parts[-2:]]) if Path(name).is_absolute() and len(parts) > 3 else name
 
 
 def _visible(text: str) -> str:
-    """A text with marks for what is not seen: line breaks, controls, changes of direction."""
+    """A text with marks for invisible characters: line breaks, controls, changes of direction."""
     return "".join(_SHOWN_AS.get(c) or _escaped(c) for c in text)
 
 
@@ -366,7 +366,7 @@ def _escaped(character: str) -> str:
 
 
 def _share(value: float) -> str:
-    """A share of tokens, also a small one."""
+    """A share of tokens as text, also if it is very small."""
     if value == 0:
         return "0%"
     if value < 1e-4:

@@ -1,4 +1,4 @@
-"""Two SAEs: which of their latents are the same, and which of them to show."""
+"""Two SAEs: match their latents, and choose those to show."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,13 +24,13 @@ __all__ = ["Matches", "choose_pairs", "draw"]
 
 
 class Matches:
-    """For every latent of two SAEs, the one of the other that is most like it.
+    """For every latent of two SAEs, the most similar latent of the other.
 
     Attributes:
-        same_as: Of each SAE, for every latent the number of the other's that counts as the same, -1
-            where there is none; shape (d_sae,).
+        same_as: For each SAE, shape (d_sae,): index of the matching latent of the other SAE, -1 if
+            there is none.
         chance: As in `Matching`.
-        n_tokens: Over which overlaps are counted.
+        n_tokens: Number of tokens over which overlaps are counted.
     """
 
     def __init__(self, first: Subject, second: Subject, options: FeatureOptions) -> None:
@@ -67,7 +67,7 @@ class Matches:
             self.chance = a, b
 
     def add_to(self, latents: Mapping[int, Latent], sae: int) -> None:
-        """Tell latents of one of the SAEs their counterparts in the other."""
+        """Set the counterparts of latents of one SAE in the other."""
         ours = list(latents)
         fires = self._by_firing[sae][0][ours]
         points = self._by_direction[sae].indices[ours, 0].numpy() if self._by_direction else None
@@ -76,7 +76,7 @@ class Matches:
         for row, (i, latent) in enumerate(latents.items()):
             if not self.saes[sae].live[i]:
                 continue
-            # with overlap 0 it is no latent in particular
+            # with overlap 0 the index is arbitrary
             latent.by_firing = by_firing[row] if by_firing[row].overlap > 0 else None
             latent.by_direction = None if by_direction is None else by_direction[row]
             same = int(self.same_as[sae][i])
@@ -99,7 +99,7 @@ class Matches:
 def choose_pairs(
     matches: Matches, options: FeatureOptions, ranked: Sequence[Sequence[int]] | None
 ) -> tuple[list[list[int]], Matching]:
-    """Latents of each SAE that are shown, and in which list."""
+    """The latents of each SAE to show, and the list that each is in."""
     (first, second), (same_first, same_second) = matches.saes, matches.same_as
     shared = [same >= 0 for same in matches.same_as]
     part = max(1, options.n_latents // 4)  # pairs are two latents each
@@ -132,7 +132,7 @@ def choose_pairs(
 
 
 def draw(among: Bool[Tensor, "d_sae"], n: int, seed: int) -> list[int]:
-    """`n` of these latents at random, or all of them if there are fewer."""
+    """`n` of these latents, drawn at random, or all of them if there are fewer."""
     generator = torch.Generator().manual_seed(seed)
     candidates = among.nonzero()[:, 0]
     return candidates[torch.randperm(len(candidates), generator=generator)][:n].tolist()

@@ -1,4 +1,4 @@
-"""What is known of latents once they have been looked at: what a page shows."""
+"""Measurements of latents for a page of features."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,10 +25,10 @@ class TextPiece:
     """Consecutive tokens, and a latent's activations at them.
 
     Attributes:
-        tokens: Their ids.
-        pieces: Their texts.
-        activations: Of the latent, 0 at tokens that do not count.
-        peak: Position of the largest in size.
+        tokens: Token ids.
+        pieces: Text of each token.
+        activations: Activations of the latent, 0 at tokens that are left out.
+        peak: Position of the largest |activation|.
     """
 
     tokens: tuple[int, ...]
@@ -43,7 +43,7 @@ class Neighbour:
 
     Attributes:
         index: Its number.
-        cosine: Of the two decoder directions.
+        cosine: Cosine of the two decoder directions.
         whitened: The same in whitened coordinates.
     """
 
@@ -58,8 +58,8 @@ class Counterpart:
 
     Attributes:
         index: Its number.
-        overlap: Of the tokens at which either fires, the share at which both do.
-        cosine: Of the decoder directions; None where the SAEs are of different hooks.
+        overlap: Tokens at which both fire over tokens at which either fires.
+        cosine: Cosine of the decoder directions; None if the SAEs read different hooks.
         whitened: The same in whitened coordinates.
     """
 
@@ -71,24 +71,23 @@ class Counterpart:
 
 @dataclass
 class Latent:
-    """What was seen of a latent.
+    """Measurements of one latent.
 
     Attributes:
         index: Its number.
-        n_firing: Tokens at which it is active.
-        largest: Size of its largest activation.
-        mean: Mean size of its activations where it is active; 0 if it never is.
-        histogram: Tokens at which it is active, in equal parts of (0, largest].
-        texts: Where it is most active, one for each sequence; the same text is there once.
-        random_texts: Drawn from all sequences in which it fires, without those of `texts`.
-        in_text: The text that was asked for; None if none was.
-        raised, lowered: Tokens whose logits its decoder direction changes most, and by how much
-            for a direction of norm 1, up to a scale that all tokens share; empty where the model
-            has no logits to change.
-        neighbours: Of nearest decoder direction in whitened coordinates.
+        n_firing: Number of tokens at which it is active.
+        largest: Its largest |activation|.
+        mean: Mean |activation| over the tokens at which it is active; 0 if there are none.
+        histogram: Numbers of active tokens in equal bins of (0, largest].
+        texts: Texts in which it is most active, one per sequence, without repetitions.
+        random_texts: Texts drawn from all sequences in which it fires, without those in `texts`.
+        in_text: Its activations in the requested text; None without such a text.
+        raised, lowered: Tokens whose logits its decoder direction of norm 1 changes most, and the
+            changes, up to a scale common to all tokens. Empty if logits are meaningless.
+        neighbours: Latents with the nearest decoder directions in whitened coordinates.
         by_direction: The other SAE's latent of nearest decoder direction in whitened coordinates.
-        by_firing: The other SAE's latent that fires most at the same tokens.
-        same_as: The number of the one of these that counts as the same, if one does.
+        by_firing: The other SAE's latent with the largest overlap of firing tokens.
+        same_as: Number of the matching latent of the other SAE, if there is one.
     """
 
     index: int
@@ -109,15 +108,15 @@ class Latent:
 
 @dataclass
 class SAEFeatures:
-    """An SAE and those of its latents that are shown.
+    """An SAE and its latents that are shown.
 
     Attributes:
-        name: Of the SAE.
-        facts: About it, by name, ready to be shown.
-        n_tokens: Tokens that count, of those read.
-        firing_rates: Share of these at which each latent is active; shape (d_sae,).
-        latents: By number, in the order in which they were chosen.
-        whitening: Where the whitened coordinates come from.
+        name: Name of the SAE.
+        facts: Facts about it, by name, as shown.
+        n_tokens: Number of kept tokens.
+        firing_rates: Share of the kept tokens at which each latent is active; shape (d_sae,).
+        latents: Latents by number, in the order in which they were chosen.
+        whitening: Source of the whitened coordinates.
     """
 
     name: str
@@ -145,16 +144,16 @@ class SAEFeatures:
 
 @dataclass(frozen=True)
 class Matching:
-    """Which latents two SAEs share, over all that fire.
+    """The latents that two SAEs share, among all that fire.
 
     Attributes:
-        n_live: Latents that fire, of each SAE.
-        n_matched: Those of them that the other SAE has too.
-        both: Pairs that are shown; where the second was shown before, it is not again.
-        only_first, only_second: Latents that are shown, without a counterpart.
-        chance: Median of the largest cosine, in whitened coordinates, of random directions with the
-            latents of each SAE; None where the SAEs are of different hooks.
-        n_overlap_tokens: Tokens over which overlaps were counted.
+        n_live: Number of latents that fire, for each SAE.
+        n_matched: Number of these that have a match in the other SAE.
+        both: Shown pairs. A second latent that occurs in several pairs is shown once.
+        only_first, only_second: Shown latents without a match.
+        chance: Median, over random directions, of the largest cosine with the latents of each SAE,
+            in whitened coordinates. None if the SAEs read different hooks.
+        n_overlap_tokens: Number of tokens over which overlaps were counted.
     """
 
     n_live: tuple[int, int]
@@ -168,15 +167,15 @@ class Matching:
 
 @dataclass(frozen=True)
 class Features:
-    """What a page of features shows; `page.write_page` writes it.
+    """The contents of a page of features. `page.write_page` writes the page.
 
     Attributes:
-        saes: One or two.
-        options: With which they were measured.
-        why_no_logits: Why there are no tokens raised and lowered, or None if there are.
-        matching: Of two SAEs.
-        n_read: Tokens read, special ones included.
-        context_size: Tokens in a sequence.
+        saes: One or two SAEs.
+        options: Options of the measurement.
+        why_no_logits: Reason why there are no raised and lowered tokens, or None if there are.
+        matching: The matching of two SAEs; None for one SAE.
+        n_read: Number of tokens read, including special ones.
+        context_size: Tokens per sequence.
     """
 
     saes: Sequence[SAEFeatures]

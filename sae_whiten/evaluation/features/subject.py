@@ -1,4 +1,4 @@
-"""One SAE while tokens stream by, twice."""
+"""The measurements of one SAE during both passes over the tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,14 +23,14 @@ __all__ = ["Space", "Subject"]
 
 _N_LOGITS = 10  # tokens raised, and as many lowered
 _N_NEIGHBOURS = 5
-_MOST_FIRINGS = 2**25  # of which it is kept at which token they were: 128 MB for each SAE
+_MOST_FIRINGS = 2**25  # whose tokens are kept: 128 MB per SAE
 
 
 class Space:
-    """Where the activations of one hook lie, and their whitening.
+    """The statistics of the activations at one hook, and their whitening.
 
     Args:
-        statistics: Of the activations; None estimates them from those that are read.
+        statistics: Statistics of the activations. None: estimate them from the activations read.
         d_in: Width of the activations.
     """
 
@@ -39,12 +39,12 @@ class Space:
         self._statistics = statistics or ActivationStatistics(d_in)
 
     def update(self, x: Float[Tensor, "n d"]) -> None:
-        """Take in activations, if statistics are wanted."""
+        """Add activations to the estimate, unless statistics were given."""
         if self._estimating:
             self._statistics.update(x)
 
     def whitening(self) -> Whitening:
-        """That of the statistics, under the default config."""
+        """The whitening from the statistics, with the default config."""
         return Whitening.from_statistics(self._statistics)
 
     @property
@@ -54,7 +54,7 @@ class Space:
 
 
 class Subject:
-    """One SAE, and what is known of its latents so far."""
+    """One SAE, and the measurements of its latents so far."""
 
     def __init__(self, name: str, sae: SAE[Any], view: View, space: Space) -> None:
         self.name, self.sae, self.view, self.space = name, sae, view, space
@@ -96,16 +96,16 @@ class Subject:
                 self._n_firings += firing.nnz
 
     def find_directions(self) -> None:
-        """Directions of the decoder, of norm 1, as they are and in whitened coordinates."""
+        """Set the decoder directions of norm 1, in raw and in whitened coordinates."""
         W_dec = self.sae.W_dec.detach().double().cpu()
         self.raw, self.whitened = unit_rows(W_dec), unit_rows(W_dec @ self.space.whitening().W)
 
     def choose(self, latents: Sequence[int], options: FeatureOptions, window: int) -> None:
-        """Set which latents the second pass looks at."""
+        """Set the latents for the second pass."""
         self.shown = torch.tensor(list(latents), dtype=torch.long)
         self.collector = Collector(
             self.largest[self.shown],
-            # some of them may be the same text
+            # more than needed, because texts may repeat
             2 * options.n_texts,
             2 * options.n_random_texts + options.n_texts,
             window,
@@ -167,7 +167,7 @@ class Subject:
 def _texts(
     found: TopSequences, row: int, texts: TokenTexts, most: int | None = None
 ) -> list[TextPiece]:
-    """Texts of one latent, each of them once."""
+    """Texts of one latent, without repetitions."""
     n = int((found.scores[row] > -torch.inf).sum())
     by_tokens: dict[tuple[int, ...], TextPiece] = {}
     for tokens, activations, peak in zip(

@@ -17,13 +17,13 @@ _ROWS_AT_ONCE = 64
 
 
 class TokenTexts:
-    """Token ids as the text that each adds.
+    """The text of each token.
 
-    A token decoded alone may lose the space before it, or get marks such as ##. So each is decoded
-    behind an ordinary token, and what that adds is cut off.
+    A token decoded alone may lose the space before it, or get marks such as ##. So each token is
+    decoded behind an ordinary one, whose text is then cut off.
 
     Args:
-        tokenizer: Of the model; None shows ids.
+        tokenizer: Tokenizer of the model. None: show ids.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -42,7 +42,7 @@ class TokenTexts:
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text of each token of a sequence.
 
-        Where a character takes several tokens, the first of them has it and the others are empty.
+        If a character takes several tokens, the first token has it and the others are empty.
         """
         found = [self(token) for token in tokens]
         start = 0
@@ -66,15 +66,15 @@ class TokenTexts:
 
 @dataclass(frozen=True)
 class Unembedding:
-    """How a direction of the residual stream after the last layer changes logits.
+    """The map from directions of the residual stream after the last layer to changes in logits.
 
-    Logits are `norm(x) @ W_U`. The norm centres or not, multiplies by a gain, and divides by a
-    scale that depends on x, which is left out: it is the same for all tokens.
+    Logits are `norm(x) @ W_U`. The norm may centre, multiplies by a gain, and divides by a scale
+    that depends on x. The scale is left out, because it is the same for all tokens.
 
     Attributes:
-        W_U: Logits of unit vectors; shape (d_model, d_vocab).
-        gain: Of the norm before it; shape (d_model,), float32.
-        centres: Whether that norm subtracts the mean over dimensions.
+        W_U: Shape (d_model, d_vocab), the unembedding.
+        gain: Shape (d_model,), float32, gain of the norm before the unembedding.
+        centres: Whether this norm subtracts the mean over dimensions.
     """
 
     W_U: Float[Tensor, "d_model d_vocab"]
@@ -84,7 +84,7 @@ class Unembedding:
     @classmethod
     @torch.no_grad()
     def of(cls, model: Model) -> "Unembedding | None":
-        """That of a model; None if it has none."""
+        """The unembedding of a model, or None if it has none."""
         W_U, norm = getattr(model, "W_U", None), getattr(model, "ln_final", None)
         if not isinstance(W_U, Tensor):  # SAELens' wrapper of a model of transformers
             wrapped: Any = getattr(model, "model", None)
@@ -96,7 +96,7 @@ class Unembedding:
         return cls(W_U.detach(), gain, centres)
 
     def logits(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-        """What each direction adds to the logits, up to the scale of the norm; float32."""
+        """The change in logits per direction, up to the scale of the norm; float32."""
         x = directions.to(self.gain)
         if self.centres:
             x = x - x.mean(1, keepdim=True)
@@ -106,12 +106,12 @@ class Unembedding:
 def logit_effects(
     unembedding: Unembedding, directions: Float[Tensor, "n d_model"], k: int
 ) -> list[tuple[list[tuple[int, float]], list[tuple[int, float]]]]:
-    """Tokens whose logits each direction raises most and lowers most, with by how much.
+    """The tokens whose logits each direction raises and lowers most, and the changes.
 
     Args:
-        unembedding: Of the model.
-        directions: In the residual stream.
-        k: How many tokens each.
+        unembedding: The unembedding of the model.
+        directions: Directions in the residual stream.
+        k: Number of tokens raised, and of tokens lowered.
     """
     found = []
     for rows in directions.split(_ROWS_AT_ONCE):
@@ -130,7 +130,7 @@ def _pairs(values: Tensor, tokens: Tensor) -> list[tuple[int, float]]:
 
 
 def _last_norm(model: Any) -> nn.Module | None:
-    """The norm in front of the head of a model of transformers: the last that is in no layer."""
+    """The norm before the head of a Hugging Face model: the last norm outside of all layers."""
     base = getattr(model, model.base_model_prefix, model)
     norms: Iterable[nn.Module] = (
         module
@@ -144,10 +144,11 @@ def _last_norm(model: Any) -> nn.Module | None:
 def _gain_and_centring(
     norm: nn.Module | None, W_U: Float[Tensor, "d_model d_vocab"]
 ) -> tuple[Float[Tensor, "d_model"], bool]:
-    """What a norm does to a vector, tried out: names of weights differ, and Gemma adds 1 to them.
+    """The gain of a norm and whether it centres, measured by applying it.
 
-    A vector v of mean 0 and variance 1 becomes gain * v + bias, and -v becomes -gain * v + bias. A
-    norm that centres makes the same of v + 1.
+    Weights have different names in different models, and Gemma adds 1 to them. The norm maps v of
+    mean 0 and variance 1 to gain * v + bias, and -v to -gain * v + bias. If it centres, it maps
+    v + 1 to the same vector as v.
     """
     d = W_U.shape[0]
     gain = torch.ones(d, device=W_U.device)
