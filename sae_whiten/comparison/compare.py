@@ -62,10 +62,10 @@ def compare(
     dataset_path: str = "local",
     labels: LabelledTexts | ProbingTasks | None = None,
 ) -> list[dict[str, Any]]:
-    """Train and evaluate all SAEs of a comparison; what `out` holds already is not done again.
+    """Train and evaluate all SAEs of a comparison. Finished parts in `out` are kept.
 
-    `out` receives `results.jsonl`, `settings.json`, the SAEs and the statistics. A comparison that
-    was killed goes on from its last checkpoint when it is repeated.
+    `out` receives `results.jsonl`, `settings.json`, the SAEs and the statistics. To continue after
+    an interruption, repeat the call: it starts from the last checkpoint.
 
     Args:
         comparison: What is compared.
@@ -76,15 +76,15 @@ def compare(
         model_class_name: As SAELens calls it.
         model_from_pretrained_kwargs: What the model was loaded with.
         dataset_path: Name of the dataset.
-        labels: Texts to probe with, or tasks of `sae-probes`; None leaves probing out.
+        labels: Texts to probe with, or tasks of `sae-probes`. None: no probing.
 
     Returns:
-        A record per SAE: what `evaluate_saes` says of it, and architecture, condition, sparsity or
-        coefficient, and seed; of several seeds also `across_seeds`, what their dictionaries agree
-        in.
+        A record per SAE: that of `evaluate_saes`, with architecture, condition, sparsity or
+        coefficient, seed and learning rate. With several seeds also `across_seeds`, the agreement
+        of their dictionaries.
 
     Raises:
-        ValueError: `out` holds a comparison with other settings; or as training and evaluation do.
+        ValueError: `out` holds a comparison with other settings, or training or evaluation fails.
     """
     out = Path(out)
     names: dict[str, Any] = {
@@ -129,7 +129,7 @@ def compare(
         )
     records = _read(out / _RESULTS)
     planned = arms(comparison)
-    # what an earlier call added to the sweeps, for all seeds
+    # coefficients that an earlier call added to the sweeps, for all seeds
     planned += [arm for arm in map(_arm, records) if arm not in planned]
     for sweep_round in range(1 + comparison.sweep_rounds):
         if sweep_round:
@@ -185,7 +185,7 @@ def compare(
 def _by_rate(
     untrained: Sequence[Arm], rates: Mapping[tuple[str, str], float], lr: float
 ) -> dict[float, list[Arm]]:
-    """SAEs by their learning rate: those of one rate are trained together."""
+    """SAEs by learning rate. SAEs of the same rate are trained together."""
     found: dict[float, list[Arm]] = {}
     for arm in untrained:
         found.setdefault(rates.get((arm.architecture, arm.condition), lr), []).append(arm)
@@ -201,7 +201,7 @@ def _of_seeds(records: Sequence[dict[str, Any]], comparison: Comparison) -> list
 
 
 def _say_what_is_beside(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> None:
-    """Warn where SAEs that choose their L0 have no others at it to be compared with."""
+    """Warn if SAEs without a set sparsity have an L0 at which there are no others to compare."""
     k = sorted(r["metrics"]["l0"] for r in records if r["sparsity"] is not None)
     for name in comparison.architectures:
         found = [
@@ -224,11 +224,11 @@ def _say_what_is_beside(comparison: Comparison, records: Sequence[Mapping[str, A
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or check that they are those that are there."""
+    """Write the settings, or check that they equal those on disk."""
     path = out / _SETTINGS
     settings = json.loads(json.dumps(redacted(settings), default=str))
     if path.is_file():
-        # what earlier versions did not write
+        # defaults for fields that earlier versions did not write
         unknown = {
             "sae_options": {},
             "learning_rates": [],
@@ -241,7 +241,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         if same_activations(before["activations"], settings["activations"]):
             settings["activations"] = before["activations"]
         in_training = any((out / "checkpoints").glob("*/*"))
-        # whichever have been asked for so far; what is being trained has to be trained to its end
+        # these may grow, except that sparsity must not change while SAEs are being trained
         growing = ("seeds",) if in_training else ("seeds", "sparsity")
         for name in growing:
             settings[name] = sorted({*before.get(name, []), *settings[name]})
@@ -252,7 +252,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         ]
         trained = in_training or (out / "saes").is_dir() or (out / _RESULTS).is_file()
         if different and not trained:
-            # whatever statistics there are may be of something else
+            # the statistics may belong to other settings
             shutil.rmtree(out / "statistics", ignore_errors=True)
         elif different:
             raise ValueError(
@@ -269,12 +269,12 @@ def _estimate_statistics(
     out: Path,
     names: Mapping[str, Any],
 ) -> None:
-    """Write the statistics that all SAEs are whitened with, unless they are there."""
+    """Write the statistics for the whitening of all SAEs, unless they exist."""
     if statistics_file(out / "statistics", comparison.hook_name).is_file():
         return
     fit_statistics(
         model,
-        # texts of one source follow each other
+        # shuffled, because texts of one source follow each other
         shuffled(dataset, 0),
         comparison.hook_name,
         out=out / "statistics",

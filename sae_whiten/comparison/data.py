@@ -1,5 +1,5 @@
-"""The rows and the model of a comparison: which rows are held out, and whether a repeated
-comparison still has the same of both."""
+"""The rows and the model of a comparison: held-out rows, and checks that a repeated comparison uses
+the same rows and model."""
 
 import hashlib
 import json
@@ -24,17 +24,16 @@ _SAME = 0.01  # relative; beyond what the rounding of another device or dtype ch
 
 
 def describe_rows(dataset: Any, n_held_out: int) -> str:
-    """What tells a dataset from others: how many rows it has, and a checksum of some of them.
+    """A fingerprint of a dataset: its number of rows, and a checksum of some of them.
 
-    The checksum is of up to 4096 rows from all over the dataset; of one that is streamed, of the
-    first rows.
+    The checksum covers up to 4096 rows spread over the dataset, or the first rows of a stream.
 
     Args:
         dataset: A `datasets.Dataset` or `datasets.IterableDataset`.
         n_held_out: Rows that are to be held out.
 
     Raises:
-        ValueError: It is something else, or holding out so many rows leaves fewer to train on.
+        ValueError: The dataset has another type, or fewer rows are left to train on than held out.
     """
     if isinstance(dataset, datasets.IterableDataset):
         rows: Any = list(dataset.with_format(None).take(2 * n_held_out))
@@ -69,7 +68,7 @@ def divide_rows(dataset: Any, n_held_out: int, context_size: int) -> tuple[Any, 
 
 
 def _beginning(n_characters: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The beginning of a document, so that all of them are evaluated on and not the first few."""
+    """The beginning of a document. Evaluation then covers all documents, not only the first few."""
     return {
         name: value[:n_characters] if isinstance(value, str) else value
         for name, value in row.items()
@@ -77,7 +76,7 @@ def _beginning(n_characters: int, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shuffled(dataset: Any, seed: int) -> Any:
-    """The rows in an order that the seed decides; of a stream, of 10 000 rows at a time."""
+    """The rows in random order. A stream is shuffled with a buffer of 10 000 rows."""
     if isinstance(dataset, datasets.IterableDataset):
         return dataset.shuffle(seed=seed, buffer_size=10_000)
     return dataset.shuffle(seed=seed)
@@ -87,7 +86,7 @@ def shuffled(dataset: Any, seed: int) -> Any:
 def describe_activations(
     model: Model, dataset: Any, hook_name: str, *, context_size: int, prepend_bos: bool
 ) -> list[float]:
-    """What tells a model from others, its weights included: activations at the hook.
+    """A fingerprint of a model and its weights, from activations at the hook.
 
     Returns:
         Root mean squares of the activations in eight dimensions, spread evenly, over the tokens of
@@ -120,7 +119,7 @@ def describe_activations(
 
 
 def same_activations(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether `describe_activations` is the same but for rounding, which devices do differently."""
+    """Whether results of `describe_activations` are equal up to rounding, which devices change."""
     return len(first) == len(second) and all(
         map(partial(math.isclose, rel_tol=_SAME), first, second)
     )

@@ -79,9 +79,9 @@ def write_feature_page(
 def choose_pair(
     records: Sequence[Mapping[str, Any]],
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """A run without whitening and one under it, as alike as there are two.
+    """The most similar pair of a run without whitening and a run under it.
 
-    Of the first architecture and seed for which there are both, and of nearly the same L0.
+    Both have the first architecture and seed for which such a pair exists, and the closest L0.
     """
     for first in records:
         alike = [r for r in records if all(r[k] == first[k] for k in ("architecture", "seed"))]

@@ -43,11 +43,11 @@ def best_learning_rates(
     names: Mapping[str, Any],
     statistics: Path,
 ) -> dict[tuple[str, str], float]:
-    """Train every architecture and condition briefly at each rate and see which is best.
+    """Train every architecture and condition briefly at each rate, and return the best rates.
 
-    Each is tried with the first seed, an eighth of the training and the middle sparsity, on the
-    same data. The best has the largest explained variance of held-out activations in the space that
-    the loss is taken in, where there is a sweep of coefficients at the same L0.
+    Each rate is tried with the first seed, an eighth of the training and the middle sparsity, on
+    the same data. The best has the largest explained variance of held-out activations in the space
+    of the loss. Sweeps of coefficients are compared at the same L0.
 
     Args:
         comparison: With `learning_rates`.
@@ -110,7 +110,7 @@ def best_learning_rates(
 
 
 def loss_spaces(arms: Sequence[Arm], statistics: Path) -> dict[str, Whitening]:
-    """Of those whose loss is taken in whitened space: that space, by the name of the SAE.
+    """The whitening of each SAE whose loss is measured in whitened space, by name of the SAE.
 
     Args:
         arms: SAEs.

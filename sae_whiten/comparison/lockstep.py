@@ -26,7 +26,7 @@ _ESTIMATION_BATCHES = 25  # of expected_average_only_in, which no SAE is trained
 
 
 class _LockstepRunner(WhiteningMultiSAETrainingRunner):
-    """Trains any SAEs of a comparison, for what is left after a kill may hold no whitened one."""
+    """Also trains without any whitened SAE, which happens if only others are left to train."""
 
     _needs_whitening = False
 
@@ -41,14 +41,14 @@ def train_arms(
     names: Mapping[str, Any],
     statistics: Path,
 ) -> None:
-    """Train SAEs of one seed, or go on from their last checkpoint.
+    """Train SAEs of one seed, or continue from their last checkpoint.
 
-    Each becomes what it would have become beside all others of the comparison.
+    The result of each does not depend on which others are trained with it.
 
     Args:
-        comparison: That they are of.
-        untrained: Which ones.
-        seed: Of the weights and of the order in which activations are mixed.
+        comparison: The comparison that they belong to.
+        untrained: The SAEs to train.
+        seed: Seed of the weights and of the order in which activations are mixed.
         model: As SAELens loads it.
         dataset: What is trained on, in the order of this seed.
         out: Folder that receives the SAEs in `saes/seed-...`, and meanwhile their checkpoints.
@@ -108,10 +108,10 @@ def train_arms(
 
 
 def _with_the_same_data(comparison: Comparison, untrained: Sequence[Arm]) -> list[Arm]:
-    """These SAEs, and what they have to be trained beside to get the data that all others had.
+    """These SAEs, and one of expected_average_only_in if the comparison has that condition.
 
-    SAELens takes the scaling factor of expected_average_only_in from batches that no SAE is then
-    trained on, so one SAE of that condition shifts the data of all.
+    SAELens estimates the scaling factor of this condition from batches that no SAE is then trained
+    on. So one such SAE shifts the data of all, and has to be present in every training.
     """
     shifting = [arm for arm in arms(comparison) if arm.condition == "expected_average_only_in"]
     return [*untrained, *(shifting[:1] if not set(shifting) & set(untrained) else [])]

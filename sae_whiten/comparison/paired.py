@@ -1,8 +1,8 @@
 """Paired comparisons over seeds and tasks, and metrics at equal sparsity.
 
-Two conditions that were trained with the same seed share data, order and initialisation: what the
-seed does to both cancels in the difference, and the differences are what is tested. So it is with
-the tasks of a benchmark, which are hard for one as for the other.
+Two conditions trained with the same seed share data, order and initialisation. Effects of the seed
+on both cancel in the difference, so the differences are tested. The same holds for the difficulty
+of the tasks of a benchmark.
 """
 
 import math
@@ -49,9 +49,9 @@ class PairedDifference:
         p_value: Two-sided, of no difference.
         p_adjusted: The same after Holm's correction over the metrics of `compare_metrics`; equal to
             `p_value` for a single comparison.
-        test: What `p_value` comes from.
-        noise: What measuring the same SAEs again can change the difference by: half the width of
-            the 95% interval over the seeds of the probes. NaN: not known, or there is none.
+        test: The test that gave `p_value`.
+        noise: Possible change of the difference if the same SAEs are measured again: half the width
+            of the 95% interval over the seeds of the probes. NaN: unknown, or no such noise.
     """
 
     n_pairs: int
@@ -65,12 +65,12 @@ class PairedDifference:
 
     @property
     def significant(self) -> bool:
-        """Whether `p_adjusted` is below 0.05, which NaN is not, and the mean is not mere noise."""
+        """Whether `p_adjusted` is below 0.05 (NaN is not) and |mean| exceeds `noise`, if known."""
         return self.p_adjusted < _LEVEL and not abs(self.mean) <= self.noise
 
     @property
     def smallest(self) -> float:
-        """The smallest mean that would have been told from 0, before any correction.
+        """The smallest mean that could have been distinguished from 0, before any correction.
 
         Half the width of the confidence interval, or `noise` if that is larger.
         """
@@ -192,14 +192,13 @@ def bootstrap_difference(a: _ByTask, b: _ByTask, seed: int = 0) -> PairedDiffere
 
 
 def measurement_noise(repeats: Sequence[_Values]) -> float:
-    """What measuring again can change a difference by, from differences that were repeated.
+    """Measurement noise of a difference, from repeated measurements.
 
-    Every condition against its baseline gives one row: the difference, over all its SAEs and
-    tasks, by each seed of the probes, which is the same for both. The variance over these seeds is
-    pooled over the rows.
+    Each pair of condition and baseline gives one row: the difference over all SAEs and tasks, for
+    each seed of the probes. The variance over these seeds is pooled over the rows.
 
     Args:
-        repeats: Rows of R differences; of each R may be another.
+        repeats: Rows of R differences. R may differ between rows.
 
     Returns:
         Half the width of the 95% interval of the mean over R seeds, for the smallest R there is;

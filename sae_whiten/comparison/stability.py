@@ -24,12 +24,12 @@ __all__ = ["add_stability"]
 def add_stability(records: Sequence[dict[str, Any]], out: Path, hook_name: str) -> None:
     """Write `across_seeds` into the records of SAEs that were trained with several seeds.
 
-    What is known already is kept, and nothing is written where an SAE is no longer on disk.
+    Existing results are kept. SAEs of which a seed is no longer on disk are skipped.
 
     Args:
-        records: Of all seeds of a comparison.
-        out: Its folder, with the SAEs and the statistics.
-        hook_name: Its hook.
+        records: Records of all seeds of a comparison.
+        out: Folder of the comparison, with the SAEs and the statistics.
+        hook_name: Hook of the comparison.
     """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for record in records:

@@ -15,10 +15,10 @@ _STEP = 4.0  # beyond the ends of a sweep
 def lacking_coefficient(
     coefficients: Sequence[float], l0s: Sequence[Sequence[float]], target: float
 ) -> float | None:
-    """The coefficient that a sweep lacks, to have neighbours of the target on both sides.
+    """The coefficient to add to a sweep so that it has an L0 close to the target on both sides.
 
-    Every seed has to have them, for each is interpolated on its own. Neighbours whose L0 are within
-    a factor of 2 of each other are near enough. L0 is taken to fall with the coefficient.
+    This has to hold for every seed, because each is interpolated on its own. Neighbours are close
+    enough if their L0 differ by at most a factor of 2. L0 is assumed to fall with the coefficient.
 
     Args:
         coefficients: Of the sweep, in any order; not 0.
@@ -26,8 +26,8 @@ def lacking_coefficient(
         target: The wanted L0.
 
     Returns:
-        Between the two neighbours where log L0 is linear in the log of the coefficient; beyond the
-        sweep a fourth or four times its end. None if nothing is lacking.
+        Between two neighbours, a coefficient by linear interpolation of log L0 in the log of the
+        coefficient. Beyond the sweep, a fourth or four times its end. None if nothing is lacking.
     """
     for of_seed in zip(*l0s, strict=False):
         sweep = sorted((c, l0) for c, l0 in zip(coefficients, of_seed, strict=True) if c > 0)
