@@ -40,6 +40,7 @@ SMALL = SyntheticDataConfig(d_signal=16, n_features=48, l0=3.0)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic_data, "_N_CHUNKS_TRAINING", 2)
     monkeypatch.setattr(synthetic_data, "_N_CHUNKS_STATISTICS", 2)
+    synthetic._data.cache_clear()  # of other tests, with all chunks
 
 
 def spectrum(x: torch.Tensor) -> torch.Tensor:

@@ -138,9 +138,12 @@ def test_under_the_same_transform_the_run_is_the_built_ins(architecture):
     def sae():
         return training_sae(architecture, D, 128, dtype="float64")
 
-    ours = WhiteningTrainer(trainer_config(), sae(), batches(), BUILT_IN)
+    def doubles() -> Iterator[Tensor]:
+        return (batch.double() for batch in batches())
+
+    ours = WhiteningTrainer(trainer_config(), sae(), doubles(), BUILT_IN)
     found = weights_before_fold(ours)
-    built_in = SAETrainer(trainer_config(), sae(), batches())
+    built_in = SAETrainer(trainer_config(), sae(), doubles())
     built_in.activation_scaler = CovarianceWhiteningScaler(BUILT_IN)
     built_in.activation_scaler.whitening = ours.whitening
     torch.testing.assert_close(found, weights_before_fold(built_in), rtol=1e-5, atol=1e-7)
@@ -519,7 +522,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_no_half_of_it(tmp_path, mon
     def die(*args: Any, **kwargs: Any) -> None:
         raise KilledError
 
-    monkeypatch.setattr("sae_whiten.training.trainer.save_tensors", die)
+    monkeypatch.setattr("sae_whiten.training.checkpoint.save_tensors", die)
     with pytest.raises(KilledError):
         fit(n_checkpoints=1, checkpoint_path=tmp_path)
     assert list(tmp_path.iterdir()) == []
