@@ -226,15 +226,14 @@ def run(out: Path, conditions: list[str]) -> None:
         for line in results.read_text().splitlines():
             record = json.loads(line)
             done[record["key"]] = record
-    mapped, x = None, None
+    mapped, x = None, torch.empty(0)
     for kind, dose, condition, seed, lr in plan(done, conditions):
         key = f"{kind}/{dose.name}/{condition}/{seed}/{lr:g}"
         if key in done:
             continue
         torch.manual_seed(seed)
         if mapped is None or mapped.dose != dose:
-            mapped = x = None  # one array of activations in memory at a time
-            mapped = Mapped(dose, natural)
+            mapped, x = Mapped(dose, natural), torch.empty(0)  # one array in memory at a time
             x = mapped.all(np.load(out / "train.npy", mmap_mode="r"))
         n = SWEEP_TOKENS if kind == "sweep" else TOKENS
         started = time.process_time()
