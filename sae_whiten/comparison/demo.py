@@ -46,6 +46,7 @@ _CONTEXT_SIZE = 128  # tokens, the length that the model was trained on
 _SEQUENCES_PER_BATCH = 16
 _N_HELD_OUT = 15 * _SEQUENCES_PER_BATCH  # sequences; about 80 tokens for each dimension
 _N_TEXTS = 40  # to probe with, of each combination of labels
+_LIBRARIES = ("numpy", "pandas", "scipy", "sklearn", "torch", "transformers")  # that these are of
 _KS = (1, 2, 5, 20)  # latents that a probe may use
 _BATCH_SIZE = 512  # tokens; smaller than usual, for more steps in so short a training
 # of 1e-3, 2e-3, 3e-3 and 4e-3 the one that leaves the fewest latents dead without whitening
@@ -217,7 +218,7 @@ def _run(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
     from sae_whiten.evaluation.labels import library_texts
 
     text = _read_text(path, options.seed)
-    labels = library_texts(_N_TEXTS, options.seed)
+    labels = library_texts(_N_TEXTS, options.seed, _LIBRARIES)
     with _without_known_noise():
         model: Any = load_model("AutoModelForCausalLM", str(path), "cpu")
         model.tokenizer = AutoTokenizer.from_pretrained(str(path))

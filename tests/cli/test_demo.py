@@ -18,7 +18,8 @@ import sys
 from sae_whiten.cli import main
 from sae_whiten.comparison import demo
 
-demo._N_HELD_OUT, demo._N_TEXTS = 5 * demo._SEQUENCES_PER_BATCH, 3
+demo._N_HELD_OUT, demo._N_TEXTS = 5 * demo._SEQUENCES_PER_BATCH, 8
+demo._LIBRARIES = ("numpy", "pandas")
 sys.exit(main(["demo", *sys.argv[1:]]))
 """
 
