@@ -196,7 +196,8 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         if not exit_.code:
             raise
         usage, _, message = captured.getvalue().rpartition("error: ")
-        flags = re.findall(r"--[\w.]+", usage)
+        # some versions of Python print a usage without the flags
+        flags = {*re.findall(r"--[\w.]+", usage), *(f"--{name}" for name in runner_flags)}
         raise ValueError((message.strip() or usage) + did_you_mean(message, flags)) from None
     sys.stderr.write(captured.getvalue())
     if saved is not None:

@@ -95,7 +95,8 @@ def test_more_comparisons_ask_more_of_wilcoxon() -> None:
 def test_incomplete_pairs_are_left_out() -> None:
     nan = math.nan
     result = paired_difference([1.0, nan, 3.0, 4.0, 9.0], [0.0, 1.0, 1.0, 1.0, nan])
-    assert result == paired_difference([1.0, 3.0, 4.0], [0.0, 1.0, 1.0])
+    # as text, for NaN differs from NaN
+    assert str(result) == str(paired_difference([1.0, 3.0, 4.0], [0.0, 1.0, 1.0]))
     assert result.n_pairs == 3
 
 
