@@ -187,6 +187,7 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
     if reason is None:
         # in front, so that a value from the user takes precedence and can be refused below
         arguments.insert(0, "--normalize_activations=covariance_whitening")
+    flags = {f"--{name}" for name in runner_flags}
     # SAELens prints a hundred lines of usage before its error
     captured = io.StringIO()
     try:
@@ -196,9 +197,10 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         if not exit_.code:
             raise
         usage, _, message = captured.getvalue().rpartition("error: ")
-        # some versions of Python print a usage without the flags
-        flags = {*re.findall(r"--[\w.]+", usage), *(f"--{name}" for name in runner_flags)}
+        flags |= set(re.findall(r"--[\w.]+", usage))
         raise ValueError((message.strip() or usage) + did_you_mean(message, flags)) from None
+    except argparse.ArgumentError as error:  # so in Python 3.13
+        raise ValueError(f"{error}{did_you_mean(str(error), flags)}") from None
     sys.stderr.write(captured.getvalue())
     if saved is not None:
         cfg = _resumed(saved, cfg, given)
