@@ -25,6 +25,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 
 import sae_whiten
+import sae_whiten.training.runner_parts  # before a test replaces what it takes from SAELens
 from sae_whiten import ActivationStatistics, WhiteningConfig
 from sae_whiten.cli import COMMANDS, main, train
 from tests.support import ROOT, tiny_model
