@@ -186,6 +186,19 @@ def prepare(out: Path) -> None:
     rest = everything[N_HELD_OUT:]
     np.random.default_rng(1).shuffle(rest)
     np.save(out / "train.npy", rest[:TOKENS])
+    describe(torch.from_numpy(everything[:N_HELD_OUT]).float())
+
+
+def describe(natural: Tensor) -> None:
+    """Print how anisotropic activations are at every dose: shape (n, d), float32, as they are."""
+    from sae_whiten.estimation.spectrum import spectrum_summary
+
+    for dose in (*MAIN, *FURTHER):
+        statistics = statistics_of(Mapped(dose, natural), natural)
+        eigenvalues = torch.linalg.eigvalsh(statistics.covariance)
+        gamma = float(statistics.mean.norm() / eigenvalues.sum().sqrt())
+        directions = spectrum_summary(eigenvalues).participation_ratio
+        print(f"{dose.name}: |mean|/sd {gamma:.2f}, participation ratio {directions:.0f} of {D_IN}")
 
 
 @torch.inference_mode()
