@@ -1,4 +1,4 @@
-"""AuxK: dead latents learn to reconstruct what the other latents leave over.
+"""AuxK: dead latents learn to reconstruct the error of the other latents.
 
 Gao et al. 2024, *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093), appendix A.2.
 """

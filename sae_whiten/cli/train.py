@@ -258,6 +258,7 @@ def _resumed(
     # drop fields that this version of SAELens does not have, and its version numbers
     settings = {k: v for k, v in saved.items() if k in own and not k.startswith("sae_lens_")}
     settings["seqpos_slice"] = tuple(settings["seqpos_slice"])
+    # saved resolved: "with_model" and None have become the device, which may be another one now
     for name in ("llm_device", "act_store_device"):
         if settings[name] == settings["device"]:
             del settings[name]

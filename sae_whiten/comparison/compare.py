@@ -84,7 +84,8 @@ def compare(
         of their dictionaries.
 
     Raises:
-        ValueError: `out` holds a comparison with other settings, or training or evaluation fails.
+        ValueError: `out` holds a comparison with other settings; or one of those that
+            `WhiteningMultiSAETrainingRunner` and `evaluate_saes` raise.
     """
     out = Path(out)
     names: dict[str, Any] = {

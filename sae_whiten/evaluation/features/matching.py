@@ -100,7 +100,7 @@ def most_overlapping(
 
     Returns:
         Index of the other latent, and the overlap (Jaccard index): tokens at which both fire over
-        tokens at which either fires.
+        tokens at which either fires. Where the overlap is 0, the index means nothing.
     """
     n_each, n_others = firing.sum(1), others.sum(1)
     by_token = others.T.tocsr()
