@@ -78,11 +78,14 @@ def interruptible(
             if isinstance(error, NonFiniteActivationsError):
                 raise
             signum = received[0] if received else signal.SIGINT
+            # Its frames hold the progress bar of the loop, which is to be closed here and not by an
+            # interpreter that is ending: Python 3.13 can crash there.
+            error.__traceback__ = None
         finally:
             stream.stop_is_handled = False
     if signum == signal.SIGTERM:
-        raise SystemExit(128 + signal.SIGTERM)
-    raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM) from None
+    raise KeyboardInterrupt from None
 
 
 @contextmanager
