@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from tests.processes import CONTEXT
 
 
 def run_ranks(
@@ -20,6 +21,7 @@ def run_ranks(
     n: int = 2,
     timeout: float = 300,
     deadline: float = 600,
+    join: bool = True,
 ) -> list[Any]:
     """Call `function(rank, *args)` in n processes of a gloo group.
 
@@ -29,6 +31,7 @@ def run_ranks(
         n: Number of processes.
         timeout: Seconds after which a collective that nobody joins fails.
         deadline: Seconds after which all are killed.
+        join: Otherwise they know of each other only from what torchrun sets in the environment.
 
     Returns:
         By rank: the result, or the exception as text, or None where the process died.
@@ -36,11 +39,12 @@ def run_ranks(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as directory:
         results = [Path(directory) / str(rank) for rank in range(n)]
         processes = [
-            context.Process(target=_main, args=(function, rank, n, port, timeout, result, args))
+            CONTEXT.Process(
+                target=_main, args=(function, rank, n, port, timeout, join, result, args)
+            )
             for rank, result in enumerate(results)
         ]
         for process in processes:
@@ -60,25 +64,29 @@ def _main(
     n: int,
     port: int,
     timeout: float,
+    join: bool,
     result: Path,
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(n),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     import sae_whiten.estimation.distributed
 
     sae_whiten.estimation.distributed.TIMEOUT = datetime.timedelta(seconds=timeout)
-    dist.init_process_group(
+    if join:
         # that long, for processes do not start at the same time
-        "gloo",
-        rank=rank,
-        world_size=n,
-        timeout=datetime.timedelta(seconds=300),
-    )
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     try:
         found = function(rank, *args)
     except Exception as error:
         traceback.print_exc()
         found = f"{type(error).__name__}: {error}"
     finally:
-        dist.destroy_process_group()
+        if join:
+            dist.destroy_process_group()
     result.write_bytes(pickle.dumps(found))

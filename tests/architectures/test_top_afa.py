@@ -36,6 +36,7 @@ from sae_whiten.architectures import (
 )
 from sae_whiten.architectures.top_afa import keep_up_to_norm
 from sae_whiten.cli import main
+from tests.processes import run_code
 from tests.support import (
     friendly,
     nasty,
@@ -513,10 +514,6 @@ def test_layer_norm_without_reviving_is_a_training_like_any_other():
 # --- registration ---
 
 
-def in_a_process_of_its_own(code: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), *arguments], check=True)
-
-
 @pytest.fixture
 def saved(tmp_path) -> str:
     sae = afa()
@@ -527,8 +524,7 @@ def saved(tmp_path) -> str:
 
 
 def test_it_loads_where_sae_whiten_is_imported_first(saved):
-    in_a_process_of_its_own(
-        """
+    code = """
         import sys
         import sae_whiten
         assert not {"torch", "sae_lens"} & sys.modules.keys()
@@ -566,9 +562,8 @@ def test_it_loads_where_sae_whiten_is_imported_first(saved):
             for key, value in found[0].items():
                 assert torch.allclose(found[1][key], value, rtol=1e-4, atol=1e-4), (name, key)
             assert torch.equal(sae.encode(x), sae.encode(x))
-        """,
-        saved,
-    )
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), saved], check=True)
 
 
 @pytest.mark.parametrize("inference", [True, False])
@@ -580,7 +575,7 @@ def test_the_saved_config_says_what_to_import_to_load_it(inference, tmp_path):
 
 
 def test_it_loads_where_sae_lens_is_imported_first(saved):
-    in_a_process_of_its_own(
+    process = run_code(
         """
         import sys
         from sae_lens import SAE
@@ -600,3 +595,4 @@ def test_it_loads_where_sae_lens_is_imported_first(saved):
         """,
         saved,
     )
+    assert process.returncode == 0, process.stderr

@@ -2,9 +2,6 @@ import copy
 import itertools
 import json
 import math
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from sae_whiten import (
 from sae_whiten.architectures import TopKVSAETrainingConfig, TopKVSAETrainingSAE, topk_vsae
 from sae_whiten.architectures.topk_vsae import _affine, kl_to_standard_normal
 from sae_whiten.training.checkpoint import loadable_folder
+from tests.processes import run_code
 from tests.support import (
     friendly,
     nasty,
@@ -976,7 +974,8 @@ def test_what_is_saved_is_a_topk_sae_for_a_process_that_never_heard_of_us(runs):
         *(str(root / name) for name in names),
         *(str(loadable_folder(path)) for path in checkpoints),
     ]
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), *paths], check=True)
+    process = run_code(code, *paths)
+    assert process.returncode == 0, process.stderr
 
 
 def test_every_run_reconstructs_and_its_fold_is_proved(runs):

@@ -28,6 +28,7 @@ import sae_whiten
 import sae_whiten.training.runner_parts  # before a test replaces what it takes from SAELens
 from sae_whiten import ActivationStatistics, WhiteningConfig
 from sae_whiten.cli import COMMANDS, main, train
+from tests.processes import run_code
 from tests.support import ROOT, tiny_model
 
 OF_TINY_MODEL = ["--context_size", "32", "--n_batches_in_buffer", "128"]
@@ -757,23 +758,35 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_exit_status_of_an_interrupted_run(
-    signum: signal.Signals, status: int, arguments: list[str], tmp_path: Path
-) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    arguments = [str(int(signum)), *arguments, "--checkpoint_path", str(checkpoints)]
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), *arguments],
+def run_in_new_interpreter(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == status, run.stderr
-    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize(
+    ("signum", "status", "run"),
+    # what an interpreter does at its end is seen in one of them
+    [(signal.SIGINT, 130, run_in_new_interpreter), (signal.SIGTERM, 143, run_code)],
+)
+def test_exit_status_of_an_interrupted_run(
+    signum: signal.Signals,
+    status: int,
+    run: "Callable[..., subprocess.CompletedProcess[str]]",
+    arguments: list[str],
+    tmp_path: Path,
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    arguments = [str(int(signum)), *arguments, "--checkpoint_path", str(checkpoints)]
+    process = run(INTERRUPTED, *arguments)
+    assert process.returncode == status, process.stderr
+    assert "Traceback" not in process.stderr
     (checkpoint,) = checkpoints.glob("*/*")
-    assert f"resume_from_checkpoint={checkpoint}" in run.stderr
+    assert f"resume_from_checkpoint={checkpoint}" in process.stderr
 
 
 # --- examples/train_gpt2.py

@@ -1,17 +1,18 @@
-"""`fit_statistics` in several processes; one start of them serves several cases, for it is slow."""
+"""`fit_statistics` in several processes; one start of them serves several cases."""
 
+import contextlib
+import io
 import os
 import signal
-import subprocess
-import sys
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 from sae_whiten import ActivationStatistics, fit_statistics
+from sae_whiten.cli import main
 from tests.ranks import run_ranks
-from tests.support import ROOT, tiny_dataset, tiny_model
+from tests.support import tiny_dataset, tiny_model
 
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.attn.hook_z"]
 ALL: dict[str, Any] = {"n_samples": 10**9, "context_size": 32}
@@ -123,25 +124,22 @@ def test_after_a_process_was_killed_all_go_on_from_the_round_they_have_in_common
     assert not (tmp_path / ".fit_progress").exists()
 
 
-def test_torchrun_starts_fit_on_several_processes(tmp_path):
+def fit_from_the_command_line(rank: int, *arguments: str) -> tuple[int, str]:
+    import sae_lens.load_model
+
+    sae_lens.load_model.load_model = lambda *args, **options: tiny_model()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return main(["fit", *arguments]), printed.getvalue()
+
+
+def test_the_command_joins_the_processes_that_torchrun_starts(tmp_path):
     tiny_dataset(40).to_json(tmp_path / "data" / "data.jsonl")
-    script = tmp_path / "fit.py"
-    script.write_text(
-        "import sys, sae_lens.load_model\n"
-        "from sae_whiten.cli import main\n"
-        "from tests.support import tiny_model\n"
-        "sae_lens.load_model.load_model = lambda *args, **options: tiny_model()\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--standalone", str(script), "fit", "--model-name", "tiny"]
-    command += ["--dataset-path", str(tmp_path / "data"), "--hook-name", HOOKS[0]]
-    command += ["--context-size", "32", "--n-samples", "100000", "--out", str(tmp_path / "out")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("activations of width 32") == 1  # said by one of them
+    arguments = ["--model-name", "tiny", "--dataset-path", str(tmp_path / "data")]
+    arguments += ["--hook-name", HOOKS[0], "--context-size", "32", "--n-samples", "100000"]
+    arguments += ["--out", str(tmp_path / "out")]
+    first, second = run_ranks(fit_from_the_command_line, *arguments, join=False)
+    assert first[0] == second[0] == 0
+    assert "activations of width 32" in first[1]  # said by one of them
+    assert "activations of width 32" not in second[1]
     saved = ActivationStatistics.load(tmp_path / "out" / f"{HOOKS[0]}.safetensors")
     assert saved.n_samples == 40 * 32

@@ -2,9 +2,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +44,8 @@ from sae_whiten.training.activations_store import (
     check_buffer,
 )
 from sae_whiten.training.stream import ActivationStream
-from tests.support import ROOT, runner_config, tiny_dataset, tiny_model
+from tests.processes import run_code
+from tests.support import runner_config, tiny_dataset, tiny_model
 
 POISON = 77
 FEW = WhiteningConfig(n_samples=1500)  # of 10240 tokens that training sees
@@ -105,13 +103,9 @@ def test_the_output_is_a_stock_sae_for_a_process_that_never_heard_of_us(uninterr
         assert not list(sae.named_buffers())
         print(float(error))
     """
-    output = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(path), str(tmp_path / "x.pt")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert float(output.stdout) < 0.7
+    process = run_code(code, str(path), str(tmp_path / "x.pt"))
+    assert process.returncode == 0, process.stderr
+    assert float(process.stdout) < 0.7
 
 
 def test_the_output_folder_holds_everything_and_says_how_it_was_made(uninterrupted):
@@ -188,27 +182,20 @@ def test_interrupted_training_resumes_to_the_bit(
 
 
 KILLED = """
-    import os, sys, torch
+    import os, signal, sys, torch
     from sae_whiten import WhiteningConfig, WhiteningTrainingRunner
     from tests.support import runner_config, tiny_dataset, tiny_model
-    path, signum, when, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-    n_passed = 0
+    path, n_writes = sys.argv[1], 0
 
-    def passed():
-        global n_passed
-        n_passed += 1
-        if n_passed == moment:
-            os.kill(os.getpid(), signum)
-
+    # by the process itself, so that the moment does not depend on the load
     def file_event(event, args):
+        global n_writes
         if event in ("open", "os.mkdir", "os.rename") and str(args[0]).startswith(path):
-            passed()
+            n_writes += 1
+            if n_writes == 200:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    if when == "writing":
-        sys.addaudithook(file_event)
-    else:
-        step = torch.optim.Adam.step
-        torch.optim.Adam.step = lambda *args, **options: (step(*args, **options), passed())[0]
+    sys.addaudithook(file_event)
     torch.manual_seed(7)
     WhiteningTrainingRunner(
         runner_config(checkpoint_path=path, n_checkpoints=79),
@@ -219,27 +206,9 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize(
-    ("signum", "when", "moment", "statuses"),
-    [
-        # sent by the process itself, so that the moment does not depend on the load
-        (signal.SIGKILL, "writing", 200, {-signal.SIGKILL}),
-        (signal.SIGINT, "training", 30, {-signal.SIGINT, 130}),
-        (signal.SIGTERM, "training", 30, {143}),
-    ],
-)
-def test_a_process_that_is_killed_resumes_to_the_bit(
-    signum, when, moment, statuses, uninterrupted, tmp_path
-):
-    arguments = [str(tmp_path), str(int(signum)), when, str(moment)]
-    process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode in statuses, process.stderr
+def test_a_process_that_is_killed_resumes_to_the_bit(uninterrupted, tmp_path):
+    process = run_code(KILLED, str(tmp_path))
+    assert process.returncode == -signal.SIGKILL, process.stderr
     latest = max(checkpoints(tmp_path), key=lambda p: int(p.name))
     # every checkpoint that is there is whole
     for path in checkpoints(tmp_path):
@@ -550,11 +519,8 @@ COMPILED = """
 
 def test_compiled_saes_train_in_the_original_space_too(uninterrupted, tmp_path):
     # in a process of its own: run-time type checks cannot be compiled
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(COMPILED), str(tmp_path)],
-        cwd=ROOT,
-        check=True,
-    )
+    process = run_code(COMPILED, str(tmp_path))
+    assert process.returncode == 0, process.stderr
     compiled, eager = SAE.load_from_disk(tmp_path), SAE.load_from_disk(uninterrupted[1])
     for name, value in state(eager).items():
         assert torch.allclose(state(compiled)[name], value, rtol=1e-3, atol=1e-4), name
