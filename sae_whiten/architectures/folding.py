@@ -423,9 +423,11 @@ def _compare(
     weights, folded_weights = map(architecture.affine_weights, (reference, folded))
 
     eps = torch.finfo(dtype).eps
-    offset = float(out.mean.norm() / out.covariance_eigenvalues.sum().sqrt())
     # each map is a product with W or W_inv, which amplifies rounding by the condition number; b_dec
-    # contains the mean, and its rounding error is relative to the spread of the activations
+    # holds the mean of the activations, which need not be that of the statistics, and its rounding
+    # error is relative to their spread
+    mean = max(float(out.mean.norm()), float(folded_weights.b_dec.double().norm()))
+    offset = mean / float(out.covariance_eigenvalues.sum().sqrt())
     tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
 
     # in small batches, because latents take memory; `sums` holds sums of squares, and counts

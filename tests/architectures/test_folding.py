@@ -118,6 +118,23 @@ def test_without_rescaling_by_decoder_norm_too(architecture):
     assert relative(sae(x), output) < 1e-10
 
 
+@pytest.mark.parametrize("rescale", [True, False])
+def test_the_proof_allows_for_a_mean_that_the_statistics_did_not_see(rescale):
+    """Training moved b_dec to it, and what float32 makes of x - b_dec is no fault of the fold."""
+    x = friendly(N, D)
+    whitening = whitening_of(x - x.mean(0))
+    sae = training_sae("topk", D, rescale_acts_by_decoder_norm=rescale)
+    far = x + 3000
+    with torch.no_grad():
+        sae.b_dec.data = whitening.whiten(far).mean(0)
+    latents, _ = whitened_reference(sae, whitening, far)
+    report = fold_whitening_into_weights(sae, whitening, activations=far)
+    assert changed(sae.encode(far), latents) < 1e-2
+    assert report.check is not None
+    # of the mean over the spread, and no more
+    assert report.check.tolerance < 1e-4 * float(far.norm() / (x - x.mean(0)).norm())
+
+
 def test_the_proof_fails_where_the_selection_depends_on_whitened_norms():
     """The trap that folding the decoder norms first is there for."""
     x = nasty(N, D)
