@@ -96,9 +96,9 @@ class ResumableActivationsStore(ActivationsStore):
     """
 
     n_sequences: int = 0
-    """Sequences drawn from the dataset in this epoch, by whomever."""
+    """Sequences drawn from the dataset in this epoch, by training and by evaluators."""
     n_epochs: int = 0
-    """How often the dataset was begun, also before a checkpoint; cached activations do not tell."""
+    """How often the dataset was started, before a resume too; 0 with cached activations."""
     training_position: Callable[[], int] | None = None
     """Tells how many batches training has had; None: all that were drawn."""
 
@@ -224,7 +224,7 @@ class ResumableActivationsStore(ActivationsStore):
         raise_at_epoch_end: bool = False,
         move_to_model_device: bool = True,
     ) -> Tensor:
-        """Tokens of shape (batch_size, context_size), for whomever: evaluators draw them too."""
+        """Tokens of shape (batch_size, context_size). Draws of evaluators are recorded."""
         self._prepare()
         if not self._refilling:
             draw = (self._n_batches, batch_size or self.store_batch_size_prompts)
@@ -238,7 +238,7 @@ class ResumableActivationsStore(ActivationsStore):
         return self._mix()
 
     def count_from_here(self) -> None:
-        """Count batches from the next one on, as training does: some may have been looked at."""
+        """Count batches from the next one on, as training does: some may have been drawn before."""
         self._prepare()
         for anchor in self._anchors:
             anchor["n_batches"] -= self._n_batches
@@ -256,7 +256,7 @@ class ResumableActivationsStore(ActivationsStore):
         if anchor["buffer"] is not None:
             tensors["buffer"] = anchor["buffer"]
         fields = {key: anchor[key] for key in _ANCHOR_FIELDS}
-        # what evaluators drew from the dataset since, or will have drawn, if a thread reads ahead
+        # what evaluators have drawn since, or will have, if a thread reads ahead
         fields["draws"] = [draw for draw in self._draws if draw[0] > anchor["n_batches"]]
         fields["n_served"] = n_served
         fields["n_skipped"] = self.n_skipped
@@ -312,8 +312,8 @@ class ResumableActivationsStore(ActivationsStore):
         self._n_batches = 0
         self._anchors: deque[dict[str, Any]] = deque()
         self._refilling = False
-        # draws by others: after how many batches, how many sequences; and how many of these are
-        # done, for those of a checkpoint are to be done again
+        # draws by evaluators, each (batches before it, sequences), and how many of them are done:
+        # those of a checkpoint have to be repeated
         self._draws: list[tuple[int, int]] = []
         self._n_drawn = 0
 
@@ -461,7 +461,7 @@ class ResumableActivationsStore(ActivationsStore):
                 yield batch
 
     def _draw_again(self) -> None:
-        """Draw what others drew before this refill, when it was done for the first time."""
+        """Repeat what evaluators drew before this refill in the run that is resumed."""
         for n_batches, size in self._draws[self._n_drawn :]:
             if n_batches > self._n_batches:
                 break
@@ -469,7 +469,7 @@ class ResumableActivationsStore(ActivationsStore):
             self._n_drawn += 1
 
     def _prune_anchors(self) -> None:
-        """Drop what is older than training; of what is ahead of it, keep a few."""
+        """Drop anchors that training has passed; of those ahead of it, keep a few."""
         n_served = self._n_served()
         while len(self._anchors) > 1 and self._anchors[1]["n_batches"] <= n_served:
             self._anchors.popleft()
@@ -484,7 +484,7 @@ class PackedActivationsStore(ResumableActivationsStore):
     """Activations of several hooks side by side, as SAELens' mixing buffer for several hooks has
     them: batches are of shape (n, d_in), and `d_in` is the sum of the widths.
 
-    An activation that is not finite at one hook is left out at all of them, if it is left out.
+    Where activations that are not finite are skipped, one at any hook is left out at all of them.
     """
 
     @classmethod

@@ -86,7 +86,7 @@ _LEAST_ALIGNMENT_MARGIN = 0.05
 
 
 class UnclearStateError(FieldError):
-    """What the weights are cannot be told, or contradicts the config: the state has to be given."""
+    """The state of the weights cannot be told, or contradicts the config; it has to be given."""
 
     def __init__(self, problem: str) -> None:
         super().__init__("state", None, f"{problem}. Give the state: {', '.join(STATES)}")
@@ -94,14 +94,14 @@ class UnclearStateError(FieldError):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What the weights say of the state that they are in.
+    """Evidence of the state that weights are in.
 
     Attributes:
         alignment: By state: the median over latents of the cosine between their encoder and their
             decoder direction, in what would be the whitened coordinates.
         explained_variance: By state: of the plain SAE that the weights would make. Only of the
             states that can be made into one.
-        source: Where the activations came from that it is of.
+        source: Where the activations for `explained_variance` came from.
     """
 
     alignment: Mapping[State, float]
@@ -300,12 +300,12 @@ def diagnose(
     whitening: Whitening | None,
     activations: Float[Tensor, "n d_in"] | None = None,
 ) -> Diagnosis:
-    """What the weights of an SAE say of the state that they are in.
+    """Tell the state of an SAE's weights from the weights.
 
     Args:
         sae: Not changed.
-        whitening: That of the last fold, or of the fold that is missing; None estimates one from
-            the activations, which tells states apart but does not make one of them into another.
+        whitening: Of the last fold, or of the fold that is missing. None: one is estimated from the
+            activations, which is enough to tell states apart, not to convert between them.
         activations: Raw activations; None takes Gaussian ones with the whitening's mean and
             covariance.
 
@@ -399,7 +399,7 @@ def _plain_sae(
     state: State | None,
     activations: Tensor | None,
 ) -> FoldedCheckpoint:
-    """The plain SAE, once it is clear what `sae` is; errors as `fold_builtin_checkpoint`."""
+    """Tell the state of `sae` and make it plain; errors as in `fold_builtin_checkpoint`."""
     if whitening is not None and whitening.d_in != sae.cfg.d_in:
         problem = f"it is of width {whitening.d_in}, the SAE of width {sae.cfg.d_in}"
         raise FieldError("whitening", None, problem)
@@ -453,7 +453,7 @@ def _told_state(sae: SAE[Any], diagnosis: Diagnosis | None) -> State:
     claim = f"its config has normalize_activations={sae.cfg.normalize_activations!r}"
     if diagnosis is None:
         if claims_whitened:
-            return "whitened"  # which fails for want of the whitening
+            return "whitened"  # and the caller misses the whitening
         raise UnclearStateError(
             f"{claim}, so it is folded, once or twice, or was never whitened; without a whitening "
             "or activations its weights do not tell"
@@ -475,19 +475,16 @@ def _told_state(sae: SAE[Any], diagnosis: Diagnosis | None) -> State:
 def _made_plain(sae: SAE[Any], whitening: Whitening | None, state: State) -> SAE[Any]:
     """A plain copy of an SAE whose weights are in `state`; only "folded" needs no whitening."""
     plain = copy.deepcopy(sae)
-    if state == "folded":
-        plain.cfg.normalize_activations = "none"
-        for name, value in describe(sae).set_by_fold.items():
-            setattr(plain.cfg, name, value)
-        return plain
-    assert whitening is not None
     if state == "whitened":
+        assert whitening is not None
         plain.cfg.normalize_activations = "covariance_whitening"
         fold_whitening_into_weights(plain, whitening)
-    else:
-        plain.cfg.normalize_activations = "none"
-        for name, value in describe(sae).set_by_fold.items():
-            setattr(plain.cfg, name, value)
+        return plain
+    plain.cfg.normalize_activations = "none"
+    for name, value in describe(sae).set_by_fold.items():
+        setattr(plain.cfg, name, value)
+    if state == "folded-twice":
+        assert whitening is not None
         unfold_whitening_from_weights(plain, whitening)
         plain.cfg.normalize_activations = "none"
         _restore_norms(plain, whitening)

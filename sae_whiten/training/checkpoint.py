@@ -127,7 +127,7 @@ _MAY_CHANGE = {
     "verbose",
 }
 _LENGTHS = {"total_training_samples", "training_tokens"}
-# each SAE's trainer looks at its own
+# checked by the trainer of each SAE
 _OF_THE_SAES = {"hook_head_indices", "hook_names", "sae", "saes"}
 
 
@@ -239,8 +239,8 @@ def check_settings(path: str | Path, saved: Mapping[str, Any], own: Mapping[str,
 
     Args:
         path: The checkpoint.
-        saved: Its settings, a config as a dictionary. Those that one of the two does not have, for
-            SAELens of another version wrote it, are not looked at.
+        saved: Its settings, a config as a dictionary. Settings that only one of the two has, for
+            versions of SAELens differ, are not compared.
         own: Those of this run.
 
     Raises:
@@ -277,7 +277,7 @@ def runner_settings(path: str | Path) -> dict[str, Any]:
 
 
 def check_runner_settings(path: str | Path, cfg: Mapping[str, Any]) -> None:
-    """`check_settings` of a runner's config, but for the SAEs and hooks in it.
+    """`check_settings` of a runner's config, except for its SAEs and hooks.
 
     Raises:
         FileNotFoundError: There is no checkpoint of a runner.
@@ -434,7 +434,7 @@ def write_sae(
     log_feature_sparsity: Tensor | None = None,
     whitening: Whitening | None = None,
     statistics: ActivationStatistics | None = None,
-    cfg: Mapping[str, Any] | None = None,
+    runner_cfg: Mapping[str, Any] | None = None,
 ) -> tuple[Path, Path, Path | None]:
     """Write a finished SAE: all of it or nothing. Other files in the directory are left alone.
 
@@ -442,10 +442,10 @@ def write_sae(
         target: The directory.
         sae: The SAE, folded.
         log_feature_sparsity: Shape (d_sae,).
-        whitening: What it was trained under. Goes, like the statistics, 2 d_in^2 numbers each, into
-            a folder inside, for nobody needs them who uses the SAE.
+        whitening: What it was trained under. Written to a folder inside, like the statistics: both
+            are large, 2 d_in^2 numbers each, and not needed to use the SAE.
         statistics: What `whitening` was derived from.
-        cfg: The runner's config, if it is to be written too.
+        runner_cfg: The runner's config, if it is to be written too.
 
     Returns:
         Paths of the weights, the SAE's config and the sparsity, if that is known.
@@ -454,8 +454,8 @@ def write_sae(
         weights, sae_cfg = sae.save_inference_model(new)
         if log_feature_sparsity is not None:
             save_file({"sparsity": log_feature_sparsity}, new / SPARSITY_FILENAME)
-        if cfg is not None:
-            write_json(new / RUNNER_CFG_FILENAME, dict(cfg))
+        if runner_cfg is not None:
+            write_json(new / RUNNER_CFG_FILENAME, dict(runner_cfg))
         if whitening is not None:
             whitening.save(new / OWN_DIR / WHITENING_FILENAME)
         if statistics is not None:
@@ -468,7 +468,7 @@ def write_sae(
 def save_or_keep(
     save: Callable[[Path], T], path: str | Path, checkpoint_path: str | Path | None
 ) -> T:
-    """Save what was trained, or else keep it where there is room for it.
+    """Save what was trained; if that fails, save it somewhere else.
 
     Args:
         save: Writes to the path that it is given.
@@ -490,7 +490,7 @@ def save_or_keep(
 
 
 def folder_of_its_own() -> str:
-    """A new folder for temporary files, named in the log: for what has no other place."""
+    """A new temporary folder, named in the log, for what cannot be saved in its place."""
     path = tempfile.mkdtemp(prefix="sae_whiten_")
     logger.error("what was trained is kept in %s", path)
     return path
@@ -510,13 +510,13 @@ def _keep(save: Callable[[Path], Any], name: str, checkpoint_path: str | Path | 
 
 
 def is_complete_sae(path: str | Path) -> bool:
-    """Whether a folder holds an SAE, of which every part is there: whether SAELens loads it."""
+    """Whether a folder holds a complete SAE: one that SAELens loads."""
     recover(path)
     if not (Path(path) / SAE_CFG_FILENAME).is_file():
         return False
     try:
         SAE.load_from_disk(path)
-    except Exception as error:  # whatever it is, this is no SAE to go on with
+    except Exception as error:  # SAELens raises many kinds
         logger.warning("%s does not hold a whole SAE: %r", path, error)
         return False
     return True

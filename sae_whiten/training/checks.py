@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
@@ -11,7 +11,9 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_whiten._checks import FieldError, require_device, require_number
 from sae_whiten._files import check_writable
 
-__all__ = ["POSITIVE_FIELDS", "check_runner_config"]
+__all__ = ["POSITIVE_FIELDS", "RunnerConfig", "check_runner_config"]
+
+RunnerConfig: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
 
 POSITIVE_FIELDS = (
     "context_size",
@@ -24,10 +26,7 @@ POSITIVE_FIELDS = (
 """Fields of the runner's config that are whole numbers from 1 on."""
 
 
-def check_runner_config(
-    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
-    saes: Mapping[str, TrainingSAEConfig],
-) -> None:
+def check_runner_config(cfg: RunnerConfig, saes: Mapping[str, TrainingSAEConfig]) -> None:
     """Refuse sizes, learning rates, devices and paths that fail later, or train nothing.
 
     Args:

@@ -3,8 +3,8 @@
 Every process runs the language model on its own share of the dataset and brings its part of each
 batch. What makes the training that of the whole batch:
 
-- all processes take a step together, or none does: `SharedStream` asks before each one whether
-  everybody has a batch, wants to stop or failed;
+- all processes take a step together, or none does: before each one `SharedStream` asks all of
+  them whether they have a batch, were asked to stop, or failed;
 - gradients are averaged over all rows before they are clipped, by a hook on each parameter. (DDP
   wraps `forward`, and SAELens' training step is not a `forward`);
 - a latent has fired if it fired anywhere, and firing counts are summed;
@@ -47,8 +47,8 @@ __all__ = [
     "take_share",
 ]
 
-# errors after which the training so far can be saved, or whose remedy is the same everywhere, are
-# raised as what they are by every process
+# every process raises these as what they are: training so far can be saved after them, or the
+# remedy is the same for all
 _RAISED_BY_ALL: dict[str, type[Exception]] = {
     error.__name__: error for error in (NonFiniteActivationsError, DataExhaustedError)
 }

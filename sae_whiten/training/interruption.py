@@ -31,12 +31,18 @@ class InterruptibleTrainer(Protocol[T_co]):
     """A trainer that can be saved between two steps."""
 
     cfg: SAETrainerConfig
+    stream: ActivationStream
     n_training_samples: int
     checkpoint_thresholds: list[int]
 
     @property
     def is_prepared(self) -> bool:
         """Whether what is estimated before the first step is there."""
+        ...
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether training is done, folding included."""
         ...
 
     def fit(self) -> T_co:
@@ -49,18 +55,11 @@ class InterruptibleTrainer(Protocol[T_co]):
 
 
 @contextmanager
-def interruptible(
-    trainer: InterruptibleTrainer[Any],
-    stream: ActivationStream,
-    checkpoint_path: str | Path | None,
-    continue_with: str,
-) -> Iterator[None]:
+def interruptible(trainer: InterruptibleTrainer[Any], continue_with: str) -> Iterator[None]:
     """Save a checkpoint when training is stopped by a signal or an activation that is not finite.
 
     Args:
         trainer: Is trained in the block.
-        stream: What it trains on.
-        checkpoint_path: Where checkpoints go, if anywhere.
         continue_with: What to tell the user; {} is the checkpoint.
 
     Raises:
@@ -68,13 +67,14 @@ def interruptible(
         SystemExit: After SIGTERM; its code is 143.
         NonFiniteActivationsError: An activation was not finite.
     """
+    stream = trainer.stream
     stream.stop_is_handled = True
     with _stop_on_signals(stream) as received:
         try:
             yield
             return
         except (StopRequested, NonFiniteActivationsError) as error:
-            _save(trainer, stream, checkpoint_path, continue_with)
+            _save(trainer, continue_with)
             if isinstance(error, NonFiniteActivationsError):
                 raise
             signum = received[0] if received else signal.SIGINT
@@ -105,12 +105,8 @@ def going_on_without_checkpoint(trainer: InterruptibleTrainer[Any]) -> Iterator[
         )
 
 
-def _save(
-    trainer: InterruptibleTrainer[Any],
-    stream: ActivationStream,
-    checkpoint_path: str | Path | None,
-    continue_with: str,
-) -> None:
+def _save(trainer: InterruptibleTrainer[Any], continue_with: str) -> None:
+    checkpoint_path = trainer.cfg.checkpoint_path
     if not trainer.is_prepared:
         logger.warning("stopped while the whitening was being estimated: nothing to save yet")
     elif checkpoint_path is None:
@@ -121,7 +117,7 @@ def _save(
             trainer.save_checkpoint(name)
         except _WRITING_FAILED as error:
             logger.error("the checkpoint could not be saved in %s (%s)", checkpoint_path, error)
-            processes = stream.processes
+            processes = trainer.stream.processes
             own = folder_of_its_own() if processes.rank == 0 else ""
             checkpoint_path = processes.from_first(own)
             trainer.cfg = replace(trainer.cfg, checkpoint_path=checkpoint_path)

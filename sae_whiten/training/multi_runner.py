@@ -1,12 +1,9 @@
 """SAELens' runner of several SAEs, some or all of them trained under whitening."""
 
 import copy
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 from sae_lens.config import HfDataset
@@ -16,50 +13,39 @@ from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
-from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.types import MultiHookDataProvider
 
 from sae_whiten._checks import require_context
 from sae_whiten._files import write_json
 from sae_whiten._redaction import redact_attributes
-from sae_whiten.architectures.folding import FoldError, why_not_foldable
+from sae_whiten.architectures.folding import FoldError
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import Model
-from sae_whiten.training.activations_store import (
-    PackedActivationsStore,
-    buffer_field,
-    check_buffer,
-)
-from sae_whiten.training.checkpoint import (
-    check_runner_settings,
-    folder_of_its_own,
-    own_part,
-    save_or_keep,
-    save_runner_files,
-    write_sae,
-)
+from sae_whiten.training.activations_store import PackedActivationsStore
 from sae_whiten.training.checks import check_runner_config
-from sae_whiten.training.data_parallel import open_stream, take_share
+from sae_whiten.training.data_parallel import open_stream
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
 from sae_whiten.training.runner_parts import (
+    add_runner_files,
     check_hook,
-    connect,
+    check_is_foldable,
     logging_run,
     naming_nearest_hooks,
     outcome_of,
+    own_share,
     paused,
     record_reading,
+    save_finished,
     seed_generators,
-    train_interruptibly,
+    set_buffer_size,
+    train,
 )
 from sae_whiten.training.training_sae import enter_whitened_space
 
 __all__ = ["WhiteningMultiSAETrainingRunner"]
-
-logger = logging.getLogger(__name__)
 
 
 class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
@@ -143,11 +129,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         )
         trained = {name: sae.cfg for name, sae in (override_saes or {}).items()} or cfg.saes
         check_runner_config(cfg, {f"saes[{name!r}]": sae for name, sae in trained.items()})
-        n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         cfg = _copied(cfg)
-        asked_for = getattr(cfg, buffer_field(cfg))
-        n_sequences = check_buffer(asked_for, n_positions, cfg.train_batch_size_tokens)
-        setattr(cfg, buffer_field(cfg), n_sequences)
+        set_buffer_size(cfg)
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         seed_generators(cfg)
@@ -169,9 +152,10 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             redact_attributes(sae.cfg.metadata)
             if name in self.whitening_configs:
                 enter_whitened_space(sae, self.whitening_configs[name])
-        self.activations_store = PackedActivationsStore.adopt(self.activations_store)
         self.processes = Processes()
-        take_share(self.activations_store, self.processes)
+        self.activations_store = own_share(
+            self.activations_store, PackedActivationsStore, self.processes
+        )
         # SAELens gives every config a folder of its own
         self.cfg.checkpoint_path = self.processes.from_first(self.cfg.checkpoint_path)
         self.evaluator.activations_store = self.activations_store
@@ -189,13 +173,12 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
-        put_in = PackedActivationsStore.adopt(self.activations_store)
-        if put_in is not self.activations_store:
-            take_share(put_in, self.processes)
-            self.activations_store = put_in
+        # a user may have put in another store
+        store = own_share(self.activations_store, PackedActivationsStore, self.processes)
+        self.activations_store = store
         self._set_sae_metadata()
         with logging_run(self.cfg, self.processes):
-            saes = self._train(put_in)
+            saes = self._train(store)
             if self.cfg.output_path is not None:
                 self._write_outputs(self.cfg.output_path)
         failures = self.trainer.failures
@@ -209,33 +192,19 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         return saes
 
     def _train(self, store: PackedActivationsStore) -> dict[str, TrainingSAE[Any]]:
-        resume_from, cfg = self.cfg.resume_from_checkpoint, self.cfg.to_sae_trainer_config()
-        stream = open_stream(store, store.d_in, n_wanted=cfg.total_training_steps)
-        connect(stream, store)
+        cfg = self.cfg.to_sae_trainer_config()
         self.trainer = WhiteningMultiSAETrainer(
             cfg=cfg,
             saes=self.saes,
             hook_names=self.cfg.hook_names_per_sae,
-            stream=stream,
+            stream=open_stream(store, store.d_in, n_wanted=cfg.total_training_steps),
             split=store.split,
             whitening=self.whitening_configs,
             evaluator=self._evaluate,
             save_checkpoint_fn=self._save_runner_checkpoint_files,
         )
-        if resume_from is not None:
-            logger.info("resuming from checkpoint %s", resume_from)
-            check_runner_settings(resume_from, self.cfg.to_dict())
-            self.trainer.load_checkpoint(resume_from)
-        store.on_nonfinite = stream.on_nonfinite
-        if resume_from is not None:
-            store.load_from_checkpoint(own_part(resume_from, self.processes))
-        try:
-            return train_interruptibly(self.trainer, stream, store, self.cfg)
-        except Exception:
-            if self.trainer.is_trained:
-                # the final checkpoint failed, which must not cost what was trained
-                self._write_outputs(self.cfg.output_path or folder_of_its_own())
-            raise
+        load, save = self.trainer.load_checkpoint, self._write_outputs
+        return train(self.trainer, store, self.cfg, load, save)
 
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
@@ -243,11 +212,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             record_reading(self.saes[name], self.cfg)
 
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
-        if checkpoint_path is None:
-            return
-        stream = self.trainer.stream if hasattr(self, "trainer") else None
-        with paused(stream):
-            save_runner_files(checkpoint_path, self.activations_store, self.cfg.to_dict())
+        add_runner_files(self, checkpoint_path)
 
     def _write_outputs(self, output_path: str) -> None:
         if self.processes.rank > 0:
@@ -256,20 +221,11 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         for name, sae in self.saes.items():
             if name in self.trainer.failures:
                 continue
-            save = partial(write_sae, sae=sae, **outcome_of(self.trainer.trainers[name]))
+            outcome = outcome_of(self.trainer.trainers[name])
             try:
-                weights, cfg, sparsity = save_or_keep(save, base / name, self.cfg.checkpoint_path)
+                save_finished(sae, base / name, self.cfg, logged_cfg=self.trainer.cfg, **outcome)
             except OSError as error:
                 problems.append(str(error))
-                continue
-            if self.cfg.logger.log_to_wandb:
-                self.cfg.logger.log(
-                    SimpleNamespace(sae=sae, cfg=self.trainer.cfg),
-                    weights,
-                    cfg,
-                    sparsity_path=sparsity,
-                    wandb_aliases=["final_model"],
-                )
         if problems:
             raise OSError("; ".join(problems))
         write_json(base / RUNNER_CFG_FILENAME, self.cfg.to_dict())
@@ -325,15 +281,8 @@ def _whitening_by_name(
     else:
         by_name = dict.fromkeys(names, whitening)
     for name in names:
-        sae = None if override_saes is None else override_saes[name]
-        reason = why_not_foldable(
-            get_sae_training_class(configs[name].architecture())[0] if sae is None else sae
-        )
-        if reason is not None:
-            raise FoldError(
-                f"{name} cannot be trained under whitening, for it could not be folded into "
-                f"{reason}"
-            )
+        given = None if override_saes is None else override_saes[name]
+        check_is_foldable(name, configs[name], given)
     _check_overrides(cfg, override_saes or {})
     return by_name
 

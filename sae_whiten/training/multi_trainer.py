@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from sae_lens.util import path_or_tmp_dir
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten.architectures.folding import folded_copy
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics, naming
@@ -41,8 +39,8 @@ from sae_whiten.training.data_parallel import (
 from sae_whiten.training.interruption import going_on_without_checkpoint
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
-from sae_whiten.training.trainer import WhiteningTrainer, losses_are_due
-from sae_whiten.training.training_sae import is_in_whitened_space
+from sae_whiten.training.trainer import WhiteningTrainer, after_step, losses_are_due
+from sae_whiten.training.training_sae import is_in_whitened_space, plain_copy
 from sae_whiten.whitening import Whitening
 
 __all__ = ["WhiteningMultiSAETrainer"]
@@ -223,7 +221,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
 
     @torch.no_grad()
     def _estimate_scaling_factors(self) -> None:
-        """SAELens' scaling factors, from the batches that it would take, none of which is kept."""
+        """SAELens' scaling factors, from the batches that it would take; none is trained on."""
         missing = [
             name
             for name, sae in self.saes.items()
@@ -269,13 +267,12 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         activation_scalers: dict[str, Any],
         hook_names: dict[str, str],
     ) -> dict[str, Any]:
-        """Let the evaluator see plain SAEs: what it makes of the decoder would be wrong else."""
+        """Evaluate folded copies: evaluators expect decoders in the space of the activations."""
         assert self._given_evaluator is not None
         plain, scalers = dict(saes), dict(activation_scalers)
         for name, whitening in self.whitenings.items():
-            folded, _ = folded_copy(saes[name], whitening)
-            assert isinstance(folded, TrainingSAE)
-            plain[name], scalers[name] = folded, CovarianceWhiteningScaler()
+            plain[name] = plain_copy(saes[name], whitening)
+            scalers[name] = CovarianceWhiteningScaler()
         with self.stream.uninterrupted():
             return self._given_evaluator(plain, data_provider, scalers, hook_names)
 
@@ -354,12 +351,12 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
                         else ""
                     )
                 )
-            if name not in self.whitened:  # the others' trainers see to it themselves
+            if name not in self.whitened:  # a WhiteningTrainer checks these itself
                 check_settings(path / name, saved, sae.cfg.to_dict())
                 check_trainer_state(path / name)
 
     def _share_what_was_loaded(self) -> None:
-        """Have what is the same in several SAEs' folders once in memory, as it was before."""
+        """Keep one copy of whitenings and statistics that several SAEs' folders hold."""
         whitenings: dict[Any, Whitening] = {}
         statistics: dict[Any, ActivationStatistics] = {}
         for name, trainer in self.whitened.items():
@@ -374,7 +371,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
                 trainer.scaler.statistics = statistics.setdefault(key, own)
 
     def _agree_on_nonfinite(self) -> None:
-        """All SAEs get the same activations, so what is left out for one is left out for all.
+        """Take over `on_nonfinite`: SAEs share activations, so it has to be the same for all.
 
         Raises:
             ValueError: They disagree.
@@ -388,20 +385,8 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         if configs:
             self.stream.on_nonfinite = next(iter(configs.values())).on_nonfinite
 
-    @contextmanager
-    def _step_counted(self) -> Iterator[None]:
-        # the checkpoint is taken after the step, but fit() counts the step only later
-        counters = [self, *self.trainers.values()]
-        for counter in counters:
-            counter.n_training_steps += 1
-        try:
-            yield
-        finally:
-            for counter in counters:
-                counter.n_training_steps -= 1
-
     def _checkpoint_if_needed(self) -> None:
-        with self._step_counted(), going_on_without_checkpoint(self):
+        with after_step(self, *self.trainers.values()), going_on_without_checkpoint(self):
             super()._checkpoint_if_needed()
 
     def _maybe_log_sparsity(self, *args: Any, **kwargs: Any) -> None:
@@ -483,5 +468,5 @@ class _PlainOfSeveral(SAETrainer[Any, Any]):
 
 
 def _with_config(whitening: Whitening, config: WhiteningConfig) -> Whitening:
-    """The same tensors under a config that may differ in what does not decide them."""
+    """The same whitening with another config, which differs only in what does not decide it."""
     return whitening if whitening.config == config else replace(whitening, config=config)

@@ -1,7 +1,6 @@
 """SAELens' language-model runner, training under whitening."""
 
 import copy
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -9,49 +8,36 @@ from typing import Any, cast
 import torch
 from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
-from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_whiten._checks import require_context
 from sae_whiten._redaction import redact_attributes
-from sae_whiten.architectures.folding import FoldError, why_not_foldable
+from sae_whiten.architectures.folding import FoldError
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import Model
-from sae_whiten.training.activations_store import (
-    ResumableActivationsStore,
-    buffer_field,
-    check_buffer,
-)
-from sae_whiten.training.checkpoint import (
-    check_runner_settings,
-    folder_of_its_own,
-    own_part,
-    save_or_keep,
-    save_runner_files,
-    write_sae,
-)
+from sae_whiten.training.activations_store import ResumableActivationsStore
 from sae_whiten.training.checks import check_runner_config
-from sae_whiten.training.data_parallel import take_share
 from sae_whiten.training.pretrained import as_asked_for
 from sae_whiten.training.runner_parts import (
+    add_runner_files,
     check_hook,
-    connect,
+    check_is_foldable,
     logging_run,
     naming_nearest_hooks,
     outcome_of,
-    paused,
+    own_share,
     record_reading,
+    save_finished,
     seed_generators,
-    train_interruptibly,
+    set_buffer_size,
+    train,
 )
 from sae_whiten.training.trainer import WhiteningTrainer
 from sae_whiten.training.training_sae import enter_whitened_space, is_in_whitened_space
 
 __all__ = ["WhiteningTrainingRunner"]
-
-logger = logging.getLogger(__name__)
 
 
 class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
@@ -119,13 +105,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         override_sae: TrainingSAE[Any] | None = None,
     ) -> None:
         sae_cfg = override_sae.cfg if override_sae is not None else cfg.sae
-        reason = why_not_foldable(
-            get_sae_training_class(sae_cfg.architecture())[0]
-            if override_sae is None
-            else override_sae  # of a class that may not be registered
-        )
-        if reason is not None:
-            raise FoldError(f"cannot train under whitening: it cannot be folded into {reason}")
+        check_is_foldable("the SAE", sae_cfg, override_sae)
         if sae_cfg.normalize_activations != "covariance_whitening":
             raise ValueError(
                 f"the SAE's config has normalize_activations={sae_cfg.normalize_activations!r}: "
@@ -133,11 +113,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             )
         # before the model is loaded
         check_runner_config(cfg, {"sae": sae_cfg})
-        n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
         cfg = copy.deepcopy(cfg)
-        asked_for = getattr(cfg, buffer_field(cfg))
-        n_sequences = check_buffer(asked_for, n_positions, cfg.train_batch_size_tokens)
-        setattr(cfg, buffer_field(cfg), n_sequences)
+        set_buffer_size(cfg)
         self.whitening_config = whitening
         if override_dataset is None:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
@@ -161,8 +138,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         self.sae.cfg = copy.deepcopy(self.sae.cfg)
         # before SAELens compiles the training step, for it is compiled with its losses
         enter_whitened_space(self.sae, whitening)
-        self.activations_store = ResumableActivationsStore.adopt(self.activations_store)
-        take_share(self.activations_store, self.processes)
+        self.activations_store = own_share(
+            self.activations_store, ResumableActivationsStore, self.processes
+        )
         # SAELens gives every config a folder of its own
         self.cfg.checkpoint_path = self.processes.from_first(self.cfg.checkpoint_path)
         self.evaluator.activations_store = self.activations_store
@@ -178,20 +156,18 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
-        put_in = ResumableActivationsStore.adopt(self.activations_store)
-        if put_in is not self.activations_store:
-            take_share(put_in, self.processes)
-            self.activations_store = put_in
+        # a user may have put in another store
+        store = own_share(self.activations_store, ResumableActivationsStore, self.processes)
+        self.activations_store = store
         self._set_sae_metadata()
         with logging_run(self.cfg, self.processes):
             self._compile_sae_if_needed()
-            sae = self._train(put_in)
+            sae = self._train(store)
             if self.cfg.output_path is not None:
                 self.save_final_sae(sae, self.cfg.output_path)
         return sae
 
     def _train(self, store: ResumableActivationsStore) -> TrainingSAE[Any]:
-        resume_from = self.cfg.resume_from_checkpoint
         self.trainer = WhiteningTrainer(
             cfg=self.cfg.to_sae_trainer_config(),
             sae=self.sae,
@@ -202,30 +178,12 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
             start_from_folded=self._start_from_folded,
             train_as=self.cfg.sae if self._start_from_folded else None,
         )
-        connect(self.trainer.stream, store)
-        if resume_from is not None:
-            logger.info("resuming from checkpoint %s", resume_from)
-            check_runner_settings(resume_from, self.cfg.to_dict())
-            self.trainer.load_trainer_state(resume_from)
-        store.on_nonfinite = self.trainer.scaler.config.on_nonfinite
-        if resume_from is not None:
-            store.load_from_checkpoint(own_part(resume_from, self.processes))
-        try:
-            return train_interruptibly(self.trainer, self.trainer.stream, store, self.cfg)
-        except Exception:
-            if not is_in_whitened_space(self.sae):
-                # the final checkpoint failed, which must not cost what was trained
-                self.save_final_sae(self.sae, self.cfg.output_path or folder_of_its_own())
-            raise
+        save = partial(self.save_final_sae, self.sae)
+        return train(self.trainer, store, self.cfg, self.trainer.load_trainer_state, save)
 
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         """Add the runner's files to a checkpoint directory."""
-        if checkpoint_path is None:
-            return
-        # there is none if the user trains with a trainer of their own, and saves with this method
-        stream = self.trainer.stream if hasattr(self, "trainer") else None
-        with paused(stream):
-            save_runner_files(checkpoint_path, self.activations_store, self.cfg.to_dict())
+        add_runner_files(self, checkpoint_path)
 
     def save_final_sae(
         self,
@@ -248,12 +206,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         outcome = outcome_of(self.trainer) if trained_here else {}
         if log_feature_sparsity is not None:
             outcome["log_feature_sparsity"] = log_feature_sparsity
-        save = partial(write_sae, sae=sae, cfg=self.cfg.to_dict(), **outcome)
-        weights, cfg, sparsity = save_or_keep(save, output_path, self.cfg.checkpoint_path)
-        if self.cfg.logger.log_to_wandb:
-            self.cfg.logger.log(
-                self, weights, cfg, sparsity_path=sparsity, wandb_aliases=["final_model"]
-            )
+        outcome["runner_cfg"] = self.cfg.to_dict()
+        save_finished(sae, output_path, self.cfg, logged_cfg=self.cfg, **outcome)
 
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()

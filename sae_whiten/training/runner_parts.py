@@ -1,44 +1,96 @@
-"""What both runners do around training: checks, seeds, logging, reading ahead."""
+"""What both runners do around training: checks, seeds, logging, resuming, reading ahead, saving."""
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 import wandb
-from sae_lens.config import LanguageModelSAERunnerConfig
 from sae_lens.load_model import load_model
-from sae_lens.multi_sae_training_runner import MultiSAETrainingRunnerConfig
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.registry import get_sae_training_class
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_whiten._redaction import redacted
+from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import Model, resolution_of
-from sae_whiten.training.activations_store import ResumableActivationsStore
-from sae_whiten.training.data_parallel import logging_once
+from sae_whiten.training.activations_store import (
+    ResumableActivationsStore,
+    buffer_field,
+    check_buffer,
+)
+from sae_whiten.training.checkpoint import (
+    check_runner_settings,
+    folder_of_its_own,
+    own_part,
+    save_or_keep,
+    save_runner_files,
+    write_sae,
+)
+from sae_whiten.training.checks import RunnerConfig
+from sae_whiten.training.data_parallel import logging_once, take_share
 from sae_whiten.training.interruption import InterruptibleTrainer, interruptible
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.trainer import WhiteningTrainer
 
 __all__ = [
+    "add_runner_files",
     "check_hook",
-    "connect",
+    "check_is_foldable",
     "logging_run",
     "naming_nearest_hooks",
     "outcome_of",
+    "own_share",
     "paused",
     "record_reading",
+    "save_finished",
     "seed_generators",
-    "train_interruptibly",
+    "set_buffer_size",
+    "train",
 ]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+T_Store = TypeVar("T_Store", bound=ResumableActivationsStore)
+
+
+def check_is_foldable(name: str, cfg: TrainingSAEConfig, given: TrainingSAE[Any] | None) -> None:
+    """Refuse an SAE that cannot be folded, before a model is loaded.
+
+    Args:
+        name: What the message calls it.
+        cfg: Its config.
+        given: The SAE itself, if there is one already: its class may not be registered.
+
+    Raises:
+        FoldError: It cannot be folded; the message says why.
+    """
+    sae_class = get_sae_training_class(cfg.architecture())[0] if given is None else given
+    reason = why_not_foldable(sae_class)
+    if reason is not None:
+        raise FoldError(
+            f"{name} cannot be trained under whitening, for it could not be folded into {reason}"
+        )
+
+
+def set_buffer_size(cfg: RunnerConfig) -> None:
+    """Set the size of the mixing buffer where a config leaves it open.
+
+    Raises:
+        ValueError: The buffer is smaller than a training batch.
+    """
+    field = buffer_field(cfg)
+    n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    n_sequences = check_buffer(getattr(cfg, field), n_positions, cfg.train_batch_size_tokens)
+    setattr(cfg, field, n_sequences)
 
 
 def check_hook(model: Model, name: str) -> None:
@@ -55,9 +107,7 @@ def check_hook(model: Model, name: str) -> None:
 
 
 @contextmanager
-def naming_nearest_hooks(
-    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig, names: Iterable[str]
-) -> Iterator[None]:
+def naming_nearest_hooks(cfg: RunnerConfig, names: Iterable[str]) -> Iterator[None]:
     """Name the hooks nearest to one that SAELens' loader of Hugging Face models does not find."""
     try:
         yield
@@ -73,21 +123,17 @@ def naming_nearest_hooks(
         raise
 
 
-def record_reading(
-    sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
-) -> None:
+def record_reading(sae: TrainingSAE[Any], cfg: RunnerConfig) -> None:
     """Add to an SAE's metadata what SAELens leaves out of how its activations are made."""
     sae.cfg.metadata.autocast_lm = cfg.autocast_lm
     sae.cfg.metadata.use_chat_formatting = cfg.use_chat_formatting
 
 
-def seed_generators(
-    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
-) -> None:
+def seed_generators(cfg: RunnerConfig) -> None:
     """Seed torch's generators with `cfg.seed`, which SAELens reads nowhere.
 
-    Initial weights, the order in which activations are mixed and noise come from them. The default
-    seed gives way to that of a script which seeded them itself; any other does not.
+    Initial weights, the order in which activations are mixed and noise come from them. If a script
+    has seeded torch itself, the default seed changes nothing; any other replaces the script's.
     """
     default = type(cfg).__dataclass_fields__["seed"].default
     seeded_by_script = torch.initial_seed() < 2**32  # torch begins with 64 random bits
@@ -95,10 +141,21 @@ def seed_generators(
         torch.manual_seed(cfg.seed)
 
 
+def own_share(store: Any, kind: type[T_Store], processes: Processes) -> T_Store:
+    """A store as one of `kind` that reads this process's share of the data.
+
+    Raises:
+        TypeError: As `ResumableActivationsStore.adopt` does.
+        ValueError: The batch cannot be divided by the number of processes.
+    """
+    own: Any = kind.adopt(store)  # which pyright knows as the base class
+    if own is not store:
+        take_share(own, processes)
+    return own
+
+
 @contextmanager
-def logging_run(
-    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig, processes: Processes
-) -> Iterator[None]:
+def logging_run(cfg: RunnerConfig, processes: Processes) -> Iterator[None]:
     """A run of Weights & Biases around training, if the config asks for one."""
     with logging_once(processes):
         if cfg.logger.log_to_wandb:
@@ -114,8 +171,8 @@ def logging_run(
             wandb.finish()
 
 
-def connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:
-    """Let a stream and the store that it reads from know of each other."""
+def _connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:
+    """Tell a stream and the store that it reads from about each other."""
     store.count_from_here()
     store.training_position = lambda: stream.n_served
     stream.source_is_finite = True
@@ -131,31 +188,48 @@ def paused(stream: ActivationStream | None) -> AbstractContextManager[None]:
     return source.paused() if isinstance(source, PrefetchingIterator) else nullcontext()
 
 
-def train_interruptibly(
+def train(
     trainer: InterruptibleTrainer[T],
-    stream: ActivationStream,
     store: ResumableActivationsStore,
-    cfg: LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig,
+    cfg: RunnerConfig,
+    load: Callable[[str], None],
+    save: Callable[[str], None],
 ) -> T:
-    """Let a trainer fit; save a checkpoint when it is stopped by a signal or an activation that is
-    not finite.
+    """Let a trainer fit, from where the checkpoint left it if one is resumed.
+
+    A checkpoint is saved when a signal, or an activation that is not finite, stops it.
 
     Args:
-        trainer: Trains on `stream`.
-        stream: Reads from `store`.
+        trainer: Its stream reads from `store`.
         store: Where the activations come from.
-        cfg: Says how many batches a thread is to draw ahead, and where checkpoints go.
+        cfg: Says what is resumed, how many batches a thread draws ahead, and where results go.
+        load: Reads the trainer's part of a checkpoint.
+        save: Writes what was trained into a folder; for when training is done and then fails.
 
     Raises:
         KeyboardInterrupt: After SIGINT.
         SystemExit: After SIGTERM; its code is 143.
     """
-    n_ahead = int(cfg.prefetch_llm_batches)
-    with (
-        _reading_ahead(stream, store, n_ahead),
-        interruptible(trainer, stream, cfg.checkpoint_path, "resume_from_checkpoint={}"),
-    ):
-        result = trainer.fit()
+    stream, resume_from = trainer.stream, cfg.resume_from_checkpoint
+    _connect(stream, store)
+    if resume_from is not None:
+        logger.info("resuming from checkpoint %s", resume_from)
+        check_runner_settings(resume_from, cfg.to_dict())
+        load(resume_from)
+    store.on_nonfinite = stream.on_nonfinite
+    if resume_from is not None:
+        store.load_from_checkpoint(own_part(resume_from, stream.processes))
+    try:
+        with (
+            _reading_ahead(stream, store, int(cfg.prefetch_llm_batches)),
+            interruptible(trainer, "resume_from_checkpoint={}"),
+        ):
+            result = trainer.fit()
+    except Exception:
+        if trainer.is_trained:
+            # the final checkpoint failed, which must not cost what was trained
+            save(cfg.output_path or folder_of_its_own())
+        raise
     if store.n_skipped:
         logger.warning("%d activations with a NaN or an infinity were left out", store.n_skipped)
     return result
@@ -178,9 +252,46 @@ def _reading_ahead(
             thread.close()
 
 
+def add_runner_files(runner: Any, checkpoint_path: Path | None) -> None:
+    """Add a runner's files to a checkpoint directory, if there is one."""
+    if checkpoint_path is None:
+        return
+    # there is no trainer if the user trains with one of their own
+    stream = runner.trainer.stream if hasattr(runner, "trainer") else None
+    with paused(stream):
+        save_runner_files(checkpoint_path, runner.activations_store, runner.cfg.to_dict())
+
+
 def outcome_of(trainer: SAETrainer[Any, Any]) -> dict[str, Any]:
     """What a trainer knows of its SAE that is written beside it; arguments of `write_sae`."""
     found: dict[str, Any] = {"log_feature_sparsity": trainer.log_feature_sparsity}
     if isinstance(trainer, WhiteningTrainer):
         found |= {"whitening": trainer.whitening, "statistics": trainer.scaler.statistics}
     return found
+
+
+def save_finished(
+    sae: TrainingSAE[Any], path: str | Path, cfg: RunnerConfig, logged_cfg: Any, **contents: Any
+) -> None:
+    """Write a finished SAE, whole or not at all, and log it to Weights & Biases if asked to.
+
+    Args:
+        sae: The SAE, folded.
+        path: Where to write it.
+        cfg: Says where it is kept if that fails, and what is logged.
+        logged_cfg: The config that is logged with it.
+        contents: What is written beside it; arguments of `write_sae`.
+
+    Raises:
+        OSError: Saving failed; the message says where the SAE is instead.
+    """
+    save = partial(write_sae, sae=sae, **contents)
+    weights, sae_cfg, sparsity = save_or_keep(save, path, cfg.checkpoint_path)
+    if cfg.logger.log_to_wandb:
+        cfg.logger.log(
+            SimpleNamespace(sae=sae, cfg=logged_cfg),
+            weights,
+            sae_cfg,
+            sparsity_path=sparsity,
+            wandb_aliases=["final_model"],
+        )

@@ -27,7 +27,7 @@ class StopRequested(Exception):
 
 
 class ActivationStream(Iterator[Tensor]):
-    """Serves a data provider's batches in their order, however many were looked at beforehand.
+    """Serves a data provider's batches in order, including those read ahead by `lookahead`.
 
     `lookahead` lets statistics be estimated from the first batches; training then gets the same
     batches again, which are kept in `spool` meanwhile.
@@ -39,21 +39,21 @@ class ActivationStream(Iterator[Tensor]):
         source: Yields activations, shape (n, d_in) or (n, n_heads, d_head).
         d_in: Width of the activations.
         on_nonfinite: "raise" or "skip" activations that hold a NaN or an infinity.
-        n_wanted: Batches that training will ask for, to be named when there are not as many.
+        n_wanted: Batches that training needs, for the message if there are fewer.
 
     Attributes:
         n_served: Batches served or passed over.
         n_skipped: Activations left out because they were not finite.
-        source_is_finite: Whether the source has seen to that itself, and batches are not looked at
-            again. Else batches on a GPU are drawn one ahead, so that it need not wait.
+        source_is_finite: Whether the source has checked that activations are finite, so that the
+            stream need not. Else batches on a GPU are drawn one ahead: the check delays no step.
         resolution: Machine epsilon of what the activations were computed in, where that is coarser
             than their dtype; 0 if it is not known.
         stop_is_handled: Whether somebody waits for `StopRequested`, to save a checkpoint.
         spool: Keeps the batches that were looked at beforehand.
         last: The batch served last.
         processes: Who trains together, each on its own part of every batch.
-        next_is: What the next batch is to be called in reports; a dataset that begins anew makes
-            it one that was trained on before.
+        next_is: Names the next batch in reports. It is not held out once a dataset has started
+            over.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ActivationStream(Iterator[Tensor]):
             self._stop_put_off = False
 
     def lookahead(self) -> Iterator[Tensor]:
-        """The batches to come, which will be served all the same."""
+        """The next batches, which are kept and served to training later."""
         self.spool.resolution = self.resolution
         while True:
             if self._stop:

@@ -3,10 +3,11 @@
 import copy
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -23,6 +24,7 @@ from sae_lens.saes.sae import (
     TrainingSAEConfig,
     TrainStepOutput,
 )
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import Evaluator, SAETrainer
 from sae_lens.training.types import DataProvider
 from sae_lens.util import path_or_tmp_dir
@@ -30,11 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sae_whiten._redaction import redact_attributes
-from sae_whiten.architectures.folding import (
-    FoldError,
-    fold_whitening_into_weights,
-    folded_copy,
-)
+from sae_whiten.architectures.folding import FoldError, fold_whitening_into_weights
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.statistics import ActivationStatistics
@@ -68,11 +66,12 @@ from sae_whiten.training.training_sae import (
     enter_whitened_space,
     is_in_whitened_space,
     leave_whitened_space,
+    plain_copy,
     set_whitening,
 )
 from sae_whiten.whitening import Whitening
 
-__all__ = ["WhiteningTrainer", "losses_are_due"]
+__all__ = ["WhiteningTrainer", "after_step", "losses_are_due"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +84,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     """An `SAETrainer` that whitens activations, trains, and returns a plain, folded SAE.
 
     The whitening is estimated from the first batches of the data provider, which are then trained
-    on like all others. While training lasts the SAE object belongs to a subclass of its class that
-    saves folded copies and takes reconstruction losses in the configured space; afterwards it is of
-    its own class again, folded, and the fold was proved on activations that were not trained on.
+    on like all others. During training the SAE object has a subclass of its class, which saves
+    folded copies and takes reconstruction losses in the configured space. Afterwards it has its own
+    class again and is folded; the fold is proved on held-out activations.
 
     Examples:
         >>> import itertools
@@ -115,8 +114,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         save_checkpoint_fn: As for `SAETrainer`; called while the directory is being written.
         start_from_folded: Take an SAE with `normalize_activations="none"` and go on training it
             under whitening: it is brought into whitened coordinates before the first step.
-        train_as: With `start_from_folded`, a config with the dtype, and with ranking by decoder
-            norms, that folding took away and training is to have again.
+        train_as: With `start_from_folded`: a config with the dtype and the ranking by decoder norms
+            to train with, which folding removed from the SAE.
 
     Attributes:
         whitening: The whitening, once it is estimated or loaded. (`scaler.whitening` is None again
@@ -178,9 +177,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.whitening: Whitening | None = None
         self._given_config = whitening
         self._start_from_folded, self._train_as = start_from_folded, train_as
-        self._weights_before_fold: dict[str, Tensor] | None = None
-        self._cfg_before_fold: dict[str, Any] = {}
-        self._finished = False
+        self._before_fold: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._explained_variance: float | None = None
         # the same objects under SAELens' names
         self.activation_scaler = self.scaler = CovarianceWhiteningScaler(whitening)
@@ -199,6 +196,11 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """Whether there is a whitening, so that a checkpoint can be saved."""
         return self.whitening is not None
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether training is done and the SAE is folded."""
+        return not is_in_whitened_space(self.sae)
+
     def fit(self) -> T_TRAINING_SAE:
         """Estimate the whitening if there is none, train, fold, prove the fold.
 
@@ -210,42 +212,40 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             `cfg.metadata.whitening` telling how it was whitened and how exact the fold is.
 
         Raises:
-            ValueError: `fit` ran to its end before, the data ended too early, or an activation is
-                not finite.
+            ValueError: The SAE is trained and folded already, the data ended too early, or an
+                activation is not finite.
             FoldError: The folded SAE differs from the one that was trained by more than rounding
                 explains. Both are then on disk, at the path that the message names.
             KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
         """
-        if self._finished:
+        if self.is_trained:
             raise ValueError(
                 "this SAE is trained and folded already; unfold it with "
                 "unfold_whitening_from_weights and make a new trainer to go on"
             )
-        path = self.cfg.checkpoint_path
-        if path is None or self.stream.stop_is_handled:
+        if self.cfg.checkpoint_path is None or self.stream.stop_is_handled:
             return self._fit()
-        with interruptible(self, self.stream, path, "load_trainer_state('{}')"):
+        with interruptible(self, "load_trainer_state('{}')"):
             return self._fit()
 
     def _fit(self) -> T_TRAINING_SAE:
         self.sae.to(self.cfg.device)
         self.estimate_whitening()
         sae = super().fit()
-        self._finished = True
         self.forget_weights_before_fold()
         return sae
 
     def forget_weights_before_fold(self) -> None:
         """Free what only the final checkpoint needs."""
-        self._weights_before_fold = None
+        self._before_fold = None
 
     def estimate_whitening(self) -> None:
-        """Estimate the whitening from the batches to come, unless there is one already, or
+        """Estimate the whitening from the next batches, unless it is known or the config names
         statistics to derive it from.
 
         Raises:
-            ValueError: The statistics given are not of this model, hook, dataset...
+            ValueError: The statistics given are of another model, hook, dataset...
         """
         config = self.scaler.config
         if self.scaler.whitening is None and config.statistics is not None:
@@ -282,7 +282,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             share_training(self.sae, self.stream)
 
     def step(self, batch: Tensor) -> TrainStepOutput:
-        """SAELens' training step; in several processes, of all parts of the batch.
+        """SAELens' training step; with several processes, on all parts of the batch.
 
         Estimates the whitening first if there is none: an SAE that saw raw activations until then
         would have learned in another space.
@@ -299,8 +299,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         assert whitening is not None
         if self.cfg.save_final_checkpoint:
             # the final checkpoint can be resumed too, and that needs the unfolded weights
-            self._weights_before_fold = {k: v.clone() for k, v in self.sae.state_dict().items()}
-            self._cfg_before_fold = self.sae.cfg.to_dict()
+            weights = {name: value.clone() for name, value in self.sae.state_dict().items()}
+            self._before_fold = weights, self.sae.cfg.to_dict()
         activations, source = self._activations_to_prove_on()
         # whether the fold holds must come out the same in every process
         activations, source = self.stream.processes.from_first(
@@ -366,21 +366,19 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _evaluate(
         self, sae: T_TRAINING_SAE, data_provider: DataProvider, activation_scaler: Any
     ) -> dict[str, Any]:
-        """Let the evaluator see a plain SAE: what it makes of the decoder would be wrong else."""
+        """Evaluate a folded copy: evaluators expect a decoder in the space of the activations."""
         if self._given_evaluator is None or self.whitening is None:
             return {}
-        folded, _ = folded_copy(sae, self.whitening)
+        plain = plain_copy(sae, self.whitening)
         # a stop in the middle of a step could not be resumed
         with self.stream.uninterrupted():
-            return self._given_evaluator(
-                cast(T_TRAINING_SAE, folded), data_provider, CovarianceWhiteningScaler()
-            )
+            return self._given_evaluator(plain, data_provider, CovarianceWhiteningScaler())
 
     def build_train_step_log_dict(
         self, output: TrainStepOutput, n_training_samples: int
     ) -> dict[str, Any]:
-        """SAELens' figures, with explained variance taken in the space of the activations; in
-        several processes, of all parts of the batch."""
+        """SAELens' figures, with explained variance in the space of the activations; with several
+        processes, over all parts of the batch."""
         output = copy.copy(output)
         output.sae_in = self.scaler.unscale(_float32_at_least(output.sae_in))
         output.sae_out = self.scaler.unscale(_float32_at_least(output.sae_out))
@@ -407,7 +405,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Save a checkpoint, whole or not at all; `sae_whiten.training.checkpoint` tells what of.
+        """Save a checkpoint, whole or not at all. `sae_whiten.training.checkpoint` lists its files.
 
         The directory is a plain SAE with its training config, as SAELens' checkpoints are; what
         resuming needs, in whitened coordinates, lies in a folder inside it. After `fit` it is the
@@ -424,7 +422,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         with path_or_tmp_dir(base) as root:
             path = root / checkpoint_name
             processes = self.stream.processes
-            is_folded = self._weights_before_fold is None and not is_in_whitened_space(self.sae)
+            is_folded = self._before_fold is None and self.is_trained
             if is_folded:
                 logger.warning("%s: %s cannot be resumed. %s", _FOLDED, path, _KEEP_RESUMABLE)
             with writing_checkpoint(path, processes) as partial:
@@ -456,9 +454,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             return self.sae
         if self.whitening is None:
             raise FoldError("cannot save this SAE: its whitening has not been estimated yet")
-        folded, _ = folded_copy(self.sae, self.whitening)
-        assert isinstance(folded, TrainingSAE)
-        return folded
+        return plain_copy(self.sae, self.whitening)
 
     def save_trainer_state(self, checkpoint_path: Path | str) -> None:
         """Write what resuming needs into a folder of `checkpoint_path`: weights and whitening,
@@ -468,26 +464,22 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             ValueError: There is no whitening yet, or the SAE is folded already.
         """
         directory = Path(checkpoint_path) / TRAINING_STATE_DIR
-        scaler, weights = self.scaler, self._weights_before_fold
+        scaler = self.scaler
         whitening = scaler.whitening if self.whitening is None else self.whitening
         if whitening is None:
             raise ValueError(
                 "there is no whitening yet, and without it no training that could be resumed: call "
                 "estimate_whitening() first"
             )
-        if weights is None and not is_in_whitened_space(self.sae):
+        if self._before_fold is None and self.is_trained:
             raise ValueError(f"{_FOLDED}: its training cannot be resumed. {_KEEP_RESUMABLE}")
         in_use, scaler.whitening = scaler.whitening, whitening
         try:
             super().save_trainer_state(directory)
         finally:
             scaler.whitening = in_use
-        save_training_weights(
-            checkpoint_path,
-            dict(self.sae.state_dict()) if weights is None else weights,
-            self.sae.cfg.to_dict() if weights is None else self._cfg_before_fold,
-            whitening,
-        )
+        weights, cfg = self._before_fold or (self.sae.state_dict(), self.sae.cfg.to_dict())
+        save_training_weights(checkpoint_path, weights, cfg, whitening)
         if scaler.statistics is not None:
             scaler.statistics.save(directory / STATISTICS_FILENAME)
         self._save_progress(checkpoint_path)
@@ -522,7 +514,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
         # everything is read and checked before anything is changed
         generators, fields = read_progress(checkpoint_path, self.stream.processes)
-        # (which earlier checkpoints do not hold)
+        # earlier releases saved no settings
         check_settings(checkpoint_path, fields.get("settings", {}), asdict(self.cfg))
         saved = CovarianceWhiteningScaler()
         saved.load(directory / ACTIVATION_SCALER_CFG_FILENAME)
@@ -534,7 +526,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             saved.statistics = ActivationStatistics.load(statistics)
         cfg, unfolded = self.sae.cfg, None
         if self._start_from_folded:
-            # which is what the weights in the checkpoint were when they were trained
+            # the weights in the checkpoint are those of an unfolded SAE
             unfolded = copy.deepcopy(self.sae)
             unfold_for_training(unfolded, saved.whitening, self._train_as)
             cfg = unfolded.cfg
@@ -567,7 +559,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         given = self._given_config
         if given is None:
             return saved
-        # all but this decides what the weights mean
+        # every other field decides what the weights mean
         saved = replace(saved, on_nonfinite=given.on_nonfinite)
         if given != saved:
             old, new = saved.to_dict(), given.to_dict()
@@ -579,13 +571,20 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return given
 
     def _checkpoint_if_needed(self) -> None:
-        # the checkpoint is taken after the step, but fit() counts the step only later
-        self.n_training_steps += 1
-        try:
-            with going_on_without_checkpoint(self):
-                super()._checkpoint_if_needed()
-        finally:
-            self.n_training_steps -= 1
+        with after_step(self), going_on_without_checkpoint(self):
+            super()._checkpoint_if_needed()
+
+
+@contextmanager
+def after_step(*trainers: SAETrainer[Any, Any] | MultiSAETrainer) -> Iterator[None]:
+    """Count the step just done. SAELens' `fit` counts it later than it takes the checkpoint."""
+    for trainer in trainers:
+        trainer.n_training_steps += 1
+    try:
+        yield
+    finally:
+        for trainer in trainers:
+            trainer.n_training_steps -= 1
 
 
 def losses_are_due(trainer: Any, pbar: Any, update_interval: int) -> bool:

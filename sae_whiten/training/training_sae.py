@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from numpy.typing import NDArray
 from sae_lens import TrainingSAE
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
+from sae_lens.saes.sae import T_TRAINING_SAE, TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
 
 from sae_whiten.architectures.description import describe
@@ -37,6 +37,7 @@ __all__ = [
     "enter_whitened_space",
     "is_in_whitened_space",
     "leave_whitened_space",
+    "plain_copy",
     "set_whitening",
 ]
 
@@ -74,16 +75,12 @@ class _WhitenedTrainingSAE(TrainingSAE[Any]):
         Raises:
             FoldError: The whitening has not been estimated yet.
         """
-        folded, _ = folded_copy(self, self._required_whitening("save"))
-        assert isinstance(folded, TrainingSAE)
-        return folded.save_inference_model(path)
+        return plain_copy(self, self._required_whitening("save")).save_inference_model(path)
 
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save a folded copy and, in a folder beside it, the weights in whitened coordinates."""
         whitening = self._required_whitening("save")
-        folded, _ = folded_copy(self, whitening)
-        assert isinstance(folded, TrainingSAE)
-        written = save_training_form(folded, Path(path))
+        written = save_training_form(plain_copy(self, whitening), Path(path))
         save_training_weights(path, dict(self.state_dict()), self.cfg.to_dict(), whitening)
         return written
 
@@ -111,12 +108,10 @@ class _WhitenedTrainingSAE(TrainingSAE[Any]):
 
     def log_histograms(self) -> dict[str, NDArray[Any]]:
         """SAELens' histograms, of the weights in the space of the activations."""
-        folded, _ = folded_copy(self, self._required_whitening("describe"))
-        assert isinstance(folded, TrainingSAE)
-        return folded.log_histograms()
+        return plain_copy(self, self._required_whitening("describe")).log_histograms()
 
     def leave_whitened_space(self) -> None:
-        """Become a stock SAE again. The weights must be plain."""
+        """Become a stock SAE again; the weights must be folded."""
         # a compiled training step would still be that of this class
         for name in ("whitening", "trainer", "sparsity_norms", "training_forward_pass"):
             vars(self).pop(name, None)
@@ -127,6 +122,13 @@ class _WhitenedTrainingSAE(TrainingSAE[Any]):
         if self.whitening is None:
             raise FoldError(f"cannot {action} this SAE: its whitening has not been estimated yet")
         return self.whitening
+
+
+def plain_copy(sae: T_TRAINING_SAE, whitening: Whitening) -> T_TRAINING_SAE:
+    """A folded copy of an SAE in whitened space: a stock SAE for raw activations."""
+    folded: Any  # of the stock class, of which the SAE's own is a subclass
+    folded, _ = folded_copy(sae, whitening)
+    return folded
 
 
 @functools.cache
