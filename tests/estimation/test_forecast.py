@@ -1,0 +1,128 @@
+"""The forecast of `sae-whiten inspect`: which evidence it chooses, and what it makes of it."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_whiten import ActivationStatistics
+from sae_whiten.cli import main
+from sae_whiten.estimation import forecast as module
+from sae_whiten.estimation.forecast import BASELINE, Difference, Dose, Outcome, forecast
+
+ROOT = Path(__file__).parents[2]
+
+
+def outcome(dead: float, **over: tuple[float, float, float]) -> Outcome:
+    """Of 3 seeds; differences as (mean, low, high), with a noise of 0.01."""
+    differences = {name: Difference(*values, 0.01) for name, values in over.items()}
+    return Outcome(3, 0.8, dead, 0.7, differences)
+
+
+def dose(mean: float, share: float, centred: Outcome, original: Outcome, dead=0.5) -> Dose:
+    outcomes = {BASELINE: outcome(dead), "centred": centred, "original": original}
+    return Dose(f"{mean}/{share}", mean, share, outcomes)
+
+
+UNTOLD = (0.02, -0.01, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("centred", "original", "best"),
+    [
+        # nothing told, as many dead
+        (outcome(0.5, **{BASELINE: UNTOLD}), outcome(0.48, **{BASELINE: UNTOLD}), BASELINE),
+        # fewer dead: the plainest that does it
+        (
+            outcome(0.1, **{BASELINE: UNTOLD}),
+            outcome(0.09, **{BASELINE: UNTOLD, "centred": UNTOLD}),
+            "centred",
+        ),
+        # and the next only if it is better than that
+        (
+            outcome(0.1, **{BASELINE: UNTOLD}),
+            outcome(0.1, **{BASELINE: UNTOLD, "centred": (0.03, 0.01, 0.05)}),
+            "original",
+        ),
+        # an interval without 0, but less than the noise of measuring
+        (
+            outcome(0.5, **{BASELINE: (0.008, 0.001, 0.015)}),
+            outcome(0.5, **{BASELINE: UNTOLD}),
+            BASELINE,
+        ),
+        # fewer dead, but told to be worse
+        (
+            outcome(0.1, **{BASELINE: (-0.03, -0.05, -0.01)}),
+            outcome(0.5, **{BASELINE: UNTOLD}),
+            BASELINE,
+        ),
+        # one seed has no interval, and tells no difference
+        (
+            outcome(0.5, **{BASELINE: (0.2, math.nan, math.nan)}),
+            outcome(0.5, **{BASELINE: UNTOLD}),
+            BASELINE,
+        ),
+    ],
+)
+def test_the_plainest_setting_that_no_other_was_better_than(centred, original, best):
+    assert dose(3, 0.1, centred, original).best == best
+
+
+def test_the_nearest_dose_is_taken_and_what_is_far_from_all_is_called_so(monkeypatch):
+    plain = outcome(0.5, **{BASELINE: UNTOLD})
+    doses = (dose(0.36, 0.3, plain, plain), dose(3, 0.1, plain, plain))
+    monkeypatch.setattr(module, "evidence", lambda: doses)
+    assert forecast(2.5, 0.12).dose is doses[1]
+    assert forecast(2.5, 0.12).known
+    # milder than the mildest is as mild as that
+    assert (found := forecast(0.0, 1.0)).dose is doses[0]
+    assert found.distance == pytest.approx(math.log10(0.36 / 0.3))
+    far = forecast(100.0, 0.1)
+    assert far.dose is doses[1]
+    assert not far.known
+    assert far.distance == pytest.approx(math.log10(100 / 3))
+    assert "not measured" in far.advice
+    assert far.to_dict()["condition"] is None
+
+
+def test_the_evidence_in_the_package_is_what_the_published_runs_give(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import dose_response  # pyright: ignore[reportMissingImports]
+
+    folder = ROOT / "docs" / "dose"
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    described = json.loads((folder / "doses.json").read_text())
+    packaged = json.loads(
+        (ROOT / "sae_whiten" / "estimation" / "dose_response.json").read_text("utf-8")
+    )
+    computed = json.loads(json.dumps(dose_response.curve(records, described)))
+    assert [entry["name"] for entry in packaged] == [entry["name"] for entry in computed]
+    for found, wanted in zip(packaged, computed, strict=True):
+        assert found["outcomes"].keys() == wanted["outcomes"].keys()
+        for name, of in found["outcomes"].items():
+            assert of["auc"] == pytest.approx(wanted["outcomes"][name]["auc"], abs=1e-4)
+            assert of["dead"] == pytest.approx(wanted["outcomes"][name]["dead"], abs=1e-4)
+            for other, difference in of["over"].items():
+                assert difference == pytest.approx(
+                    wanted["outcomes"][name]["over"][other], abs=1e-4
+                )
+    sys.modules.pop("dose_response")
+
+
+def test_inspect_prints_the_forecast_and_gives_it_as_json(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    statistics = ActivationStatistics(32)
+    statistics.update(torch.randn(500, 32, generator=generator))
+    statistics.provenance = {"hook_name": "a hook"}
+    statistics.save(tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["a hook"]["forecast"]
+    assert found["dose"] == "natural"
+    assert found["known"]
+    assert main(["inspect", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.split("forecast")[1]
+    assert "natural" in table
+    assert found["advice"] in table
