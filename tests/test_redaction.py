@@ -307,7 +307,7 @@ def test_the_commands_train_without_whitening_and_compare_write_none(tmp_path, m
 
 
 def test_a_report_shows_none(tmp_path, monkeypatch):
-    monkeypatch.setattr("sae_whiten.comparison.report._evaluation_figures", lambda records: [])
+    monkeypatch.setattr("sae_whiten.comparison.report.evaluation_figures", lambda records: [])
     record = {"name": "sae", "metrics": {"l0": 3.0}, "absent": {}, "kwargs": KWARGS}
     settings = {"model_name": "tiny", "kwargs": KWARGS, "command": f"evaluate --token {SECRET}"}
     write_report([record], tmp_path, settings)

@@ -87,16 +87,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load model and data, compare, write the report and print its table."""
+    """Load model and data, compare, print the main metrics and write the report."""
     from sae_lens.load_model import load_model
 
     from sae_whiten._files import check_writable
     from sae_whiten._redaction import redacted
+    from sae_whiten.comparison.brief import terminal_text
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
     from sae_whiten.comparison.feature_page import write_feature_page
     from sae_whiten.comparison.learning_rates import FOUND
     from sae_whiten.comparison.report import write_report
+    from sae_whiten.comparison.summary import summarise
     from sae_whiten.estimation.dataset import open_dataset
 
     options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Comparison)}
@@ -132,9 +134,16 @@ def run(args: argparse.Namespace) -> int:
     if (args.out / FOUND).is_file():
         settings["learning_rates_found"] = json.loads((args.out / FOUND).read_text())
     settings["command"] = shlex.join(redacted(["sae-whiten", *sys.argv[1:]]))
+    print(terminal_text(summarise(records, settings["sparsity"])))
     write_report(records, args.out, settings, targets=settings["sparsity"])
-    print((args.out / "table.md").read_text())
-    print(f"\nsaved in {args.out}: report.html is the whole report in one file")
+    print(f"\n{args.out / 'report.html'}: the whole report in one file")
     if page is not None:
         print(f"{page}: features of two of the SAEs side by side")
+    print(
+        "\nNext:\n"
+        f"  this command with --seeds {args.seeds + 2}: tells smaller differences, and trains only "
+        "what is missing\n"
+        f"  sae-whiten features SAE SAE --out pair.html: any two of {args.out / 'saes'}\n"
+        "  sae-whiten train --help: an SAE of full length, under the condition of your choice"
+    )
     return 0

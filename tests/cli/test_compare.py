@@ -1,7 +1,8 @@
-"""The command `sae-whiten compare`: what it refuses before anything is loaded."""
+"""The command `sae-whiten compare`: its flags, what it refuses early, and what it prints."""
 
 import argparse
 import dataclasses
+import json
 import sys
 
 import pytest
@@ -23,6 +24,45 @@ def test_too_few_rows_are_refused_before_a_model_is_loaded(tmp_path, capsys):
     assert "15 rows" in said
     assert "lower held_out_sequences to 7" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_answer_is_printed_and_not_the_whole_report(tmp_path, monkeypatch, capsys):
+    Dataset.from_dict({"text": ["a text"] * 40}).to_parquet(tmp_path / "rows" / "part.parquet")
+
+    def compare(comparison, model, dataset, out, **names):
+        out.mkdir()
+        (out / "settings.json").write_text(json.dumps({"sparsity": [16]}))
+        return [
+            {
+                "architecture": "topk",
+                "condition": condition,
+                "sparsity": 16,
+                "seed": seed,
+                "metrics": {"explained_variance": ev + seed**2 / 1e4, "dead_latents": 7, "l0": 16},
+            }
+            for condition, ev in (("none", 0.5), ("original", 0.6))
+            for seed in comparison.seeds
+        ]
+
+    monkeypatch.setattr("sae_lens.load_model.load_model", lambda *args, **options: None)
+    monkeypatch.setattr("sae_whiten.comparison.compare.compare", compare)
+    monkeypatch.setattr("sae_whiten.comparison.feature_page.write_feature_page", lambda *_: None)
+    monkeypatch.setattr("sae_whiten.comparison.report.comparison_figures", lambda *_: [])
+    out = tmp_path / "out"
+    command = ["compare", "--model-name", "tiny", "--hook-name", "h", "--out", str(out)]
+    command += ["--dataset-path", str(tmp_path / "rows"), "--held-out-sequences", "16"]
+    assert main([*command, "--no-probing", "--seeds", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "topk, k = 16" in printed
+    assert [line.split() for line in printed.splitlines() if line.startswith(("none", "orig"))] == [
+        ["none", "0.500", "7.0", "16.0"],
+        ["original", "0.600", "7.0", "16.0"],
+    ]
+    assert "1 seed: nothing is tested" in printed
+    assert str(out / "report.html") in printed
+    assert "--seeds 3" in printed
+    assert len(printed.splitlines()) < 15
+    assert "| condition |" in (out / "table.md").read_text()
 
 
 REQUIRED = ["--model-name", "m", "--hook-name", "h", "--dataset-path", "d", "--out", "o"]

@@ -571,7 +571,7 @@ def test_a_page_shows_features_with_and_without_whitening_and_the_report_links_i
 ):
     folder, records = finished
     out = shutil.copytree(folder, tmp_path / "comparison")
-    monkeypatch.setattr("sae_whiten.comparison.report._comparison_figures", lambda *_: [])
+    monkeypatch.setattr("sae_whiten.comparison.report.comparison_figures", lambda *_: [])
     write_report(records, out, {})
     assert "features.html" not in (out / "report.html").read_text()
     page = write_feature_page(SMALL, records, tiny_model(), tiny_dataset(600), out, "tokens")

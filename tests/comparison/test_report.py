@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae_whiten.comparison import document, figures, report
+from sae_whiten.comparison import document, figures
+from sae_whiten.comparison.brief import terminal_text
 from sae_whiten.comparison.document import Code, Details, Heading, Paragraph, Table, code
 from sae_whiten.comparison.figures import (
     Point,
@@ -30,6 +31,7 @@ from sae_whiten.comparison.paired import (
     measurement_noise,
     paired_difference,
 )
+from sae_whiten.comparison.panels import comparison_figures
 from sae_whiten.comparison.report import (
     comparison_markdown,
     describe_difference,
@@ -380,7 +382,7 @@ def test_the_report_of_what_has_no_sparsity() -> None:
         ["`none`", "`topk`", "0.600 (1 of 2)"],
         ["`scaled`", "`top_afa`", "0.650 ± 0.071"],
     ]
-    drawings = {name: panels for name, _, _, panels in report._comparison_figures(comparison)}
+    drawings = {name: panels for name, _, _, panels in comparison_figures(comparison)}
     lines = drawings["top_afa-l0"]["explained variance ↑"]
     points = {name: [(p.x, p.y) for p in points] for name, points in lines.items()}
     assert points["none"] == [(25, pytest.approx(0.75))]
@@ -500,6 +502,26 @@ def test_more_is_not_always_better(metric: str, sign: int, words: str) -> None:
     text = describe_difference(group, "half", "none")
     found = [float(x) for x in re.findall(r"CI ([\d.]+) to ([\d.]+)", text)[0]]
     assert found == pytest.approx([low, high], abs=0.01)
+
+
+def test_a_terminal_shows_a_line_for_each_condition_and_what_differs() -> None:
+    half = [{**m, "dead_latents": 7, "sae_probes_auc_top_16": 0.7} for m in NONE]
+    runs = [*RECORDS, *(record("half", i, **m) for i, m in enumerate(half))]
+    title, header, *lines, _, tested = terminal_text(summarise(runs)).splitlines()
+    assert title == "topk, k = 32"
+    assert " ".join(header.split()) == "explained variance dead latents L0 sae-probes AUC top 16"
+    assert [line.split() for line in lines] == [
+        ["none", "0.820", "12.0", "32.0", "–"],
+        ["original", "0.809", "worse", "13.0", "32.0", "–"],
+        ["half", "0.820", "7.0", "32.0", "0.700"],
+    ]
+    assert "than none" in tested
+    assert "3 seeds" in tested
+    two = terminal_text(summarise([run for run in RECORDS if run["seed"] < 2]))
+    assert "worse" not in two
+    assert two.endswith("2 seeds: nothing is tested, and any of these differences may be chance.")
+    assert "no condition but none" in terminal_text(summarise(RECORDS[3:]))
+    assert "Nothing is compared" in terminal_text(summarise([sweep_point("none", 0, 1, l0=9)]))
 
 
 def test_the_best_is_bold_only_where_that_is_significant() -> None:
@@ -819,7 +841,7 @@ def test_probing_scr_and_tpp_are_drawn_against_the_number_of_latents(
     plot_against_n_latents({"TPP": ("N", {"none": [Point(2, 0.1), Point(100, 0.2)]})}, "unused")
     assert drawn[0].axes[0].get_xlabel() == "N"
     drawn.clear()
-    (_, _, draw, panels) = report._comparison_figures(
+    (_, _, draw, panels) = comparison_figures(
         summarise([record("none", s, l0=32, **metrics) for s in (0, 1)])
     )[-1]
     assert draw is plot_against_n_latents

@@ -1,0 +1,176 @@
+"""The answer of a comparison in short: the first table of its report, and lines for a terminal."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from sae_whiten.comparison.document import Block, Paragraph, Table, code
+from sae_whiten.comparison.paired import FEWEST_SEEDS, PairedDifference
+from sae_whiten.comparison.summary import BASELINES, TESTED_METRICS, Group, Summary
+from sae_whiten.comparison.tables import smallest_differences
+from sae_whiten.comparison.wording import decimals_of, group_name, listed, number
+from sae_whiten.evaluation.catalogue import (
+    DEAD_LATENTS,
+    EXPLAINED_VARIANCE,
+    L0,
+    SAE_PROBES_AUC_AT,
+    SPARSE_PROBING_AT,
+    Metric,
+)
+
+__all__ = ["NOTHING_COMPARED", "brief_blocks", "terminal_text"]
+
+NOTHING_COMPARED = "Nothing is compared: no run has a k, and no L0 was named to compare sweeps at."
+
+_PROBES = (SAE_PROBES_AUC_AT[16], SPARSE_PROBING_AT[1])  # a terminal shows the first there is
+
+
+def terminal_text(comparison: Summary) -> str:
+    """The main metrics in plain text: a block per architecture and sparsity, a line per condition.
+
+    Beside each mean stands whether it is better or worse than that of the first baseline, where the
+    tests say so.
+    """
+    probe = [metric for metric in _PROBES if metric.key in comparison.metrics]
+    shown = [EXPLAINED_VARIANCE, DEAD_LATENTS, L0, *probe[:1]]
+    baseline = _baseline(comparison)
+    blocks = []
+    for group in comparison.groups:
+        rows = [[_terminal_cell(group, n, baseline, m) for m in shown] for n in group.conditions]
+        frame = pd.DataFrame(rows, group.conditions, [metric.name for metric in shown])
+        title = group_name(comparison, group).replace("`", "")
+        blocks.append(f"{title}\n{frame.to_string()}")
+    return "\n\n".join([*blocks, _what_was_tested(comparison)])
+
+
+def _terminal_cell(group: Group, condition: str, baseline: str, metric: Metric) -> str:
+    found = group.differences.get((condition, baseline), {}).get(metric.key)
+    said = ""
+    if found is not None and found.significant:
+        said = "better" if found.mean * metric.better > 0 else "worse"
+    # equally wide, so that the numbers stand below each other
+    return f"{number(group.spread(condition, metric.key).mean, metric.decimals)} {said:6}"
+
+
+def _what_was_tested(comparison: Summary) -> str:
+    """What better and worse mean, or why nothing is."""
+    if not comparison.groups:
+        return NOTHING_COMPARED
+    if (why := _why_no_differences(comparison)) is not None:
+        return f"No differences: {why}".replace("`", "")
+    n_seeds = _n_seeds(comparison)
+    if n_seeds < FEWEST_SEEDS:
+        seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
+        return f"{seeds}: nothing is tested, and any of these differences may be chance."
+    return (
+        f"better, worse: than {_baseline(comparison)}, told from chance over {n_seeds} seeds "
+        "(p < 0.05 after Holm's correction). Elsewhere no difference is told."
+    )
+
+
+def brief_blocks(comparison: Summary) -> list[Block]:
+    """How often each condition was significantly better or worse than the first baseline."""
+    if (why := _why_no_differences(comparison)) is not None:
+        return [Paragraph(f"No differences: {why}")]
+    if _n_seeds(comparison) == 1:
+        return [
+            Paragraph(
+                "One seed: nothing can be tested. Differences below are of single runs, and how "
+                "much of them is chance is not known."
+            )
+        ]
+    baseline = _baseline(comparison)
+    tested = [metric for metric in TESTED_METRICS if metric.key in comparison.metrics]
+    rows = []
+    for name in comparison.conditions:
+        if name == baseline:
+            continue
+        cells = [code(name)]
+        for metric in tested:
+            results = [
+                group.differences.get((name, baseline), {}).get(metric.key)
+                for group in comparison.groups
+            ]
+            cells.append(_brief_cell([d for d in results if d is not None], metric))
+        rows.append(cells)
+    caption = (
+        f"Mean difference from {code(baseline)}, its range where several architectures or "
+        "sparsities are compared, and in how many of these it is told from chance."
+    )
+    free = dict.fromkeys(code(g.architecture) for g in comparison.groups if g.sparsity is None)
+    if free:
+        caption += f" {listed(list(free))}: at the L0 that each SAE came to."
+    blocks = [
+        Table(["condition", *(m.name for m in tested)], rows, caption),
+        Paragraph(_notes(comparison)),
+    ]
+    smallest = smallest_differences(comparison, tested)
+    return blocks if smallest is None else [*blocks, smallest]
+
+
+def _notes(comparison: Summary) -> str:
+    """How the differences of the table were tested."""
+    n_families = sum(len(group.differences) for group in comparison.groups)
+    notes = (
+        f"Differences are paired over seeds, which share data, order and initialisation. A family "
+        f"of tests is one condition against one baseline in one group, over the metrics of this "
+        f"table; within it p-values are corrected by Holm's method, so that each of the "
+        f"{n_families} families has a chance of at most 5% of any false positive. They are not "
+        f"corrected across families. Confidence intervals are not corrected. Significant, or told "
+        f"from chance, means an adjusted p below 0.05 and more than the noise of the measurement; "
+        f"no significant difference does not mean no difference."
+    )
+    tests = {
+        d.test
+        for g in comparison.groups
+        for by_key in g.differences.values()
+        for d in by_key.values()
+    }
+    if _n_seeds(comparison) < FEWEST_SEEDS:
+        notes += " Two seeds are too few for any test."
+    if "t" in tests:
+        notes += (
+            " Where ranks of so few seeds could not be significant, the test is a t-test, which "
+            "takes the differences to be normal and finds those that are large beside their spread."
+        )
+    if "bootstrap" in tests:
+        notes += (
+            " Metrics of many tasks are paired over tasks too: seeds and tasks are both drawn "
+            "again (hierarchical bootstrap), so that a difference holds for others of both."
+        )
+    return notes
+
+
+def _baseline(comparison: Summary) -> str:
+    """The first baseline that was trained; empty if there is none."""
+    return next((name for name in BASELINES if name in comparison.conditions), "")
+
+
+def _n_seeds(comparison: Summary) -> int:
+    return max(len(group.seeds) for group in comparison.groups)
+
+
+def _why_no_differences(comparison: Summary) -> str | None:
+    baseline = _baseline(comparison)
+    if not baseline:
+        return f"none of the conditions is a baseline ({' or '.join(map(code, BASELINES))})."
+    if len(comparison.conditions) == 1:
+        return f"there is no condition but {code(baseline)}."
+    return None
+
+
+def _brief_cell(found: Sequence[PairedDifference], metric: Metric) -> str:
+    """The range of mean differences, and how many of them are told from chance."""
+    if not found:
+        return "–"
+    low, high = min(d.mean for d in found), max(d.mean for d in found)
+    decimals = max(decimals_of(d, metric) for d in found)
+    ends = dict.fromkeys(f"{end:+.{decimals}f}" for end in (low, high))
+    told = [d for d in found if d.significant]
+    better = sum(d.mean * metric.better > 0 for d in told)
+    said = [
+        f"{n} of {len(found)} {word}"
+        for n, word in ((better, "better"), (len(told) - better, "worse"))
+        if n
+    ]
+    return f"{' to '.join(ends)}\n{', '.join(said) or 'not told from chance'}"

@@ -1,0 +1,141 @@
+"""What the figures of a comparison show: their panels and captions."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_whiten.comparison.document import code
+from sae_whiten.comparison.figures import (
+    Point,
+    plot_against_l0,
+    plot_against_n_latents,
+    plot_differences,
+)
+from sae_whiten.comparison.paired import PairedDifference
+from sae_whiten.comparison.summary import BASELINES, TESTED_METRICS, Frame, Group, Summary
+from sae_whiten.comparison.wording import file_name, sparsity_text
+from sae_whiten.evaluation.catalogue import CURVES, Metric
+
+__all__ = ["Drawing", "comparison_figures", "metric_title"]
+
+
+class Drawing(NamedTuple):
+    """A figure that is still to be drawn.
+
+    Attributes:
+        name: Of its files, without suffix.
+        caption: Below it.
+        draw: Draws the panels and writes them to a path.
+        panels: What `draw` takes.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[Any, Path], None]
+    panels: Any
+
+
+def comparison_figures(comparison: Summary) -> list[Drawing]:
+    """Per hook and architecture: against L0, differences from the baselines, against latents."""
+    figures: list[Drawing] = []
+    several_hooks = comparison.runs.hook_name.nunique() > 1
+    for hook_name, architecture in comparison.families:
+        label = code(architecture) + (f", {code(hook_name)}" if several_hooks else "")
+        stem = file_name(architecture + (f"-{hook_name}" if several_hooks else ""))
+        groups = [
+            group
+            for group in comparison.groups
+            if (group.hook_name, group.architecture) == (hook_name, architecture)
+        ]
+        sweeps = {n: comparison.sweep(hook_name, architecture, n) for n in comparison.conditions}
+        # what is at no sparsity of its own can be judged beside what is at several
+        beside = {
+            f"{other}, {name}": comparison.sweep(hook_name, other, name)
+            for group in groups
+            for name, other in group.matched.index.droplevel("seed").unique()
+        }
+        panels = {}
+        for metric in TESTED_METRICS:
+            lines = {name: _points(sweep, metric.key) for name, sweep in sweeps.items()}
+            if any(lines.values()):
+                lines |= {name: _points(sweep, metric.key) for name, sweep in beside.items()}
+                panels[metric_title(metric)] = lines
+        if panels:
+            caption = (
+                f"{label}: metrics against L0, with arrows to what is better. Bars: standard "
+                "deviations over seeds."
+            )
+            if beside:
+                caption += " Beside it, by name, other architectures under the same conditions."
+            figures.append(Drawing(f"{stem}-l0", caption, plot_against_l0, panels))
+        for baseline in BASELINES:
+            panels = _difference_panels(groups, baseline)
+            if panels:
+                caption = (
+                    f"{label}: differences from {code(baseline)}, with 95% confidence intervals. "
+                    "Filled: significant after Holm's correction."
+                )
+                name = f"{stem}-differences-from-{file_name(baseline)}"
+                figures.append(Drawing(name, caption, plot_differences, panels))
+        panels = {}
+        for group in groups:
+            panels |= _n_latents_panels(group, comparison.conditions)
+        if panels:
+            caption = (
+                f"{label}: probing, SCR and TPP against the number of latents that they use or "
+                "remove. Bars: standard deviations over seeds."
+            )
+            figures.append(Drawing(f"{stem}-latents", caption, plot_against_n_latents, panels))
+    return figures
+
+
+def _points(sweep: Frame, key: str) -> list[Point]:
+    columns = [("l0", "mean"), (key, "mean"), ("l0", "std"), (key, "std")]
+    points = [Point(*row) for row in sweep[columns].itertuples(index=False, name=None)]
+    return [point for point in points if math.isfinite(point.y)]
+
+
+def metric_title(metric: Metric) -> str:
+    """Its name, with an arrow to what is better."""
+    return f"{metric.name} {'↑' if metric.better > 0 else '↓'}"
+
+
+def _difference_panels(
+    groups: Sequence[Group], baseline: str
+) -> dict[str, dict[tuple[str, str], PairedDifference]]:
+    panels: dict[str, dict[tuple[str, str], PairedDifference]] = {}
+    for metric in TESTED_METRICS:
+        for group in groups:
+            for (name, other), found in group.differences.items():
+                if other == baseline and metric.key in found:
+                    row = (sparsity_text(group), name)
+                    panels.setdefault(metric_title(metric), {})[row] = found[metric.key]
+    return panels
+
+
+def _n_latents_panels(
+    group: Group, conditions: Sequence[str]
+) -> dict[str, tuple[str, dict[str, list[Point]]]]:
+    panels: dict[str, tuple[str, dict[str, list[Point]]]] = {}
+    for curve in CURVES:
+        lines = {name: _curve_points(group, [name], curve.metrics) for name in conditions}
+        if any(lines.values()):
+            # the same for all conditions
+            baseline = _curve_points(group, conditions, curve.baselines)
+            lines |= {"residual channels": baseline} if baseline else {}
+            panels[f"{curve.name}, {sparsity_text(group)}"] = (curve.x_label, lines)
+    return panels
+
+
+def _curve_points(
+    group: Group, conditions: Sequence[str], metrics: Mapping[int, Metric]
+) -> list[Point]:
+    """Of the first of these conditions that has a value at each number of latents."""
+    points = []
+    for n, metric in metrics.items():
+        found = (group.spread(name, metric.key) for name in conditions)
+        known = next((s for s in found if math.isfinite(s.mean)), None)
+        if known is not None:
+            points.append(Point(n, known.mean, y_sd=known.sd))
+    return points
