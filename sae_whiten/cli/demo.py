@@ -42,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
     ):
         print(f"  {path:17}  {content}")
     print(
-        "\nNext, on a model of your own: how anisotropic it is, and whether whitening helps there\n"
+        "\nNext, on a model of your own: how anisotropic are its activations, does whitening help\n"
+        "there, and what do the latents fire at?\n"
         "  sae-whiten fit --model-name gpt2 --hook-name 'blocks.*.hook_resid_pre' \\\n"
         "    --dataset-path monology/pile-uncopyrighted --out gpt2-statistics\n"
         "  sae-whiten inspect gpt2-statistics\n"
         "  sae-whiten compare --help\n"
-        "  sae-whiten train --help"
+        "  sae-whiten train --help\n"
+        "  sae-whiten features SAE [SAE] --out features.html"
     )
     return 0
 

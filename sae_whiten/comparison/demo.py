@@ -18,6 +18,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,6 @@ _N_TEXTS = 40  # to probe with, of each combination of labels
 _LIBRARIES = ("numpy", "pandas", "scipy", "sklearn", "torch", "transformers")  # that these are of
 _KS = (1, 2, 5, 20)  # latents that a probe may use
 _BATCH_SIZE = 512  # tokens; smaller than usual, for more steps in so short a training
-# of 1e-3, 2e-3, 3e-3 and 4e-3 the one that leaves the fewest latents dead without whitening
-_LEARNING_RATE = 2e-3
 # The map x' = (x - mean) R diag(s) + m, R a random rotation: s falls by this many powers of ten,
 # and |m| is this many times the root of the total variance. Residual streams have as much of both.
 _DECADES, _MEAN = 2.5, 3.0
@@ -214,7 +213,7 @@ def _run(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
     from sae_lens.load_model import load_model
     from transformers import AutoTokenizer
 
-    from sae_whiten.comparison.conditions import CONDITIONS
+    from sae_whiten.comparison.demo_training import quality, train_sae
     from sae_whiten.evaluation.labels import library_texts
 
     text = _read_text(path, options.seed)
@@ -226,14 +225,28 @@ def _run(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
     tame = _activations(model, text, labels, options)
     versions = {"tame": tame, "anisotropic": tame.mapped(_anisotropic_map(tame.train))}
 
-    saes: dict[str, dict[str, dict[str, Any]]] = {}
+    tell(f"Training {len(versions) * len(CONDITIONS_SHOWN)} SAEs")
     for version, activations in versions.items():
         for condition in CONDITIONS_SHOWN:
-            tell(f"Training an SAE on {version} activations: {CONDITIONS[condition].description}")
-            _train(activations.train, condition, options, options.out / version / condition)
+            started = time.monotonic()
+            sae = train_sae(
+                activations.train,
+                condition,
+                options.out / version / condition,
+                d_sae=options.d_sae,
+                k=options.k,
+                n_steps=options.tokens // _BATCH_SIZE,
+                batch_size=_BATCH_SIZE,
+                seed=options.seed,
+            )
+            seconds = time.monotonic() - started
+            explained, n_dead = quality(sae, activations.held_out)
+            tell(
+                f"  {f'{version}, {condition}':22} explained variance {explained:.3f}, "
+                f"{n_dead:4} dead latents, {seconds:.0f} s"
+            )
     tell("Evaluating them in a fresh process, with sae_lens alone, and probing")
-    for version, activations in versions.items():
-        saes[version] = _evaluate(options, version, activations, labels)
+    saes = {version: _evaluate(options, version, x, labels) for version, x in versions.items()}
 
     from sae_whiten.estimation.spectrum import spectrum_summary
 
@@ -302,56 +315,6 @@ def _anisotropic_map(x: "Tensor") -> "Callable[[Tensor], Tensor]":
     direction = torch.randn(d, generator=generator, dtype=torch.float64)
     shift = _MEAN * variance.sqrt() * direction / direction.norm()
     return lambda rows: ((rows.double() - centre) @ matrix + shift).float()
-
-
-def _train(x: "Tensor", condition: str, options: DemoOptions, path: Path) -> None:
-    import torch
-    from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    from sae_whiten import WhiteningTrainer
-    from sae_whiten.comparison.conditions import CONDITIONS
-
-    whitening = CONDITIONS[condition].whitening
-    torch.manual_seed(options.seed)
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=_D_IN,
-            d_sae=options.d_sae,
-            k=options.k,
-            normalize_activations="none" if whitening is None else "covariance_whitening",
-        )
-    )
-    n_steps = options.tokens // _BATCH_SIZE
-    cfg = SAETrainerConfig(
-        total_training_samples=n_steps * _BATCH_SIZE,
-        train_batch_size_samples=_BATCH_SIZE,
-        device="cpu",
-        lr=_LEARNING_RATE,
-        lr_end=_LEARNING_RATE / 10,
-        lr_warm_up_steps=n_steps // 10,
-        lr_decay_steps=n_steps // 5,
-        # SAELens' 1000 steps are more than there are here, and no latent would ever count as dead
-        dead_feature_window=max(n_steps // 3, 1),
-        logger=LoggingConfig(log_to_wandb=False),
-    )
-
-    def batches() -> "Iterator[Tensor]":
-        generator = torch.Generator().manual_seed(options.seed)
-        while True:
-            order = torch.randperm(len(x), generator=generator)
-            for rows in order.split(_BATCH_SIZE):
-                if len(rows) == _BATCH_SIZE:
-                    yield x[rows]
-
-    if whitening is None:
-        SAETrainer(cfg, sae, batches()).fit().save_inference_model(path)
-        return
-    trainer = WhiteningTrainer(cfg, sae, batches(), whitening=whitening)
-    trainer.fit().save_inference_model(path)
-    assert trainer.whitening is not None  # it was estimated
-    trainer.whitening.save(path / "sae_whiten" / "whitening.safetensors")
 
 
 def _evaluate(

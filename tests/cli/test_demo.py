@@ -61,9 +61,19 @@ def test_the_table_is_of_what_is_on_disk(demo):
                 dead.append(int((sae.encode(x) != 0).any(0).logical_not().sum()))
             explained.append(1 - float(error / (x.double() - x.double().mean(0)).square().sum()))
     assert cells(printed, "explained variance") == pytest.approx(explained, abs=6e-4)
-    assert cells(printed, "dead latents") == dead
+    assert cells(printed, "dead latents, of") == dead
     assert min(cells(printed, "accuracy of a probe on 20 latents")) > 0.5
     assert (path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_for_each_training_says_what_the_table_says(demo):
+    _, printed = demo
+    lines = [line.split() for line in printed.splitlines() if line.endswith(" s")]
+    assert [line[:2] for line in lines] == [[f"{v},", c] for v in VERSIONS for c in CONDITIONS]
+    explained = [float(line[4].strip(",")) for line in lines]
+    assert explained == pytest.approx(cells(printed, "explained variance"), abs=2e-3)
+    assert [int(line[5]) for line in lines] == cells(printed, "dead latents, of")
+    assert "sae-whiten features SAE" in printed
 
 
 def test_the_map_keeps_what_a_linear_probe_can_find(demo):
