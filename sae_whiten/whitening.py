@@ -243,7 +243,7 @@ class Whitening:
             ValueError: The last dimension of `x` is not d_in, or its dtype is not floating.
         """
         self._check_input(x, "whiten")
-        W, _, mean, mean_rest = self._cast(x)
+        W, mean, mean_rest = self._cast("W", x)
         with full_precision(x.device):
             rows = x.reshape(-1, self.d_in).to(W.dtype) - mean
             # the mean was rounded to the dtype; mean_rest is what the rounding changes in z
@@ -252,7 +252,7 @@ class Whitening:
     def dewhiten(self, z: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """x = z @ W_inv + mean. Dtypes and errors as for `whiten`."""
         self._check_input(z, "dewhiten")
-        _, W_inv, mean, _ = self._cast(z)
+        W_inv, mean, _ = self._cast("W_inv", z)
         with full_precision(z.device):
             rows = z.reshape(-1, self.d_in).to(W_inv.dtype)
             return torch.addmm(mean, rows, W_inv).reshape(z.shape).to(z.dtype)
@@ -337,15 +337,15 @@ class Whitening:
                 f"Whitening.{method}: expected shape (..., {self.d_in}), got {tuple(x.shape)}"
             )
 
-    def _cast(self, x: Tensor) -> tuple[Tensor, ...]:
-        """W, W_inv, mean and -(mean - rounded mean) @ W, in the dtype and on the device of `x`."""
+    def _cast(self, matrix: Literal["W", "W_inv"], x: Tensor) -> tuple[Tensor, ...]:
+        """A matrix, mean and -(mean - rounded mean) @ W, in the dtype and on the device of `x`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        key = (x.device, dtype)
+        key = (matrix, x.device, dtype)
         if key not in self._casts:
             rounded = self.mean.to(dtype)
             rest = -(self.mean - rounded.double()) @ self.W
             self._casts[key] = tuple(
-                t.to(dtype).to(x.device) for t in (self.W, self.W_inv, rounded, rest)
+                t.to(dtype).to(x.device) for t in (getattr(self, matrix), rounded, rest)
             )
         return self._casts[key]
 

@@ -77,7 +77,7 @@ class ReconstructionMetric:
         mse = torch.nn.functional.mse_loss
         if self.weights is not None:
             dtype = torch.promote_types(preds.dtype, torch.float32)
-            return mse(preds.to(dtype), target.to(dtype), reduction="none") * self.weights
+            return mse(preds.to(dtype), target.to(dtype), reduction="none").mul_(self.weights)
         if self.residual_map is None:
             dtype = torch.promote_types(preds.dtype, target.dtype)  # PyTorch 2.6 mixes none
             return mse(preds.to(dtype), target.to(dtype), reduction="none")

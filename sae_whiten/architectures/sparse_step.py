@@ -126,9 +126,7 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     )
     if not isinstance(sae, AbsTopKTrainingSAE):
         values = values.relu()
-    decoded, rows_of_dead = decode(values, sae.W_dec, pairs, dead)
-    levels = decoded.view(len(x), len(widths), -1).cumsum(dim=1) + sae.b_dec
-    levels = levels.to(sae.W_dec.dtype).unbind(dim=1)
+    levels, rows_of_dead = _decode_levels(sae, values, pairs, dead, len(widths))
     sae_out = sae.hook_sae_recons(levels[-1])
 
     losses = {
@@ -212,6 +210,17 @@ def _pairs(found: Selection, widths: list[int], n_rows: int) -> ActivePairs:
     levels = torch.searchsorted(found.latents.new_tensor(widths), found.latents, right=True)
     bags = found.rows * len(widths) + levels
     return ActivePairs.of(found.rows, found.latents, widths[-1], bags, n_rows * len(widths))
+
+
+def _decode_levels(
+    sae: Any, values: Tensor, pairs: ActivePairs, dead: Tensor, n_levels: int
+) -> tuple[tuple[Float[Tensor, "batch d_in"], ...], Float[Tensor, "n_dead d_in"]]:
+    """The reconstruction by the latents up to each level, and the decoder rows of dead latents."""
+    decoded, rows_of_dead = decode(values, sae.W_dec, pairs, dead)
+    levels = decoded.unflatten(0, (-1, n_levels))
+    if n_levels > 1:
+        levels = levels.cumsum(dim=1)
+    return (levels + sae.b_dec).to(sae.W_dec.dtype).unbind(dim=1), rows_of_dead
 
 
 def _mean_error(sae: Any, reconstruction: Tensor, sae_in: Tensor) -> Tensor:
