@@ -33,7 +33,7 @@ from sae_whiten.whitening import Whitening
 
 __all__ = ["AffineWeights", "fold", "unfold"]
 
-_BLOCK = 1024  # latents per block: float64 temporaries of d_in x 1024
+_BLOCK = 1024  # latents per block: two float64 temporaries of d_in x 1024
 
 
 @dataclass
@@ -177,11 +177,13 @@ def _change_coordinates(
 
     def read(W: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """An encoder in the new coordinates, and the shift of its biases."""
-        new = torch.empty(encoder.shape[0], W.shape[1], dtype=dtype, device=home)
+        d_in = encoder.shape[0]
+        new = torch.empty(d_in, W.shape[1], dtype=dtype, device=home)
         shift = torch.empty_like(norms)
-        for block in _blocks(W.shape[1]):
-            old = _f64(W[:, block], device) * norms[block]
-            moved = encoder @ old
+        for block, old, moved in _blocks(W.shape[1], d_in, device):
+            old, moved = old.view(d_in, -1), moved.view(d_in, -1)
+            old.copy_(W[:, block].to(device)).mul_(norms[block])
+            torch.mm(encoder, old, out=moved)
             new[:, block] = moved
             shift[block] = offset @ moved - old_offset @ old
         return new, shift
@@ -190,8 +192,11 @@ def _change_coordinates(
     norms = ones if weights.decoder_norms is None else weights.decoder_norms.to(device)
     W_enc, shift = read(weights.W_enc, norms)
     W_dec = torch.empty(len(norms), decoder.shape[1], dtype=dtype, device=home)
-    for block in _blocks(len(norms)):
-        W_dec[block] = _f64(weights.W_dec[block], device) / norms[block, None] @ decoder
+    d_out = decoder.shape[1]
+    for block, old, moved in _blocks(len(norms), d_out, device):
+        old, moved = old.view(-1, d_out), moved.view(-1, d_out)
+        old.copy_(weights.W_dec[block].to(device)).div_(norms[block, None])
+        W_dec[block] = torch.mm(old, decoder, out=moved)
     biases = {}
     for name, b in weights.encoder_biases.items():
         gain = _f64(weights.gains[name], device) if name in weights.gains else 1.0
@@ -223,8 +228,16 @@ def _skip_connection(
     return skip.T, b_dec - origin @ skip
 
 
-def _blocks(n: int) -> Iterator[slice]:
-    return (slice(start, start + _BLOCK) for start in range(0, n, _BLOCK))
+def _blocks(n: int, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Blocks of n latents, each with two temporaries for its weights, flat and not initialised.
+
+    All blocks use the same memory: on a CPU, allocating it anew takes longer than filling it.
+    """
+    memory = torch.empty(2, min(n, _BLOCK) * width, dtype=torch.float64, device=device)
+    for start in range(0, n, _BLOCK):
+        block = slice(start, min(start + _BLOCK, n))
+        size = (block.stop - block.start) * width
+        yield block, memory[0, :size], memory[1, :size]
 
 
 def _f64(tensor: Tensor, device: torch.device | None = None) -> Tensor:

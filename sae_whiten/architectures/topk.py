@@ -120,7 +120,10 @@ def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"] | None:
     # set while an SAE is trained with sparsity_norms="original"
     in_original_space = getattr(sae, "sparsity_norms", None)
     if in_original_space is None:
-        norms = torch.linalg.vector_norm(W_dec, dim=1, dtype=torch.float64)
+        # some rows at a time, because the CPU converts all that it is given first
+        norms = torch.cat(
+            [torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in W_dec.split(128)]
+        )
     else:
         norms = in_original_space(W_dec.to(torch.promote_types(W_dec.dtype, torch.float32)))
     return norms.double().clamp(min=1e-8)

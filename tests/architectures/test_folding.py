@@ -326,6 +326,28 @@ def test_a_failed_fold_leaves_the_sae_as_it_was(broken, monkeypatch):
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
 
+def test_a_clear_proof_ends_early_and_no_fold_is_refused_without_all_activations(monkeypatch):
+    from sae_whiten.architectures import folding as adapter
+
+    x = friendly(N, D)
+    sae = training_sae("standard", D, 256)  # about half of the latents are active
+    broken = copy.deepcopy(sae)
+    check = fold_whitening_into_weights(sae, whitening_of(x), activations=x).check
+    assert check is not None
+    assert check.passed
+    assert 0 < check.n_activations < N / 2
+
+    def a_bit_off(weights, *args, **options):
+        new = fold(weights, *args, **options)
+        new.W_dec *= 1.001
+        return new
+
+    fold = adapter.fold
+    monkeypatch.setattr(adapter, "fold", a_bit_off)
+    with pytest.raises(FoldError, match=f"on {N} "):
+        fold_whitening_into_weights(broken, whitening_of(x), activations=x)
+
+
 def test_the_report_and_the_metadata_say_what_was_done():
     x = nasty(N, D)
     config = WhiteningConfig(kind="zca", eps=1e-2)
