@@ -1,10 +1,11 @@
 """The main job on a real pretrained model, in small: all-MiniLM-L6-v2 from its PyPI package."""
 
+import contextlib
+import io
+import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 
 from sae_whiten import ActivationStatistics, Whitening
-
-SMALL_DEMO = """
-import sys
 from sae_whiten.cli import main
-from sae_whiten.comparison import demo
+from sae_whiten.comparison import demo as job
+from tests.processes import run_code
 
-demo._N_HELD_OUT, demo._N_TEXTS = 5 * demo._SEQUENCES_PER_BATCH, 8
-demo._LIBRARIES = ("numpy", "pandas")
-sys.exit(main(["demo", *sys.argv[1:]]))
+# what `python evaluate_saes.py` does, which knows SAELens and nothing of ours, without a network
+EVALUATE = """
+    import runpy, socket, sys
+    socket.getaddrinfo = None
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -29,16 +31,24 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """What the demo writes, and what it prints, without a network."""
     path = tmp_path_factory.mktemp("demo")
     options = ["--tokens", "10240", "--d-sae", "512", "--k", "16", "--out", str(path)]
-    process = subprocess.run(
-        [sys.executable, "-c", SMALL_DEMO, *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        # a hub that cannot be reached: whatever is fetched fails
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "TQDM_DISABLE": "1"},
-    )
-    assert process.returncode == 0, process.stderr
-    return path, process.stdout
+    docstrings = job._docstrings
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("there is no network")
+
+    def evaluate(command: list[str], **options: Any) -> Any:
+        return run_code(EVALUATE, *command[1:])
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr("socket.getaddrinfo", refuse)
+        patch.setattr(job.subprocess, "run", evaluate)
+        patch.setattr(job, "_N_HELD_OUT", 5 * job._SEQUENCES_PER_BATCH)
+        patch.setattr(job, "_N_TEXTS", 8)
+        patch.setattr(job, "_LIBRARIES", ("numpy", "pandas"))
+        patch.setattr(job, "_docstrings", lambda seed: itertools.islice(docstrings(seed), 150))
+        assert main(["demo", *options]) == 0
+    return path, printed.getvalue()
 
 
 VERSIONS, CONDITIONS = ("tame", "anisotropic"), ("none", "centred", "original")

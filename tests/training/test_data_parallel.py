@@ -31,7 +31,7 @@ from tests.support import (
     whitening_of,
 )
 
-D_IN, N_STEPS, BATCH = 16, 100, 64
+D_IN, N_STEPS, BATCH = 16, 40, 64
 
 
 def batches(rank: int, world_size: int) -> Iterator[Tensor]:
