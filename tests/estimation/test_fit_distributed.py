@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 
@@ -125,10 +126,9 @@ def test_after_a_process_was_killed_all_go_on_from_the_round_they_have_in_common
 
 
 def fit_from_the_command_line(rank: int, *arguments: str) -> tuple[int, str]:
-    import sae_lens.load_model
-
-    sae_lens.load_model.load_model = lambda *args, **options: tiny_model()
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr("sae_lens.load_model.load_model", lambda *args, **options: tiny_model())
         return main(["fit", *arguments]), printed.getvalue()
 
 

@@ -216,7 +216,7 @@ def test_the_table_holds_mean_and_deviation_over_seeds(tmp_path: Path, done: lis
 
 
 def test_whitening_recovers_features_that_are_lost_without():
-    run = SyntheticRun(data=SMALL, d_sae=48, k=3, steps=600, batch_size=256, lr=2e-3)
+    run = SyntheticRun(data=SMALL, d_sae=48, k=3, steps=250, batch_size=256, lr=5e-3)
     scores = {
         condition: run_one(replace(run, condition=condition))["scores"]
         for condition in ("none", "centred", "whitened")

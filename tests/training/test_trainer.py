@@ -234,7 +234,7 @@ def test_logged_explained_variance_is_that_of_the_original_space():
 
 
 def test_the_original_space_objective_keeps_more_variance_than_the_whitened_one():
-    options = {"total_training_samples": BATCH * 300, "lr": 3e-3}
+    options = {"total_training_samples": BATCH * 150, "lr": 3e-3}
     x = torch.cat(list(batches(5, seed=9)))
     original, _ = fit(whitening=WhiteningConfig(), **options)
     whitened, _ = fit(whitening=WhiteningConfig(loss_space="whitened"), **options)

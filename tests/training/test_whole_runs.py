@@ -119,8 +119,11 @@ N_CALLS = 40
 """Calls of the model after which training has had some of its 80 steps, and not all of them."""
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("prefetch", [False, True], ids=["", "prefetching"])
+@pytest.mark.parametrize(
+    ("signum", "prefetch"),
+    [(signal.SIGINT, False), (signal.SIGTERM, True)],
+    ids=["SIGINT", "SIGTERM, prefetching"],
+)
 def test_an_interrupted_run_is_saved_and_resumed_to_the_bit(
     signum: signal.Signals, prefetch: bool, tmp_path: Path
 ) -> None:
