@@ -33,28 +33,33 @@ def add_probe_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         "--probe-tokens",
         choices=("last", "mean"),
         default="last",
-        help="of sae-probes: latents of a text's last token, as in its protocol, or their mean "
-        "over all of its tokens (default: %(default)s)",
+        help="with sae-probes: the latents of a text's last token, as in its protocol, or their "
+        "mean over all tokens (default: %(default)s)",
     )
     add(
         "--n-texts",
         type=positive,
         metavar="N",
-        help="texts with each (combination of) label(s), to fit probes and as many to score them "
-        "(default: 100); with sae-probes, texts of each task (default: all)",
+        help="texts per combination of labels to fit probes on, and as many to score them "
+        "(default: 100); with sae-probes, texts per task (default: all)",
     )
     add(
         "--labels-dataset",
         metavar="PATH",
         help="probe with a dataset of texts and labels instead, on the hub or a folder",
     )
-    add("--text-column", default="text", metavar="NAME", help="of it (default: %(default)s)")
+    add(
+        "--text-column",
+        default="text",
+        metavar="NAME",
+        help="its column of texts (default: %(default)s)",
+    )
     add(
         "--label-column",
         nargs="+",
         default=["label"],
         metavar="NAME",
-        help="of it (default: label); a second one, with two values, is what SCR needs",
+        help="its column of labels (default: label); SCR needs a second one, with two values",
     )
 
 

@@ -63,8 +63,8 @@ def add_dataset_arguments(
         "--dataset-split",
         default="train",
         metavar="SPLIT",
-        help="best one that the SAEs were not trained on: validation, or such as train[90%%:], for "
-        "which the dataset is downloaded (default: %(default)s)",
+        help="preferably one that the SAEs were not trained on: validation, or a part such as "
+        "train[90%%:], which downloads the dataset (default: %(default)s)",
     )
     group.add_argument("--no-streaming", action="store_true", help="download the dataset first")
 

@@ -78,7 +78,7 @@ def _print_table(found: DemoResult, d_sae: int) -> None:
     print(
         "\nnone: raw. centred: the mean subtracted. original: whitened, with the loss in the space"
         "\nof the activations (the default). Fold error: relative difference between the saved SAE,"
-        "\nwhich takes raw activations, and the one that was trained; these are rounding."
+        "\nwhich takes raw activations, and the one that was trained. It is rounding error."
         "\nThe map between tame and anisotropic is invertible: they hold the same information."
         "\nOne seed and a short training: an illustration, not a comparison."
     )

@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=3,
         metavar="N",
-        help="how often it is repeated, with other rows, to know its noise (default: %(default)s)",
+        help="how many times it is done, each time with other rows, to know its noise (default: "
+        "%(default)s)",
     )
     add(
         "--tpp-and-scr",
@@ -71,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     """Load, evaluate, write results.jsonl and table.md, and print the table."""
     from sae_whiten._files import atomic_path, check_writable
     from sae_whiten._redaction import redacted
-    from sae_whiten.comparison.report import evaluation_table, write_report
+    from sae_whiten.comparison.evaluation_report import evaluation_table
+    from sae_whiten.comparison.report import write_report
     from sae_whiten.evaluation.evaluate import evaluate_saes
 
     check_writable(args.out)

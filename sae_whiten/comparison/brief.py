@@ -20,7 +20,7 @@ from sae_whiten.evaluation.catalogue import (
 
 __all__ = ["NOTHING_COMPARED", "brief_blocks", "terminal_text"]
 
-NOTHING_COMPARED = "Nothing is compared: no run has a k, and no L0 was named to compare sweeps at."
+NOTHING_COMPARED = "Nothing is compared: no SAE has a k, and no L0 was given to compare sweeps at."
 
 _PROBES = (SAE_PROBES_AUC_AT[16], SPARSE_PROBING_AT[1])  # a terminal shows the first there is
 
@@ -75,7 +75,7 @@ def brief_blocks(comparison: Summary) -> list[Block]:
     if _n_seeds(comparison) == 1:
         return [
             Paragraph(
-                "One seed: nothing can be tested. Differences below are of single runs, and how "
+                "One seed: nothing can be tested. The differences below are of single runs. How "
                 "much of them is chance is not known."
             )
         ]
@@ -94,8 +94,8 @@ def brief_blocks(comparison: Summary) -> list[Block]:
             cells.append(_brief_cell([d for d in results if d is not None], metric))
         rows.append(cells)
     caption = (
-        f"Mean difference from {code(baseline)}, its range where several architectures or "
-        "sparsities are compared, and in how many of these it is told from chance."
+        f"Mean difference from {code(baseline)}, lowest to highest over architectures and "
+        "sparsities, and in how many of these it is told from chance."
     )
     free = dict.fromkeys(code(g.architecture) for g in comparison.groups if g.sparsity is None)
     if free:
@@ -112,13 +112,13 @@ def _notes(comparison: Summary) -> str:
     """How the differences of the table were tested."""
     n_families = sum(len(group.differences) for group in comparison.groups)
     notes = (
-        f"Differences are paired over seeds, which share data, order and initialisation. A family "
-        f"of tests is one condition against one baseline in one group, over the metrics of this "
-        f"table; within it p-values are corrected by Holm's method, so that each of the "
-        f"{n_families} families has a chance of at most 5% of any false positive. They are not "
-        f"corrected across families. Confidence intervals are not corrected. Significant, or told "
-        f"from chance, means an adjusted p below 0.05 and more than the noise of the measurement; "
-        f"no significant difference does not mean no difference."
+        "Differences are paired over seeds: with the same seed, all conditions share data, order "
+        "and initial weights. Significant, or told from chance, means an adjusted p below 0.05 and "
+        "a difference larger than the noise of the measurement. For each condition, baseline and "
+        "group, p-values are adjusted by Holm's method over the metrics of this table. So each of "
+        f"these {n_families} families of tests has a chance of at most 5% of any false positive. "
+        "p-values are not corrected across families, and confidence intervals are not corrected. "
+        "No significant difference does not mean no difference."
     )
     tests = {
         d.test
@@ -127,16 +127,16 @@ def _notes(comparison: Summary) -> str:
         for d in by_key.values()
     }
     if _n_seeds(comparison) < FEWEST_SEEDS:
-        notes += " Two seeds are too few for any test."
+        notes += " With two seeds nothing is tested."
     if "t" in tests:
         notes += (
-            " Where ranks of so few seeds could not be significant, the test is a t-test, which "
-            "takes the differences to be normal and finds those that are large beside their spread."
+            " With few seeds a test of ranks could not be significant. The test is then a t-test, "
+            "which takes the differences to be normal."
         )
     if "bootstrap" in tests:
         notes += (
-            " Metrics of many tasks are paired over tasks too: seeds and tasks are both drawn "
-            "again (hierarchical bootstrap), so that a difference holds for others of both."
+            " Metrics of many tasks are paired over tasks too: seeds and tasks are both resampled "
+            "(hierarchical bootstrap), so the result holds for other seeds and other tasks."
         )
     return notes
 

@@ -46,7 +46,7 @@ __all__ = ["Comparison", "compare"]
 logger = logging.getLogger(__name__)
 
 _RESULTS, _SETTINGS = "results.jsonl", "settings.json"
-# in one folder; left_out follows from the rest
+# settings that may change in a folder; left_out follows from the others
 _MAY_DIFFER = ("device", "left_out", "sweep_rounds")
 
 
@@ -72,7 +72,7 @@ def compare(
         model: As SAELens loads it, on the device of the comparison.
         dataset: With tokens or with text.
         out: Folder to write to.
-        model_name: For the metadata of the SAEs, as the three that follow.
+        model_name: For the metadata of the SAEs, like the next three.
         model_class_name: As SAELens calls it.
         model_from_pretrained_kwargs: What the model was loaded with.
         dataset_path: Name of the dataset.
@@ -229,7 +229,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     path = out / _SETTINGS
     settings = json.loads(json.dumps(redacted(settings), default=str))
     if path.is_file():
-        # defaults for fields that earlier versions did not write
+        # for fields that earlier versions did not write
         unknown = {
             "sae_options": {},
             "learning_rates": [],

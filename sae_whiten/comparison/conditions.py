@@ -1,4 +1,4 @@
-"""The conditions that SAEs are compared under: how each normalises activations, and in words."""
+"""The conditions of a comparison: how activations are normalised before an SAE sees them."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ class Condition:
     """How activations are normalised before an SAE sees them.
 
     Attributes:
-        description: In words.
-        whitening: None for SAELens' own `normalize_activations` of the same name.
+        description: One line, for help and reports.
+        whitening: None: SAELens' `normalize_activations` of the condition's name.
     """
 
     description: str
@@ -24,7 +24,7 @@ CONDITIONS = {
     "none": Condition("raw activations"),
     "centred": Condition(
         "the mean subtracted, nothing else",
-        # the identity matrix
+        # with strength 0 the matrix is the identity
         WhiteningConfig(kind="zca", strength=0.0),
     ),
     "expected_average_only_in": Condition(
@@ -39,7 +39,7 @@ CONDITIONS = {
         WhiteningConfig(loss_space="original"),
     ),
     "original_norms": Condition(
-        "as `original`, sparsity charged by decoder norms of the original space",
+        "as `original`, sparsity weighted by decoder norms in the space of the activations",
         WhiteningConfig(loss_space="original", sparsity_norms="original"),
     ),
     "half": Condition(

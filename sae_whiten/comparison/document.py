@@ -1,7 +1,7 @@
-"""A document of a few kinds of blocks, as Markdown and as one self-contained HTML page.
+"""Documents made of blocks, as Markdown or as one self-contained HTML page.
 
-Texts may contain `code` and **bold**; everything else in them is text. `code` makes a code span of
-a name that somebody else chose.
+In texts, `code` and **bold** are marked up, and everything else is literal. The function `code`
+makes a code span of any name.
 """
 
 import base64
@@ -60,7 +60,7 @@ class Items:
 
 @dataclass(frozen=True)
 class Link:
-    """A line that leads to a file beside the document."""
+    """A link to a file beside the document, on a line of its own."""
 
     kind: ClassVar = "link"
     text: str
@@ -69,7 +69,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it is, in a fixed width."""
+    """Preformatted text."""
 
     kind: ClassVar = "code"
     text: str
@@ -90,7 +90,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG file and what it shows."""
+    """A PNG file with a caption."""
 
     kind: ClassVar = "figure"
     path: Path
@@ -99,7 +99,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Details:
-    """Blocks that are folded away until the reader asks for them, and not printed."""
+    """Blocks that are collapsed until the reader opens them. Collapsed, they are not printed."""
 
     kind: ClassVar = "details"
     title: str
@@ -118,7 +118,7 @@ def code(name: object) -> str:
 
 
 def to_markdown(blocks: Sequence[Block], directory: str | Path) -> str:
-    """GitHub-flavoured Markdown of a file in `directory`, which figures are linked from."""
+    """GitHub-flavoured Markdown. Links to figures are relative to `directory`."""
     return "\n\n".join(_markdown(block, Path(directory)) for block in blocks) + "\n"
 
 

@@ -24,7 +24,7 @@ def evaluation_table(records: Sequence[Mapping[str, Any]], *, others: bool = Tru
 
     Args:
         records: One per SAE, with "name" and "metrics" (numbers by name; None is not measured).
-        others: Whether the second table follows.
+        others: Whether to add the second table.
 
     Raises:
         ValueError: A record has no name or a metric that is not a number.
@@ -64,7 +64,7 @@ def evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def _noise_of_probes(records: Sequence[Mapping[str, Any]]) -> str:
-    """How far probing again moves the figures of an SAE, in words; nothing if it was done once."""
+    """The noise of the probes, in a sentence; empty if probing was not repeated."""
     noise = []
     for metric in (m for m in MAIN_METRICS if m in PROBING):
         sds = [
@@ -81,7 +81,7 @@ def _noise_of_probes(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _why_absent(records: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """What was not measured because it would mean nothing, with the SAEs concerned."""
+    """Why something was not measured, with the SAEs concerned."""
     reasons: dict[str, list[str]] = {}
     for record in records:
         for key, why in (record.get("absent") or {}).items():

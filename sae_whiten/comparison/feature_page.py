@@ -40,13 +40,13 @@ def write_feature_page(
         comparison: What was compared.
         records: What `compare` found.
         model: As for `compare`.
-        dataset: As for `compare`; the page is of the rows that are held out.
+        dataset: As for `compare`. The page shows its held-out rows.
         out: The folder, with the SAEs and the statistics.
         dataset_path: What the dataset is called.
 
     Returns:
-        The page; None if there are no two SAEs of one architecture and seed under different
-        conditions, or their features cannot be shown, of which a warning is logged.
+        The page. None if no two SAEs of one architecture and seed have different conditions, or
+        if their features cannot be shown; a warning then says why.
     """
     page, pair = Path(out) / FEATURE_PAGE, choose_pair(records)
     if page.is_file():
@@ -70,7 +70,7 @@ def write_feature_page(
             context_size=context_size,
             batch_size_prompts=comparison.store_batch_size_prompts,
         )
-    except ValueError as error:  # what was trained and measured is worth its report all the same
+    except ValueError as error:  # the report is worth writing all the same
         logger.warning("no page of features: %s", error)
         return None
     write_page(found, page, {"dataset": f"{dataset_path} (held out)"})
@@ -97,7 +97,7 @@ def choose_pair(
 def _under(
     records: Sequence[Mapping[str, Any]], conditions: Sequence[str]
 ) -> list[Mapping[str, Any]]:
-    """Those under the first of these conditions that there is, or else under the first there is."""
+    """The records of the first of these conditions that occurs, else of the first that does."""
     there = [str(record["condition"]) for record in records]
     chosen = next((name for name in (*conditions, *there) if name in there), None)
     return [record for record in records if record["condition"] == chosen]

@@ -24,7 +24,7 @@ __all__ = [
 
 _PAGE_WIDTH = 7.0  # inches, both columns of a paper
 _MOST_TICKS = 7
-_OFF_K = 0.02  # relative
+_OFF_K = 0.02  # relative: an L0 this close to a whole number counts as k
 
 # with 9 markers, cycles of lengths 9, 4 and 3 repeat together after 36 lines
 _LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
@@ -45,7 +45,7 @@ def plot_against_l0(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: s
 
     Args:
         panels: `panels[metric][condition]`, points in ascending order of L0. The order of the
-            conditions chooses their styles; one without points keeps its place in that.
+            conditions decides their styles, whether or not each has points.
         path: Where to write; its suffix is the format (.png, .pdf, .svg).
 
     Raises:
@@ -61,7 +61,7 @@ def plot_against_n_latents(
     """Draw metrics against the number of latents that they use or remove, K or N.
 
     Args:
-        panels: By metric the name of the x axis, and by condition the points in ascending order.
+        panels: `panels[metric]`: label of the x axis, and points in ascending order by condition.
         path: Where to write; its suffix is the format (.png, .pdf, .svg).
 
     Raises:
@@ -161,7 +161,7 @@ def _plot_lines(
 
 
 def _draw_points(axes: Any, points: Sequence[Point], i: int) -> Any:
-    """Points of line number `i` with their bars; returns what stands for them in a legend."""
+    """Draw line `i` with its error bars, and return its handle for the legend."""
     grey = _GREYS[i % len(_GREYS)]
     return axes.errorbar(
         [point.x for point in points],
@@ -187,7 +187,7 @@ def _logarithmic_x(axes: Any, x: Sequence[float | int]) -> None:
     if not x or max(x) <= 3 * min(x):
         return
     axes.set_xscale("log")
-    # chosen numbers, such as k: the L0 of TopK SAEs is k but for tokens with fewer active latents
+    # at the k that were trained: the L0 of a TopK SAE is k, or slightly less
     ticks = sorted({round(value) for value in x})
     chosen = all(abs(value - round(value)) <= _OFF_K * value for value in x)
     apart = all(b > 1.5 * a for a, b in itertools.pairwise(ticks))

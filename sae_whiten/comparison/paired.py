@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 FEWEST_SEEDS = 3
-"""With fewer nothing is tested: two differences that happen to be near each other would be enough
-to make a t-test significant."""
+"""With fewer seeds nothing is tested: two differences that are close by chance would make a t-test
+significant."""
 
 _LEVEL = 0.05
 _RESAMPLES = 4000
@@ -83,9 +83,9 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
 
     The test is Wilcoxon's signed-rank test where it could reach 0.05 at all, else the paired
     t-test. With n pairs the smallest p-value of Wilcoxon's exact test is 2^(1 - n): with fewer than
-    6 pairs it is above 0.05 whatever the data, and with m comparisons Holm's correction asks the
-    smallest to be below 0.05 / m. The t-test takes the differences to be normal, which a handful of
-    them cannot show.
+    6 pairs it is above 0.05 whatever the data, and with m comparisons Holm's correction needs the
+    smallest to be below 0.05 / m. The t-test takes the differences to be normal, which so few
+    cannot show.
 
     Args:
         a: Values of one condition, one per seed.
@@ -93,9 +93,9 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
         n_comparisons: Number m of comparisons that the p-value will be corrected for.
 
     Returns:
-        The difference. With one pair or two there is no test: p is NaN, with one the interval too.
-        Both are NaN if all differences are the same up to rounding and not 0, because then the seed
-        had no effect on the difference and says nothing about chance. If all are 0, p is 1.
+        The difference. With one or two pairs nothing is tested: p is NaN, and with one pair the
+        interval too. Both are NaN if all differences are equal up to rounding and not 0: the seed
+        then had no effect, and nothing tells how large chance is. If all are 0, p is 1.
 
     Raises:
         ValueError: The numbers of values differ, no pair is complete, or a value is infinite.
@@ -133,7 +133,7 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
     )
 
 
-def bootstrap_difference(a: _ByTask, b: _ByTask, seed: int = 0) -> PairedDifference:
+def bootstrap_difference(a: _ByTask, b: _ByTask) -> PairedDifference:
     """Compare one metric of two conditions over seeds and tasks: a hierarchical bootstrap.
 
     Seeds and tasks are crossed, every seed having every task, so both are drawn with replacement,
@@ -146,11 +146,10 @@ def bootstrap_difference(a: _ByTask, b: _ByTask, seed: int = 0) -> PairedDiffere
     Args:
         a: Values of one condition, shape (S, T), T at least 2.
         b: Values of the other, of the same seeds and tasks. Seeds with a NaN are left out.
-        seed: Of the resampling.
 
     Returns:
-        The difference; with one seed or two p is NaN, with one the interval too. It is of the test
-        "none" if all differences are the same up to rounding.
+        The difference. With one or two seeds p is NaN, and with one the interval too. `test` is
+        "none" if all differences are equal up to rounding.
 
     Raises:
         ValueError: The shapes differ, no seed is complete, or a value is infinite.
@@ -175,7 +174,7 @@ def bootstrap_difference(a: _ByTask, b: _ByTask, seed: int = 0) -> PairedDiffere
     rest = difference - mean - of_seeds - of_tasks
     of_seeds = of_seeds * math.sqrt(n_seeds / (n_seeds - 1))
     of_tasks = of_tasks * math.sqrt(n_tasks / (n_tasks - 1))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     seeds, tasks = (
         rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) / n for n in (n_seeds, n_tasks)
     )
@@ -224,8 +223,8 @@ def _wilcoxon(difference: Float[ndarray, "n"]) -> float:
     if len(difference) > 13 or len(np.unique(ranks)) == len(ranks):
         result: Any = stats.wilcoxon(difference)
         return float(result.pvalue)
-    # accuracies are multiples of 1 / n, and ties common among them; for these older versions of
-    # scipy approximate by a normal distribution, which 2^13 signs at most do not ask for
+    # Ties are common: accuracies are multiples of 1 / n. Older versions of scipy approximate their
+    # p-value by a normal distribution; with up to 2^13 signs it can be exact.
     return float(
         stats.permutation_test(
             (np.sign(difference) * ranks,),

@@ -49,7 +49,7 @@ def comparison_figures(comparison: Summary) -> list[Drawing]:
             if (group.hook_name, group.architecture) == (hook_name, architecture)
         ]
         sweeps = {n: comparison.sweep(hook_name, architecture, n) for n in comparison.conditions}
-        # what is at no sparsity of its own can be judged beside what is at several
+        # SAEs without a set sparsity are drawn beside the sweeps of other architectures
         beside = {
             f"{other}, {name}": comparison.sweep(hook_name, other, name)
             for group in groups
@@ -67,7 +67,7 @@ def comparison_figures(comparison: Summary) -> list[Drawing]:
                 "deviations over seeds."
             )
             if beside:
-                caption += " Beside it, by name, other architectures under the same conditions."
+                caption += " Other architectures under the same conditions are shown by name."
             figures.append(Drawing(f"{stem}-l0", caption, plot_against_l0, panels))
         for baseline in BASELINES:
             panels = _difference_panels(groups, baseline)
@@ -131,7 +131,7 @@ def _n_latents_panels(
 def _curve_points(
     group: Group, conditions: Sequence[str], metrics: Mapping[int, Metric]
 ) -> list[Point]:
-    """Of the first of these conditions that has a value at each number of latents."""
+    """A point for each number of latents, of the first condition that has a value there."""
     points = []
     for n, metric in metrics.items():
         found = (group.spread(name, metric.key) for name in conditions)

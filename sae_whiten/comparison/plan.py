@@ -20,19 +20,19 @@ from sae_whiten.statistics import ActivationStatistics
 
 __all__ = ["Arm", "Comparison", "arms", "sae_config", "scales"]
 
-# fields of training configs that a comparison sets, beside that of the sparsity
+# fields of training configs that a comparison sets itself, beside the sparsity
 _OWN_FIELDS = ("d_in", "d_sae", "device", "normalize_activations", "metadata")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One SAE of a comparison, but for its seed.
+    """One SAE of a comparison, without its seed.
 
     Attributes:
         architecture: Its training architecture.
         condition: A name in `CONDITIONS`.
         sparsity: k, where the architecture has one.
-        coefficient: Where it has a sparsity coefficient, that, as for activations of variance 1.
+        coefficient: Sparsity coefficient for activations of variance 1, where it has one.
     """
 
     architecture: str
@@ -42,7 +42,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         name = f"{self.architecture}-{self.condition}"
         if self.sparsity is not None:
             return f"{name}-k{self.sparsity}"
@@ -69,14 +69,14 @@ class Comparison(ComparisonOptions):
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}={values}: at least one, and none twice")
-            # as JSON gives them back
+            # lists, as they come back from JSON
             object.__setattr__(self, name, values)
         object.__setattr__(self, "learning_rates", list(self.learning_rates))
         if self.learning_rates and "expected_average_only_in" in self.conditions:
             raise ValueError(
-                "expected_average_only_in takes its scaling factor from batches that SAEs beside "
-                "it then lack, so it cannot be trained at a learning rate of its own: leave out it "
-                "or learning_rates"
+                "expected_average_only_in takes its scaling factor from batches that are then lost "
+                "to all SAEs trained with it. So it cannot be trained at a learning rate of its "
+                "own: leave out this condition, or learning_rates"
             )
         for name, known in (
             ("condition", CONDITIONS),
@@ -161,7 +161,7 @@ class Comparison(ComparisonOptions):
         return json.loads(json.dumps({name: dict(given) for name, given in options.items()}))
 
     def _check_arms(self) -> None:
-        """Refuse what has nothing to be compared with, and what a training config refuses."""
+        """Refuse a comparison in which nothing differs, and options that a config refuses."""
         for architecture in self.architectures:
             given = self.sae_options.get(architecture, {})
             for name in describe(architecture).required_options:
@@ -175,7 +175,7 @@ class Comparison(ComparisonOptions):
                     f"{', '.join(self.conditions)}: {'; '.join(dict.fromkeys(reasons.values()))}"
                 )
         planned = arms(self)
-        # several architectures may be compared without any whitening
+        # several architectures may be compared without whitening
         if len(self.architectures) == 1 and not any(arm.is_whitened for arm in planned):
             why = dict.fromkeys(r for reasons in left_out.values() for r in reasons.values())
             whitening = (name for name, c in CONDITIONS.items() if c.whitening is not None)
@@ -233,10 +233,9 @@ def sae_config(
     """The training config of an SAE.
 
     Args:
-        comparison: That it is of.
-        arm: Which SAE.
-        statistics: Of the activations; None: as for activations of width and variance 1, to see
-            what the config refuses.
+        comparison: The comparison that it belongs to.
+        arm: The SAE.
+        statistics: Of the activations. None: width and variance 1, to check the options.
     """
     d_in = 1 if statistics is None else statistics.d_in
     seen, loss = (1.0, 1.0) if statistics is None else scales(arm.condition, statistics)
@@ -254,7 +253,7 @@ def sae_config(
     if field is not None:
         options[field] = arm.sparsity if described.sparsity_is_exact else arm.coefficient
     config = config_class(**options)
-    # a loss that grows like the latents to some power, beside one that grows like `loss` squared
+    # the reconstruction loss grows with loss^2, these terms with a power of what the SAE sees
     scaled = {
         name: getattr(config, name) * (loss**2 / seen**power)
         for name, power in described.scaled_fields.items()
@@ -264,12 +263,12 @@ def sae_config(
 
 
 def scales(condition: str, statistics: ActivationStatistics) -> tuple[float, float]:
-    """Root mean variance of the coordinates that an SAE sees, and of those its loss is taken of."""
+    """Root mean variance of the coordinates that an SAE sees, and of those in its loss."""
     eigenvalues = torch.linalg.eigvalsh(statistics.covariance).clamp(min=0)
     rms = float(eigenvalues.mean().sqrt())
     whitening = CONDITIONS[condition].whitening
     if condition == "expected_average_only_in":
-        # scaled such that the norm is about the root of the width, the mean included
+        # scaled to a norm of sqrt(d) on average, the mean included
         norm = math.sqrt(float(statistics.mean.square().sum() + eigenvalues.sum()))
         seen = loss = rms * math.sqrt(statistics.d_in) / norm
     elif whitening is None:
@@ -277,6 +276,6 @@ def scales(condition: str, statistics: ActivationStatistics) -> tuple[float, flo
     else:
         kept = float(eigenvalues.pow(1 - whitening.strength).mean().sqrt())
         seen = 1.0 if whitening.strength == 1 else kept
-        # `ReconstructionMetric`: d for the mean's prediction, whatever the space
+        # `ReconstructionMetric` is normalised: predicting the mean costs d in any space
         loss = 1.0
     return seen, loss

@@ -18,9 +18,9 @@ def describe_difference(group: Group, condition: str, baseline: str) -> str:
     """What the tests say about two conditions of a group, in one or a few sentences.
 
     Args:
-        group: Of `Comparison.groups`.
-        condition: The one that is compared.
-        baseline: What it is compared with; `group.differences` has the pair.
+        group: Of `Summary.groups`.
+        condition: The condition.
+        baseline: The baseline that it is compared with. `group.differences` has the pair.
     """
     found = group.differences[condition, baseline]
     pair = f"{code(condition)} and {code(baseline)}"
@@ -92,7 +92,7 @@ def _why_not_compared(group: Group, condition: str, baseline: str, metric: str) 
 
 
 def sparsity_warning(group: Group, comparison: Summary) -> str | None:
-    """What keeps the conditions of a group from being equally sparse, in words."""
+    """How conditions came to the same L0, or that they did not; None if there is nothing to say."""
     if group.interpolated:
         assert group.sparsity is not None
         gaps, missing = [], []
@@ -107,8 +107,8 @@ def sparsity_warning(group: Group, comparison: Summary) -> str | None:
                 l0s = comparison.l0_by_coefficient(group, name)
                 missing.append(lacking_coefficient(list(l0s), list(l0s.values()), group.sparsity))
         said = (
-            "Read off each seed's sweep, linear in log L0 between the two nearest SAEs: coarse "
-            "where these are far apart in the figure against L0."
+            "Interpolated in each seed's sweep, linear in log L0 between the two nearest SAEs. "
+            "This is coarse where they are far apart in the figure against L0."
         )
         if gaps:
             said += f" Not all sweeps reach {sparsity_text(group)}: {'; '.join(gaps)}."
@@ -127,5 +127,5 @@ def sparsity_warning(group: Group, comparison: Summary) -> str | None:
     why = "At equal k" if group.sparsity is not None else "Nothing sets their sparsity, and"
     return (
         f"{why} these SAEs are not equally sparse: L0 is {l0s[low]:.3g} for {code(low)} and "
-        f"{l0s[high]:.3g} for {code(high)}, which by itself moves the other metrics."
+        f"{l0s[high]:.3g} for {code(high)}. This alone moves the other metrics."
     )

@@ -1,4 +1,4 @@
-"""From the records of single runs to means, spreads and paired differences at equal sparsity."""
+"""Summarise runs: means, spreads and paired differences at equal sparsity."""
 
 import math
 import statistics
@@ -75,11 +75,11 @@ TESTED_METRICS = (
     SCR_AT[20],
     TPP_AT[20],
 )
-"""The family of tests that Holm's method corrects together: these metrics, as far as they were
-measured, for one condition against one baseline in one group."""
+"""Holm's method corrects these metrics together, as far as they were measured: for one condition
+against one baseline in one group."""
 
 Frame: TypeAlias = Any
-"""A `pandas.DataFrame`; of what is selected from one, pandas' own annotations say too little."""
+"""A `pandas.DataFrame`. Any, because its annotations are too vague for a type checker."""
 
 _SETTING = ["sparsity", "coefficient"]
 _RUN = ["hook_name", "architecture", "condition", *_SETTING, "seed"]
@@ -151,7 +151,7 @@ class Group:
         return sorted(self.values.index.unique("seed"))
 
     def by_seed(self, metric: str) -> Frame:
-        """A row per seed, a column per condition; nothing at all of what was not measured."""
+        """A row per seed, a column per condition; empty if the metric was not measured."""
         if metric not in self.values:
             return pd.DataFrame()
         return self.values[metric].unstack("condition")
@@ -238,7 +238,7 @@ def summarise(
     if targets is None:
         targets = sorted(runs.sparsity.dropna().unique())
     families = list(dict.fromkeys(zip(runs.hook_name, runs.architecture, strict=True)))
-    # here as in whatever is made of them
+    # sorted here, and so in everything made of them
     runs = runs.sort_values("seed", kind="stable")
     runs = runs.sort_values("condition", key=lambda c: c.map(conditions.index), kind="stable")
     is_exact, is_swept = runs.sparsity.notna(), runs.sparsity.isna() & runs.coefficient.notna()
@@ -262,7 +262,7 @@ def summarise(
 
 
 def read_metrics(record: Mapping[str, Any], where: str) -> dict[str, float]:
-    """The metrics of a record that have a value, those that it has with other seeds among them.
+    """The metrics of a record that have a value, `across_seeds` included.
 
     Raises:
         ValueError: There is no mapping of metrics, or one is not a number; names `where`.
@@ -395,7 +395,7 @@ def _at_l0(values: Frame, l0s: Frame, l0: float | int) -> dict[Any, float]:
     if not 0 < l0 < math.inf:
         return {}
     found = {key: interpolate_at(l0s.to_numpy(), values[key].to_numpy(), l0) for key in values}
-    # a straight line in log L0 does not give back L0 itself
+    # linear in log L0, L0 itself would come out wrong
     if not math.isnan(found.get("l0", math.nan)):
         found["l0"] = float(l0)
     return found
@@ -441,7 +441,7 @@ def _by_task(
 
 
 def _with_noise(groups: Sequence[Group]) -> list[Group]:
-    """The same with the noise of the measurement, by metric pooled over all that are compared."""
+    """Add the noise of the measurement to all differences, per metric pooled over all pairs."""
     again: dict[str, list[Any]] = {}
     for group in groups:
         for pair, found in group.differences.items():

@@ -47,8 +47,8 @@ PROBING = (SPARSE_PROBING_AT[1], *SAE_PROBES_AUC_AT.values(), SCR_AT[20], TPP_AT
 
 MISLEADING = (SCR_AT[20], SCR_DENOMINATOR, TPP_AT[20])
 WHY_MISLEADING = (
-    "Conclude nothing from TPP and SCR: both fail tests of what they are for, TPP falling the "
-    "longer an SAE trains and SCR being negatively correlated with known features found (Chanin, "
+    "Conclude nothing from TPP and SCR. Both fail tests of what they are for: TPP falls the longer "
+    "an SAE trains, and SCR is negatively correlated with the recovery of known features (Chanin, "
     "arXiv 2605.18229). They are here because they were asked for."
 )
 
@@ -63,7 +63,7 @@ _TESTS = {
 def learning_rate_table(
     found: Mapping[str, Mapping[str, Mapping[str, float | None]]],
 ) -> Table:
-    """The scores of all learning rates that were tried, the best in bold."""
+    """Scores by architecture, condition and learning rate."""
     rows = []
     rates: list[str] = []
     for architecture, by_condition in found.items():
@@ -77,14 +77,15 @@ def learning_rate_table(
             ]
             rows.append([f"{code(architecture)}, {code(condition)}", *cells])
     caption = (
-        "Explained variance of held-out activations, in the space that the loss is taken in, after "
-        "an eighth of the training with the first seed (–: no SAE near the wanted L0). Every "
-        "condition is trained at its best, in bold."
+        "Explained variance of held-out activations in the space of the loss, after an eighth of "
+        "the training with the first seed (–: no SAE near the wanted L0). Bold: the best, at which "
+        "all SAEs of the condition are trained."
     )
     return Table(["", *rates], rows, caption)
 
 
 def means_table(group: Group, shown: Sequence[Metric]) -> Table:
+    """Means over seeds: a row per condition, a column per metric."""
     columns = {"condition": [code(name) for name in group.conditions]}
     n, any_bold = len(group.seeds), False
     for metric in shown:
@@ -108,14 +109,14 @@ def means_table(group: Group, shown: Sequence[Metric]) -> Table:
         caption += f" {WHY_MISLEADING}"
     if any_bold:
         caption += (
-            f" Bold: the best of its column, where its difference from {code(BASELINES[0])} is "
-            "significant (where it is the baseline itself: from all others)."
+            f" Bold: the best of its column, if it differs significantly from {code(BASELINES[0])} "
+            "(the baseline itself: from all others)."
         )
     return _table(columns, caption)
 
 
 def matched_table(group: Group, shown: Sequence[Metric]) -> Table:
-    """The architecture itself and, condition by condition, the others."""
+    """The architecture of the group, and the others at its L0: condition by condition."""
     rows: dict[tuple[str, str], Frame] = {}
     for condition in group.conditions:
         rows[condition, group.architecture] = group.values.loc[condition]
@@ -134,14 +135,15 @@ def matched_table(group: Group, shown: Sequence[Metric]) -> Table:
             for values, cell in zip(rows.values(), cells, strict=True)
         ]
     caption = (
-        f"SAEs of the others, every seed's interpolated, linear in log L0, at the L0 that "
-        f"{code(group.architecture)} came to under the same condition; none is extrapolated. "
+        f"Other architectures are interpolated for every seed, linear in log L0, at the L0 that "
+        f"{code(group.architecture)} came to under the same condition. Nothing is extrapolated. "
         "Differences between architectures are not tested."
     )
     return _table(columns, caption)
 
 
 def _significantly_best(group: Group, metric: Metric) -> str | None:
+    """The best condition, if it differs significantly from the baseline (or that from all)."""
     means = {name: group.spread(name, metric.key).mean for name in group.conditions}
     means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
     if not metric.better or not means:
@@ -156,6 +158,7 @@ def _significantly_best(group: Group, metric: Metric) -> str | None:
 
 
 def differences_table(group: Group, baseline: str) -> Table:
+    """Differences of all conditions from a baseline, with intervals and p-values."""
     found = {pair[0]: d for pair, d in group.differences.items() if pair[1] == baseline}
     shown = [m for m in TESTED_METRICS if any(m.key in d for d in found.values())]
     tests = {d.test for by_metric in found.values() for d in by_metric.values()} - {"none"}
@@ -197,6 +200,7 @@ def _difference_cell(difference: PairedDifference, metric: Metric) -> str:
 
 
 def other_metrics_table(group: Group, keys: Sequence[str]) -> Table:
+    """Means over seeds: a row per metric, a column per condition."""
     rows = []
     for key in keys:
         spreads = [group.spread(name, key) for name in group.conditions]
@@ -210,7 +214,7 @@ def _table(columns: Mapping[str, Sequence[str]], caption: str = "") -> Table:
 
 
 def smallest_differences(comparison: Summary, tested: Sequence[Metric]) -> Table | None:
-    """The smallest differences that can be told, and what measuring again changes."""
+    """The smallest difference that can be told from chance, per metric, and the noise of probes."""
     rows = []
     for metric in tested:
         found = [
@@ -227,9 +231,9 @@ def smallest_differences(comparison: Summary, tested: Sequence[Metric]) -> Table
     if not rows:
         return None
     caption = (
-        "What this comparison can tell: half the width of the 95% confidence intervals, over all "
-        "conditions, and no less than the noise of the probes, which is how far probing the same "
-        "SAEs again with other splits moves a difference (–: there is none, or it was not measured "
-        "again). Nothing smaller is called a difference."
+        "What this comparison can tell, over all conditions: half the width of the 95% confidence "
+        "intervals, or the noise of the probes where that is larger. Noise: how far probing the "
+        "same SAEs again, with other splits, moves a difference (–: not at all, or not repeated). "
+        "Nothing smaller is called a difference."
     )
     return Table(["smallest difference told", "median", "largest", "noise"], rows, caption)

@@ -18,7 +18,9 @@ import pytest
 
 from sae_whiten.comparison import document, figures
 from sae_whiten.comparison.brief import terminal_text
+from sae_whiten.comparison.comparison_report import comparison_blocks, introduction_blocks
 from sae_whiten.comparison.document import Code, Details, Heading, Paragraph, Table, code
+from sae_whiten.comparison.evaluation_report import evaluation_table
 from sae_whiten.comparison.figures import (
     Point,
     plot_against_l0,
@@ -32,13 +34,9 @@ from sae_whiten.comparison.paired import (
     paired_difference,
 )
 from sae_whiten.comparison.panels import comparison_figures
-from sae_whiten.comparison.report import (
-    comparison_markdown,
-    describe_difference,
-    evaluation_table,
-    write_report,
-)
-from sae_whiten.comparison.summary import TESTED_METRICS, Group, summarise
+from sae_whiten.comparison.report import write_report
+from sae_whiten.comparison.sentences import describe_difference
+from sae_whiten.comparison.summary import TESTED_METRICS, Group, Summary, summarise
 from sae_whiten.evaluation import catalogue
 
 NAN = math.nan
@@ -118,6 +116,13 @@ def tables(markdown: str) -> list[list[dict[str, str]]]:
 def of_conditions(markdown: str) -> list[list[dict[str, str]]]:
     """Those whose rows are conditions."""
     return [table for table in tables(markdown) if "condition" in table[0]]
+
+
+def comparison_markdown(comparison: Summary, settings: Mapping[str, Any] | None = None) -> str:
+    """A report without figures."""
+    settings = settings or {}
+    blocks = [*introduction_blocks(comparison, settings), *comparison_blocks(comparison, settings)]
+    return document.to_markdown(blocks, ".")
 
 
 class Page(HTMLParser):

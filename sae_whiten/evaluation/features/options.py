@@ -17,38 +17,39 @@ class FeatureOptions:
     """
 
     n_latents: int = 200
-    """Latents to show, of both SAEs together: without --latents and --text, drawn at random from
-    those that fire"""
+    """Latents to show, of both SAEs together. Without --latents or --text they are drawn at random
+    from those that fire"""
 
     latents: Sequence[int] | None = None
-    """Show these, by number; of two SAEs, the first's, beside their counterparts in the second"""
+    """Numbers of the latents to show; of two SAEs, latents of the first, beside their counterparts
+    in the second"""
 
     text: str | None = None
-    """Show the latents that fire in this text, those with the largest share in its
-    reconstruction first"""
+    """Show the latents that fire in this text, those that contribute most to its reconstruction
+    first"""
 
     n_tokens: int = 65_536
-    """Tokens to read, twice; the rarer a latent, the more it takes to see it fire"""
+    """Tokens to read, in two passes; the rarer a latent, the more it takes to see it fire"""
 
     n_texts: int = 10
-    """Texts of each latent in which it is most active"""
+    """Texts per latent in which it is most active"""
 
     n_random_texts: int = 4
-    """Further texts, drawn at random from all in which it fires: the most active ones alone can
-    make a latent look purer than it is"""
+    """Texts per latent drawn at random from all in which it fires: the most active ones alone can
+    make it look purer than it is"""
 
     window: int = 40
-    """Tokens of each text"""
+    """Tokens shown of each text"""
 
     match_cosine: float = 0.7
-    """Of two SAEs: latents are the same if the cosine of their decoder directions, in whitened
-    coordinates, is at least this"""
+    """Latents of two SAEs match if the cosine of their decoder directions, in whitened coordinates,
+    is at least this"""
 
     match_overlap: float = 0.5
-    """or if, of the tokens at which either fires, both fire at this share"""
+    """or if both fire at no less than this share of the tokens at which either fires"""
 
     seed: int = 0
-    """Of what is drawn at random"""
+    """Seed of all random choices"""
 
     def __post_init__(self) -> None:
         for name in ("n_latents", "n_tokens", "n_texts", "window"):

@@ -1,7 +1,7 @@
 """One HTML page of features, with its style, script and figures inside.
 
-It reads without scripts, loads nothing, and can be sent as it is. Everything that comes from data
-is escaped by the template; beyond that the page's own policy lets no script run but its own.
+It can be read without scripts, loads nothing, and can be sent as it is. The template escapes all
+that comes from data, and the page's security policy allows no script but its own.
 """
 
 import base64
@@ -28,7 +28,7 @@ __all__ = ["to_html", "write_page"]
 _LEVELS = 9  # of shading
 _LABELS = ("A", "B")  # of two SAEs
 _RATE_BINS = 24  # of firing rates, on a logarithmic scale
-# what would be invisible, or move the text around it
+# characters that are invisible or break the line
 _SHOWN_AS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 _JOINERS = "\u200c\u200d"
 
@@ -41,8 +41,7 @@ def write_page(
     Args:
         features: What `measure_features` found.
         path: The file.
-        source: Where that comes from, shown as it is, without what of it is secret: "model",
-            "dataset".
+        source: "model" and "dataset", shown on the page without secrets.
     """
     with atomic_path(path) as partial:
         # a name that is not valid Unicode must not prevent the page
@@ -131,8 +130,8 @@ class _Item:
     """An entry that can be searched, sorted and stepped through: a latent or a pair."""
 
     cards: Sequence[_Card]
-    shown_before: str | None  # where the second of a pair is
-    at: str  # positions in the text that was asked for
+    shown_before: str | None  # anchor of a latent of the pair that an earlier item shows
+    at: str  # positions in the requested text at which it is active
     order: Mapping[str, float]
 
 
