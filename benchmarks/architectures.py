@@ -12,9 +12,7 @@ top_afa is timed at the number of latents that it comes to by itself, which is p
 
 import argparse
 import itertools
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,14 +20,15 @@ from sae_lens import TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
-from step_and_fold import (
+from side_by_side import (
     alternate,
-    describe_environment,
+    batches_of_unit_scale,
+    make_parser,
     median_interval,
-    sample,
+    parse,
+    report,
     span,
     stepper,
-    synthetic_distribution,
 )
 
 from sae_whiten.architectures import TopAFATrainingSAEConfig, TopKVSAETrainingConfig
@@ -41,22 +40,11 @@ AIMS = {"topk_vsae": 1.15, "top_afa": 1.5}
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    environment = describe_environment(args)
-    print("\n".join(f"{name}: {value}" for name, value in environment.items()))
-    result: dict[str, Any] = {"environment": environment, "arguments": vars(args).copy()}
-    result["steps"] = [benchmark(args, k) for k in args.k]
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1, default=str))
-        print(f"written: {args.json}")
+    report(args, lambda: {"steps": [benchmark(args, k) for k in args.k]})
 
 
 def benchmark(args: argparse.Namespace, k: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    mean, mixing = synthetic_distribution(args.d_in, condition=1e4)
-    scale = (mixing.square().sum() + mean.square().sum()).div(args.d_in).sqrt()
-    batches = [
-        (sample(args.batch_size, mean, mixing) / scale).float().to(args.device) for _ in range(4)
-    ]
+    batches = batches_of_unit_scale(args.d_in, args.batch_size, 4, args.device)
     common: dict[str, Any] = {"d_in": args.d_in, "d_sae": args.d_sae, "device": args.device}
     vsae: dict[str, Any] = {**common, "k": k, "kl_coefficient": 1e-4, "initial_logvar": -6.0}
     configs = {
@@ -114,42 +102,20 @@ def benchmark(args: argparse.Namespace, k: int) -> dict[str, Any]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="examples:\n"
+    parser = make_parser(
+        __doc__,
         "  python benchmarks/architectures.py --quick     to see that it works\n"
         "  python benchmarks/architectures.py             a quarter of an hour on two idle cores\n"
         "  python benchmarks/architectures.py --device cuda --d-in 768 --d-sae 24576",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--d-in", type=int, default=512, help="width of the activations (default: 512)")
     add("--d-sae", type=int, default=None, help="latents (default: 8192)")
     add("--k", type=int, nargs="+", default=[32, 256], help="active latents (default: 32 256)")
     add("--batch-size", type=int, default=None, help="activations per step (default: 4096)")
     add("--autocast", action="store_true", help="train in bfloat16 autocast")
-    add("--rounds", type=int, default=None, help="turns of every trainer (default: 12)")
-    add("--steps-per-turn", type=int, default=None, help="(default: 1; on CUDA 10)")
-    add("--warmup", type=int, default=3, help="rounds before those that count (default: 3)")
-    add("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="wall time, or CPU time of this "
-        "process, which others on a busy CPU disturb less (with --threads 1)")  # fmt: skip
-    add("--quick", action="store_true", help="small sizes and few rounds: measures nothing")
-    add("--json", type=Path, default=None, metavar="PATH", help="write all measurements here")
-    args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU on this machine")
-    defaults = {
-        "d_sae": 1024 if args.quick else 8192,
-        "batch_size": 256 if args.quick else 4096,
-        "rounds": 3 if args.quick else 12,
-        "steps_per_turn": 10 if args.device.startswith("cuda") else 1,
-    }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    full = {"d_sae": 8192, "batch_size": 4096, "rounds": 12}
+    return parse(parser, full, quick={"d_sae": 1024, "batch_size": 256, "rounds": 3})
 
 
 if __name__ == "__main__":

@@ -28,19 +28,13 @@ and |difference| / |x - mean| of the decoder's output.
 import argparse
 import gc
 import itertools
-import json
 import logging
 import math
-import os
-import platform
-import random
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -55,6 +49,21 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
+from side_by_side import (
+    alternate,
+    clock_of,
+    make_parser,
+    median_interval,
+    parse,
+    peak_memory,
+    report,
+    reset_peak_memory,
+    sample,
+    span,
+    stepper,
+    synchronize,
+    synthetic_distribution,
+)
 from torch import Tensor
 
 from sae_whiten import (
@@ -81,19 +90,16 @@ FOLDS = ("ours", "ours + proof", BUILT_IN)
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    environment = describe_environment(args)
-    print("\n".join(f"{name}: {value}" for name, value in environment.items()))
-    result: dict[str, Any] = {"environment": environment, "arguments": vars(args).copy()}
+    report(args, lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     if "step" in args.parts:
         result["step"] = [benchmark_steps(args, d_in) for d_in in args.d_in]
     if "fold" in args.parts:
         result["fold"] = benchmark_folds(args)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-    print(f"\nload of the machine at the end: {load:.1f}")
-    result["environment"]["load at the end"] = load
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1, default=str))
-        print(f"written: {args.json}")
+    return result
 
 
 # ---------------------------------------------------------------------------------- training step
@@ -200,14 +206,6 @@ def build_trainers(
     return trainers
 
 
-def stepper(trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
-    def run() -> None:
-        trainer.step(next(trainer.data_provider))
-        trainer.n_training_steps += 1
-
-    return run
-
-
 def part(trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
     """The calls of a step that whitening changes: fetch, whiten, loss and its gradient."""
     prediction = torch.zeros_like(next(trainer.data_provider), requires_grad=True)
@@ -219,31 +217,6 @@ def part(trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
         loss.backward()
 
     return run
-
-
-def alternate(
-    calls: dict[str, Callable[[], None]], args: argparse.Namespace, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds per call, by name and round; every round calls all of them in another order."""
-    order = list(calls)
-    clock = clock_of(args)
-    shuffle = random.Random(0).shuffle
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(-args.warmup, rounds):
-        shuffle(order)
-        for name in order:
-            synchronize(args.device)
-            start = clock()
-            for _ in range(args.steps_per_turn):
-                calls[name]()
-            synchronize(args.device)
-            if i >= 0:
-                times[name].append((clock() - start) / args.steps_per_turn)
-    return times
-
-
-def clock_of(args: argparse.Namespace) -> Callable[[], float]:
-    return time.process_time if args.clock == "cpu" else time.perf_counter
 
 
 # ------------------------------------------------------------------------------------------- fold
@@ -381,36 +354,6 @@ def in_float64(
     return pre, (acts @ W_dec + b_dec) @ W_inv + mean
 
 
-def reset_peak_memory(device: str) -> float:
-    """Bytes in use now; peaks count from here."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return float(torch.cuda.memory_allocated(device))
-    try:
-        # 5 resets VmHWM, the peak of the resident set (Linux, proc_pid_clear_refs(5))
-        Path("/proc/self/clear_refs").write_text("5")
-        return memory_status("VmRSS")
-    except OSError:
-        return math.nan
-
-
-def peak_memory(device: str) -> float:
-    """Bytes at the highest point since `reset_peak_memory`."""
-    if device.startswith("cuda"):
-        return float(torch.cuda.max_memory_allocated(device))
-    try:
-        return memory_status("VmHWM")
-    except OSError:
-        return math.nan
-
-
-def memory_status(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024.0 * int(line.split()[1])
-    return math.nan
-
-
 # ----------------------------------------------------------------------------------- what is used
 
 
@@ -429,17 +372,6 @@ def build_sae(
     return StandardTrainingSAE(StandardTrainingSAEConfig(**common))
 
 
-def synthetic_distribution(d: int, condition: float) -> tuple[Tensor, Tensor]:
-    """Mean, and a matrix that gives standard normal rows a covariance of that condition number."""
-    scale = torch.logspace(0, -math.log10(condition) / 2, d, dtype=torch.float64)
-    basis, _ = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))
-    return 2 * torch.randn(d, dtype=torch.float64), 10 * scale[:, None] * basis
-
-
-def sample(n: int, mean: Tensor, mixing: Tensor) -> Tensor:
-    return torch.randn(n, len(mean), dtype=torch.float64) @ mixing + mean
-
-
 def synthetic_whitening(d: int) -> Whitening:
     torch.manual_seed(0)
     mean, mixing = synthetic_distribution(d, condition=1e6)
@@ -450,62 +382,19 @@ def synthetic_whitening(d: int) -> Whitening:
     return Whitening.from_statistics(statistics_, WhiteningConfig(eps=1e-6))
 
 
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
 def relative(difference: Tensor, value: Tensor) -> float:
     return float(difference.norm() / value.norm())
 
 
-def median_interval(values: list[float]) -> tuple[float, float]:
-    """Order statistics between which the median lies with 95% probability, if there are six."""
-    ordered, n = sorted(values), len(values)
-    below, cut = 0.0, 0
-    while (below := below + math.comb(n, cut) / 2**n) <= 0.025:
-        cut += 1
-    cut = max(cut, 1)
-    return ordered[cut - 1], ordered[n - cut]
-
-
-def span(values: Iterable[float]) -> str:
-    ordered = sorted(values)
-    digits = 2 if ordered[-1] < 100 else 0
-    return f"{ordered[0]:.{digits}f}-{ordered[-1]:.{digits}f}"
-
-
-def describe_environment(args: argparse.Namespace) -> dict[str, Any]:
-    def lines(path: str) -> Iterator[str]:
-        return iter(Path(path).read_text().splitlines() if Path(path).exists() else [])
-
-    named = (line.split(":")[1].strip() for line in lines("/proc/cpuinfo") if "model name" in line)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
-    cpu = next(named, platform.processor() or platform.machine())
-    environment = {
-        "CPU": f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, "
-        f"load before {load:.1f}",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"sae-lens {version('sae-lens')}",
-    }
-    if args.device.startswith("cuda"):
-        environment["GPU"] = torch.cuda.get_device_name(args.device)
-        environment["float32 matmul precision"] = torch.get_float32_matmul_precision()
-    return environment
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="examples:\n"
+    parser = make_parser(
+        __doc__,
         "  python benchmarks/step_and_fold.py --quick     half a minute, to see that it works\n"
         "  python benchmarks/step_and_fold.py             all: half an hour on two idle cores\n"
         "  python benchmarks/step_and_fold.py --parts step --threads 1 --clock cpu   on busy ones\n"
         "  python benchmarks/step_and_fold.py --device cuda --autocast --json out.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu, or cuda for an NVIDIA or AMD GPU (default: cpu)")
     add("--parts", nargs="+", choices=("step", "fold"), default=("step", "fold"), help="what to "
         "measure (default: both)")  # fmt: skip
     add("--architecture", choices=("topk", "standard"), default="topk", help="topk, or standard "
@@ -517,28 +406,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=None, help="activations per step (default: 4096)")
     add("--autocast", action="store_true", help="train in bfloat16 autocast, as one does on a GPU: "
         "steps get faster, whitening stays in float32")  # fmt: skip
-    add("--rounds", type=int, default=None, help="rounds of the step benchmark: one turn for each "
-        "of the six trainers (default: 20). Four times the rounds halve the interval")  # fmt: skip
-    add("--steps-per-turn", type=int, default=None, help="steps that a trainer does at its turn, "
-        "timed as one (default: 1; on CUDA 10, so that waiting for the GPU between turns does not "
-        "hide what runs ahead)")  # fmt: skip
-    add("--warmup", type=int, default=2, help="rounds before those that count (default: 2)")
     add("--fold-d-in", type=int, default=None, help="width for the fold (default: 2048)")
     add("--fold-d-sae", type=int, default=None, help="latents for the fold (default: 32768)")
     add("--fold-rounds", type=int, default=None, help="folds of each kind (default: 3)")
-    add("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="wall time, or "
-        "CPU time of this process, which other processes on a busy CPU disturb less; use it with "
-        "--threads 1, for waiting threads burn CPU time too (default: wall)")  # fmt: skip
-    add("--quick", action="store_true", help="small sizes and few rounds for whatever is not "
-        "given: shows that the script runs, measures nothing")  # fmt: skip
-    add("--json", type=Path, default=None, metavar="PATH", help="write all single measurements "
-        "and the arguments to this file")  # fmt: skip
-    args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU on this machine")
-    if args.device.startswith("cuda") and args.clock == "cpu":
-        parser.error("--clock cpu: CPU time says nothing about a GPU")
     full = {
         "d_in": [384, 768],
         "batch_size": 4096,
@@ -555,13 +425,9 @@ def parse_arguments() -> argparse.Namespace:
         "fold_d_sae": 4096,
         "fold_rounds": 1,
     }
-    defaults: dict[str, Any] = quick if args.quick else full
-    defaults["steps_per_turn"] = 10 if args.device.startswith("cuda") else 1
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if min(args.rounds, args.fold_rounds, args.steps_per_turn, args.batch_size) < 1:
-        parser.error("rounds, steps and batches must be at least 1")
+    args = parse(parser, full, quick)
+    if min(args.fold_rounds, args.batch_size) < 1:
+        parser.error("rounds and batches must be at least 1")
     return args
 
 

@@ -24,32 +24,32 @@ it: `pip install --target DIR --no-deps eai-sparsify dictionary-learning`, PYTHO
 import argparse
 import importlib
 import itertools
-import json
 import logging
-import os
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
-from step_and_fold import (
+from side_by_side import (
     alternate,
-    describe_environment,
+    batches_of_unit_scale,
+    clock_of,
+    make_parser,
     median_interval,
+    parse,
     peak_memory,
+    report,
     reset_peak_memory,
-    sample,
     span,
-    synthetic_distribution,
+    stepper,
+    synchronize,
 )
 from torch import Tensor
 
@@ -87,18 +87,8 @@ QUICK = (Size(64, 1024, 256, 8),)
 def main() -> None:
     args = parse_arguments()
     prepare(args)
-    environment = describe_environment(args)
-    print("\n".join(f"{name}: {value}" for name, value in environment.items()))
-    result: dict[str, Any] = {"environment": environment, "arguments": vars(args).copy()}
-    if args.border is None:
-        result["sizes"] = [compare(args, size) for size in args.sizes]
-    else:
-        result["border"] = [find_border(args, size) for size in args.sizes]
-    if hasattr(os, "getloadavg"):
-        print(f"\nload of the machine at the end: {os.getloadavg()[0]:.1f}")
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1, default=str))
-        print(f"written: {args.json}")
+    name, benchmark = ("sizes", compare) if args.border is None else ("border", find_border)
+    report(args, lambda: {name: [benchmark(args, size) for size in args.sizes]})
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -167,14 +157,8 @@ class Data:
 
     @staticmethod
     def of(args: argparse.Namespace, size: Size) -> "Data":
-        torch.manual_seed(0)
-        mean, mixing = synthetic_distribution(size.d_in, condition=1e4)
-        scale = (mixing.square().sum() + mean.square().sum()).div(size.d_in).sqrt()
         n_batches = max(4, -(-2 * size.d_in // size.batch))  # two activations per dimension
-        batches = [
-            (sample(size.batch, mean, mixing) / scale).float().to(args.device)
-            for _ in range(n_batches)
-        ]
+        batches = batches_of_unit_scale(size.d_in, size.batch, n_batches, args.device)
         found = ActivationStatistics(size.d_in)
         for batch in batches:
             found.update(batch)
@@ -196,13 +180,7 @@ def make_step(
             return None
         make = sparsify_step if name == "sparsify" else dictionary_learning_step
         return make(module, args, size, batches)
-    trainer = sae_trainer(name, args, size, data)
-
-    def step() -> None:
-        trainer.step(next(trainer.data_provider))
-        trainer.n_training_steps += 1
-
-    return step
+    return stepper(sae_trainer(name, args, size, data))
 
 
 def sae_trainer(
@@ -318,15 +296,14 @@ def find_border(args: argparse.Namespace, size: Size) -> dict[str, Any]:
         own = Size(size.d_in, size.d_sae, size.batch, k)
         trainers = {n: sae_trainer("ours: pca", args, own, data) for n in ("sparse", "dense")}
         times: dict[str, list[float]] = {n: [] for n in trainers}
-        clock = time.process_time if args.clock == "cpu" else time.perf_counter
+        clock = clock_of(args)
         for i in range(-args.warmup, args.rounds):
             for name, trainer in trainers.items():
                 for device in ("cpu", "cuda"):
                     sparse_step._SPARSE_UP_TO[device] = 1.0 if name == "sparse" else 0.0
                 start = clock()
                 trainer.step(next(trainer.data_provider))
-                if args.device.startswith("cuda"):
-                    torch.cuda.synchronize()
+                synchronize(args.device)
                 if i >= 0:
                     times[name].append(clock() - start)
         ratio = statistics.median(
@@ -346,19 +323,16 @@ def size_of(text: str) -> Size:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="examples:\n"
+    parser = make_parser(
+        __doc__,
         "  python benchmarks/training_step.py --quick     to see that it works\n"
         "  python benchmarks/training_step.py             half an hour on two idle cores\n"
         "  python benchmarks/training_step.py --threads 1 --clock cpu    on busy ones\n"
         "  python benchmarks/training_step.py --architecture jumprelu --sizes 512,8192,2048,32\n"
         "  python benchmarks/training_step.py --border 32 128 512 1024 2048\n"
         "  python benchmarks/training_step.py --device cuda --precision bf16",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--sizes", type=size_of, nargs="+", default=None, metavar="D_IN,D_SAE,BATCH,K",
         help="(default: 512,8192,2048,32 768,12288,4096,32 2048,16384,1024,64)")  # fmt: skip
     add("--architecture", default="topk", help="of SAELens and ours (default: topk)")
@@ -366,26 +340,7 @@ def parse_arguments() -> argparse.Namespace:
         "float32, TensorFloat-32 on CUDA, or bfloat16 autocast (default: float32)")  # fmt: skip
     add("--border", type=int, nargs="+", default=None, metavar="K", help="only compare our sparse "
         "and dense steps, at these k")  # fmt: skip
-    add("--rounds", type=int, default=None, help="turns of every trainer (default: 12)")
-    add("--steps-per-turn", type=int, default=None, help="(default: 1; on CUDA 10)")
-    add("--warmup", type=int, default=2, help="rounds before those that count (default: 2)")
-    add("--threads", type=int, default=2, help="CPU threads of PyTorch (default: 2)")
-    add("--clock", choices=("wall", "cpu"), default="wall", help="wall time, or CPU time of this "
-        "process, which others on a busy CPU disturb less (with --threads 1)")  # fmt: skip
-    add("--quick", action="store_true", help="small sizes and few rounds: measures nothing")
-    add("--json", type=Path, default=None, metavar="PATH", help="write all measurements here")
-    args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU on this machine")
-    defaults = {
-        "sizes": QUICK if args.quick else SIZES,
-        "rounds": 3 if args.quick else 12,
-        "steps_per_turn": 10 if args.device.startswith("cuda") else 1,
-    }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    return parse(parser, {"sizes": SIZES, "rounds": 12}, quick={"sizes": QUICK, "rounds": 3})
 
 
 if __name__ == "__main__":
