@@ -13,7 +13,7 @@ from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
 )
-from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.types import MultiHookDataProvider
 
 from sae_whiten._checks import require_context
@@ -124,10 +124,12 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         override_model: Model | None = None,
         override_saes: dict[str, TrainingSAE[Any]] | None = None,
     ) -> None:
+        given = override_saes or {}
+        trained = {name: sae.cfg for name, sae in given.items()} or cfg.saes
         self.whitening_configs = _whitening_by_name(
-            cfg, whitening, override_saes, self._needs_whitening
+            trained, given, whitening, self._needs_whitening
         )
-        trained = {name: sae.cfg for name, sae in (override_saes or {}).items()} or cfg.saes
+        _check_overrides(cfg, given)
         check_runner_config(cfg, {f"saes[{name!r}]": sae for name, sae in trained.items()})
         cfg = _copied(cfg)
         set_buffer_size(cfg)
@@ -253,9 +255,9 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
 
 
 def _whitening_by_name(
-    cfg: MultiSAETrainingRunnerConfig,
+    configs: Mapping[str, TrainingSAEConfig],
+    given: Mapping[str, TrainingSAE[Any]],
     whitening: WhiteningConfig | Mapping[str, WhiteningConfig] | None,
-    override_saes: Mapping[str, TrainingSAE[Any]] | None,
     needs_whitening: bool,
 ) -> dict[str, WhiteningConfig | None]:
     """The SAEs that ask for whitening, and the configuration given for each.
@@ -263,7 +265,6 @@ def _whitening_by_name(
     Raises:
         ValueError, FoldError: As the runner does; before a model is loaded.
     """
-    configs = {name: sae.cfg for name, sae in (override_saes or {}).items()} or dict(cfg.saes)
     names = [n for n, c in configs.items() if c.normalize_activations == "covariance_whitening"]
     if needs_whitening and not names:
         raise ValueError(
@@ -281,9 +282,7 @@ def _whitening_by_name(
     else:
         by_name = dict.fromkeys(names, whitening)
     for name in names:
-        given = None if override_saes is None else override_saes[name]
-        check_is_foldable(name, configs[name], given)
-    _check_overrides(cfg, override_saes or {})
+        check_is_foldable(name, configs[name], given.get(name))
     return by_name
 
 

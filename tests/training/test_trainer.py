@@ -370,6 +370,25 @@ def test_fitting_again_is_refused():
     assert equal(before, state(sae))
 
 
+def test_fitting_again_is_refused_though_the_final_checkpoint_could_not_be_saved(
+    tmp_path, monkeypatch
+):
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(WhiteningTrainer, "save_checkpoint", fail)
+    cfg = trainer_config(
+        total_training_samples=2 * BATCH, save_final_checkpoint=True, checkpoint_path=tmp_path
+    )
+    trainer = WhiteningTrainer(
+        cfg, training_sae("topk", D, 64), batches(), WhiteningConfig(n_samples=4 * BATCH)
+    )
+    with pytest.raises(OSError, match="no room"):
+        trainer.fit()
+    with pytest.raises(ValueError, match="folded already"):
+        trainer.fit()
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_checkpoint_is_a_plain_sae_and_resumes_to_the_bit(architecture, tmp_path):
     sae = training_sae(architecture, D, 128)
