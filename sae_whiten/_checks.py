@@ -59,22 +59,20 @@ def require_device(field: str, device: str) -> None:
         ) from error
 
 
-def require_context(context_size: int, model: Any, field: str = "context_size") -> None:
+def require_context(context_size: int, model: Any) -> None:
     """Refuse sequences longer than a model can read; of models that do not tell, none.
 
     Args:
         context_size: Tokens per sequence, the beginning-of-sequence token included.
         model: As SAELens loads it: a `HookedTransformer`, or a wrapped model of transformers.
-        field: The name that an error gives to `context_size`.
 
     Raises:
         FieldError: They are longer.
     """
     longest = _longest_context(model)
     if longest is not None and context_size > longest:
-        raise FieldError(
-            field, context_size, f"the model reads at most {longest} tokens: set at most {longest}"
-        )
+        problem = f"the model reads at most {longest} tokens: set at most {longest}"
+        raise FieldError("context_size", context_size, problem)
 
 
 def _longest_context(model: Any) -> int | None:

@@ -138,7 +138,7 @@ def _can_stream(streaming: bool, split: str) -> bool:
 
 
 def _is_meant_as_path(source: str) -> bool:
-    """Whether what does not exist cannot be the name of a dataset on the hub either."""
+    """Whether a source that does not exist looks like a path, and not like a name on the hub."""
     if "://" in source:
         return False
     begins_as_path = Path(source).is_absolute() or source.startswith((".", "~"))

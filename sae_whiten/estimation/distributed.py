@@ -2,7 +2,7 @@
 
 Every process takes part in every exchange, with what it has, and all come to the same result. A
 process that fails or dies must not leave the others waiting: collectives end with an error as soon
-as a connection breaks, and after `TIMEOUT` if one only stands still.
+as a connection breaks, and after `TIMEOUT` if a process hangs.
 """
 
 import datetime
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
 from torch import Tensor
 
 from sae_whiten.statistics import ActivationStatistics
@@ -146,7 +147,7 @@ class Processes:
             scatter = self._sum(scatter)
         return ActivationStatistics.from_tensors({"mean": mean, "scatter": scatter}, fields)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def sum_(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Replace a tensor by its sum over all processes; every process gets the same bits.
 
         Through the default group where that serves the tensor's device (NCCL), else on the CPU.
@@ -159,7 +160,7 @@ class Processes:
             return tensor
         return tensor.copy_(self._sum(tensor.cpu().contiguous()))
 
-    def broadcast_(self, tensor: Tensor) -> Tensor:
+    def broadcast_(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Replace a tensor by that of process 0."""
         if self.world_size == 1:
             return tensor
@@ -168,12 +169,8 @@ class Processes:
             dist.broadcast(own, src=0, group=self._group)
         return tensor.copy_(own)
 
-    def concatenated(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes, one below the other, in the order of their ranks.
-
-        Args:
-            tensor: Shape (n, ...); n may differ between processes.
-        """
+    def concatenated(self, tensor: Shaped[Tensor, "n *row"]) -> Shaped[Tensor, "n_all *row"]:
+        """The rows of all processes in the order of their ranks; n may differ between them."""
         if self.world_size == 1:
             return tensor
         sizes = [int(size) for size in self.gather(len(tensor))]
@@ -199,7 +196,7 @@ class Processes:
             dist.broadcast_object_list(found, src=0, group=self._group)
         return found[0]
 
-    def _sum(self, tensor: Tensor) -> Tensor:
+    def _sum(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         with _clear_errors():
             dist.all_reduce(tensor, group=self._group)
         return tensor

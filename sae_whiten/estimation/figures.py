@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_whiten._paper_style import common_pattern
@@ -154,11 +154,11 @@ def plot_spectra(
     return written
 
 
-def _float64(values: Sequence[float]) -> Tensor:
+def _float64(values: Sequence[float]) -> Float[Tensor, "d"]:
     return torch.tensor(list(values), dtype=torch.float64)
 
 
-def _draw_hooks(axes: Any, spectra: Mapping[str, Tensor], names: Sequence[str]) -> None:
+def _draw_hooks(axes: Any, spectra: Mapping[str, Float[Tensor, "d"]], names: Sequence[str]) -> None:
     """A line for each hook, from dark to light in the order of `names`, in three line styles."""
     from matplotlib import colormaps
 
@@ -205,7 +205,7 @@ def _add_key(figure: "Figure", axes: Any) -> None:
     )
 
 
-def _not_shown(null: dict[str, Tensor]) -> str:
+def _not_shown(null: Mapping[str, Bool[Tensor, "d"]]) -> str:
     counts = {name: int(directions.sum()) for name, directions in null.items()}
     if not any(counts.values()):
         return ""

@@ -1,7 +1,7 @@
 """Statistics of many hooks of a language model in one pass over a dataset.
 
-Statistics are updated as soon as a hook has activations; none outlives the batch that it belongs
-to. Several processes each take their shard of the dataset and decide together when it is enough.
+Statistics are updated inside the forward pass, so that no activations are kept. Several processes
+each take their shard of the dataset and decide together when there are enough samples.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from sae_lens.config import HfDataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -191,7 +192,7 @@ def fit_statistics(
                 for name, statistics in found.items():
                     statistics.save(statistics_file(out, name))
 
-        processes.together(save)  # nobody forgets how far it was before the result is on disk
+        processes.together(save)  # before progress is deleted, the results of all are on disk
         shutil.rmtree(Path(out) / PROGRESS_DIR, ignore_errors=True)
     return found
 
@@ -254,7 +255,7 @@ class _Fit:
                     if is_first:
                         logger.warning("the dataset ended after %d activations per hook", n)
                     return self._look(self.source.hook_names)
-                # in the order of all processes
+                # in the same order in all processes
                 names = self.source.hook_names
                 waiting = [name for name in names if not self.rules[name].is_enough]
                 due = [name for name in waiting if self.rules[name].must_look(n)]
@@ -331,7 +332,12 @@ class _Fit:
             )
         return n_active > 0, int(n)
 
-    def _update(self, name: str, acts: Tensor, mask: Tensor | None) -> None:
+    def _update(
+        self,
+        name: str,
+        acts: Float[Tensor, "batch seq d_in"],
+        mask: Bool[Tensor, "batch seq"] | None,
+    ) -> None:
         if name not in self.statistics:
             self._add_hook(name, SplitHalfStatistics(acts.shape[-1], self.config.on_nonfinite))
         rows = acts.flatten(0, 1) if mask is None else acts[mask]

@@ -49,8 +49,7 @@ def find_statistics(source: str | Path, hook_name: str | None) -> Path:
         source: A file, a folder with one file for each hook, the folder that a training run wrote,
             or a repo of the Hugging Face hub, "user/name" or "user/name@revision". What exists on
             disk goes before the hub.
-        hook_name: Name of the hook; None if it is not known, which is no matter where `source` is a
-            file.
+        hook_name: Name of the hook. None if it is not known; `source` must be a file then.
 
     Raises:
         FileNotFoundError: `source` is none of these, or holds nothing of this hook.
@@ -187,7 +186,7 @@ def _of_a_run(folder: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _not_a_path_either(source: str | Path) -> Iterator[None]:
-    """Say in errors about a repo that there is no such path, for it may have been meant."""
+    """Add to errors about a repo that there is no such path either: it may have been meant."""
     try:
         yield
     except (FileNotFoundError, ConnectionError) as error:

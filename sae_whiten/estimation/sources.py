@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
+from jaxtyping import Bool, Float, Integer, Shaped
 from sae_lens.config import HfDataset
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activations_store import ActivationsStore
@@ -39,9 +40,8 @@ __all__ = [
 Model: TypeAlias = HookedRootModule | TransformerBridge
 """What SAELens takes for a model; its own wrapper of Hugging Face models is a HookedRootModule."""
 
-Receiver = Callable[[str, Tensor, Tensor | None], None]
-"""Takes a hook's name, its activations, shape (batch, seq, d_in), and which of them count: a mask
-of shape (batch, seq), or None for all."""
+Receiver = Callable[[str, Float[Tensor, "batch seq d_in"], Bool[Tensor, "batch seq"] | None], None]
+"""Takes a hook's name, its activations, and a mask of those that count; None: all do."""
 
 
 @runtime_checkable
@@ -231,7 +231,7 @@ class CachedActivations:
         self.n_sequences += n_sequences
 
 
-def _checksum(values: Tensor) -> str:
+def _checksum(values: Shaped[Tensor, "..."]) -> str:
     return hashlib.sha256(values.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -324,7 +324,7 @@ def token_store(
         raise ValueError("the dataset is empty") from None
 
 
-def _special_tokens(model: Model, exclude: bool | list[int]) -> Tensor | None:
+def _special_tokens(model: Model, exclude: bool | list[int]) -> Integer[Tensor, "n"] | None:
     if exclude is False:
         return None
     ids = get_special_token_ids(model.tokenizer) if exclude is True else exclude  # pyright: ignore[reportArgumentType]

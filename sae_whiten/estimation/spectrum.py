@@ -43,16 +43,12 @@ class SpectrumSummary:
     participation_ratio: float
 
 
-def spectrum_summary(
-    eigenvalues: Float[Tensor, "d"], null_rtol: float | None = None
-) -> SpectrumSummary:
+def spectrum_summary(eigenvalues: Float[Tensor, "d"]) -> SpectrumSummary:
     """Summarise the eigenvalues of a covariance.
 
     Args:
         eigenvalues: Shape (d,), in any order. Negative ones, which eigensolvers return for singular
             matrices, count as zero.
-        null_rtol: A direction is null if its eigenvalue is at most `null_rtol` times the largest.
-            None takes `null_tolerance(d)`.
 
     Raises:
         ValueError: There is no positive eigenvalue, or one is not finite.
@@ -60,7 +56,7 @@ def spectrum_summary(
     values = _as_float64(eigenvalues).cpu().clamp(min=0)
     if values.numel() == 0 or not values.isfinite().all() or not values.max() > 0:
         raise ValueError("a spectrum needs finite eigenvalues, at least one of them positive")
-    null = null_directions(eigenvalues, null_rtol).cpu()
+    null = null_directions(eigenvalues).cpu()
     largest, smallest = float(values.max()), float(values.min())
     return SpectrumSummary(
         condition_number=largest / smallest if smallest > 0 else float("inf"),
@@ -168,14 +164,11 @@ def null_tolerance(d: int) -> float:
     return (d * torch.finfo(torch.float32).eps) ** 2
 
 
-def null_directions(
-    eigenvalues: Float[Tensor, "d"], null_rtol: float | None = None
-) -> Bool[Tensor, "d"]:
-    """Which directions are numerically null; see `spectrum_summary`."""
-    rtol = null_tolerance(eigenvalues.numel()) if null_rtol is None else null_rtol
-    return eigenvalues <= rtol * eigenvalues.max()
+def null_directions(eigenvalues: Float[Tensor, "d"]) -> Bool[Tensor, "d"]:
+    """Which directions are numerically null: `null_tolerance` of the largest eigenvalue or less."""
+    return eigenvalues <= null_tolerance(eigenvalues.numel()) * eigenvalues.max()
 
 
-def _as_float64(x: Tensor) -> Tensor:
+def _as_float64(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     # MPS has no float64
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)

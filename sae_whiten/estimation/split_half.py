@@ -82,7 +82,7 @@ def samples_for_inflation(inflation: float, n_samples: int, tolerance: float) ->
     return math.ceil(effective * (1 + 1 / tolerance))
 
 
-def _excess(own: Tensor, other: Tensor) -> float:
+def _excess(own: Float[Tensor, "d d"], other: Float[Tensor, "d d"]) -> float:
     """tr(W^T C_other W) / tr(W^T C_own W) - 1 for the whitener W of `own`.
 
     W W^T is the inverse of the covariance, so that no eigenvectors are needed.

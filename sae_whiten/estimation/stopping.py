@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -27,7 +28,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# of samples at which the inflation is looked at first, and at which the estimation gives up
+# samples at which the inflation is measured first, and at which the estimation gives up
 FIRST_LOOK_PER_DIMENSION, LIMIT_PER_DIMENSION = 20, 1000
 MAX_EMPTY_BATCHES = 100  # in a row; more is a source that has nothing to give
 
@@ -88,14 +89,14 @@ class Requirement:
 class StoppingRule:
     """Decides when the statistics of a hook are enough: the same for training and `fit`.
 
-    To see how inaccurate they are costs as much as many updates, so that is looked at only when
-    their number has grown by a fifth.
+    Measuring the inflation costs as much as many updates. So it is measured only once the number of
+    samples has grown by a fifth.
 
     Args:
         required: What is needed.
 
     Attributes:
-        next_look: Number of activations from which on the inflation is looked at.
+        next_look: Number of activations at which the inflation is measured next.
         is_enough: The decision.
     """
 
@@ -128,7 +129,7 @@ class StoppingRule:
 
 @torch.no_grad()
 def estimate_statistics(
-    batches: Iterator[Mapping[str, Tensor]],
+    batches: Iterator[Mapping[str, Float[Tensor, "..."]]],
     required: Mapping[str, Requirement],
     resolution: float = 0.0,
 ) -> dict[str, ActivationStatistics]:
@@ -190,7 +191,7 @@ class _Hook:
         self._n_batches = self._n_empty = self._n_filled = 0
         self._prefix = f"{name}: " if name else ""
 
-    def update(self, batch: Tensor) -> None:
+    def update(self, batch: Float[Tensor, "..."]) -> None:
         halves = self.halves
         before = halves.n_samples
         halves.update(flatten_heads(batch, self.required.d_in))
@@ -226,10 +227,10 @@ class _Hook:
         )
 
     def end_of_data(self) -> None:
-        """Whether what was had before the stream ended will do.
+        """Accept the samples that there are when the stream ends, if they are enough.
 
         Raises:
-            ValueError: It will not.
+            ValueError: They are not.
         """
         required, halves = self.required, self.halves
         n, about = halves.n_samples, required.n_samples or 0
@@ -312,7 +313,7 @@ def naming(hook_name: str) -> Iterator[None]:
         raise type(error)(f"{hook_name}: {error}") from error
 
 
-def flatten_heads(acts: Tensor, d_in: int) -> Tensor:
+def flatten_heads(acts: Float[Tensor, "..."], d_in: int) -> Float[Tensor, "..."]:
     """(..., n_heads, d_head) as (..., d_in); (..., d_in) as it is.
 
     Raises:

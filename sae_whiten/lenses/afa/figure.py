@@ -221,7 +221,7 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         save_figure(figure, path)
 
 
-def _draw_halves(axes: Any, columns: Sequence[Tensor], side: int, title: str) -> None:
+def _draw_halves(axes: Any, columns: Sequence[Float[Tensor, "_"]], side: int, title: str) -> None:
     """Halves of violins at 0, 1, ... on the left (`side` -1) or on the right (1)."""
     values = [column.numpy() for column in columns]
     _check_not_empty(values)

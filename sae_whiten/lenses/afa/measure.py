@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from sae_whiten.estimation.dataset import open_dataset
 from sae_whiten.estimation.sources import Model
-from sae_whiten.evaluation.metrics import _as_float64
 from sae_whiten.evaluation.model_view import (
     View,
     batches_of_equal_length,
@@ -114,8 +113,8 @@ def evaluate_afa(
 ) -> list[AFAResult]:
     """Norms of inputs and codes, and reconstruction errors, of SAEs on the same prompts.
 
-    Each row of the dataset is one prompt, cut to the context; texts are not joined. What counts of
-    it is its last token that is no special one, within the positions that the SAE was trained on.
+    Each row of the dataset is one prompt, cut to the context; texts are not joined. Each prompt
+    gives one sample: its last token that is not special, at a position the SAE was trained on.
     Norms are of the inputs as the SAE's encoder gets them, normalised if the SAE normalises;
     errors are of activations in their own space.
 
@@ -217,7 +216,7 @@ class _Measured:
         # normalised as the SAE does it; encoding, below, does it again and leaves the state that
         # the decoder needs
         z_norm = torch.linalg.vector_norm(
-            self._sae.run_time_activation_norm_fn_in(_as_float64(x)), dim=1
+            self._sae.run_time_activation_norm_fn_in(x.cpu().double()), dim=1
         )
         for part, latents, x_hat in encode_decode(self._sae, x[:, None]):
             latents, x_hat = latents[:, 0], x_hat[:, 0]
@@ -226,7 +225,7 @@ class _Measured:
                 self._checked = True
             self._columns[:, indices[part]] = torch.stack(
                 [
-                    z_norm[part].cpu(),
+                    z_norm[part],
                     code_norm(latents, self._scale, self.bias_norm),
                     nmse(x[part], x_hat),
                     (latents != 0).sum(1).double().cpu(),
@@ -249,11 +248,11 @@ class _Measured:
         self.bias_norm = float(torch.linalg.vector_norm(bias))
         active = latents[0].nonzero()[:, 0].cpu()
         norms = decoder_norms(self._sae).clamp(min=1e-8).cpu()[active]
-        coefficients = (_as_float64(latents[0]).cpu() * self._scale)[active] / norms
-        z_hat = coefficients @ _as_float64(self._sae.W_dec).cpu()[active] + bias
-        self._sae.run_time_activation_norm_fn_in(_as_float64(x).cpu())
+        coefficients = (latents[0].cpu().double() * self._scale)[active] / norms
+        z_hat = coefficients @ self._sae.W_dec.cpu().double()[active] + bias
+        self._sae.run_time_activation_norm_fn_in(x.cpu().double())
         linear = self._sae.run_time_activation_norm_fn_out(z_hat[None])
-        expected = _as_float64(x_hat).cpu()
+        expected = x_hat.cpu().double()
         error = torch.linalg.vector_norm(linear - expected)
         # bfloat16 rounds by 0.004
         scale = torch.linalg.vector_norm(expected) + torch.linalg.vector_norm(coefficients * norms)
@@ -278,7 +277,7 @@ def _bias(sae: SAE[Any], x: Float[Tensor, "1 d"]) -> Float[Tensor, "d"]:
     sae.run_time_activation_norm_fn_in(x)
     with sae.hooks(fwd_hooks=[("hook_sae_recons", keep)]):
         sae.decode(torch.zeros(1, sae.cfg.d_sae, device=sae.device, dtype=sae.dtype))
-    return _as_float64(seen[0][0]).cpu()
+    return seen[0][0].cpu().double()
 
 
 def _check_architecture(name: str, sae: SAE[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Approximate feature activation: what the norm of an input tells of the norm of its sparse code.
+"""Approximate feature activation: how the norm of an input bounds that of its sparse code.
 
 After Lee et al., *Evaluating and Designing Sparse Autoencoders by Approximating
 Quasi-Orthogonality* (arXiv 2503.24277). If z is a combination f of h unit vectors whose pairwise
@@ -16,15 +16,12 @@ Everything is float64, on the CPU.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from sae_whiten.evaluation.metrics import _as_float64
 
 __all__ = [
     "BANDS",
@@ -53,7 +50,7 @@ def code_norm(
             its row, or 1 for SAEs that decode by unit rows.
         bias_norm: Norm of what the decoder adds to every reconstruction.
     """
-    scaled = _as_float64(latents).cpu() * _as_float64(scale).cpu()
+    scaled = latents.cpu().double() * scale.cpu().double()
     return torch.hypot(
         torch.linalg.vector_norm(scaled, dim=1), torch.tensor(bias_norm, dtype=torch.float64)
     )
@@ -83,7 +80,7 @@ def eps_lbo(
 
 def _excess(z_norm: Float[Tensor, "n"], code_norm: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """| |z|^2 / |f~|^2 - 1 |, which is eps-LBO times h - 1."""
-    z_norm, code_norm = _as_float64(z_norm).cpu(), _as_float64(code_norm).cpu()
+    z_norm, code_norm = z_norm.cpu().double(), code_norm.cpu().double()
     # 0 / 0 counts as 1. The factors keep the digits of ratios close to 1
     ratio = torch.where(z_norm == code_norm, 1.0, z_norm / code_norm)
     return ((ratio - 1) * (ratio + 1)).abs()
@@ -102,7 +99,7 @@ def nmse(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Float[Tensor, 
     Returns:
         Shape (n,), at least 0. For an x of zeros 0 if x_hat is zero too, else infinite.
     """
-    x, x_hat = _as_float64(x).cpu(), _as_float64(x_hat).cpu()
+    x, x_hat = x.cpu().double(), x_hat.cpu().double()
     error = torch.linalg.vector_norm(x - x_hat, dim=1)
     ratio = error / torch.linalg.vector_norm(x, dim=1)
     return torch.where(error == 0, 0.0, ratio).square()
@@ -129,7 +126,7 @@ def correlations(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> Correlations:
     from scipy.stats import pearsonr, spearmanr
 
     finite = a.isfinite() & b.isfinite()
-    x, y = (_as_float64(values[finite]).cpu().numpy() for values in (a, b))
+    x, y = (values[finite].cpu().double().numpy() for values in (a, b))
     if len(x) < 3 or x.min() == x.max() or y.min() == y.max():
         return Correlations(None, None)
     coefficients: list[Any] = [pearsonr(x, y), spearmanr(x, y)]
@@ -177,19 +174,18 @@ class AFASamples:
         return eps_lbo(self.z_norm, self.code_norm, self.n_latents)
 
 
-def summary(samples: AFASamples, bands: Sequence[float] = BANDS) -> dict[str, Any]:
+def summary(samples: AFASamples) -> dict[str, Any]:
     """Figures of an SAE over its samples, ready for JSON: None where one is not defined.
 
     - `n_samples`, and `n_undefined`: how many of them have an infinite eps-LBO or NMSE, and are in
       no mean, median or correlation.
     - `eps_lbo_mean`, `eps_lbo_median`, `nmse_mean`, `nmse_median`, `l0_mean`.
     - `over_activated`, `under_activated`: shares of samples with |f~| > |z| and |f~| < |z|.
-    - `in_band`: by e, shares of samples with eps-LBO (h - 1) <= e.
+    - `in_band`: by the values e of `BANDS`, shares of samples with eps-LBO (h - 1) <= e.
     - `pearson`, `spearman`: of NMSE and eps-LBO; `norms_pearson`: of |z| and |f~|.
 
     Args:
         samples: At least one.
-        bands: Values of e.
 
     Raises:
         ValueError: There are no samples.
@@ -209,7 +205,7 @@ def summary(samples: AFASamples, bands: Sequence[float] = BANDS) -> dict[str, An
     figures["l0_mean"] = float(samples.l0.mean())
     figures["over_activated"] = float((samples.code_norm > samples.z_norm).double().mean())
     figures["under_activated"] = float((samples.code_norm < samples.z_norm).double().mean())
-    figures["in_band"] = {f"{e:g}": float((excess <= e).double().mean()) for e in bands}
+    figures["in_band"] = {f"{e:g}": float((excess <= e).double().mean()) for e in BANDS}
     norms = correlations(samples.z_norm, samples.code_norm)
     figures["norms_pearson"] = norms.pearson
     return {**figures, **correlations(samples.nmse, eps)._asdict()}

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.lenses.options import LandscapeConfig
@@ -42,9 +41,9 @@ class Landscape:
     """Sparsity and recovery over the dictionaries of one space; angles are in degrees, in [0, 180).
 
     Attributes:
-        angles: Shape (m,), of either dictionary vector.
-        cost: Shape (m, m): mean L1 norm of the code, by both angles; infinite where they are equal.
-        recovery: Shape (m, m): mean |correlation| of codes and sources, in [0, 1].
+        angles: Of either dictionary vector.
+        cost: Mean L1 norm of the code, by both angles; infinite where they are equal.
+        recovery: Mean |correlation| of codes and sources, in [0, 1], by both angles.
         features: The angles of the two features.
         optimum: The angles of the dictionary of least cost.
         misalignment: Mean angle between the dictionary of least cost and the features.
@@ -52,9 +51,9 @@ class Landscape:
         condition: Condition number of the covariance.
     """
 
-    angles: NDArray[np.float64]
-    cost: NDArray[np.float64]
-    recovery: NDArray[np.float64]
+    angles: Float[np.ndarray, "m"]
+    cost: Float[np.ndarray, "m m"]
+    recovery: Float[np.ndarray, "m m"]
     features: tuple[float, float]
     optimum: tuple[float, float]
     misalignment: float
@@ -127,11 +126,13 @@ def landscape(sources: Float[np.ndarray, "n 2"], features: Float[np.ndarray, "2 
     )
 
 
-def _unit(angles: NDArray[np.float64]) -> NDArray[np.float64]:
+def _unit(angles: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m 2"]:
     return np.stack([np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))], axis=-1)
 
 
-def _cross(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+def _cross(
+    a: Float[np.ndarray, "... 2"], b: Float[np.ndarray, "... 2"]
+) -> Float[np.ndarray, "..."]:
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
 
 

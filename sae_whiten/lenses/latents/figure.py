@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sae_whiten._paper_style import (
     new_figure,
@@ -174,7 +175,7 @@ def _limits(maps: Sequence[LatentMap]) -> tuple[tuple[float, float], tuple[float
     return (x - half, x + half), (y - half, y + half)
 
 
-def _decades(rates: np.ndarray) -> tuple[float, float]:
+def _decades(rates: Float[np.ndarray, "n"]) -> tuple[float, float]:
     """Powers of ten around the rates."""
     if not rates.size:
         return 1e-1, 1.0

@@ -1,8 +1,8 @@
 """Activations with known features that are as anisotropic as those of language models.
 
 `sae_lens.synthetic` makes sparse features, correlated and hierarchical in their firing, and sums
-their directions; its activations are nearly isotropic and centred. What language models have
-besides is put on top: with f the activations of the features and F their directions,
+their directions; its activations are nearly isotropic and centred. Those of language models are
+neither. With f the activations of the features and F their directions, they become
 
     x = ((f F - mean) A + nuisance + junk) Q + offset
 
@@ -51,8 +51,9 @@ class SyntheticActivations:
 
     Args:
         config: What they are made of.
-        model: Where features come from, in the place of what the config says: a `SyntheticModel` of
-            SAELens, or anything with its `sample`, `sample_with_features` and `feature_dict`.
+        model: Source of the features, instead of the one that the config describes: a
+            `SyntheticModel` of SAELens, or anything with its `sample`, `sample_with_features` and
+            `feature_dict`.
 
     Attributes:
         config: What they are made of.
@@ -127,8 +128,8 @@ class SyntheticActivations:
         """Shape (d_in, d_in), float64: whitens fully, to compare directions by."""
         return Whitening.from_statistics(self.statistics, WhiteningConfig(eps=1e-9)).W
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Training activations without end, shape (batch_size, d_in), the same at every call.
+    def batches(self, batch_size: int) -> Iterator[Float[Tensor, "n d_in"]]:
+        """Training activations without end, n = batch_size at a time, the same at every call.
 
         2^20 of them are distinct, drawn as they are needed and kept (256 MiB for 64 dimensions);
         then they come in another order. Those of SynthSAEBench-16k are all
@@ -152,7 +153,7 @@ class SyntheticActivations:
             for rows in torch.randperm(len(self._pool), generator=generator)[:n].split(batch_size):
                 yield self._pool[rows]
 
-    def _training_chunk(self, i: int) -> Tensor:
+    def _training_chunk(self, i: int) -> Float[Tensor, "n d_in"]:
         while self._n_drawn <= i:
             block = slice(self._n_drawn * _CHUNK, (self._n_drawn + 1) * _CHUNK)
             self._pool[block], _ = self._sample(_CHUNK, self._seed(1, self._n_drawn))
@@ -160,7 +161,9 @@ class SyntheticActivations:
         return self._pool[i * _CHUNK : (i + 1) * _CHUNK]
 
     @torch.no_grad()
-    def _sample(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _sample(
+        self, n: int, seed: int
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n n_features"]]:
         with temporary_seed(seed):
             signal, fires = self._model.sample_with_features(n)
             noise = torch.randn(n, len(self._noise_map))
@@ -233,5 +236,5 @@ def _feature_model(config: SyntheticDataConfig) -> SyntheticModel:
     )
 
 
-def _rotation(d: int) -> Tensor:
+def _rotation(d: int) -> Float[Tensor, "d d"]:
     return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]

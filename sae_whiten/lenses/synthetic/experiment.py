@@ -78,7 +78,7 @@ def run_one(
     Args:
         run: What is trained.
         device: Where.
-        data: Activations in the place of those that `run.data` describes.
+        data: Activations to use instead of those that `run.data` describes.
 
     Returns:
         `{"run": ..., "scores": ...}`, for JSON. Scores: mcc, f1 and raw_mcc as in
