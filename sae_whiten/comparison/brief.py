@@ -40,7 +40,8 @@ def terminal_text(comparison: Summary) -> str:
         frame = pd.DataFrame(rows, group.conditions, [metric.name for metric in shown])
         title = group_name(comparison, group).replace("`", "")
         blocks.append(f"{title}\n{frame.to_string()}")
-    return "\n\n".join([*blocks, _what_was_tested(comparison)])
+    tables = "\n\n".join([*blocks, _what_was_tested(comparison)])
+    return tables + ("\n–: not measured, or the L0 is outside the sweep." if "–" in tables else "")
 
 
 def _terminal_cell(group: Group, condition: str, baseline: str, metric: Metric) -> str:

@@ -512,7 +512,7 @@ def test_more_is_not_always_better(metric: str, sign: int, words: str) -> None:
 def test_a_terminal_shows_a_line_for_each_condition_and_what_differs() -> None:
     half = [{**m, "dead_latents": 7, "sae_probes_auc_top_16": 0.7} for m in NONE]
     runs = [*RECORDS, *(record("half", i, **m) for i, m in enumerate(half))]
-    title, header, *lines, _, tested = terminal_text(summarise(runs)).splitlines()
+    title, header, *lines, _, tested, dash = terminal_text(summarise(runs)).splitlines()
     assert title == "topk, k = 32"
     assert " ".join(header.split()) == "explained variance dead latents L0 sae-probes AUC top 16"
     assert [line.split() for line in lines] == [
@@ -522,6 +522,7 @@ def test_a_terminal_shows_a_line_for_each_condition_and_what_differs() -> None:
     ]
     assert "than none" in tested
     assert "3 seeds" in tested
+    assert "not measured" in dash
     two = terminal_text(summarise([run for run in RECORDS if run["seed"] < 2]))
     assert "worse" not in two
     assert two.endswith("2 seeds: nothing is tested, and any of these differences may be chance.")
