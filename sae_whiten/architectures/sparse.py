@@ -33,6 +33,7 @@ __all__ = [
     "encode",
     "largest",
     "largest_of_all",
+    "pre_activations",
     "select",
     "to_coo",
     "top_k",
@@ -142,7 +143,7 @@ def select(
     kept: list[Tensor] = []
 
     def watched() -> Iterator[Tensor]:
-        for pre in _pre_activations(x, W_enc, b_enc, scale):
+        for pre in pre_activations(x, W_enc, b_enc, scale):
             of_columns.append(pre.index_select(1, columns))
             if keep_hidden_pre:
                 kept.append(pre)
@@ -154,7 +155,8 @@ def select(
     )
 
 
-def _pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor) -> Iterator[Tensor]:
+def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor) -> Iterator[Tensor]:
+    """(x @ W_enc + b_enc) * scale, some rows at a time. See `select`."""
     kind = x.device.type
     dtype = torch.promote_types(W_enc.dtype, torch.float32)
     scale = scale.to(dtype)

@@ -37,7 +37,18 @@ from sae_whiten.architectures.sparse import (
     top_k,
 )
 
-__all__ = ["SparseStepOutput", "is_hooked", "sparse_pays", "sparse_step"]
+__all__ = [
+    "SparseStepOutput",
+    "auxk_loss",
+    "can_be_sparse",
+    "computed_later",
+    "dead_latents",
+    "decode_levels",
+    "is_hooked",
+    "mean_error",
+    "sparse_pays",
+    "sparse_step",
+]
 
 # Largest share of active latents at which sparse sums cost less than dense products.
 # CPU: measured on one core by benchmarks/training_step.py --border. A sparse step took 0.67 to 0.78
@@ -104,13 +115,13 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
         unknown, the input needs a gradient or is not 2-dimensional, or the step is being compiled.
     """
     selector = _selector(sae, len(step_input.sae_in))
-    if selector is None or not _can_be_sparse(sae, step_input.sae_in):
+    if selector is None or not can_be_sparse(sae, step_input.sae_in):
         return None
     sae_in, logged = step_input.sae_in, step_input.is_logging_step
     with torch.no_grad():
         x = sae.process_sae_in(sae_in)
         norms = _ranking_norms(sae)
-        dead = _dead_latents(sae, step_input)
+        dead = dead_latents(sae, step_input)
         found = select(x, sae.W_enc, sae.b_enc, norms, selector, dead, keep_hidden_pre=logged)
     widths = _widths(sae)
     pairs = _pairs(found, widths, len(x))
@@ -126,20 +137,20 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     )
     if not isinstance(sae, AbsTopKTrainingSAE):
         values = values.relu()
-    levels, rows_of_dead = _decode_levels(sae, values, pairs, dead, len(widths))
+    levels, rows_of_dead = decode_levels(sae, values, pairs, dead, len(widths))
     sae_out = sae.hook_sae_recons(levels[-1])
 
     losses = {
-        "mse_loss": _mean_error(sae, sae_out, sae_in),
+        "mse_loss": mean_error(sae, sae_out, sae_in),
         "auxiliary_reconstruction_loss": sae_out.new_tensor(0.0),
     }
     if len(dead) > 0:
         outputs = levels if _has_auxk_by_level(sae) else (sae_out,)
-        losses["auxiliary_reconstruction_loss"] = _auxk_loss(
+        losses["auxiliary_reconstruction_loss"] = auxk_loss(
             sae, [(sae_in - out).detach() for out in outputs], dead, of_dead, norms, rows_of_dead
         )
     for width, level in zip(widths[:-1], levels[:-1], strict=True):
-        losses[f"inner_mse_loss_{width}"] = _mean_error(sae, level, sae_in)
+        losses[f"inner_mse_loss_{width}"] = mean_error(sae, level, sae_in)
 
     latents = values * norms[found.latents]
     feature_acts = to_coo(latents.to(sae.W_enc.dtype), pairs, len(x), sae.cfg.d_sae)
@@ -148,7 +159,9 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
         sae_in=sae_in,
         sae_out=sae_out,
         feature_acts=feature_acts.to_dense() if logged else feature_acts,
-        hidden_pre=_later(sae, sae_in) if hidden_pre is None else hidden_pre.to(sae.W_enc.dtype),
+        hidden_pre=computed_later(sae, sae_in)
+        if hidden_pre is None
+        else hidden_pre.to(sae.W_enc.dtype),
         loss=reduce(add, losses.values()),
         losses=losses,
     )
@@ -169,7 +182,8 @@ def _selector(sae: Any, n_rows: int) -> Selector | None:
     return None
 
 
-def _can_be_sparse(sae: Any, sae_in: Tensor) -> bool:
+def can_be_sparse(sae: Any, sae_in: Tensor) -> bool:
+    """Whether nothing forbids a sparse step of an SAE with a k, and it pays. See `sparse_step`."""
     hooks = (sae.hook_sae_input, sae.hook_sae_acts_pre, sae.hook_sae_acts_post)
     return (
         sparse_pays(sae.activation_fn.k, sae.cfg.d_sae, sae_in.device)
@@ -190,7 +204,7 @@ def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"]:
     return torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=dtype)
 
 
-def _dead_latents(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
+def dead_latents(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
     """Indices of the latents that AuxK is to revive, ascending."""
     dead = step_input.dead_neuron_mask
     if dead is None or sae.cfg.aux_loss_coefficient == 0:
@@ -212,7 +226,7 @@ def _pairs(found: Selection, widths: list[int], n_rows: int) -> ActivePairs:
     return ActivePairs.of(found.rows, found.latents, widths[-1], bags, n_rows * len(widths))
 
 
-def _decode_levels(
+def decode_levels(
     sae: Any, values: Tensor, pairs: ActivePairs, dead: Tensor, n_levels: int
 ) -> tuple[tuple[Float[Tensor, "batch d_in"], ...], Float[Tensor, "n_dead d_in"]]:
     """The reconstruction by the latents up to each level, and the decoder rows of dead latents."""
@@ -223,7 +237,8 @@ def _decode_levels(
     return (levels + sae.b_dec).to(sae.W_dec.dtype).unbind(dim=1), rows_of_dead
 
 
-def _mean_error(sae: Any, reconstruction: Tensor, sae_in: Tensor) -> Tensor:
+def mean_error(sae: Any, reconstruction: Tensor, sae_in: Tensor) -> Tensor:
+    """The squared error, summed over d_in and averaged over the batch."""
     return sae.mse_loss_fn(reconstruction, sae_in).sum(dim=-1).mean()
 
 
@@ -231,7 +246,7 @@ def _has_auxk_by_level(sae: Any) -> bool:
     return isinstance(sae, MatryoshkaBatchTopKTrainingSAE) and sae.cfg.use_matryoshka_aux_loss
 
 
-def _auxk_loss(
+def auxk_loss(
     sae: Any,
     residuals: list[Tensor],
     dead: Integer[Tensor, "n_dead"],
@@ -268,7 +283,7 @@ def _auxk_loss(
     return sae.cfg.aux_loss_coefficient * total
 
 
-def _later(sae: Any, sae_in: Tensor) -> Callable[[], Tensor]:
+def computed_later(sae: Any, sae_in: Tensor) -> Callable[[], Tensor]:
     """A function that computes this step's pre-activations while the weights are unchanged."""
     weights = list(sae.parameters())
     versions = [weight._version for weight in weights]

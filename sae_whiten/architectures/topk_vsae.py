@@ -20,7 +20,7 @@ The authors' code multiplies the mean KL by the mean norm instead.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -36,7 +36,17 @@ from typing_extensions import override
 from sae_whiten._checks import FieldError, require_number
 from sae_whiten.architectures import sparse
 from sae_whiten.architectures.description import register
-from sae_whiten.architectures.sparse_step import is_hooked, sparse_pays
+from sae_whiten.architectures.sparse_step import (
+    SparseStepOutput,
+    auxk_loss,
+    can_be_sparse,
+    computed_later,
+    dead_latents,
+    decode_levels,
+    is_hooked,
+    mean_error,
+    sparse_pays,
+)
 from sae_whiten.architectures.topk import TOPK
 from sae_whiten.folding import AffineWeights
 
@@ -211,7 +221,9 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
             assert posterior is not None
             output.metrics["kl"] = posterior.kl.detach()
             if step_input.is_logging_step:
-                output.metrics.update(self._logged(posterior, step_input.dead_neuron_mask))
+                output.metrics.update(
+                    self.logged_metrics(posterior.mu, posterior.logvar, step_input.dead_neuron_mask)
+                )
             return output
         finally:
             self._in_training_step, self._step = False, None
@@ -358,10 +370,13 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         return hidden_pre, mu, self.cfg.initial_logvar if self.cfg.variance == "fixed" else None
 
     @torch.no_grad()
-    def _logged(self, step: _Posterior, dead: Tensor | None) -> dict[str, Tensor]:
+    def logged_metrics(
+        self, mu: Tensor, logvar: Tensor | float | None, dead: Tensor | None
+    ) -> dict[str, Tensor]:
+        """The metrics of logging steps, from the posterior of the batch."""
         # a generator of its own, so that logging does not change the training
-        generator = torch.Generator(step.mu.device).manual_seed(0)
-        overlap = _overlap(step.mu, step.logvar, self.cfg.k, generator)
+        generator = torch.Generator(mu.device).manual_seed(0)
+        overlap = _overlap(mu, logvar, self.cfg.k, generator)
         found = {"selection_overlap": overlap.mean()}
         if dead is not None:
             found["live_fraction"] = 1 - dead.float().mean()
@@ -472,15 +487,21 @@ def _select(
     mu: Tensor, logvar: Tensor | float | None, k: int, generator: torch.Generator | None = None
 ) -> tuple[Integer[Tensor, "batch k"], Tensor | None]:
     """Indices of the k largest sampled latents, and their standard normal noise. No gradients."""
+    z, noise = _sample(mu, logvar, generator)
+    indices = z.topk(k, dim=-1, sorted=False).indices
+    return indices, None if noise is None else noise.gather(-1, indices)
+
+
+def _sample(
+    mu: Tensor, logvar: Tensor | float | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor | None]:
+    """Sampled latents, and their standard normal noise."""
     if logvar is None:
-        return mu.topk(k, dim=-1, sorted=False).indices, None
+        return mu, None
     noise = _normal(mu, generator)
     if isinstance(logvar, Tensor):
-        z = torch.addcmul(mu, noise, _deviation(logvar).to(mu.dtype))
-    else:
-        z = torch.add(mu, noise, alpha=_deviation(logvar))
-    indices = z.topk(k, dim=-1, sorted=False).indices
-    return indices, noise.gather(-1, indices)
+        return torch.addcmul(mu, noise, _deviation(logvar).to(mu.dtype)), noise
+    return torch.add(mu, noise, alpha=_deviation(logvar)), noise
 
 
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -502,6 +523,135 @@ def _overlap(
     both = (active[0] & active[1]).sum(dim=-1)
     # without active latents there is no difference
     return torch.where(union > 0, both / union.clamp(min=1), torch.ones_like(both / union))
+
+
+def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
+    """A training step under whitening with sums over the selected latents.
+
+    Up to rounding, values and gradients are those of `training_forward_pass`. None if the dense
+    step has to run: for the reasons of `sparse_step.sparse_step`, and with kl_over="all", where all
+    pre-activations have a gradient.
+    """
+    cfg: TopKVSAETrainingConfig = sae.cfg
+    if cfg.kl_over != "selected" or not can_be_sparse(sae, step_input.sae_in):
+        return None
+    sae_in, logged = step_input.sae_in, step_input.is_logging_step
+    b_dec = sae.b_dec if cfg.apply_b_dec_to_input else None
+    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
+    norms = torch.ones(cfg.d_sae, dtype=dtype, device=sae.W_dec.device)
+    if cfg.rescale_acts_by_decoder_norm:
+        norms = torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=dtype)
+    with torch.no_grad():
+        x, scale = sae.process_sae_in(sae_in), norms.detach()
+        dead = dead_latents(sae, step_input)
+        selector = _SamplingSelector(sae, x, keep_logvar=logged)
+        found = sparse.select(x, sae.W_enc, sae.b_enc, scale, selector, dead, logged)
+    pairs = sparse.ActivePairs.of(found.rows, found.latents, cfg.d_sae, found.rows, len(x))
+    pre, of_dead = sparse.encode(
+        x,
+        sae.W_enc,
+        sae.b_enc,
+        b_dec,
+        found.values / scale[found.latents],
+        found.columns / scale[dead],
+        pairs,
+        dead,
+    )
+    norms_of_pairs = norms[found.latents]
+    mu = pre * norms_of_pairs
+    if cfg.relu_mean:
+        mu = mu.relu()
+    logvar = selector.logvar
+    if isinstance(logvar, Tensor):
+        none = dead[:0]
+        of_none = x.new_empty(len(x), 0)
+        logvar, _ = sparse.encode(x, sae.W_var, sae.b_var, b_dec, logvar, of_none, pairs, none)
+    by_input = (len(x), cfg.k)
+    of_learned = logvar.view(by_input) if isinstance(logvar, Tensor) else None
+    kl = kl_to_standard_normal(mu.view(by_input), of_learned).mean()
+    latents = mu
+    if selector.noise is not None and logvar is not None:
+        latents = mu + selector.noise * _deviation(logvar)
+    latents = latents.relu()
+    (sae_out,), rows_of_dead = decode_levels(sae, latents / norms_of_pairs, pairs, dead, 1)
+    sae_out = sae.hook_sae_recons(sae_out)
+
+    losses = {
+        "mse_loss": mean_error(sae, sae_out, sae_in),
+        "auxiliary_reconstruction_loss": sae_out.new_tensor(0.0),
+    }
+    if len(dead) > 0:
+        residual = (sae_in - sae_out).detach()
+        losses["auxiliary_reconstruction_loss"] = auxk_loss(
+            sae, [residual], dead, of_dead, scale, rows_of_dead
+        )
+    losses["kl_loss"] = step_input.coefficients["kl"] * kl
+    feature_acts = sparse.to_coo(latents.to(sae.W_enc.dtype), pairs, len(x), cfg.d_sae)
+    hidden_pre = found.hidden_pre
+    output = SparseStepOutput(
+        sae_in=sae_in,
+        sae_out=sae_out,
+        feature_acts=feature_acts.to_dense() if logged else feature_acts,
+        hidden_pre=(
+            computed_later(sae, sae_in) if hidden_pre is None else hidden_pre.to(sae.W_enc.dtype)
+        ),
+        loss=sum(losses.values(), sae_out.new_tensor(0.0)),
+        losses=losses,
+    )
+    output.metrics["kl"] = kl.detach()
+    if hidden_pre is not None:
+        all_mu = hidden_pre.relu() if cfg.relu_mean else hidden_pre
+        output.metrics.update(
+            sae.logged_metrics(all_mu, selector.all_logvar, step_input.dead_neuron_mask)
+        )
+    return output
+
+
+class _SamplingSelector:
+    """Selects the k largest sampled latents of every input.
+
+    After the selection, `noise` and `logvar` are those of the selected latents, flat, and
+    `all_logvar` is that of all latents, if it was to be kept.
+    """
+
+    def __init__(self, sae: TopKVSAETrainingSAE, x: Tensor, keep_logvar: bool) -> None:
+        cfg = sae.cfg
+        self._k, self._relu, self._keep = cfg.k, cfg.relu_mean, keep_logvar
+        self._generator = None if cfg.variance == "none" else _next_noise(sae._noise, x.device)
+        self._logvars: Iterator[Tensor] | None = None
+        if cfg.variance == "learned":
+            ones = torch.ones_like(sae.b_var)
+            self._logvars = sparse.pre_activations(x, sae.W_var, sae.b_var, ones)
+        self.noise: Tensor | None = None
+        self.logvar: Tensor | float | None = None
+        if cfg.variance == "fixed":
+            self.logvar = cfg.initial_logvar
+        self.all_logvar = self.logvar
+
+    def __call__(self, chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        values, latents, noises, logvars, kept = [], [], [], [], []
+        for pre in chunks:
+            mu = pre.relu() if self._relu else pre
+            logvar = self.logvar if self._logvars is None else next(self._logvars)
+            z, noise = _sample(mu, logvar, self._generator)
+            _, indices = sparse.largest(z, self._k)
+            latents.append(indices)
+            values.append(pre.gather(1, indices))
+            if noise is not None:
+                noises.append(noise.gather(1, indices))
+            if isinstance(logvar, Tensor):
+                logvars.append(logvar.gather(1, indices))
+                if self._keep:
+                    kept.append(logvar)
+        if noises:
+            self.noise = torch.cat(noises).flatten()
+        if logvars:
+            self.logvar = torch.cat(logvars).flatten()
+        if kept:
+            self.all_logvar = torch.cat(kept)
+        flat = torch.cat(latents)
+        rows = torch.arange(len(flat), device=flat.device).repeat_interleave(self._k)
+        return torch.cat(values).flatten(), rows, flat.flatten()
 
 
 def _affine_weights(sae: TopKVSAETrainingSAE) -> AffineWeights:
@@ -529,7 +679,7 @@ register(
         TOPK,
         sae_classes=(TopKVSAETrainingSAE,),
         affine_weights=_affine_weights,
-        fast_step=None,
+        fast_step=_sparse_step,
         why_not_original_norms=_why_not_original_norms,
         scaled_fields={"kl_coefficient": 2},
         comparison_options=_comparison_options,

@@ -27,9 +27,17 @@ from sae_whiten import (
     fold_whitening_into_weights,
     unfold_whitening_from_weights,
 )
-from sae_whiten.architectures import TopKVSAETrainingConfig, TopKVSAETrainingSAE, topk_vsae
+from sae_whiten.architectures import (
+    TopKVSAETrainingConfig,
+    TopKVSAETrainingSAE,
+    sparse_step,
+    topk_vsae,
+)
+from sae_whiten.architectures import sparse as sparse_module
+from sae_whiten.architectures.sparse_step import SparseStepOutput
 from sae_whiten.architectures.topk_vsae import _affine, kl_to_standard_normal
 from sae_whiten.training.checkpoint import loadable_folder
+from sae_whiten.training.training_sae import enter_whitened_space, set_whitening
 from tests.processes import run_code
 from tests.support import (
     friendly,
@@ -440,6 +448,65 @@ def test_hooks_on_latents_act_in_training_as_in_saelens(k):
         outputs.append(step(each, x).sae_out.detach())
     assert torch.allclose(outputs[0], outputs[1], atol=1e-5)
     assert not torch.allclose(outputs[0], untouched, atol=1e-2)
+
+
+# --- sparse steps under whitening ---
+
+
+def whitened(**options: Any) -> TopKVSAETrainingSAE:
+    options = {"dtype": "float64", "kl_over": "selected", "initial_logvar": -1.0, **options}
+    sae = vsae(normalize_activations="covariance_whitening", **options)
+    enter_whitened_space(sae)
+    set_whitening(sae, whitening_of(friendly(500, D)))
+    return sae
+
+
+@pytest.mark.parametrize("variance", ["none", "fixed", "learned"])
+@pytest.mark.parametrize("relu_mean", [True, False])
+@pytest.mark.parametrize("flag", [True, False])
+def test_sparse_steps_have_the_values_and_gradients_of_dense_ones(
+    variance, relu_mean, flag, monkeypatch
+):
+    x = whitening_of(friendly(500, D)).whiten(friendly(N, D, seed=1).double())
+    for rescale, n_dead in itertools.product((True, False), (0, 5, 60)):
+        sae = whitened(
+            variance=variance,
+            relu_mean=relu_mean,
+            apply_b_dec_to_input=flag,
+            rescale_acts_by_decoder_norm=rescale,
+        )
+        dead = torch.arange(D_SAE) % 3 < 2 if n_dead == 60 else torch.arange(D_SAE) < n_dead
+        steps = []
+        for share in (1 / 16, 0.0):
+            monkeypatch.setitem(sparse_step._SPARSE_UP_TO, "cpu", share)
+            for logged in (False, True):
+                found = step(sae, x, dead, logged=logged)
+                assert isinstance(found, SparseStepOutput) == (share > 0)
+                if share > 0:
+                    assert found.feature_acts.is_sparse != logged
+                seen = {**found.losses, **gradients(sae, found.loss), "sae_out": found.sae_out}
+                seen |= {"latents": found.feature_acts.to_dense(), "hidden_pre": found.hidden_pre}
+                steps.append((seen, found.metrics))
+        for (sparse, metrics), (dense, dense_metrics) in zip(steps[:2], steps[2:], strict=True):
+            # in float64, but the metric has float32 weights
+            torch.testing.assert_close(sparse, dense, rtol=1e-6, atol=1e-9)
+            torch.testing.assert_close(metrics, dense_metrics, rtol=1e-6, atol=1e-9)
+        for name in found.losses.keys() | named(sae).keys():  # logging changes no training
+            assert torch.equal(steps[0][0][name], steps[1][0][name]), name
+
+
+def test_noise_drawn_for_some_rows_at_a_time_is_that_drawn_at_once(monkeypatch):
+    x = whitening_of(friendly(500, D)).whiten(friendly(N, D, seed=1)).float()
+    found = []
+    for n_rows in (N, 24):
+        monkeypatch.setitem(sparse_module._ROWS, "cpu", n_rows)
+        found.append(step(whitened(dtype="float32"), x).feature_acts.to_dense())
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_divergence_of_all_latents_takes_dense_steps():
+    x = whitening_of(friendly(500, D)).whiten(friendly(N, D)).double()
+    assert not isinstance(step(whitened(kl_over="all"), x), SparseStepOutput)
 
 
 # --- the noise is the SAE's own ---
