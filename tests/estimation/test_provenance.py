@@ -11,18 +11,25 @@ from tests.training.test_runner import runner
 HOOK = "blocks.1.hook_resid_pre"
 
 
-def estimated(tmp_path, **provenance):
-    """Statistics as a run of the runner writes them, in a folder of hooks."""
-    out = tmp_path / "first"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The output of a run."""
+    out = tmp_path_factory.mktemp("trained")
     runner(output_path=str(out)).run()
-    statistics = ActivationStatistics.load(out / "sae_whiten" / "activation_statistics.safetensors")
+    return out
+
+
+def save_statistics(trained, folder, **provenance):
+    """Statistics as a run of the runner writes them, in a folder of hooks."""
+    path = trained / "sae_whiten" / "activation_statistics.safetensors"
+    statistics = ActivationStatistics.load(path)
     statistics.provenance.update(provenance)
-    statistics.save(statistics_file(tmp_path / "stats", HOOK))
+    statistics.save(statistics_file(folder, HOOK))
     return statistics
 
 
-def test_training_takes_given_statistics_and_estimates_nothing(tmp_path, monkeypatch):
-    statistics = estimated(tmp_path)
+def test_training_takes_given_statistics_and_estimates_nothing(trained, tmp_path, monkeypatch):
+    statistics = save_statistics(trained, tmp_path / "stats")
 
     def refuse(*args, **options):
         raise AssertionError("estimated")
@@ -32,10 +39,10 @@ def test_training_takes_given_statistics_and_estimates_nothing(tmp_path, monkeyp
     for path in (
         tmp_path / "stats",
         statistics_file(tmp_path / "stats", HOOK),
-        tmp_path / "first",
+        trained,
         tmp_path / "of_earlier_release",
     ):
-        made = runner(WhiteningConfig(statistics=str(path)), output_path=str(tmp_path / "second"))
+        made = runner(WhiteningConfig(statistics=str(path)), training_tokens=128)
         made.run()
         assert made.trainer.whitening is not None
         assert torch.equal(made.trainer.whitening.mean, statistics.mean)
@@ -56,9 +63,11 @@ def test_training_takes_given_statistics_and_estimates_nothing(tmp_path, monkeyp
         ("use_chat_formatting", True),
     ],
 )
-def test_statistics_of_something_else_are_refused_by_name_unless_allowed(tmp_path, name, value):
-    estimated(tmp_path, **{name: value})
-    path = str(tmp_path / "stats")
+def test_statistics_of_something_else_are_refused_by_name_unless_allowed(
+    trained, tmp_path, name, value
+):
+    save_statistics(trained, tmp_path, **{name: value})
+    path = str(tmp_path)
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} (training has")) as refused:
         runner(WhiteningConfig(statistics=path)).run()
     assert str(refused.value).count("(training has") == 1
@@ -67,7 +76,7 @@ def test_statistics_of_something_else_are_refused_by_name_unless_allowed(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("given", "trained"),
+    ("given", "options"),
     [
         ({"seqpos_slice": [1, 32]}, {"seqpos_slice": (1, None)}),
         ({"exclude_special_tokens": [2, 1, 1]}, {"exclude_special_tokens": [1, 2]}),
@@ -76,16 +85,15 @@ def test_statistics_of_something_else_are_refused_by_name_unless_allowed(tmp_pat
     ],
     ids=str,
 )
-def test_what_is_written_otherwise_but_means_the_same_is_taken(tmp_path, given, trained):
-    estimated(tmp_path, **given)
-    path = str(tmp_path / "stats")
-    runner(WhiteningConfig(statistics=path), training_tokens=128, **trained).run()
+def test_what_is_written_otherwise_but_means_the_same_is_taken(trained, tmp_path, given, options):
+    save_statistics(trained, tmp_path, **given)
+    runner(WhiteningConfig(statistics=str(tmp_path)), training_tokens=128, **options).run()
 
 
 @pytest.mark.parametrize("name", ["autocast_lm", "use_chat_formatting"])
-def test_what_saelens_does_not_record_of_reading_is_checked_too(tmp_path, name):
-    estimated(tmp_path, **{name: False})
-    made = runner(WhiteningConfig(statistics=str(tmp_path / "stats")))
+def test_what_saelens_does_not_record_of_reading_is_checked_too(trained, tmp_path, name):
+    save_statistics(trained, tmp_path, **{name: False})
+    made = runner(WhiteningConfig(statistics=str(tmp_path)))
     setattr(made.cfg, name, True)
     with pytest.raises(ValueError, match=re.escape(f"{name}=False (training has True)")):
         made.run()

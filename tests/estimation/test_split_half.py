@@ -33,7 +33,7 @@ def test_the_inflation_is_what_held_out_gaussian_data_shows(per_dimension):
     estimated, true = [], []
     for _ in range(20):
         halves = SplitHalfStatistics(D)
-        for batch in (torch.randn(n, D, generator=g, dtype=torch.float64) @ mix).split(8):
+        for batch in (torch.randn(n, D, generator=g, dtype=torch.float64) @ mix).split(n // 10):
             halves.update(batch)
         estimated.append(halves.inflation())
         true.append(held_out_excess(halves, mix.T @ mix))
