@@ -104,8 +104,9 @@ def plot_spectra(
     Args:
         spectra: Eigenvalues by hook name, in descending order.
         directory: Where to write spectra and cumulative_variance, each as .png and .pdf, and
-            regularised and held_out where they are given.
-        regularised: What whitening divides by, in the order of the eigenvalues they replace.
+            held_out where it is given.
+        regularised: What whitening divides by, in the order of the eigenvalues they replace: thin
+            lines beside the spectra.
         held_out: Eigenvalues of held-out activations before and after whitening, in descending
             order.
 
@@ -119,13 +120,12 @@ def plot_spectra(
     shown = {name: ~null_directions(values) for name, values in before.items()}
     lines = {name: values[shown[name]] for name, values in before.items()}
     cumulative = {name: values.cumsum(0) / values.sum() for name, values in lines.items()}
+    thin = {n: _float64(values)[shown[n]] for n, values in (regularised or {}).items()}
+    y_label = "eigenvalue" + (" (thin: regularised)" if thin else " of the covariance")
     figures: dict[str, list[tuple[str, dict[str, Tensor]]]] = {
-        "spectra": [("eigenvalue of the covariance", lines)],
+        "spectra": [(y_label, lines)],
         "cumulative_variance": [("share of the variance", cumulative)],
     }
-    if regularised is not None:
-        made = {name: _float64(values)[shown[name]] for name, values in regularised.items()}
-        figures["regularised"] = [("regularised eigenvalue", made)]
     if held_out:
         raw = {name: _float64(pair[0]) for name, pair in held_out.items()}
         raw = {name: v[~null_directions(v)] / v.mean() for name, v in raw.items()}
@@ -144,6 +144,8 @@ def plot_spectra(
                 axes.set_ylabel(label)
                 if name != "cumulative_variance":
                     axes.set_yscale("log")
+                if name == "spectra":
+                    _draw_hooks(axes, thin, list(spectra), linewidth=0.5, named=False)
                 if name == "held_out":
                     axes.axhline(1, color="0.6", linewidth=0.6, linestyle=":", zorder=1)
             _add_key(figure, all_axes[0])
@@ -158,7 +160,14 @@ def _float64(values: Sequence[float]) -> Float[Tensor, "d"]:
     return torch.tensor(list(values), dtype=torch.float64)
 
 
-def _draw_hooks(axes: Any, spectra: Mapping[str, Float[Tensor, "d"]], names: Sequence[str]) -> None:
+def _draw_hooks(
+    axes: Any,
+    spectra: Mapping[str, Float[Tensor, "d"]],
+    names: Sequence[str],
+    *,
+    linewidth: float = 1.0,
+    named: bool = True,
+) -> None:
     """A line for each hook, from dark to light in the order of `names`, in three line styles."""
     from matplotlib import colormaps
 
@@ -174,8 +183,8 @@ def _draw_hooks(axes: Any, spectra: Mapping[str, Float[Tensor, "d"]], names: Seq
             values,
             color=shades(0.85 * i / max(len(names) - 1, 1)),
             linestyle=("-", "--", ":")[i % 3],
-            linewidth=1.0,
-            label=hook,
+            linewidth=linewidth,
+            label=hook if named else None,
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")

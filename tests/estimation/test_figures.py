@@ -99,14 +99,21 @@ HOOKS = {
 def test_spectra_of_hooks_leave_null_directions_out(drawn: list[Any]) -> None:
     held_out = {name: (values, [2.0, 1.0, 0.5]) for name, values in list(HOOKS.items())[:2]}
     written = plot_spectra(HOOKS, "unused", regularised=HOOKS, held_out=held_out)
-    names = ["spectra", "cumulative_variance", "regularised", "held_out"]
+    names = ["spectra", "cumulative_variance", "held_out"]
     assert [path.name for path in written] == [
         f"{name}{suffix}" for name in names for suffix in (".png", ".pdf")
     ]
-    spectra, cumulative, regularised, after = (figure.axes for figure in drawn[::2])
-    for axes in (*spectra, *regularised):
-        assert [list(line.get_ydata()) for line in axes.lines] == [v[:-1] for v in HOOKS.values()]
-        assert axes.get_yscale() == "log"
+    (spectra,), cumulative, after = (figure.axes for figure in drawn[::2])
+    expected = [v[:-1] for v in HOOKS.values()]
+    assert spectra.get_yscale() == "log"
+    # the regularised spectrum of each hook is a thin line of the same colour
+    raw, thin = spectra.lines[: len(HOOKS)], spectra.lines[len(HOOKS) :]
+    for lines in (raw, thin):
+        assert [list(line.get_ydata()) for line in lines] == expected
+    assert [line.get_color() for line in thin] == [line.get_color() for line in raw]
+    assert max(line.get_linewidth() for line in thin) < raw[0].get_linewidth()
+    (key,) = drawn[0].legends
+    assert len(key.get_texts()) == len(HOOKS)
     for line in cumulative[0].lines:
         shares = list(line.get_ydata())
         assert shares == sorted(shares)
