@@ -22,7 +22,7 @@ from sae_lens.load_model import load_model
 from transformers import AutoTokenizer
 
 from sae_whiten.comparison.compare import Comparison, compare
-from sae_whiten.comparison.report import write_report
+from sae_whiten.comparison.report.page import write_report
 from sae_whiten.evaluation.labels import library_texts
 from sae_whiten.evaluation.source_code import shuffled, source_files, stdlib_root
 

@@ -24,7 +24,7 @@ from sae_whiten import (
 from sae_whiten._files import load_tensors, save_tensors, write_json
 from sae_whiten._redaction import redacted
 from sae_whiten.cli import main
-from sae_whiten.comparison.report import write_report
+from sae_whiten.comparison.report.page import write_report
 from sae_whiten.estimation.folders import push_folder, statistics_file
 from sae_whiten.estimation.provenance import provenance_of
 from tests.support import friendly, runner_config, tiny_dataset, tiny_model, training_sae
@@ -285,7 +285,7 @@ def test_the_commands_train_without_whitening_and_compare_write_none(tmp_path, m
         reported.append(dict(settings))
         (Path(directory) / "table.md").write_text("")
 
-    monkeypatch.setattr("sae_whiten.comparison.report.write_report", report)
+    monkeypatch.setattr("sae_whiten.comparison.report.page.write_report", report)
     assert main(arguments) == 0
     other = {**given, "token": f"other {SECRET}"}
     assert main([json.dumps(other) if a == json.dumps(given) else a for a in arguments]) == 0
@@ -307,7 +307,7 @@ def test_the_commands_train_without_whitening_and_compare_write_none(tmp_path, m
 
 
 def test_a_report_shows_none(tmp_path, monkeypatch):
-    monkeypatch.setattr("sae_whiten.comparison.report.evaluation_figures", lambda records: [])
+    monkeypatch.setattr("sae_whiten.comparison.report.page.evaluation_figures", lambda records: [])
     record = {"name": "sae", "metrics": {"l0": 3.0}, "absent": {}, "kwargs": KWARGS}
     settings = {"model_name": "tiny", "kwargs": KWARGS, "command": f"evaluate --token {SECRET}"}
     write_report([record], tmp_path, settings)

@@ -92,12 +92,12 @@ def run(args: argparse.Namespace) -> int:
 
     from sae_whiten._files import check_writable
     from sae_whiten._redaction import redacted
-    from sae_whiten.comparison.brief import terminal_text
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
     from sae_whiten.comparison.feature_page import write_feature_page
     from sae_whiten.comparison.learning_rates import FOUND
-    from sae_whiten.comparison.report import write_report
+    from sae_whiten.comparison.report.brief import terminal_text
+    from sae_whiten.comparison.report.page import write_report
     from sae_whiten.comparison.summary import summarise
     from sae_whiten.estimation.dataset import open_dataset
 

@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     """Load, evaluate, write results.jsonl and table.md, and print the table."""
     from sae_whiten._files import atomic_path, check_writable
     from sae_whiten._redaction import redacted
-    from sae_whiten.comparison.evaluation_report import evaluation_table
-    from sae_whiten.comparison.report import write_report
+    from sae_whiten.comparison.report.evaluation import evaluation_table
+    from sae_whiten.comparison.report.page import write_report
     from sae_whiten.evaluation.evaluate import evaluate_saes
 
     check_writable(args.out)

@@ -11,9 +11,9 @@ from sae_lens.config import HfDataset
 from transformer_lens import HookedRootModule
 
 from sae_whiten.comparison.data import divide_rows
-from sae_whiten.comparison.paper import WHITENED
 from sae_whiten.comparison.plan import Comparison
-from sae_whiten.comparison.report import FEATURE_PAGE
+from sae_whiten.comparison.report.page import FEATURE_PAGE
+from sae_whiten.comparison.report.paper import WHITENED
 from sae_whiten.comparison.summary import BASELINES
 from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.features.measure import measure_features

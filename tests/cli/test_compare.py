@@ -47,7 +47,7 @@ def test_the_answer_is_printed_and_not_the_whole_report(tmp_path, monkeypatch, c
     monkeypatch.setattr("sae_lens.load_model.load_model", lambda *args, **options: None)
     monkeypatch.setattr("sae_whiten.comparison.compare.compare", compare)
     monkeypatch.setattr("sae_whiten.comparison.feature_page.write_feature_page", lambda *_: None)
-    monkeypatch.setattr("sae_whiten.comparison.report.comparison_figures", lambda *_: [])
+    monkeypatch.setattr("sae_whiten.comparison.report.page.comparison_figures", lambda *_: [])
     out = tmp_path / "out"
     command = ["compare", "--model-name", "tiny", "--hook-name", "h", "--out", str(out)]
     command += ["--dataset-path", str(tmp_path / "rows"), "--held-out-sequences", "16"]

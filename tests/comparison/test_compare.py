@@ -20,13 +20,13 @@ from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import describe_rows
 from sae_whiten.comparison.feature_page import choose_pair, write_feature_page
 from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
-from sae_whiten.comparison.report import write_report
+from sae_whiten.comparison.report.page import write_report
 from sae_whiten.comparison.summary import summarise
 from sae_whiten.comparison.sweeps import lacking_coefficient
 from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.metrics import explained_variance
 from sae_whiten.evaluation.stability import mean_max_cosine
-from sae_whiten.training import multi_runner
+from sae_whiten.training import runner_parts
 from tests.support import tiny_dataset, tiny_model
 
 SMALL = Comparison(
@@ -508,7 +508,7 @@ def test_what_is_left_after_a_kill_while_saving_is_trained_on_the_same_data(tmp_
         training_tokens=128 * 12,
     )
     records = run(tmp_path / "whole", comparison)
-    write = multi_runner.write_sae
+    write = runner_parts.write_sae
 
     def die_after(n_saes):
         def killed(target, *args, **options):
@@ -523,7 +523,7 @@ def test_what_is_left_after_a_kill_while_saving_is_trained_on_the_same_data(tmp_
     # first the whitened SAE is saved, then the one that takes a scaling factor from the data
     for n_saes in (1, 1):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(multi_runner, "write_sae", die_after(n_saes))
+            patch.setattr(runner_parts, "write_sae", die_after(n_saes))
             run(tmp_path / "killed", comparison)
     seed = Path("saes", "seed-0")
     assert {path.name for path in (tmp_path / "killed" / seed).iterdir() if path.is_dir()} == {
@@ -571,7 +571,7 @@ def test_a_page_shows_features_with_and_without_whitening_and_the_report_links_i
 ):
     folder, records = finished
     out = shutil.copytree(folder, tmp_path / "comparison")
-    monkeypatch.setattr("sae_whiten.comparison.report.comparison_figures", lambda *_: [])
+    monkeypatch.setattr("sae_whiten.comparison.report.page.comparison_figures", lambda *_: [])
     write_report(records, out, {})
     assert "features.html" not in (out / "report.html").read_text()
     page = write_feature_page(SMALL, records, tiny_model(), tiny_dataset(600), out, "tokens")

@@ -16,26 +16,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sae_whiten.comparison import document, figures
-from sae_whiten.comparison.brief import terminal_text
-from sae_whiten.comparison.comparison_report import comparison_blocks, introduction_blocks
-from sae_whiten.comparison.document import Code, Details, Heading, Paragraph, Table, code
-from sae_whiten.comparison.evaluation_report import evaluation_table
-from sae_whiten.comparison.figures import (
-    Point,
-    plot_against_l0,
-    plot_against_n_latents,
-    plot_differences,
-)
 from sae_whiten.comparison.paired import (
     bootstrap_difference,
     holm,
     measurement_noise,
     paired_difference,
 )
-from sae_whiten.comparison.panels import comparison_figures
-from sae_whiten.comparison.report import write_report
-from sae_whiten.comparison.sentences import describe_difference
+from sae_whiten.comparison.report import document, figures
+from sae_whiten.comparison.report.brief import terminal_text
+from sae_whiten.comparison.report.comparison import comparison_blocks, introduction_blocks
+from sae_whiten.comparison.report.document import Code, Details, Heading, Paragraph, Table, code
+from sae_whiten.comparison.report.evaluation import evaluation_table
+from sae_whiten.comparison.report.figures import (
+    Point,
+    plot_against_l0,
+    plot_against_n_latents,
+    plot_differences,
+)
+from sae_whiten.comparison.report.page import write_report
+from sae_whiten.comparison.report.panels import comparison_figures
+from sae_whiten.comparison.report.sentences import describe_difference
 from sae_whiten.comparison.summary import TESTED_METRICS, Group, Summary, summarise
 from sae_whiten.evaluation import catalogue
 

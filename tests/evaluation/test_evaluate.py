@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeo
 
 from sae_whiten import fold_whitening_into_weights, unfold_whitening_from_weights
 from sae_whiten.cli import main
-from sae_whiten.comparison.evaluation_report import evaluation_table
+from sae_whiten.comparison.report.evaluation import evaluation_table
 from sae_whiten.evaluation import probe_saes as experiments_probing
 from sae_whiten.evaluation import probing as evaluation_probing
 from sae_whiten.evaluation.catalogue import SAE_PROBES_AUC_AT, Measured

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from sae_whiten.comparison.document import Block, Paragraph, Table, code
 from sae_whiten.comparison.paired import FEWEST_SEEDS, PairedDifference
+from sae_whiten.comparison.report.document import Block, Paragraph, Table, code
+from sae_whiten.comparison.report.tables import smallest_differences
+from sae_whiten.comparison.report.wording import decimals_of, group_name, listed, number
 from sae_whiten.comparison.summary import BASELINES, TESTED_METRICS, Group, Summary
-from sae_whiten.comparison.tables import smallest_differences
-from sae_whiten.comparison.wording import decimals_of, group_name, listed, number
 from sae_whiten.evaluation.catalogue import (
     DEAD_LATENTS,
     EXPLAINED_VARIANCE,

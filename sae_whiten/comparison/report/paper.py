@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from sae_whiten.comparison.document import Table, code
+from sae_whiten.comparison.report.document import Table, code
+from sae_whiten.comparison.report.wording import group_name, mean_and_sd, p_cell
 from sae_whiten.comparison.summary import BASELINES, TESTED_METRICS, Summary
-from sae_whiten.comparison.wording import group_name, mean_and_sd, p_cell
 from sae_whiten.evaluation.catalogue import (
     CE_LOSS_SCORE,
     EXPLAINED_VARIANCE,

@@ -165,7 +165,7 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 @functools.cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("sae_whiten.comparison"),
+        loader=PackageLoader("sae_whiten.comparison.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

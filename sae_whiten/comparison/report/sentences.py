@@ -2,11 +2,11 @@
 
 import math
 
-from sae_whiten.comparison.document import code
 from sae_whiten.comparison.paired import FEWEST_SEEDS, PairedDifference
+from sae_whiten.comparison.report.document import code
+from sae_whiten.comparison.report.wording import decimals_of, listed, p_text, sparsity_text
 from sae_whiten.comparison.summary import TESTED_METRICS, Group, Summary
 from sae_whiten.comparison.sweeps import lacking_coefficient
-from sae_whiten.comparison.wording import decimals_of, listed, p_text, sparsity_text
 from sae_whiten.evaluation.catalogue import Metric
 
 __all__ = ["describe_difference", "sparsity_warning"]

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from sae_whiten._files import atomic_path
 from sae_whiten._redaction import redacted
-from sae_whiten.comparison import document
-from sae_whiten.comparison.comparison_report import comparison_blocks, introduction_blocks
-from sae_whiten.comparison.document import (
+from sae_whiten.comparison.report import document
+from sae_whiten.comparison.report.comparison import comparison_blocks, introduction_blocks
+from sae_whiten.comparison.report.document import (
     Block,
     Code,
     Details,
@@ -22,10 +22,10 @@ from sae_whiten.comparison.document import (
     Table,
     code,
 )
-from sae_whiten.comparison.evaluation_report import evaluation_blocks, evaluation_figures
-from sae_whiten.comparison.panels import comparison_figures
+from sae_whiten.comparison.report.evaluation import evaluation_blocks, evaluation_figures
+from sae_whiten.comparison.report.panels import comparison_figures
+from sae_whiten.comparison.report.wording import number
 from sae_whiten.comparison.summary import read_metrics, summarise
-from sae_whiten.comparison.wording import number
 from sae_whiten.evaluation.catalogue import name_of
 
 __all__ = ["FEATURE_PAGE", "write_report"]

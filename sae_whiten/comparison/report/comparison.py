@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_whiten.comparison.brief import NOTHING_COMPARED, brief_blocks
 from sae_whiten.comparison.conditions import CONDITIONS
-from sae_whiten.comparison.document import Block, Details, Heading, Items, Paragraph, code
-from sae_whiten.comparison.paper import paper_table
-from sae_whiten.comparison.sentences import describe_difference, sparsity_warning
-from sae_whiten.comparison.summary import BASELINES, MAIN_METRICS, Group, Summary
-from sae_whiten.comparison.tables import (
+from sae_whiten.comparison.report.brief import NOTHING_COMPARED, brief_blocks
+from sae_whiten.comparison.report.document import Block, Details, Heading, Items, Paragraph, code
+from sae_whiten.comparison.report.paper import paper_table
+from sae_whiten.comparison.report.sentences import describe_difference, sparsity_warning
+from sae_whiten.comparison.report.tables import (
     MISLEADING,
     PROBING,
     differences_table,
@@ -18,7 +17,8 @@ from sae_whiten.comparison.tables import (
     means_table,
     other_metrics_table,
 )
-from sae_whiten.comparison.wording import group_name, listed
+from sae_whiten.comparison.report.wording import group_name, listed
+from sae_whiten.comparison.summary import BASELINES, MAIN_METRICS, Group, Summary
 from sae_whiten.evaluation.catalogue import STABILITY, STABILITY_NULL, Metric
 
 __all__ = ["comparison_blocks", "introduction_blocks"]

@@ -3,8 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from sae_whiten.comparison.document import Table, code
 from sae_whiten.comparison.paired import PairedDifference
+from sae_whiten.comparison.report.document import Table, code
+from sae_whiten.comparison.report.wording import (
+    cells_of,
+    decimals_of,
+    number,
+    p_text,
+    sparsity_text,
+)
 from sae_whiten.comparison.summary import (
     BASELINES,
     TESTED_METRICS,
@@ -12,13 +19,6 @@ from sae_whiten.comparison.summary import (
     Group,
     Summary,
     spread,
-)
-from sae_whiten.comparison.wording import (
-    cells_of,
-    decimals_of,
-    number,
-    p_text,
-    sparsity_text,
 )
 from sae_whiten.evaluation.catalogue import (
     SAE_PROBES_AUC_AT,

@@ -5,16 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sae_whiten.comparison.document import code
-from sae_whiten.comparison.figures import (
+from sae_whiten.comparison.paired import PairedDifference
+from sae_whiten.comparison.report.document import code
+from sae_whiten.comparison.report.figures import (
     Point,
     plot_against_l0,
     plot_against_n_latents,
     plot_differences,
 )
-from sae_whiten.comparison.paired import PairedDifference
+from sae_whiten.comparison.report.wording import file_name, sparsity_text
 from sae_whiten.comparison.summary import BASELINES, TESTED_METRICS, Frame, Group, Summary
-from sae_whiten.comparison.wording import file_name, sparsity_text
 from sae_whiten.evaluation.catalogue import CURVES, Metric
 
 __all__ = ["Drawing", "comparison_figures", "metric_title"]

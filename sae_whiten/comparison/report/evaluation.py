@@ -5,13 +5,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sae_whiten.comparison import document
-from sae_whiten.comparison.document import Block, Details, Paragraph, Table, code
-from sae_whiten.comparison.figures import Point, plot_against_l0
-from sae_whiten.comparison.panels import Drawing, metric_title
+from sae_whiten.comparison.report import document
+from sae_whiten.comparison.report.document import Block, Details, Paragraph, Table, code
+from sae_whiten.comparison.report.figures import Point, plot_against_l0
+from sae_whiten.comparison.report.panels import Drawing, metric_title
+from sae_whiten.comparison.report.tables import MISLEADING, PROBING, WHY_MISLEADING
+from sae_whiten.comparison.report.wording import listed, number
 from sae_whiten.comparison.summary import MAIN_METRICS, TESTED_METRICS, read_metrics
-from sae_whiten.comparison.tables import MISLEADING, PROBING, WHY_MISLEADING
-from sae_whiten.comparison.wording import listed, number
 from sae_whiten.evaluation.catalogue import MEASUREMENTS, name_of
 
 __all__ = ["evaluation_blocks", "evaluation_figures", "evaluation_table"]

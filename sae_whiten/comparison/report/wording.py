@@ -4,8 +4,8 @@ import math
 import re
 from collections.abc import Sequence
 
-from sae_whiten.comparison.document import code
 from sae_whiten.comparison.paired import PairedDifference
+from sae_whiten.comparison.report.document import code
 from sae_whiten.comparison.summary import Group, Spread, Summary
 from sae_whiten.evaluation.catalogue import Metric
 

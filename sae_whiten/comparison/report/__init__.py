@@ -1,0 +1,1 @@
+"""The report of a comparison or an evaluation: pages, tables, sentences and figures."""
