@@ -31,6 +31,7 @@ SETTINGS = {
     BASELINE: "no whitening",
     "centred": 'subtract the mean: kind="zca", strength=0',
     "original": 'whiten: loss_space="original"',
+    "whitened": 'whiten: loss_space="whitened"',
 }
 """What can be recommended, the plainest first."""
 
