@@ -579,30 +579,41 @@ def write_table(path: Path, table: Any) -> None:
 
 
 def draw(frame: Any, doses: list[str], path: Path) -> None:
-    """Metrics against the dose, a line for each condition, a band from the least to the most."""
+    """Metrics at every dose: a marker for each condition, a line over its seeds."""
     from matplotlib import pyplot as plt
 
-    doses = [d for d in (MAIN[0].name, FURTHER[0].name, *(m.name for m in MAIN[1:])) if d in doses]
-    panels = ("EV", f"dead of {D_SAE}", "AUC 1", "AUC 16")
-    figure, axes = plt.subplots(1, len(panels), figsize=(15, 4), layout="constrained")
+    order = (MAIN[0], Dose(0, 3), Dose(2.5, 0), Dose(1, 1), *MAIN[1:2], Dose(2.5, 3), *MAIN[2:])
+    shown = [dose for dose in order if dose.name in doses]
+    dead = f"dead of {D_SAE}"
+    panels = ("EV", "EV, map undone", dead, "AUC 1", "AUC 16")
+    figure, axes = plt.subplots(1, len(panels), figsize=(19, 4.2), layout="constrained")
+    colours = dict(zip(CONDITIONS, plt.get_cmap("tab10").colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
+    present = [c for c in CONDITIONS if c != "none" and c in set(frame["condition"])]
     for axis, name in zip(axes, panels, strict=True):
-        for condition in CONDITIONS:
-            own = frame[frame["condition"] == condition]
-            groups = own[own["dose"].isin(doses)].groupby("dose")[name]
-            at = [d for d in doses if d in groups.groups]
-            if not at:
-                continue
-            x = [doses.index(d) for d in at]
-            (line,) = axis.plot(x, groups.mean()[at], marker="o", label=condition)
-            axis.fill_between(
-                x, groups.min()[at], groups.max()[at], alpha=0.2, color=line.get_color()
+        for i, condition in enumerate(present):
+            own = frame[frame["condition"] == condition].groupby("dose")[name]
+            at = [k for k, dose in enumerate(shown) if dose.name in own.groups]
+            names = [shown[k].name for k in at]
+            x = [k + 0.15 * (i - (len(present) - 1) / 2) for k in at]
+            low, high = own.min()[names], own.max()[names]
+            axis.vlines(x, low, high, color=colours[condition], alpha=0.6)
+            axis.plot(
+                x, own.mean()[names], marker="o", ls="", label=condition, color=colours[condition]
             )
-        labels = [dose.replace("-gamma", "\ngamma") for dose in doses]
-        axis.set_xticks(range(len(doses)), labels, fontsize=8)
+        axis.set_xticks(range(len(shown)), [label(dose) for dose in shown], fontsize=8)
         axis.set_title(name)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+    axes[1].set_ylim(0, 1)  # without whitening it is far below 0 at the strongest dose
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
     figure.savefig(path, dpi=110)
+
+
+def label(dose: Dose) -> str:
+    """What a dose is called in a figure."""
+    if dose.gamma is None:
+        return "natural"
+    parts = [f"{dose.decades:g} decades"] * (dose.decades > 0)
+    return "\n".join([*parts, *[f"mean {dose.gamma:g} sd"] * (dose.gamma > 0)])
 
 
 def main() -> None:

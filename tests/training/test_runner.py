@@ -170,6 +170,9 @@ def test_interrupted_training_resumes_to_the_bit(
     if isinstance(caught.value, SystemExit):
         assert caught.value.code == 143
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    # else the interpreter would have to close the loop's progress bar at its end
+    assert caught.value.__context__ is not None
+    assert caught.value.__context__.__traceback__ is None
     (checkpoint,) = tmp_path.glob("*/*")  # SAELens puts a folder of the run's id in between
     assert checkpoint.name == str(128 * n_served)
     assert SAE.load_from_disk(checkpoint).cfg.normalize_activations == "none"
