@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_whiten._checks import FieldError
 from sae_whiten.estimation.sources import Model, ModelActivations
 
 __all__ = ["describe_activations", "describe_rows", "divide_rows", "same_activations", "shuffled"]
@@ -33,7 +34,8 @@ def describe_rows(dataset: Any, n_held_out: int) -> str:
         n_held_out: Rows that are to be held out.
 
     Raises:
-        ValueError: The dataset has another type, or fewer rows are left to train on than held out.
+        ValueError: The dataset has another type.
+        FieldError: Fewer rows are left to train on than held out.
     """
     if isinstance(dataset, datasets.IterableDataset):
         rows: Any = list(dataset.with_format(None).take(2 * n_held_out))
@@ -45,10 +47,11 @@ def describe_rows(dataset: Any, n_held_out: int) -> str:
     else:
         raise ValueError(f"a {type(dataset).__name__} is no dataset: give one of its splits")
     if n_rows < 2 * n_held_out:
-        raise ValueError(
-            f"the dataset has {n_rows} rows: with held_out_sequences={n_held_out}, "
-            f"{max(0, n_rows - n_held_out)} are left to train on; lower held_out_sequences to "
-            f"{n_rows // 2} or less, or give more rows"
+        raise FieldError(
+            "held_out_sequences",
+            n_held_out,
+            f"the dataset has {n_rows} rows, of which {max(0, n_rows - n_held_out)} are left to "
+            f"train on; lower it to {n_rows // 2} or less, or give more rows",
         )
     checksum = hashlib.sha256()
     for row in rows:
@@ -109,7 +112,7 @@ def describe_activations(
     if not source.read(lambda _, activations, mask: found.append(activations)):
         raise ValueError(
             f"the rows that are held out are shorter than one sequence, {context_size} tokens: "
-            "raise held_out_sequences, or lower context_size"
+            "hold out more, or lower the context size"
         )
     # the first token of a sequence often has activations far larger than all others
     activations = found[0][:, min(1, context_size - 1) :].flatten(0, 1).double().cpu()

@@ -1,6 +1,7 @@
 """SAELens' language-model runner, training under whitening."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,7 @@ from sae_whiten.training.runner_parts import (
     check_is_foldable,
     logging_run,
     naming_nearest_hooks,
+    not_calling_it_overridden,
     outcome_of,
     own_share,
     record_reading,
@@ -116,11 +118,13 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         cfg = copy.deepcopy(cfg)
         set_buffer_size(cfg)
         self.whitening_config = whitening
-        if override_dataset is None:
+        overrides = override_dataset is not None
+        if not overrides:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         self.processes = Processes()
         seed_generators(cfg)
-        with naming_nearest_hooks(cfg, [cfg.hook_name]):
+        said = nullcontext() if overrides else not_calling_it_overridden()
+        with naming_nearest_hooks(cfg, [cfg.hook_name]), said:
             super().__init__(
                 cfg,
                 override_dataset=override_dataset,

@@ -46,6 +46,7 @@ __all__ = [
     "check_is_foldable",
     "logging_run",
     "naming_nearest_hooks",
+    "not_calling_it_overridden",
     "outcome_of",
     "own_share",
     "paused",
@@ -121,6 +122,24 @@ def naming_nearest_hooks(cfg: RunnerConfig, names: Iterable[str]) -> Iterator[No
         for name in names:
             check_hook(model, name)
         raise
+
+
+@contextmanager
+def not_calling_it_overridden() -> Iterator[None]:
+    """Keep SAELens from warning that a dataset of the config's own path overrides the config.
+
+    A local dataset is opened here and passed on as `override_dataset`.
+    """
+
+    def is_so(record: logging.LogRecord) -> bool:
+        return "passed in a dataset which will override" not in record.getMessage()
+
+    saelens = logging.getLogger("sae_lens")
+    saelens.addFilter(is_so)
+    try:
+        yield
+    finally:
+        saelens.removeFilter(is_so)
 
 
 def record_reading(sae: TrainingSAE[Any], cfg: RunnerConfig) -> None:

@@ -426,7 +426,7 @@ def test_a_dataset_is_told_by_its_rows_whatever_holds_them():
 def test_too_few_rows_are_refused_with_their_number(tmp_path, stream):
     rows = tiny_dataset(15)
     dataset = rows.to_iterable_dataset() if stream else rows
-    with pytest.raises(ValueError, match=r"15 rows.*held_out_sequences=16.*7 or less"):
+    with pytest.raises(ValueError, match=r"held_out_sequences=16.*15 rows.*7 or less"):
         compare(SMALL, tiny_model(), dataset, tmp_path / "out", model_name="tiny")
     assert not (tmp_path / "out").exists()
 

@@ -140,6 +140,16 @@ def test_the_commands_take_them(tokenised, monkeypatch, capsys):
     assert "neither file nor folder" in capsys.readouterr().err
 
 
+def test_a_dataset_of_the_configs_own_path_is_not_said_to_override_it(tokenised, caplog):
+    config = runner_config(dataset_path="jsonl", training_tokens=128)
+    caplog.set_level("WARNING", "sae_lens")
+    WhiteningTrainingRunner(config, override_model=tiny_model())
+    assert "a model which will override" in caplog.text
+    assert "a dataset which will override" not in caplog.text
+    WhiteningTrainingRunner(config, override_model=tiny_model(), override_dataset=tiny_dataset())
+    assert "a dataset which will override" in caplog.text
+
+
 def test_statistics_of_a_folder_are_taken_however_its_path_is_written(tokenised):
     options: dict[str, Any] = {"n_samples": 300, "context_size": 32, "out": "stats"}
     fit_statistics(tiny_model(), str(tokenised / "jsonl"), HOOK, **options)
