@@ -34,9 +34,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # The proof takes activations in parts of this many, because latents need memory
-_ROWS = 128
+_ROWS = 64
 # It ends early once so many active latents are compared, if errors are within half of tolerance
-_ENOUGH_ACTIVE = 4096
+_ENOUGH_ACTIVE = 2048
 
 
 class FoldError(ValueError):
