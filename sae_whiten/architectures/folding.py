@@ -216,9 +216,9 @@ def fold_whitening_into_weights(
             differs by more than rounding explains.
         TypeError: `whitening` is not a `Whitening` (statistics, for example).
     """
-    folded, report = folded_copy(sae, whitening, output_whitening)
+    folded, report, weights = _folded(sae, whitening, output_whitening)
     if activations is not None:
-        check = _compare(sae, folded, whitening, output_whitening, activations, source)
+        check = _compare(sae, weights, folded, whitening, output_whitening, activations, source)
         report = replace(report, check=check)
         folded.cfg.metadata.whitening = report.to_dict()
         if not check.passed:
@@ -287,6 +287,14 @@ def folded_copy(
 
     See `fold_whitening_into_weights` for arguments, errors and an example.
     """
+    folded, report, _ = _folded(sae, whitening, output_whitening)
+    return folded, report
+
+
+def _folded(
+    sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None
+) -> tuple[SAE[Any], FoldReport, AffineWeights]:
+    """A folded copy, the report, and the weights of `sae`."""
     _require_foldable(sae)
     if sae.cfg.normalize_activations != "covariance_whitening":
         done = sae.cfg.metadata.whitening is not None
@@ -307,7 +315,7 @@ def folded_copy(
         whitening=whitening.summary(),
     )
     folded.cfg.metadata.whitening = report.to_dict()
-    return folded, report
+    return folded, report, weights
 
 
 def _require_foldable(sae: SAE[Any]) -> None:
@@ -403,13 +411,17 @@ def _take_over(sae: SAE[Any], new: SAE[Any]) -> None:
 @torch.no_grad()
 def _compare(
     sae: SAE[Any],
+    weights: AffineWeights,
     folded: SAE[Any],
     whitening: Whitening,
     output_whitening: Whitening | None,
     activations: Tensor,
     source: str,
 ) -> FoldCheck:
-    """Compare `folded` on raw activations with whitening, `sae`, dewhitening in sequence."""
+    """Compare `folded` on raw activations with whitening, `sae`, dewhitening in sequence.
+
+    `weights` are those of `sae`.
+    """
     if activations.ndim != 2 or activations.shape[1] != whitening.d_in or len(activations) == 0:
         raise FoldError(
             f"activations to prove the fold on: expected shape (n, {whitening.d_in}) with n > 0, "
@@ -426,8 +438,7 @@ def _compare(
     # the activations are flat already, and the copies' reshaping closures would act on `sae`
     for copied in (reference, folded):
         copied.turn_off_forward_pass_hook_z_reshaping()
-    architecture = describe(sae)
-    weights, folded_weights = map(architecture.affine_weights, (reference, folded))
+    folded_weights = describe(sae).affine_weights(folded)
 
     eps = torch.finfo(dtype).eps
     # each map is a product with W or W_inv, which amplifies rounding by the condition number; b_dec
@@ -513,7 +524,7 @@ def _sparse_if_few(latents: Tensor) -> Tensor:
 
 def _skipped(weights: AffineWeights, x: Tensor) -> Tensor | float:
     """The skip connection's share of a transcoder's output; 0 without a skip connection."""
-    return 0.0 if weights.W_skip is None else x @ weights.W_skip.T
+    return 0.0 if weights.W_skip is None else x @ weights.W_skip.to(x.dtype).T
 
 
 def _ratio(numerator: float, denominator: float) -> float:
