@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from sae_whiten.training.runner_parts import (
     check_is_foldable,
     logging_run,
     naming_nearest_hooks,
+    not_calling_it_overridden,
     outcome_of,
     own_share,
     paused,
@@ -133,11 +135,13 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         check_runner_config(cfg, {f"saes[{name!r}]": sae for name, sae in trained.items()})
         cfg = _copied(cfg)
         set_buffer_size(cfg)
-        if override_dataset is None:
+        overrides = override_dataset is not None
+        if not overrides:
             override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         seed_generators(cfg)
         hook_names = dict.fromkeys(cfg.hook_names_per_sae.values())
-        with naming_nearest_hooks(cfg, hook_names):
+        said = nullcontext() if overrides else not_calling_it_overridden()
+        with naming_nearest_hooks(cfg, hook_names), said:
             super().__init__(
                 cfg,
                 override_dataset=override_dataset,

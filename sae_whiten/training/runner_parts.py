@@ -131,8 +131,10 @@ def not_calling_it_overridden() -> Iterator[None]:
     A local dataset is opened here and passed on as `override_dataset`.
     """
 
+    said = "passed in a dataset which will override", "override_dataset overrides"
+
     def is_so(record: logging.LogRecord) -> bool:
-        return "passed in a dataset which will override" not in record.getMessage()
+        return not any(text in record.getMessage() for text in said)
 
     saelens = logging.getLogger("sae_lens")
     saelens.addFilter(is_so)

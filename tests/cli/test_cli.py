@@ -320,14 +320,13 @@ def test_log_levels(
                 logging.getLogger(logger).log(level, f"{name} {logging.getLevelName(level)}")
         return 0
 
-    levels = {name: logging.getLogger(name).level for name in ("sae_whiten", "sae_lens")}
+    loggers = [logging.getLogger(name) for name in ("sae_whiten", "sae_lens")]
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
     monkeypatch.setattr(train, "run", run)
     assert main([*flags, "train"]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(maxsplit=2)[2].lower() for line in lines] == shown
-    for name, level in levels.items():
-        logger = logging.getLogger(name)
-        assert (logger.level, logger.handlers) == (level, [])
+    assert [(logger.level, logger.handlers) for logger in loggers] == before
 
 
 # --- sae-whiten train: parsing

@@ -319,8 +319,10 @@ def test_coefficients_weigh_the_same_in_every_space_and_unit(name, scale):
     assert kl * rms**2 / (loss / 16) == pytest.approx(1, abs=0.05)
 
 
-def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, monkeypatch):
-    out, records = finished
+def test_what_is_done_is_not_done_again_and_seeds_can_be_added(finished, tmp_path, monkeypatch):
+    whole, records = finished
+    out = tmp_path / "more"
+    shutil.copytree(whole, out)
     with monkeypatch.context() as patch:
         patch.setattr("sae_whiten.comparison.compare.train_arms", None)
         assert run(out) == records

@@ -192,7 +192,6 @@ def test_fit_merge_and_inspect_from_the_shell(tmp_path, monkeypatch, capsys):
     assert {p.stem for p in (tmp_path / "figures").iterdir()} == {
         "spectra",
         "cumulative_variance",
-        "regularised",
     }
     assert main(["inspect", str(whole), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

@@ -112,7 +112,6 @@ def test_the_command_shows_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
         "spectra",
         "cumulative_variance",
-        "regularised",
         "held_out",
     }
 

@@ -1,6 +1,7 @@
 """The synthetic experiment: its activations, its bookkeeping, and three arms with a sign."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -37,10 +38,12 @@ SMALL = SyntheticDataConfig(d_signal=16, n_features=48, l0=3.0)
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(synthetic_data, "_N_CHUNKS_TRAINING", 2)
     monkeypatch.setattr(synthetic_data, "_N_CHUNKS_STATISTICS", 2)
     synthetic._data.cache_clear()  # of other tests, with all chunks
+    yield
+    synthetic._data.cache_clear()  # other tests need all chunks
 
 
 def spectrum(x: torch.Tensor) -> torch.Tensor:

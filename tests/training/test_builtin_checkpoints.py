@@ -251,7 +251,8 @@ def test_activations_prove_the_fold_where_there_are_some(tmp_path: Path) -> None
     x = torch.cat([next(activations(seed=seed)) for seed in range(3, 6)])
     done = fold_builtin_checkpoint(checkpoints("jumprelu").middle, tmp_path / "sae", activations=x)
     check = done.sae.cfg.metadata.whitening["fold"]["check"]
-    assert (check["source"], check["n_activations"]) == ("given", 3 * BATCH)
+    assert check["source"] == "given"
+    assert 0 < check["n_activations"] <= 3 * BATCH  # clear before the last of them
     with pytest.raises(FieldError, match=r"shape \(n, 16\)"):
         fold_builtin_checkpoint(
             checkpoints("jumprelu").middle, tmp_path / "sae", activations=x[:, :-1]

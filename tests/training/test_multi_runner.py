@@ -244,7 +244,7 @@ def test_saes_are_plain_and_proved_on_activations_of_their_own_hook(uninterrupte
         assert type(sae).__module__.startswith("sae_lens")
         assert sae.cfg.normalize_activations == "none"
         check = sae.cfg.metadata.whitening["fold"]["check"]
-        assert check["n_activations"] == BATCH
+        assert 0 < check["n_activations"] <= BATCH
         assert check["fold_error"] <= check["tolerance"]
         assert sae.cfg.metadata.hook_name == HOOKS[name]
         # a proof on another hook's activations would pass too, but its spread would be another's
