@@ -237,6 +237,14 @@ def _label_names(dataset: Any, column: str) -> list[str]:
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions by package; "" for one of no distribution, as those of the standard library."""
     distributions = importlib.metadata.packages_distributions()
-    names = {package: distributions.get(package, [""])[0] for package in packages}
-    return {p: importlib.metadata.version(name) if name else "" for p, name in names.items()}
+    found = {}
+    for package in packages:
+        # Python 3.10 does not see distributions that do not list their packages: try the same name
+        (name, *_) = distributions.get(package, [package])
+        try:
+            found[package] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = ""
+    return found

@@ -21,8 +21,9 @@ def test_too_few_rows_are_refused_before_a_model_is_loaded(tmp_path, capsys):
     command += ["--dataset-path", str(tmp_path / "rows"), "--out", str(tmp_path / "out")]
     assert main([*command, "--held-out-sequences", "16"]) == 2
     said = capsys.readouterr().err
+    assert "--held-out-sequences 16" in said
     assert "15 rows" in said
-    assert "lower held_out_sequences to 7" in said
+    assert "lower it to 7" in said
     assert not (tmp_path / "out").exists()
 
 

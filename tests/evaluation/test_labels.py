@@ -66,10 +66,13 @@ def test_too_few_texts_are_an_error_that_says_how_many(two_libraries):
         library_texts(1, 0, ["no_such_library"])
 
 
-def test_the_default_libraries_are_there_and_come_with_their_versions():
+def test_the_default_libraries_are_there_and_come_with_their_versions(monkeypatch):
     texts = library_texts(4)
     assert set(texts.train.labels["library"]) == set(labels_module.LIBRARIES)
     assert texts.source["libraries"]["torch"].startswith("2.")
+    monkeypatch.setattr("importlib.metadata.packages_distributions", dict)
+    found = library_texts(4).source["libraries"]
+    assert found["torch"] == texts.source["libraries"]["torch"]
     assert all(100 <= len(text) <= 600 for text in texts.train.texts)
 
 
