@@ -130,7 +130,6 @@ def not_calling_it_overridden() -> Iterator[None]:
 
     A local dataset is opened here and passed on as `override_dataset`.
     """
-
     said = "passed in a dataset which will override", "override_dataset overrides"
 
     def is_so(record: logging.LogRecord) -> bool:
