@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +21,6 @@ from sae_whiten._files import write_json
 from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import FoldError
 from sae_whiten.config import WhiteningConfig
-from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import Model
 from sae_whiten.training.activations_store import PackedActivationsStore
@@ -35,7 +33,7 @@ from sae_whiten.training.runner_parts import (
     check_is_foldable,
     logging_run,
     naming_nearest_hooks,
-    not_calling_it_overridden,
+    opened_dataset,
     outcome_of,
     own_share,
     paused,
@@ -135,16 +133,15 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         check_runner_config(cfg, {f"saes[{name!r}]": sae for name, sae in trained.items()})
         cfg = _copied(cfg)
         set_buffer_size(cfg)
-        overrides = override_dataset is not None
-        if not overrides:
-            override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         seed_generators(cfg)
         hook_names = dict.fromkeys(cfg.hook_names_per_sae.values())
-        said = nullcontext() if overrides else not_calling_it_overridden()
-        with naming_nearest_hooks(cfg, hook_names), said:
+        with (
+            naming_nearest_hooks(cfg, hook_names),
+            opened_dataset(cfg, override_dataset) as dataset,
+        ):
             super().__init__(
                 cfg,
-                override_dataset=override_dataset,
+                override_dataset=dataset,
                 override_model=cast(Any, override_model),  # a bridge will do, too
                 override_saes=override_saes,
             )

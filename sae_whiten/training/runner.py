@@ -1,7 +1,6 @@
 """SAELens' language-model runner, training under whitening."""
 
 import copy
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,6 @@ from sae_whiten._checks import require_context
 from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import FoldError
 from sae_whiten.config import WhiteningConfig
-from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import Model
 from sae_whiten.training.activations_store import ResumableActivationsStore
@@ -27,7 +25,7 @@ from sae_whiten.training.runner_parts import (
     check_is_foldable,
     logging_run,
     naming_nearest_hooks,
-    not_calling_it_overridden,
+    opened_dataset,
     outcome_of,
     own_share,
     record_reading,
@@ -118,16 +116,15 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         cfg = copy.deepcopy(cfg)
         set_buffer_size(cfg)
         self.whitening_config = whitening
-        overrides = override_dataset is not None
-        if not overrides:
-            override_dataset = local_dataset(cfg.dataset_path, cfg.streaming)
         self.processes = Processes()
         seed_generators(cfg)
-        said = nullcontext() if overrides else not_calling_it_overridden()
-        with naming_nearest_hooks(cfg, [cfg.hook_name]), said:
+        with (
+            naming_nearest_hooks(cfg, [cfg.hook_name]),
+            opened_dataset(cfg, override_dataset) as dataset,
+        ):
             super().__init__(
                 cfg,
-                override_dataset=override_dataset,
+                override_dataset=dataset,
                 override_model=cast(Any, override_model),  # a bridge will do, too
                 override_sae=override_sae,
             )

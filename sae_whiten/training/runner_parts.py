@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import wandb
+from sae_lens.config import HfDataset
 from sae_lens.load_model import load_model
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
@@ -19,6 +20,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_whiten._redaction import redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
+from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import Model, resolution_of
 from sae_whiten.training.activations_store import (
@@ -46,7 +48,7 @@ __all__ = [
     "check_is_foldable",
     "logging_run",
     "naming_nearest_hooks",
-    "not_calling_it_overridden",
+    "opened_dataset",
     "outcome_of",
     "own_share",
     "paused",
@@ -125,11 +127,15 @@ def naming_nearest_hooks(cfg: RunnerConfig, names: Iterable[str]) -> Iterator[No
 
 
 @contextmanager
-def not_calling_it_overridden() -> Iterator[None]:
-    """Keep SAELens from warning that a dataset of the config's own path overrides the config.
+def opened_dataset(cfg: RunnerConfig, given: HfDataset | None) -> Iterator[HfDataset | None]:
+    """The dataset to pass to SAELens' runner: the one given, a local one, or None for it to load.
 
-    A local dataset is opened here and passed on as `override_dataset`.
+    While a local one is passed, SAELens does not warn that it overrides the config: it is what the
+    config names.
     """
+    if given is not None:
+        yield given
+        return
     said = "passed in a dataset which will override", "override_dataset overrides"
 
     def is_so(record: logging.LogRecord) -> bool:
@@ -138,7 +144,7 @@ def not_calling_it_overridden() -> Iterator[None]:
     saelens = logging.getLogger("sae_lens")
     saelens.addFilter(is_so)
     try:
-        yield
+        yield local_dataset(cfg.dataset_path, cfg.streaming)
     finally:
         saelens.removeFilter(is_so)
 
