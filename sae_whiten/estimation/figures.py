@@ -6,66 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from sae_whiten._paper_style import common_pattern
-from sae_whiten._paper_style import new_figure as _new_figure
-from sae_whiten._paper_style import paper_style as _paper_style
-from sae_whiten._paper_style import save_figure as _save
+from sae_whiten._paper_style import common_pattern, new_figure, paper_style, save_figure
 from sae_whiten.estimation.spectrum import null_directions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_eigenvalues", "plot_spectra", "plot_spectrum"]
+__all__ = ["plot_eigenvalues", "plot_spectra"]
 
 _NAMES_IN_A_COLUMN = 26
-
-
-def plot_spectrum(
-    eigenvalues_before: Float[Tensor, "d"],
-    eigenvalues_after: Float[Tensor, "d"],
-    path: str | Path,
-) -> None:
-    """Draw the spectrum of the activations' covariance before and after whitening.
-
-    Numerically null directions have no place on a logarithmic axis; the legend counts them.
-
-    Args:
-        eigenvalues_before: Shape (d,), any order: eigenvalues of the covariance of activations that
-            the whitening was not estimated from. (On those it was estimated from, the spectrum
-            after whitening is flat by construction, however few they are.)
-        eigenvalues_after: Shape (d,), any order: the same of the same activations, whitened.
-        path: Where to write; its suffix is the format (.png, .pdf, .svg).
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-        ValueError: matplotlib does not know the format.
-    """
-    spectra = {"before": eigenvalues_before, "after": eigenvalues_after}
-    null = {name: null_directions(eigenvalues) for name, eigenvalues in spectra.items()}
-    style: dict[str, dict[str, Any]] = {
-        "before": {"color": "black", "linestyle": "-"},
-        # told apart by its dashes too, where a printer has one black
-        "after": {"color": "0.45", "linestyle": (0, (4, 1.5))},
-    }
-    with _paper_style():
-        figure = _new_figure(width=3.4, height=2.4)
-        axes = figure.add_subplot()
-        axes.axhline(1, color="0.6", linewidth=0.6, linestyle=":", zorder=1)
-        for name, eigenvalues in spectra.items():
-            values = eigenvalues[~null[name]].sort(descending=True).values.tolist()
-            axes.plot(range(1, len(values) + 1), values, label=f"{name} whitening", **style[name])
-        # the few directions of large variance would vanish in the left edge of a linear axis
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlim(0.9, 1.1 * len(eigenvalues_before))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("rank of the direction" + _not_shown(null))
-        axes.set_ylabel("eigenvalue of the covariance")
-        axes.legend(loc="lower left", frameon=False)
-        _save(figure, path)
 
 
 def plot_eigenvalues(spectra: Mapping[str, Float[Tensor, "d"]], path: str | Path) -> None:
@@ -82,14 +34,14 @@ def plot_eigenvalues(spectra: Mapping[str, Float[Tensor, "d"]], path: str | Path
         name: (values[~null_directions(values)] / values.mean()).sort(descending=True).values
         for name, values in spectra.items()
     }
-    with _paper_style():
-        figure = _new_figure(width=3.4 if len(lines) == 1 else 4.6, height=2.4)
+    with paper_style():
+        figure = new_figure(width=3.4 if len(lines) == 1 else 4.6, height=2.4)
         axes = figure.add_subplot()
         _draw_hooks(axes, lines, list(lines))
         axes.set_yscale("log")
         axes.set_ylabel("eigenvalue (mean: 1)")
         _add_key(figure, axes)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def plot_spectra(
@@ -136,8 +88,8 @@ def plot_spectra(
         ]
     written = []
     for name, panels in figures.items():
-        with _paper_style():
-            figure = _new_figure(width=3.4 * len(panels), height=2.4)
+        with paper_style():
+            figure = new_figure(width=3.4 * len(panels), height=2.4)
             all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
             for axes, (label, values) in zip(all_axes, panels, strict=True):
                 _draw_hooks(axes, values, list(spectra))
@@ -151,7 +103,7 @@ def plot_spectra(
             _add_key(figure, all_axes[0])
             for suffix in (".png", ".pdf"):
                 path = Path(directory) / f"{name}{suffix}"
-                _save(figure, path)
+                save_figure(figure, path)
                 written.append(path)
     return written
 
@@ -212,14 +164,3 @@ def _add_key(figure: "Figure", axes: Any) -> None:
         handletextpad=0.5,
         columnspacing=1,
     )
-
-
-def _not_shown(null: Mapping[str, Bool[Tensor, "d"]]) -> str:
-    counts = {name: int(directions.sum()) for name, directions in null.items()}
-    if not any(counts.values()):
-        return ""
-    if len(set(counts.values())) == 1:
-        n = counts["before"]
-        return f" (not shown: {n} null direction{'s' if n > 1 else ''})"
-    listed = ", ".join(f"{n} {name}" for name, n in counts.items())
-    return f" (null, not shown: {listed})"

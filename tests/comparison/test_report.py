@@ -746,7 +746,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn, instead of files."""
     pytest.importorskip("matplotlib")
     figures_drawn: list[Any] = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: figures_drawn.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: figures_drawn.append(figure))
     return figures_drawn
 
 
@@ -876,7 +876,7 @@ def test_a_group_is_what_its_description_says() -> None:
 
 def test_ticks_stand_at_the_k_that_were_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
     # a few tokens had fewer active latents than k
     points = [Point(15.98, 0.5), Point(31.7, 0.6), Point(64.0, 0.7)]
     plot_against_l0({"explained variance": {"none": points}}, "unused.png")

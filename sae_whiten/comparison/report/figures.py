@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae_whiten._paper_style import MARKERS, n_legend_columns
-from sae_whiten._paper_style import new_figure as _new_figure
-from sae_whiten._paper_style import paper_style as _paper_style
-from sae_whiten._paper_style import save_figure as _save
+from sae_whiten._paper_style import (
+    MARKERS,
+    n_legend_columns,
+    new_figure,
+    paper_style,
+    save_figure,
+)
 from sae_whiten.comparison.paired import PairedDifference
 
 if TYPE_CHECKING:
@@ -97,7 +100,7 @@ def plot_differences(
             y = headings[group] + 1
         heights[group, condition] = y
         y += 1
-    with _paper_style():
+    with paper_style():
         figure, all_axes = _panels(list(panels), most_columns=4, height=0.7 + 0.16 * y, sharey=True)
         for axes, panel in zip(all_axes, panels.values(), strict=True):
             axes.axvline(0, color="0.6", linewidth=0.6, zorder=1)
@@ -126,7 +129,7 @@ def plot_differences(
         figure.supxlabel(
             "difference with its 95% confidence interval; filled: significant", fontsize=8
         )
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _plot_lines(
@@ -135,7 +138,7 @@ def _plot_lines(
     most_columns: int,
 ) -> None:
     names = list(dict.fromkeys(name for _, lines in panels.values() for name in lines))
-    with _paper_style():
+    with paper_style():
         figure, all_axes = _panels(list(panels), most_columns, height=1.75, sharey=False)
         handles: dict[str, Any] = {}
         for axes, (x_label, lines) in zip(all_axes, panels.values(), strict=True):
@@ -157,7 +160,7 @@ def _plot_lines(
             frameon=False,
             handlelength=3.5,
         )
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _draw_points(axes: Any, points: Sequence[Point], i: int) -> Any:
@@ -207,7 +210,7 @@ def _panels(
     n_rows = math.ceil(len(titles) / most_columns)
     n_columns = math.ceil(len(titles) / n_rows)
     width = _PAGE_WIDTH if n_columns > 2 else 3.4 * n_columns
-    figure = _new_figure(width, height * n_rows)
+    figure = new_figure(width, height * n_rows)
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=sharey).flatten().tolist()
     for axes in grid[len(titles) :]:
         axes.remove()
