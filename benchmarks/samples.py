@@ -20,7 +20,7 @@ from sae_lens.load_model import load_model
 
 from sae_whiten import ActivationStatistics
 from sae_whiten._paper_style import new_figure, paper_style, save_figure
-from sae_whiten.comparison import demo
+from sae_whiten.comparison import demo_text
 from sae_whiten.estimation.split_half import SplitHalfStatistics
 
 HOOK, D = "bert.encoder.layer.2", 384
@@ -45,9 +45,9 @@ def main() -> None:
 @torch.no_grad()
 def measure(seed: int) -> Iterator[tuple[float, float, float, float]]:
     """Activations per dimension, and the excess by two halves, held out, and of Gaussian data."""
-    path = demo._find_model()
+    path = demo_text.find_model()
     model = load_model("AutoModelForCausalLM", str(path), "cpu", hook_names=[HOOK])
-    sequences = torch.tensor(demo._read_text(path, seed).train)
+    sequences = torch.tensor(demo_text.read_text(path, seed).train)
     n_held_out = len(sequences) // 3
 
     def activations(tokens: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
-from sae_whiten._files import atomic_path
+from sae_whiten._atomic import atomic_path
 from sae_whiten._paper_style import new_figure, paper_style, save_figure
 from sae_whiten.architectures import (
     TopAFATrainingSAEConfig,

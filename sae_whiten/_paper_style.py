@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_whiten._files import atomic_path
+from sae_whiten._atomic import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

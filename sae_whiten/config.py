@@ -1,14 +1,10 @@
-"""The user's choice of how to whiten."""
+"""The user's choice of how to whiten. The first sentence below a field is the help of its flag."""
 
 import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 __all__ = ["WhiteningConfig"]
-
-
-def _option(default: Any, help: str, compare: bool = True) -> Any:
-    return field(default=default, compare=compare, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -34,93 +30,72 @@ class WhiteningConfig:
         Traceback (most recent call last):
         ...
         ValueError: WhiteningConfig.strength=2: must be a number in [0, 1]
-
-    Attributes:
-        kind: "pca" rotates into the eigenbasis of the covariance and rescales; "zca" rotates back,
-            so that whitened activations stay as close as possible to the original ones.
-        eps: Added to the eigenvalues of the covariance before they are inverted.
-        eps_mode: "relative" adds `eps` times the mean eigenvalue, so that the result does not
-            depend on the unit of the activations. Directions in which there is only rounding error
-            get the gain of an average direction, not the largest of all. "absolute" adds `eps`
-            itself and leaves the signs of the eigenvectors as the eigensolver returns them, like
-            the sae-lens built-in.
-        shrinkage: Shrinkage of the covariance toward its mean eigenvalue: an intensity in [0, 1],
-            or "oas" (Chen et al. 2010, Shrinkage Algorithms for MMSE Covariance Estimation).
-            None: no shrinkage, except that "oas" is used, with a warning, when there are fewer
-            than 10 samples per dimension (and eps_mode is "relative").
-        strength: Exponent a of partial whitening, in [0, 1]: eigenvalues l of the covariance
-            become l^(1 - a). 1 whitens, 0 only centres (and rotates, for pca).
-        loss_space: "original" takes every reconstruction error in the space of the original
-            activations (the paper's objective), "whitened" in whitened space (the built-in's).
-            Both are scaled such that predicting the mean costs d_in.
-        sparsity_norms: The space in which decoder norms are taken where sparsity is charged by
-            them: in the ranking of the topk family (rescale_acts_by_decoder_norm) and in the
-            penalty of standard, gated and jumprelu (tanh mode). Other architectures refuse
-            "original". "whitened" charges directions of large and of small variance alike;
-            "original" in proportion to what a latent adds to the original activations, scaled such
-            that an average direction weighs the same. With loss_space and sparsity_norms both
-            "original", the objective is that of training without whitening. Whitening then changes
-            only the mean, the initial weights and the coordinates of the optimizer's steps.
-        n_samples: Number of activations (tokens) to estimate the statistics from, rounded up to
-            whole batches. None: as many as `tolerance` needs.
-        tolerance: The estimation ends when the relative excess variance of held-out activations
-            under the estimated whitening, measured between two halves of the samples, is below
-            this. 2% takes 51 activations per dimension of Gaussian data (d / (n - d)). Tokens of
-            one text resemble each other: on all-MiniLM-L6-v2 with prose it took about 125, and
-            held-out text then showed 2% too.
-        statistics: File of `ActivationStatistics`, folder of such files named after their hooks
-            (`sae-whiten fit`), or repo of the Hugging Face hub ("user/name", "user/name@revision"),
-            to use instead of estimating any. A path that exists is taken before the hub.
-        allow_other_statistics: Use `statistics` even if their provenance contradicts the training
-            run (another model, hook, dataset, context size...).
-        on_nonfinite: What to do with activations that contain a NaN or an infinity: "raise" an
-            error that names the batch, or "skip" and count them.
-        temporary_folder: Where activations wait that the statistics are estimated from, until they
-            are trained on: 256 MiB stay in memory, the rest is in a file of several GB where
-            activations are wide. None: the folder of the system for such files (TMPDIR). It is not
-            saved with the config, and two configs may differ in it.
     """
 
-    kind: Literal["pca", "zca"] = _option("pca", "pca or zca")
-    eps: float = _option(1e-3, "added to the eigenvalues of the covariance, see eps_mode")
-    eps_mode: Literal["relative", "absolute"] = _option(
-        "relative", "unit of eps: the mean eigenvalue, or none (the sae-lens built-in)"
-    )
-    shrinkage: float | Literal["oas"] | None = _option(
-        None,
-        "intensity in [0, 1], or oas; none: oas below 10 samples per dimension, else none",
-    )
-    strength: float = _option(1.0, "1 whitens, 0 only centres, between: partial whitening")
-    loss_space: Literal["original", "whitened"] = _option(
-        "original", "where the reconstruction error is taken: original (the paper) or whitened"
-    )
-    sparsity_norms: Literal["whitened", "original"] = _option(
-        "whitened", "where decoder norms are taken that topk ranks and l1 charges by"
-    )
-    n_samples: int | None = _option(
-        None,
-        "activations to estimate the statistics from, rounded up to whole batches; none: as many "
-        "as tolerance needs",
-    )
-    tolerance: float = _option(
-        0.02, "excess variance of held-out activations at which the estimation ends"
-    )
-    statistics: str | None = _option(
-        None,
-        "file, folder (sae-whiten fit) or hub repo (user/name, user/name@revision) of statistics "
-        "to take instead of estimating any",
-    )
-    allow_other_statistics: bool = _option(
-        False, "take statistics of another model, hook, dataset... without complaint"
-    )
-    on_nonfinite: Literal["raise", "skip"] = _option(
-        "raise", "activations with NaN or infinity: raise an error, or skip and count them"
-    )
-    temporary_folder: str | None = _option(
-        None,
-        "where activations wait that the statistics are estimated from, until they are trained on",
-        compare=False,
-    )
+    kind: Literal["pca", "zca"] = "pca"
+    """pca or zca. pca rotates into the eigenbasis of the covariance and rescales; zca rotates back,
+    so that whitened activations stay as close as possible to the original ones."""
+
+    eps: float = 1e-3
+    """Added to the eigenvalues of the covariance before they are inverted, see eps_mode."""
+
+    eps_mode: Literal["relative", "absolute"] = "relative"
+    """Unit of eps: the mean eigenvalue, or none (the sae-lens built-in). With "relative" the result
+    does not depend on the unit of the activations. Directions in which there is only rounding error
+    get the gain of an average direction, not the largest of all. "absolute" adds eps itself and
+    leaves the signs of the eigenvectors as the eigensolver returns them, like the built-in."""
+
+    shrinkage: float | Literal["oas"] | None = None
+    """Intensity in [0, 1], or oas; none: oas below 10 samples per dimension, else none. The
+    covariance is shrunk toward its mean eigenvalue. "oas" is of Chen et al. 2010, Shrinkage
+    Algorithms for MMSE Covariance Estimation. Where None takes it, which is only with
+    eps_mode="relative", there is a warning."""
+
+    strength: float = 1.0
+    """1 whitens, 0 only centres, between: partial whitening. The exponent a: eigenvalues l of the
+    covariance become l^(1 - a). 0 rotates too, for pca."""
+
+    loss_space: Literal["original", "whitened"] = "original"
+    """Where the reconstruction error is taken: original (the paper) or whitened (the built-in). All
+    reconstruction errors are. Both are scaled such that predicting the mean costs d_in."""
+
+    sparsity_norms: Literal["whitened", "original"] = "whitened"
+    """Where decoder norms are taken that topk ranks and l1 charges by. Those are the ranking of the
+    topk family (rescale_acts_by_decoder_norm) and the penalty of standard, gated and jumprelu (tanh
+    mode). Other architectures refuse "original". "whitened" charges directions of large and of
+    small variance alike; "original" in proportion to what a latent adds to the original
+    activations, scaled such that an average direction weighs the same. With loss_space and
+    sparsity_norms both "original", the objective is that of training without whitening. Whitening
+    then changes only the mean, the initial weights and the coordinates of the optimizer's steps."""
+
+    n_samples: int | None = None
+    """Activations to estimate the statistics from, rounded up to whole batches; none: as many as
+    tolerance needs."""
+
+    tolerance: float = 0.02
+    """Excess variance of held-out activations at which the estimation ends. It is the relative
+    excess under the estimated whitening, measured between two halves of the samples. 2% takes 51
+    activations per dimension of Gaussian data (d / (n - d)). Tokens of one text resemble each
+    other: on all-MiniLM-L6-v2 with prose it took about 125, and held-out text then showed 2%
+    too."""
+
+    statistics: str | None = None
+    """File, folder (sae-whiten fit) or hub repo (user/name, user/name@revision) of statistics to
+    take instead of estimating any. A file is of `ActivationStatistics`, and in a folder or a repo
+    files are named after their hooks. A path that exists is taken before the hub."""
+
+    allow_other_statistics: bool = False
+    """Take statistics of another model, hook, dataset... without complaint."""
+
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """Activations with NaN or infinity: raise an error, or skip and count them. The error names the
+    batch."""
+
+    temporary_folder: str | None = field(default=None, compare=False)
+    """Where activations wait that the statistics are estimated from, until they are trained on. 256
+    MiB stay in memory, the rest is in a file of several GB where activations are wide. None: the
+    folder of the system for such files (TMPDIR). It is not saved with the config, and two configs
+    may differ in it."""
 
     def __post_init__(self) -> None:
         _choice("kind", self.kind, ("pca", "zca"))

@@ -11,14 +11,9 @@ from typing import Any
 
 import pytest
 
-from sae_whiten import _files
-from sae_whiten._files import (
-    atomic_directory,
-    atomic_files,
-    atomic_path,
-    check_writable,
-    recover,
-)
+from sae_whiten import _atomic
+from sae_whiten._atomic import atomic_directory, atomic_files, atomic_path, recover
+from sae_whiten._files import check_writable
 
 _CHANGES = ("mkdir", "rename", "replace", "rmdir", "touch", "unlink", "write_text")
 
@@ -255,7 +250,7 @@ def test_threads_that_write_into_one_folder_do_not_take_each_other_for_dead(
 def test_where_there_are_no_locks_leftovers_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_files, "fcntl", None)
+    monkeypatch.setattr(_atomic, "fcntl", None)
     leftover = tmp_path / ".file.0123abcd.whiten-new"
     leftover.write_text("")
     with atomic_path(tmp_path / "file") as new:

@@ -26,6 +26,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_whiten._checks import require_number
+from sae_whiten._dtypes import float32_at_least
 from sae_whiten.architectures.dead_latents import dead_latents_loss
 from sae_whiten.architectures.description import Architecture, register
 
@@ -358,7 +359,7 @@ def keep_up_to_norm(
 def _sorted(contributions: Tensor, norm: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the n largest, how many to keep, and whether this number is final for any n."""
     largest, indices = contributions.topk(n, dim=-1)
-    norms = largest.to(torch.promote_types(largest.dtype, torch.float32)).square_()
+    norms = float32_at_least(largest).square_()
     norms = norms.cumsum_(dim=-1).sqrt_()
     decided = (norms[:, -1] >= norm) | (largest[:, -1] <= 0)
     if n == contributions.shape[-1]:

@@ -20,6 +20,7 @@ from sae_lens.saes.abstopk_sae import calculate_abstopk_aux_acts
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
 
+from sae_whiten._dtypes import float32_at_least
 from sae_whiten.architectures.dead_latents import dead_latents_loss
 from sae_whiten.architectures.description import Architecture, read_weights, register
 from sae_whiten.architectures.losses import SparsityNorms
@@ -125,7 +126,7 @@ def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"] | None:
             [torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in W_dec.split(128)]
         )
     else:
-        norms = in_original_space(W_dec.to(torch.promote_types(W_dec.dtype, torch.float32)))
+        norms = in_original_space(float32_at_least(W_dec))
     return norms.double().clamp(min=1e-8)
 
 

@@ -34,6 +34,7 @@ from torch import Tensor, distributed, nn
 from typing_extensions import override
 
 from sae_whiten._checks import FieldError, require_number
+from sae_whiten._dtypes import float32_at_least
 from sae_whiten.architectures import sparse
 from sae_whiten.architectures.description import register
 from sae_whiten.architectures.sparse_step import (
@@ -429,7 +430,7 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mu: Tensor, logvar: Tensor) -> Tensor:
         ctx.dtype = logvar.dtype
-        logvar = logvar.to(torch.promote_types(logvar.dtype, torch.float32))
+        logvar = float32_at_least(logvar)
         # expm1 for precision: training brings the log variance of most latents close to 0
         excess = logvar.expm1()
         ctx.save_for_backward(mu, excess)

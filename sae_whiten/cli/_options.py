@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -9,7 +10,6 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 from simple_parsing.docstring import get_attribute_docstring
 
 from sae_whiten.cli._values import json_object
-from sae_whiten.cli._values import positive as at_least_1
 
 __all__ = ["add_options", "help_of", "options_from"]
 
@@ -23,7 +23,6 @@ def add_options(
     only: Collection[str] | None = None,
     without: Collection[str] = (),
     renamed: Mapping[str, str] | None = None,
-    positive: Collection[str] = (),
     absent_by_default: bool = False,
 ) -> None:
     """Add a flag for every field of a dataclass. The parsed value has the name of the field.
@@ -34,8 +33,6 @@ def add_options(
         only: Fields that get a flag. None: all.
         without: Fields that get no flag.
         renamed: Flag names that differ from the field name, by field.
-        positive: Fields that must be at least 1. This is checked while parsing, because the command
-            checks its options only after it has loaded something.
         absent_by_default: Whether flags that are not given are missing from the parsed values. The
             command can then tell them from flags set to their default.
     """
@@ -54,8 +51,6 @@ def add_options(
             if field.default not in (None, (None,)):
                 values = field.default if isinstance(field.default, tuple) else [field.default]
                 told += f" (default: {','.join(map(str, values))})"
-        if field.name in positive:
-            kwargs["type"] = at_least_1
         if absent_by_default:
             kwargs["default"] = argparse.SUPPRESS
         help = told.replace("%", "%%")
@@ -63,14 +58,22 @@ def add_options(
 
 
 def options_from(args: argparse.Namespace, options: type[T]) -> T:
-    """The dataclass, with the parsed values of its flags."""
+    """The dataclass, with the parsed values of its flags; defaults where there are none."""
     names = [field.name for field in dataclasses.fields(cast(Any, options))]
-    return options(**{name: getattr(args, name) for name in names})
+    return options(**{name: getattr(args, name) for name in names if hasattr(args, name)})
 
 
-def help_of(options: type, field: str) -> str:
-    """The help of a flag, from the string under its field: one line, lower case, no full stop."""
+def help_of(options: type, field: str, *, brief: bool = False) -> str:
+    """The help of a flag, from the string under its field: one line, lower case, no full stop.
+
+    Args:
+        options: The dataclass.
+        field: Name of the field.
+        brief: Whether the first sentence is enough.
+    """
     told = " ".join(get_attribute_docstring(options, field).docstring_below.split())
+    if brief:
+        told = re.split(r"(?<!\.)\. ", told)[0]
     is_name = told[1:2].isupper()  # keeps the capitals of SAELens, for example
     return (told if is_name else told[:1].lower() + told[1:]).removesuffix(".")
 
@@ -112,6 +115,7 @@ _PARSERS: dict[Any, dict[str, Any]] = {
     Sequence[int]: {"type": _several(int), "metavar": "N,N,..."},
     Sequence[int] | None: {"type": _several(int), "metavar": "N,N,..."},
     Sequence[float]: {"type": _several(float), "metavar": "X,X,..."},
+    dict[str, Any] | None: {"type": json_object, "metavar": "JSON"},
     Mapping[str, Mapping[str, Any]]: {"type": json_object, "metavar": "JSON"},
     tuple[int | None, ...]: {"type": _index, "nargs": "+", "metavar": "N"},
     int | Literal["bos", "eos", "sep"] | None: {

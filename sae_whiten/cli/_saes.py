@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_whiten._checks import require_context
-from sae_whiten.cli._options import add_options
 from sae_whiten.cli._values import json_object
-from sae_whiten.evaluation.options import SequenceOptions
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -17,25 +15,24 @@ if TYPE_CHECKING:
 __all__ = [
     "add_dataset_arguments",
     "add_model_arguments",
-    "add_saes_argument",
-    "add_sequence_arguments",
-    "dataset_path_of",
-    "load_model_of",
+    "add_saes_arguments",
     "load_saes",
-    "model_source",
-    "open_dataset_of",
+    "model_and_dataset",
 ]
 
 logger = logging.getLogger("sae_whiten")
 
 
-def add_saes_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument for the SAEs."""
+def add_saes_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the argument for the SAEs, and the flag for where they run."""
     parser.add_argument(
         "saes",
         nargs="+",
         metavar="SAE",
         help="folder of an SAE, or release/sae_id as in SAE.from_pretrained",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="of the model and the SAEs (default: %(default)s)"
     )
 
 
@@ -69,11 +66,6 @@ def add_dataset_arguments(
     group.add_argument("--no-streaming", action="store_true", help="download the dataset first")
 
 
-def add_sequence_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add flags for how the dataset is cut into sequences for the model."""
-    add_options(group, SequenceOptions, positive=("context_size", "batch_size_prompts"))
-
-
 def load_saes(paths: Iterable[str], device: str) -> "dict[str, SAE[Any]]":
     """SAEs by path. A path is a folder or release/sae_id.
 
@@ -104,7 +96,37 @@ def _load_sae(path: str, device: str) -> "SAE[Any]":
     return SAE.from_pretrained(release, sae_id, device=device)
 
 
-def model_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> dict[str, Any]:
+def model_and_dataset(
+    args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]", context_size: int | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """What SAEs are run on, from the flags or else from the SAEs' metadata.
+
+    Args:
+        args: With the flags of `add_model_arguments` and `add_dataset_arguments`.
+        saes: The SAEs.
+        context_size: Tokens per sequence; None is not checked.
+
+    Returns:
+        The model; the dataset, streamed if possible unless --no-streaming is given; and the names
+        of both, with what the model was loaded with.
+
+    Raises:
+        ValueError: The metadata of the SAEs differ, or lack an entry. Or the model cannot read
+            sequences of `context_size`.
+    """
+    from sae_lens.load_model import load_model
+
+    from sae_whiten.estimation.dataset import open_dataset
+
+    source, path = _model_source(args, saes), _dataset_path(args, saes)
+    dataset = open_dataset(path, args.dataset_split, streaming=not args.no_streaming)
+    model = load_model(**source, device=args.device)
+    if context_size is not None:
+        require_context(context_size, model)
+    return model, dataset, {**source, "dataset_path": path, "dataset_split": args.dataset_split}
+
+
+def _model_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> dict[str, Any]:
     """Arguments of SAELens' `load_model`, from the flags or else from the SAEs' metadata.
 
     Raises:
@@ -121,21 +143,7 @@ def model_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> di
     }
 
 
-def load_model_of(source: Mapping[str, Any], device: str, context_size: int | None = None) -> Any:
-    """Load the model that `model_source` describes.
-
-    Raises:
-        ValueError: The model cannot read sequences of `context_size`.
-    """
-    from sae_lens.load_model import load_model
-
-    model = load_model(**source, device=device)
-    if context_size is not None:
-        require_context(context_size, model)
-    return model
-
-
-def dataset_path_of(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> str:
+def _dataset_path(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> str:
     """The dataset's path, from the flag or the SAEs' metadata. Warns if SAEs were trained on it.
 
     Raises:
@@ -150,13 +158,6 @@ def dataset_path_of(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") ->
             path,
         )
     return path
-
-
-def open_dataset_of(args: argparse.Namespace, path: str) -> Any:
-    """Open the dataset at a path, streamed if possible unless --no-streaming is given."""
-    from sae_whiten.estimation.dataset import open_dataset
-
-    return open_dataset(path, args.dataset_split, streaming=not args.no_streaming)
 
 
 def _shared(saes: "Mapping[str, SAE[Any]]", field: str, flag: str, default: Any = None) -> Any:

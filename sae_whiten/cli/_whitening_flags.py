@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from sae_whiten.cli._options import help_of
 from sae_whiten.config import WhiteningConfig
 
 __all__ = ["PREFIX", "add_whitening_arguments", "given_fields"]
@@ -25,13 +26,14 @@ def add_whitening_arguments(
             continue
         parse, expected = _value_parser(annotations[field.name])
         default = "none" if field.default is None else field.default
+        told = help_of(WhiteningConfig, field.name, brief=True)
         group.add_argument(
             PREFIX + field.name,
             type=parse,
             # absent unless given, so that resuming knows which settings the user has asked for
             default=argparse.SUPPRESS,
             metavar=expected,
-            help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
+            help=f"{told} (default: {default})".replace("%", "%%"),
         )
 
 

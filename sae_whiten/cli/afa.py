@@ -24,12 +24,9 @@ from sae_whiten.cli._options import add_options, options_from
 from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
-    add_saes_argument,
-    dataset_path_of,
-    load_model_of,
+    add_saes_arguments,
     load_saes,
-    model_source,
-    open_dataset_of,
+    model_and_dataset,
 )
 from sae_whiten.lenses.options import AFAOptions
 
@@ -43,12 +40,9 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the SAEs, the sources of model and prompts, and the output."""
-    add_saes_argument(parser)
+    add_saes_arguments(parser)
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIRECTORY", help="where to write"
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="of the model and the SAEs (default: %(default)s)"
     )
     add_model_arguments(parser)
 
@@ -64,12 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
     options = options_from(args, AFAOptions)
     saes = load_saes(args.saes, args.device)
-    source = model_source(args, saes)
-    dataset_path = dataset_path_of(args, saes)
-    dataset = open_dataset_of(args, dataset_path)
-    model = load_model_of(source, args.device, args.context_size)
+    model, dataset, source = model_and_dataset(args, saes, args.context_size)
     results = evaluate_afa(saes, model, dataset, options)
-    source = {**source, "dataset_path": dataset_path, "dataset_split": args.dataset_split}
     written = write_report(results, args.out, source)
     print(table(results))
     print(f"\nsaved in {args.out}: {', '.join(written)}")

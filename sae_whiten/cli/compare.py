@@ -10,15 +10,15 @@ finished, repeat it with more --seeds or another --sparsity: it trains only what
 """
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
 from pathlib import Path
 
-from sae_whiten.cli._options import add_options, help_of
+from sae_whiten.cli._model import ModelOptions
+from sae_whiten.cli._options import add_options, help_of, options_from
 from sae_whiten.cli._probes import add_probe_arguments, probed_texts
-from sae_whiten.cli._values import json_object, positive
+from sae_whiten.cli._values import positive
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.options import ComparisonOptions
 
@@ -39,19 +39,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add flags for the comparison, the model and the data, with SAELens' names."""
     add = parser.add_argument
-    add("--model-name", required=True, help="model to load, as in SAELens")
-    add(
-        "--model-class-name",
-        default="HookedTransformer",
-        help="HookedTransformer, or AutoModelForCausalLM for any model of transformers "
-        "(default: %(default)s)",
-    )
-    add(
-        "--model-from-pretrained-kwargs",
-        type=json_object,
-        metavar="JSON",
-        help="further arguments for loading the model, as in SAELens",
-    )
+    add_options(parser, ModelOptions)
     add("--dataset-path", required=True, help="dataset to load: a name on the hub, or a folder")
     add("--no-streaming", action="store_true", help="download the dataset first")
     add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")
@@ -101,31 +89,21 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.comparison.summary import summarise
     from sae_whiten.estimation.dataset import open_dataset
 
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Comparison)}
-    comparison = Comparison(**{**options, "seeds": range(args.seeds)})
+    n_seeds, args.seeds = args.seeds, range(args.seeds)
+    comparison = options_from(args, Comparison)
     check_writable(args.out)
     dataset = open_dataset(args.dataset_path, streaming=not args.no_streaming)
     # refuse too few rows before loading a model
     describe_rows(dataset, comparison.held_out_sequences)
     labels = probed_texts(args)
-    kwargs = args.model_from_pretrained_kwargs
-    if kwargs is None:  # as in SAELens' runner
-        hooked = args.model_class_name == "HookedTransformer"
-        kwargs = {"center_writing_weights": False} if hooked else {}
-    model = load_model(
-        args.model_class_name,
-        args.model_name,
-        device=args.device,
-        model_from_pretrained_kwargs=kwargs,
-    )
+    names = options_from(args, ModelOptions).names()
+    model = load_model(**names, device=args.device)
     records = compare(
         comparison,
         model,
         dataset,
         args.out,
-        model_name=args.model_name,
-        model_class_name=args.model_class_name,
-        model_from_pretrained_kwargs=kwargs,
+        **names,
         dataset_path=args.dataset_path,
         labels=labels,
     )
@@ -141,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{page}: features of two of the SAEs side by side")
     print(
         "\nNext:\n"
-        f"  this command with --seeds {args.seeds + 2}: tells smaller differences, and trains only "
+        f"  this command with --seeds {n_seeds + 2}: tells smaller differences, and trains only "
         "what is missing\n"
         f"  sae-whiten features SAE SAE --out pair.html: any two of {args.out / 'saes'}\n"
         "  sae-whiten train --help: an SAE of full length, under the condition of your choice"

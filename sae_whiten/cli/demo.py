@@ -25,7 +25,7 @@ saved takes raw activations all the same: the whitening is folded into its weigh
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the demo."""
-    add_options(parser, DemoOptions, positive=("tokens", "d_sae", "k"))
+    add_options(parser, DemoOptions)
 
 
 def run(args: argparse.Namespace) -> int:

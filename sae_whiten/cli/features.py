@@ -14,21 +14,16 @@ dimensions of large variance make all directions look alike. The statistics for 
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_whiten.cli._options import add_options
+from sae_whiten.cli._options import add_options, options_from
 from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
-    add_saes_argument,
-    add_sequence_arguments,
-    dataset_path_of,
-    load_model_of,
+    add_saes_arguments,
     load_saes,
-    model_source,
-    open_dataset_of,
+    model_and_dataset,
 )
 from sae_whiten.evaluation.features.options import FeatureOptions
 
@@ -48,10 +43,12 @@ examples:
     --dataset-path Skylion007/openwebtext --out page.html
 """
 
+_OF_TOKENS = ("n_tokens", "context_size", "prepend_bos", "batch_size_prompts")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the SAEs, the contents of the page, and the sources of model and tokens."""
-    add_saes_argument(parser)
+    add_saes_arguments(parser)
     parser.add_argument(
         "--out",
         required=True,
@@ -59,22 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the page, such as page.html",
     )
-    add_options(parser, FeatureOptions, without=("n_tokens",))
+    add_options(parser, FeatureOptions, without=_OF_TOKENS)
     parser.add_argument(
         "--statistics",
         metavar="STATISTICS",
         help="of the activations, from sae-whiten fit or train: file, folder, or repo on the hub "
         "(default: those in the folder of an SAE, else estimated from the tokens read)",
     )
-    parser.add_argument(
-        "--device", default="cpu", help="of the model and the SAEs (default: %(default)s)"
-    )
     add_model_arguments(parser)
 
     group = parser.add_argument_group("tokens")
     add_dataset_arguments(group)
-    add_options(group, FeatureOptions, only=("n_tokens",))
-    add_sequence_arguments(group)
+    add_options(group, FeatureOptions, only=_OF_TOKENS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.evaluation.features.measure import measure_features
     from sae_whiten.evaluation.features.page import write_page
 
-    names = [field.name for field in dataclasses.fields(FeatureOptions)]
-    options = FeatureOptions(**{name: getattr(args, name) for name in names})
+    options = options_from(args, FeatureOptions)
     if args.out.is_dir():
         raise IsADirectoryError(f"--out {args.out}: a folder; name a file, such as page.html")
     check_writable(args.out.parent)
@@ -95,21 +87,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.saes[0]} is given twice")
     options.check_latents(saes[args.saes[0].rstrip("/")].cfg.d_sae)
     statistics = _statistics(args, saes)
-    source = model_source(args, saes)
-    dataset_path = dataset_path_of(args, saes)
-    dataset = open_dataset_of(args, dataset_path)
-    model = load_model_of(source, args.device, args.context_size)
-    found = measure_features(
-        saes,
-        model,
-        dataset,
-        options,
-        statistics=statistics,
-        context_size=args.context_size,
-        prepend_bos=args.prepend_bos,
-        batch_size_prompts=args.batch_size_prompts,
-    )
-    dataset_name = f"{dataset_path} ({args.dataset_split})"
+    model, dataset, source = model_and_dataset(args, saes, args.context_size)
+    found = measure_features(saes, model, dataset, options, statistics=statistics)
+    dataset_name = f"{source['dataset_path']} ({args.dataset_split})"
     write_page(found, args.out, {"dataset": dataset_name})
     _print_summary(found)
     print(f"\nsaved: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB); open it in a browser")

@@ -11,13 +11,12 @@ every process reads its share of the dataset, and the result covers all shares.
 
 import argparse
 import os
-from dataclasses import fields
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_whiten.cli._options import add_options, help_of
-from sae_whiten.cli._values import json_object
+from sae_whiten.cli._model import ModelOptions
+from sae_whiten.cli._options import add_options, help_of, options_from
 from sae_whiten.estimation.options import FitConfig, ReadingConfig
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ _READING = tuple(field.name for field in fields(ReadingConfig))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the estimation, with SAELens' names and defaults."""
     add = parser.add_argument
-    add("--model-name", help="model to load, as in SAELens")
+    add("--model-name", help=help_of(ModelOptions, "model_name"))
     add("--dataset-path", help="dataset to load: a name on the hub, or a folder")
     add(
         "--cached-activations",
@@ -78,19 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "running the model",
         "As training will. These do not go with --cached-activations, which are taken as they are.",
     )
-    add = partial(model.add_argument, default=argparse.SUPPRESS)
-    add(
-        "--model-class-name",
-        help="HookedTransformer, or AutoModelForCausalLM for any model of transformers "
-        "(default: HookedTransformer)",
+    add_options(model, ModelOptions, without=("model_name",), absent_by_default=True)
+    model.add_argument(
+        "--device", default=argparse.SUPPRESS, help="where the model runs (default: cpu)"
     )
-    add(
-        "--model-from-pretrained-kwargs",
-        type=json_object,
-        metavar="JSON",
-        help="further arguments for loading the model, as in SAELens, such as a revision",
-    )
-    add("--device", help="where the model runs (default: cpu)")
     add_options(model, FitConfig, only=_READING, absent_by_default=True)
 
 
@@ -132,33 +122,19 @@ def run(args: argparse.Namespace) -> int:
 def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
     from sae_whiten.estimation.fit import fit_statistics
 
-    given = {f.name: getattr(args, f.name) for f in fields(FitConfig) if hasattr(args, f.name)}
     # without any id, the list is empty
-    given["exclude_special_tokens"] = args.exclude_special_tokens is not None and (
-        args.exclude_special_tokens or True
-    )
-    options: dict[str, Any] = {"config": FitConfig(**given), "out": args.out}
+    excluded = args.exclude_special_tokens is not None and (args.exclude_special_tokens or True)
+    config = replace(options_from(args, FitConfig), exclude_special_tokens=excluded)
+    options: dict[str, Any] = {"config": config, "out": args.out}
     if args.cached_activations is not None:
         source = args.cached_activations
         return fit_statistics(None, None, args.hook_name, cached_activations=source, **options)
 
     from sae_lens.load_model import load_model
 
-    class_name = getattr(args, "model_class_name", "HookedTransformer")
-    kwargs = getattr(args, "model_from_pretrained_kwargs", None)
-    if kwargs is None:  # as in SAELens' runner
-        kwargs = {"center_writing_weights": False} if class_name == "HookedTransformer" else {}
+    names = options_from(args, ModelOptions).names()
     device = getattr(args, "device", "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # from torchrun: one GPU per process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    model = load_model(
-        class_name, args.model_name, device=device, model_from_pretrained_kwargs=kwargs
-    )
-    provenance: dict[str, Any] = {
-        "model_from_pretrained_kwargs": kwargs,
-        "model_name": args.model_name,
-        "model_class_name": class_name,
-    }
-    return fit_statistics(
-        model, args.dataset_path, args.hook_name, provenance=provenance, **options
-    )
+    model = load_model(**names, device=device)
+    return fit_statistics(model, args.dataset_path, args.hook_name, provenance=names, **options)

@@ -18,10 +18,7 @@ from typing import TYPE_CHECKING
 from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
-    dataset_path_of,
-    load_model_of,
-    model_source,
-    open_dataset_of,
+    model_and_dataset,
 )
 from sae_whiten.cli._values import positive
 
@@ -128,6 +125,5 @@ def _activations(args: argparse.Namespace) -> "Tensor | None":
     if args.cached_activations is not None:
         return cached_activations(sae, args.cached_activations, args.n_activations)
     saes = {str(args.checkpoint): sae}
-    model = load_model_of(model_source(args, saes), args.device, sae.cfg.metadata.context_size)
-    dataset = open_dataset_of(args, dataset_path_of(args, saes))
+    model, dataset, _ = model_and_dataset(args, saes, sae.cfg.metadata.context_size)
     return model_activations(sae, model, dataset, args.n_activations)

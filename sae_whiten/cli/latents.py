@@ -26,12 +26,9 @@ from sae_whiten.cli._options import add_options, options_from
 from sae_whiten.cli._saes import (
     add_dataset_arguments,
     add_model_arguments,
-    add_saes_argument,
-    dataset_path_of,
-    load_model_of,
+    add_saes_arguments,
     load_saes,
-    model_source,
-    open_dataset_of,
+    model_and_dataset,
 )
 from sae_whiten.lenses.options import LatentOptions
 
@@ -54,11 +51,10 @@ _FORMATS = (".png", ".pdf", ".svg")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the SAEs, the figure, and the sources of model and tokens."""
-    add_saes_argument(parser)
+    add_saes_arguments(parser)
     add = parser.add_argument
     add("--out", required=True, type=Path, metavar="FILE", help="figure: .png, .pdf or .svg")
     add_options(parser, LatentOptions, only=("of", "max_latents", "perplexity", "seed"))
-    add("--device", default="cpu", help="of the model and the SAEs (default: %(default)s)")
 
     add_model_arguments(parser)
 
@@ -112,18 +108,13 @@ def _firing(
     """The firing of the latents by SAE, and its provenance."""
     from sae_whiten.lenses.latents.measure import measure_firing
 
-    model_arguments = model_source(args, saes)
-    dataset_path = dataset_path_of(args, saes)
-    dataset = open_dataset_of(args, dataset_path)
-    model = load_model_of(model_arguments, args.device, args.context_size)
+    model, dataset, source = model_and_dataset(args, saes, args.context_size)
     firing = measure_firing(saes, model, dataset, options)
     n_tokens = {name: found.n_tokens for name, found in firing.items()}
     counts = " or ".join(map(str, dict.fromkeys(n_tokens.values())))
     return firing, {
-        "frequencies": f"over {counts} tokens of {dataset_path}",
-        "model_name": model_arguments["model_name"],
-        "dataset_path": dataset_path,
-        "dataset_split": args.dataset_split,
+        "frequencies": f"over {counts} tokens of {source['dataset_path']}",
+        **{name: source[name] for name in ("model_name", "dataset_path", "dataset_split")},
         "n_tokens": n_tokens,
     }
 

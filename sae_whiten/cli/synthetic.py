@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     """Train what is missing, and print the table."""
     from tqdm import tqdm
 
+    from sae_whiten._atomic import atomic_path
     from sae_whiten._checks import require_number
-    from sae_whiten._files import atomic_path
     from sae_whiten.lenses.synthetic.experiment import grid, markdown_table, run_all, summarise
     from sae_whiten.lenses.synthetic.figure import plot_recovery
 

@@ -112,22 +112,19 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     from sae_lens.llm_sae_training_runner import InterruptedException
     from sae_lens.registry import get_sae_training_class
 
-    from sae_whiten._checks import require_context
-    from sae_whiten._redaction import redact_attributes
     from sae_whiten.architectures.folding import why_not_foldable
-    from sae_whiten.estimation.dataset import local_dataset
     from sae_whiten.training.checks import check_runner_config
-    from sae_whiten.training.runner_parts import check_hook, naming_nearest_hooks
+    from sae_whiten.training.runner_parts import (
+        check_loaded,
+        naming_nearest_hooks,
+        opened_dataset,
+    )
 
     check_runner_config(cfg, {"sae": cfg.sae})
     try:
-        dataset = local_dataset(cfg.dataset_path, cfg.streaming)
-        with naming_nearest_hooks(cfg, [cfg.hook_name]):
+        with naming_nearest_hooks(cfg, [cfg.hook_name]), opened_dataset(cfg, None) as dataset:
             runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
-        redact_attributes(cfg)  # model and dataset are loaded
-        if not cfg.use_cached_activations:
-            check_hook(runner.model, cfg.hook_name)
-        require_context(cfg.context_size, runner.model)
+        check_loaded(cfg, runner.model, [cfg.hook_name])
         runner.run()
     except InterruptedException as interruption:
         raise KeyboardInterrupt from interruption
@@ -220,17 +217,24 @@ def _settings_of_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:
     Raises:
         FileNotFoundError, CorruptFileError: The checkpoint does not contain the config.
     """
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--resume_from_checkpoint")
-    try:
-        path = parser.parse_known_args(arguments)[0].resume_from_checkpoint
-    except argparse.ArgumentError:  # SAELens' parser says what is wrong
-        return None
+    path = _given(arguments, "resume_from_checkpoint")[0]
     if path is None:
         return None
     from sae_whiten.training.checkpoint import runner_settings
 
     return runner_settings(path)
+
+
+def _given(arguments: Sequence[str], *names: str) -> list[str | None]:
+    """The values of some of SAELens' flags. None: not given, or in a way that SAELens refuses."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    try:
+        found, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:
+        return [None] * len(names)
+    return [getattr(found, name) for name in names]
 
 
 def _resumed(
@@ -303,21 +307,15 @@ def _why_not_whitened(arguments: Sequence[str]) -> str | None:
 
     from sae_whiten.architectures.folding import why_not_foldable
 
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--architecture")
-    parser.add_argument("--normalize_activations")
-    parser.add_argument("--help", "-h", action="store_true")
-    try:
-        named, _ = parser.parse_known_args(arguments)
-    except argparse.ArgumentError:
-        return None  # SAELens' parser says what is wrong
-    if named.architecture not in SAE_TRAINING_CLASS_REGISTRY:
+    architecture, normalisation = _given(arguments, "architecture", "normalize_activations")
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
         return None
-    reason = why_not_foldable(get_sae_training_class(named.architecture)[0])
-    asks_for_it = named.normalize_activations in (None, "covariance_whitening")
-    if reason is not None and asks_for_it and not named.help:
+    reason = why_not_foldable(get_sae_training_class(architecture)[0])
+    asks_for_it = normalisation in (None, "covariance_whitening")
+    wants_help = not {"--help", "-h"}.isdisjoint(arguments)
+    if reason is not None and asks_for_it and not wants_help:
         raise ValueError(
-            f"--architecture {named.architecture}: whitening cannot be folded into {reason}. To "
+            f"--architecture {architecture}: whitening cannot be folded into {reason}. To "
             "train it without, add --normalize_activations none (or expected_average_only_in)."
         )
     return reason

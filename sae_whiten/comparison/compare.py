@@ -19,7 +19,7 @@ from sae_lens.config import HfDataset
 from transformer_lens import HookedRootModule
 
 from sae_whiten._checks import require_context
-from sae_whiten._files import atomic_path, write_json
+from sae_whiten._files import write_json, write_json_lines
 from sae_whiten._redaction import redacted
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import (
@@ -175,9 +175,9 @@ def compare(
                 arm = by_name[found["name"]]
                 lr = rates.get((arm.architecture, arm.condition), comparison.lr)
                 records.append({**found, **dataclasses.asdict(arm), "seed": seed, "lr": lr})
-            _write(out / _RESULTS, records)
+            write_json_lines(out / _RESULTS, records)
     add_stability(records, out, comparison.hook_name)
-    _write(out / _RESULTS, records)
+    write_json_lines(out / _RESULTS, records)
     records = _of_seeds(records, comparison)
     _say_what_is_beside(comparison, records)
     return records
@@ -292,10 +292,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    with atomic_path(path) as partial:
-        partial.write_text(
-            "".join(json.dumps(redacted(record), default=str) + "\n" for record in records)
-        )

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae_whiten._dtypes import as_float64
+
 __all__ = [
     "RegularisationSummary",
     "SpectrumSummary",
@@ -53,7 +55,7 @@ def spectrum_summary(eigenvalues: Float[Tensor, "d"]) -> SpectrumSummary:
     Raises:
         ValueError: There is no positive eigenvalue, or one is not finite.
     """
-    values = _as_float64(eigenvalues).cpu().clamp(min=0)
+    values = as_float64(eigenvalues).cpu().clamp(min=0)
     if values.numel() == 0 or not values.isfinite().all() or not values.max() > 0:
         raise ValueError("a spectrum needs finite eigenvalues, at least one of them positive")
     null = null_directions(eigenvalues).cpu()
@@ -74,7 +76,7 @@ def directions_for_share(eigenvalues: Float[Tensor, "d"], share: float) -> int:
         eigenvalues: Shape (d,), in any order; negative ones count as zero.
         share: In (0, 1).
     """
-    values = _as_float64(eigenvalues).clamp(min=0).sort(descending=True).values
+    values = as_float64(eigenvalues).clamp(min=0).sort(descending=True).values
     return int((values.cumsum(0) < share * values.sum()).sum()) + 1
 
 
@@ -122,8 +124,8 @@ def whitened_spectrum(
         covariance: Shape (d, d): of activations that the whitening was not estimated from. (Those
             that it was estimated from are white by construction, however few they are.)
     """
-    W = _as_float64(W)
-    return torch.linalg.eigvalsh(W.T @ _as_float64(covariance) @ W)
+    W = as_float64(W)
+    return torch.linalg.eigvalsh(W.T @ as_float64(covariance) @ W)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class WhitenessSummary:
 
 def whiteness_summary(eigenvalues: Float[Tensor, "k"]) -> WhitenessSummary:
     """Summarise the eigenvalues of a whitened covariance; see `whitened_spectrum`."""
-    values = _as_float64(eigenvalues)
+    values = as_float64(eigenvalues)
     return WhitenessSummary(
         mean=float(values.mean()),
         smallest=float(values.min()),
@@ -167,8 +169,3 @@ def null_tolerance(d: int) -> float:
 def null_directions(eigenvalues: Float[Tensor, "d"]) -> Bool[Tensor, "d"]:
     """Which directions are numerically null: `null_tolerance` of the largest eigenvalue or less."""
     return eigenvalues <= null_tolerance(eigenvalues.numel()) * eigenvalues.max()
-
-
-def _as_float64(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    # MPS has no float64
-    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)

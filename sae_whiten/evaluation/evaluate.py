@@ -4,6 +4,7 @@ Takes any SAEs for raw activations that SAELens loads, however they were trained
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from sae_whiten._checks import require_context, require_number
+from sae_whiten._checks import require_context
 from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.catalogue import METRICS, Measured, attribute_metrics
 from sae_whiten.evaluation.labels import LabelledTexts
@@ -27,10 +28,11 @@ from sae_whiten.evaluation.model_view import (
     why_no_next_token_loss,
     worse_than_guessing,
 )
+from sae_whiten.evaluation.options import EvaluationOptions
 from sae_whiten.evaluation.probe_saes import probe_saes
 from sae_whiten.evaluation.sae_probes import ProbingTasks, probe_tasks
-from sae_whiten.evaluation.saes import check_sae, flat_heads
-from sae_whiten.evaluation.tokens import sequence_settings, token_batches
+from sae_whiten.evaluation.saes import flat_heads
+from sae_whiten.evaluation.tokens import Reading, token_batches
 from sae_whiten.whitening import Whitening
 
 __all__ = ["evaluate_saes"]
@@ -42,15 +44,10 @@ def evaluate_saes(
     model: Model,
     dataset: HfDataset | str,
     labels: LabelledTexts | ProbingTasks | None = None,
+    options: EvaluationOptions | None = None,
     *,
-    n_tokens: int = 65_536,
-    context_size: int | None = None,
-    prepend_bos: bool | None = None,
-    batch_size_prompts: int = 16,
-    seed: int = 0,
-    probe_seeds: int = 3,
-    tpp_and_scr: bool = False,
     spaces: Mapping[str, Whitening] | None = None,
+    **changed: Any,
 ) -> list[dict[str, Any]]:
     """Core metrics, loss of the model and probing of SAEs on one model.
 
@@ -86,16 +83,11 @@ def evaluate_saes(
             Hugging Face models.
         dataset: Tokens or text that the SAEs were not trained on, in a form that SAELens reads.
         labels: Texts to probe with, or tasks of `sae-probes`. None: no probing.
-        n_tokens: Tokens to read from the dataset, including special ones.
-        context_size: Tokens per sequence. None: the smallest in the SAEs' metadata.
-        prepend_bos: Whether sequences start with BOS. None: from the SAEs' metadata.
-        batch_size_prompts: Sequences per pass of the model.
-        seed: First of the seeds that draw rows for probing.
-        probe_seeds: Number of repetitions of probing. One gives no estimate of its noise.
-        tpp_and_scr: Whether to measure TPP and SCR on labelled texts. Both have failed validity
-            tests (Chanin, arXiv 2605.18229).
+        options: What to evaluate on, and how to probe; the defaults if None.
         spaces: Whitenings by the name of the SAE, for `explained_variance_of_loss`: explained
             variance in the space of the training loss.
+        changed: Fields of `EvaluationOptions`, which replace those of `options`: n_tokens,
+            context_size, prepend_bos, probe_seeds...
 
     Returns:
         A record for each SAE, in the order of `saes`.
@@ -107,16 +99,10 @@ def evaluate_saes(
     """
     if not saes:
         raise ValueError("no SAEs to evaluate")
-    require_number("n_tokens", n_tokens)
-    require_number("batch_size_prompts", batch_size_prompts)
-    require_number("probe_seeds", probe_seeds)
-    seeds = range(seed, seed + probe_seeds)
-    if context_size is not None:
-        require_number("context_size", context_size, 2)  # a token is predicted from another
-    for name, sae in saes.items():
-        check_sae(name, sae, model)
-    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
-    require_context(context_size, model)
+    options = replace(options or EvaluationOptions(), **changed)
+    seeds = range(options.seed, options.seed + options.probe_seeds)
+    reading = Reading.of(saes, model, options)
+    require_context(reading.context_size, model)
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     records: dict[str, dict[str, Any]] = {
         name: {
@@ -126,8 +112,8 @@ def evaluate_saes(
             "d_sae": sae.cfg.d_sae,
             "model_name": sae.cfg.metadata.model_name,
             "hook_name": views[name].hook_name,
-            "context_size": context_size,
-            "prepend_bos": prepend_bos,
+            "context_size": reading.context_size,
+            "prepend_bos": reading.prepend_bos,
             "excluded_tokens": list(views[name].special),
             "probing_seeds": list(seeds),
         }
@@ -135,28 +121,15 @@ def evaluate_saes(
     }
     with flat_heads(saes.values()):
         tokens = token_batches(
-            saes,
-            model,
-            dataset,
-            n_tokens,
-            context_size,
-            prepend_bos,
-            batch_size_prompts,
-            "Evaluating on tokens",
+            saes, model, dataset, options.n_tokens, reading, "Evaluating on tokens"
         )
         measured = _measure_tokens(saes, views, model, tokens, spaces or {})
         metrics = list(METRICS)
-        how: Any = {
-            "context_size": context_size,
-            "prepend_bos": prepend_bos,
-            "batch_size": batch_size_prompts,
-            "seeds": seeds,
-        }
         if isinstance(labels, ProbingTasks):
-            probe_tasks(saes, views, measured, model, labels, **how)
+            probe_tasks(saes, views, measured, model, labels, reading, seeds)
         elif labels is not None:
             metrics += attribute_metrics(labels.train.labels)
-            probe_saes(saes, views, measured, model, labels, **how, tpp_and_scr=tpp_and_scr)
+            probe_saes(saes, views, measured, model, labels, reading, seeds, options.tpp_and_scr)
     for name, sae in saes.items():
         found = {metric.key: metric.compute(measured[name]) for metric in metrics}
         records[name] |= {

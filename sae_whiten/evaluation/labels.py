@@ -14,6 +14,10 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Integer
+from numpy import ndarray
+
 from sae_whiten.estimation.dataset import open_dataset
 from sae_whiten.evaluation.source_code import (
     docstrings,
@@ -64,6 +68,18 @@ class LabelledTexts:
     train: Split
     test: Split
     source: Mapping[str, Any]
+
+    def encoded(
+        self, attribute: str
+    ) -> tuple[list[str], Integer[ndarray, "n"], Integer[ndarray, "n_test"]]:
+        """The values of an attribute in alphabetical order, and the index of each text's value."""
+        values = sorted(set(self.train.labels[attribute]))
+        number = {value: i for i, value in enumerate(values)}
+        train, test = (
+            np.array([number[value] for value in split.labels[attribute]])
+            for split in (self.train, self.test)
+        )
+        return values, train, test
 
 
 def library_texts(

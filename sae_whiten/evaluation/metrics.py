@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_whiten._dtypes import as_float64
+
 __all__ = [
     "ExplainedVariance",
     "LatentActivity",
@@ -173,9 +175,4 @@ def dense_latents(firing_rates: Float[Tensor, "d_sae"], threshold: float = 0.1) 
 
 
 def _rows(x: Tensor) -> Tensor:
-    return _as_float64(x.reshape(-1, x.shape[-1]))
-
-
-def _as_float64(x: Tensor) -> Tensor:
-    # MPS has no float64
-    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
+    return as_float64(x.reshape(-1, x.shape[-1]))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_whiten.evaluation.metrics import _as_float64
+from sae_whiten._dtypes import as_float64
 
 __all__ = ["ModelLoss", "ce_loss_score", "kl_divergence"]
 
@@ -97,7 +97,7 @@ def kl_divergence(
     # float64, because small divergences are differences of large terms; in blocks, because a
     # float64 copy of all logits would take several times their memory
     divergences = [
-        _kl_divergence(_as_float64(p), _as_float64(q))
+        _kl_divergence(as_float64(p), as_float64(q))
         for p, q in zip(rows.split(_BLOCK), sae_rows.split(_BLOCK), strict=True)
     ]
     return torch.cat(divergences).reshape(logits.shape[:-1])

@@ -13,16 +13,18 @@ from sae_lens.saes.sae import SAE
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
+from sae_whiten._dtypes import as_float64
 from sae_whiten.estimation.sources import Model, stopping_after
-from sae_whiten.evaluation.metrics import _as_float64
 
 __all__ = [
     "View",
+    "activations_of_texts",
     "batches_of_equal_length",
     "decoder_norms",
     "encode_decode",
     "encode_in_parts",
     "latent_scale",
+    "mean_over_tokens",
     "run",
     "text_tokens",
     "why_no_next_token_loss",
@@ -168,7 +170,7 @@ def _parts(sae: SAE[Any], x: Float[Tensor, "batch seq d"]) -> list[slice]:
 @torch.no_grad()
 def decoder_norms(sae: SAE[Any]) -> Float[Tensor, "d_sae"]:
     """Norms of the decoder rows, float64."""
-    return torch.linalg.vector_norm(_as_float64(sae.W_dec), dim=1)
+    return torch.linalg.vector_norm(as_float64(sae.W_dec), dim=1)
 
 
 def latent_scale(sae: SAE[Any]) -> Float[Tensor, "d_sae"]:
@@ -227,6 +229,27 @@ def batches_of_equal_length(tokens: Sequence[Sequence[int]], batch_size: int) ->
         for _, indices in sorted(by_length.items())
         for start in range(0, len(indices), batch_size)
     ]
+
+
+def activations_of_texts(
+    model: Model,
+    tokens: Sequence[Sequence[int]],
+    hook_names: Iterable[str],
+    batch_size: int,
+) -> Iterator[tuple[list[int], Integer[Tensor, "batch seq"], dict[str, Tensor]]]:
+    """Indices of texts, their tokens, and activations by the name of the hook, batch by batch."""
+    device = next(model.parameters()).device
+    for indices in batches_of_equal_length(tokens, batch_size):
+        ids = torch.tensor([tokens[i] for i in indices], device=device)
+        yield indices, ids, run(model, ids, hook_names, logits=False)[1]
+
+
+def mean_over_tokens(
+    values: Float[Tensor, "batch seq d"], kept: Bool[Tensor, "batch seq"]
+) -> Float[Tensor, "batch d"]:
+    """Mean over the kept tokens of each text, float32, on the CPU."""
+    weights = (kept / kept.sum(1, keepdim=True)).to(values.device, torch.float32)
+    return torch.einsum("bsd,bs->bd", values.float(), weights).cpu()
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
-"""Options that commands on finished SAEs share: each field is a flag, with its help."""
+"""Options of evaluations. Other commands share some. Each field is a flag too, with its help."""
 
 from dataclasses import dataclass
 
 from sae_whiten._checks import require_number
 
-__all__ = ["SequenceOptions"]
+__all__ = ["EvaluationOptions", "SequenceOptions"]
 
 
 @dataclass(frozen=True)
@@ -28,3 +28,33 @@ class SequenceOptions:
         if self.context_size is not None:
             require_number("context_size", self.context_size)
         require_number("batch_size_prompts", self.batch_size_prompts)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions(SequenceOptions):
+    """What SAEs are evaluated on, and how they are probed.
+
+    Raises:
+        FieldError: A number is out of range.
+    """
+
+    n_tokens: int = 65_536
+    """Tokens to read from the dataset, special ones included."""
+
+    seed: int = 0
+    """First of the seeds that draw texts and rows for probing."""
+
+    probe_seeds: int = 3
+    """How many times probing is done, each time with other rows, to know its noise."""
+
+    tpp_and_scr: bool = False
+    """Measure TPP and SCR on labelled texts too. Both have failed tests of their validity
+    (arXiv 2605.18229)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context_size is not None:
+            # a token is predicted from another
+            require_number("context_size", self.context_size, 2)
+        require_number("n_tokens", self.n_tokens)
+        require_number("probe_seeds", self.probe_seeds)

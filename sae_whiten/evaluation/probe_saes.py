@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float
 from numpy import ndarray
 from sae_lens.saes.sae import SAE
 from torch import Tensor
@@ -25,11 +25,11 @@ from sae_whiten.evaluation.catalogue import (
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.evaluation.model_view import (
     View,
-    batches_of_equal_length,
+    activations_of_texts,
     decoder_norms,
     encode_decode,
     latent_scale,
-    run,
+    mean_over_tokens,
     text_tokens,
 )
 from sae_whiten.evaluation.probing import (
@@ -41,6 +41,7 @@ from sae_whiten.evaluation.probing import (
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
+from sae_whiten.evaluation.tokens import Reading
 
 __all__ = ["probe_saes"]
 
@@ -51,10 +52,7 @@ def probe_saes(
     measured: Mapping[str, Measured],
     model: Model,
     labels: LabelledTexts,
-    *,
-    context_size: int,
-    prepend_bos: bool,
-    batch_size: int,
+    reading: Reading,
     seeds: Sequence[int],
     tpp_and_scr: bool,
 ) -> None:
@@ -66,16 +64,14 @@ def probe_saes(
         measured: Receives the results of each SAE, or the reasons why there are none.
         model: As SAELens loads it.
         labels: The texts.
-        context_size: Number of tokens to which texts are cut.
-        prepend_bos: Whether texts start with BOS.
-        batch_size: Texts per pass of the model. All texts of a batch have the same length.
+        reading: Texts are cut to its context size.
         seeds: Seeds for drawing rows. Probing is repeated with each.
         tpp_and_scr: Whether to measure TPP and SCR too.
     """
     texts = labels.train.texts + labels.test.texts
-    tokens = text_tokens(model.tokenizer, texts, context_size, prepend_bos)
+    tokens = text_tokens(model.tokenizer, texts, reading.context_size, reading.prepend_bos)
     with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
-        residuals, pooled = _pooled(saes, views, model, tokens, batch_size, Path(directory))
+        residuals, pooled = _pooled(saes, views, model, tokens, reading, Path(directory))
         baselines = {
             view: [_probe_columns(x, labels, seed) for seed in seeds]
             for view, x in residuals.items()
@@ -117,12 +113,11 @@ def _pooled(
     views: Mapping[str, View],
     model: Model,
     tokens: Sequence[Sequence[int]],
-    batch_size: int,
+    reading: Reading,
     directory: Path,
 ) -> tuple[dict[View, Float[ndarray, "n d"]], dict[str, _Latents]]:
     """Residuals of each view and latents of each SAE, as means over each text's kept tokens."""
     hooks = {view.hook_name for view in views.values()}
-    device = next(model.parameters()).device
     residuals: dict[View, ndarray] = {}
     pooled = {}
     for i, (name, sae) in enumerate(saes.items()):
@@ -130,15 +125,16 @@ def _pooled(
         pooled[name] = _Latents(np.memmap(directory / str(i), np.float32, "w+", shape=shape))
     scales = {name: latent_scale(sae).float().cpu().numpy() for name, sae in saes.items()}
     with tqdm(desc="Reading labelled texts", total=len(tokens), unit=" texts") as bar:
-        for batch, indices in enumerate(batches_of_equal_length(tokens, batch_size)):
-            ids = torch.tensor([tokens[i] for i in indices], device=device)
-            _, activations = run(model, ids, hooks, logits=False)
+        batches = activations_of_texts(model, tokens, hooks, reading.batch_size)
+        for batch, (indices, ids, activations) in enumerate(batches):
             means = {}
             for view in dict.fromkeys(views.values()):
                 x, kept = view.seen(activations[view.hook_name]), view.kept(ids)
+                if not bool(kept.any(1).all()):
+                    raise ValueError("a text has no tokens but special ones: leave such texts out")
                 if view not in residuals:
                     residuals[view] = np.empty((len(tokens), x.shape[-1]), np.float32)
-                residuals[view][indices] = _mean(x, kept)
+                residuals[view][indices] = mean_over_tokens(x, kept)
                 means[view] = x, kept
             for name, sae in saes.items():
                 x, kept = means[views[name]]
@@ -146,21 +142,10 @@ def _pooled(
                 for rows, latents, x_hat in encode_decode(sae, x):
                     if batch == 0 and rows.start == 0:
                         pooled[name].not_linear = _why_not_linear(sae, latents, x_hat)
-                    mean = _mean(latents, kept[rows]) * scales[name]
+                    mean = mean_over_tokens(latents, kept[rows]).numpy() * scales[name]
                     pooled[name].values[indices[rows]] = mean
             bar.update(len(indices))
     return residuals, pooled
-
-
-def _mean(
-    values: Float[Tensor, "batch seq d"], kept: Bool[Tensor, "batch seq"]
-) -> Float[ndarray, "batch d"]:
-    """Mean over the kept tokens."""
-    counts = kept.sum(1, keepdim=True)
-    if not bool(counts.all()):
-        raise ValueError("a text has no tokens but special ones: leave such texts out")
-    weights = (kept / counts).to(values.device, torch.float32)
-    return torch.einsum("bsd,bs->bd", values.float(), weights).cpu().numpy()
 
 
 def _decoder(sae: SAE[Any]) -> Float[ndarray, "d_sae d"]:
@@ -193,7 +178,7 @@ def _probe_columns(
     sparse, full = {}, {}
     ks = [k for k in K_VALUES if k <= values.shape[1]]
     for attribute in labels.train.labels:
-        _, train, test = _encoded(labels, attribute)
+        _, train, test = labels.encoded(attribute)
         split = values[: len(train)], train, values[len(train) :], test
         sparse[attribute] = sparse_probing(*split, ks, seed)
         full[attribute] = full_probe_accuracy(*split, seed)
@@ -211,7 +196,7 @@ def _why_absent(latents: _Latents, labels: LabelledTexts) -> dict[str, str]:
 
 def _why_no_tpp(labels: LabelledTexts) -> str | None:
     attribute = next(iter(labels.train.labels))
-    if len(_encoded(labels, attribute)[0]) < 3:
+    if len(labels.encoded(attribute)[0]) < 3:
         return (
             f"{attribute} has two values, whose probes tell the same apart, so that they fall "
             "together; it needs three"
@@ -226,7 +211,7 @@ def _tpp(
     labels: LabelledTexts,
     seed: int,
 ) -> TPP:
-    _, train, test = _encoded(labels, next(iter(labels.train.labels)))
+    _, train, test = labels.encoded(next(iter(labels.train.labels)))
     m = len(train)
     ns = [n for n in N_VALUES if n <= f.shape[1]]
     return targeted_probe_perturbation(x[:m], f[:m], train, x[m:], f[m:], test, decoder, ns, seed)
@@ -236,8 +221,8 @@ def _why_no_scr(labels: LabelledTexts) -> str | None:
     attributes = list(labels.train.labels)
     if len(attributes) < 2:
         return "the texts have labels of one attribute, and SCR needs two"
-    values, first, first_test = _encoded(labels, attributes[0])
-    other_values, second, second_test = _encoded(labels, attributes[1])
+    values, first, first_test = labels.encoded(attributes[0])
+    other_values, second, second_test = labels.encoded(attributes[1])
     if len(other_values) != 2:
         return (
             f"{attributes[1]} has {len(other_values)} values, and SCR needs two of the second "
@@ -265,7 +250,7 @@ def _scr(
 ) -> list[SCR]:
     """SCR of disjoint pairs of the first attribute's values."""
     (values, first, first_test), (_, second, second_test) = (
-        _encoded(labels, attribute) for attribute in list(labels.train.labels)[:2]
+        labels.encoded(attribute) for attribute in list(labels.train.labels)[:2]
     )
     ns = [n for n in N_VALUES if n <= f.shape[1]]
     m = len(first)
@@ -287,16 +272,3 @@ def _scr(
         )
         found.append(scr)
     return found
-
-
-def _encoded(
-    labels: LabelledTexts, attribute: str
-) -> tuple[list[str], Integer[ndarray, "n"], Integer[ndarray, "n_test"]]:
-    """The values of an attribute in alphabetical order, and the index of each text's value."""
-    values = sorted(set(labels.train.labels[attribute]))
-    number = {value: i for i, value in enumerate(values)}
-    train, test = (
-        np.array([number[value] for value in split.labels[attribute]])
-        for split in (labels.train, labels.test)
-    )
-    return values, train, test

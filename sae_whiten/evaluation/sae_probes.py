@@ -9,7 +9,7 @@ setting "normal".
 import importlib.metadata
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +28,12 @@ from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.catalogue import SAE_PROBES_K, Measured
 from sae_whiten.evaluation.model_view import (
     View,
-    batches_of_equal_length,
-    encode_decode,
-    run,
+    activations_of_texts,
+    encode_in_parts,
+    mean_over_tokens,
     text_tokens,
 )
+from sae_whiten.evaluation.tokens import Reading
 
 __all__ = ["ProbingTasks", "probe_tasks", "task_auc"]
 
@@ -110,10 +111,7 @@ def probe_tasks(
     measured: Mapping[str, Measured],
     model: Model,
     tasks: ProbingTasks,
-    *,
-    context_size: int,
-    prepend_bos: bool,
-    batch_size: int,
+    reading: Reading,
     seeds: Sequence[int],
 ) -> None:
     """Test AUC of every task with the best latents of each SAE.
@@ -124,10 +122,7 @@ def probe_tasks(
         measured: Receives the `tasks` of each SAE.
         model: As SAELens loads it.
         tasks: The tasks and their options.
-        context_size: Number of tokens to which texts are cut. With `tokens="last"`, their end is
-            kept.
-        prepend_bos: Whether texts start with BOS.
-        batch_size: Texts per pass of the model. All texts of a batch have the same length.
+        reading: Texts are cut to its context size. With `tokens="last"`, their end is kept.
         seeds: Seeds for splits and classifiers, added to 42, the seed of `sae-probes`.
 
     Raises:
@@ -139,14 +134,18 @@ def probe_tasks(
         for task_name in tasks.names:
             task = _read(task_name, tasks.n_texts, seeds)
             tokens = text_tokens(
-                model.tokenizer, task.texts, context_size, prepend_bos, keep_end=last
+                model.tokenizer,
+                task.texts,
+                reading.context_size,
+                reading.prepend_bos,
+                keep_end=last,
             )
             with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
                 if last:
-                    by_view = _last_tokens(views.values(), model, tokens, batch_size)
+                    by_view = _last_tokens(views.values(), model, tokens, reading)
                     rows = {name: by_view[view] for name, view in views.items()}
                 else:
-                    rows = _mean_latents(saes, views, model, tokens, batch_size, Path(directory))
+                    rows = _mean_latents(saes, views, model, tokens, reading, Path(directory))
                 for name, sae in saes.items():
                     if last:
                         views[name].check_width(name, sae, rows[name])
@@ -232,11 +231,12 @@ def _read(name: str, n_texts: int | None, seeds: Sequence[int]) -> _Task:
 
 
 def _last_tokens(
-    views: Iterable[View], model: Model, tokens: Sequence[Sequence[int]], batch_size: int
+    views: Iterable[View], model: Model, tokens: Sequence[Sequence[int]], reading: Reading
 ) -> dict[View, Float[Tensor, "n d"]]:
     """For each view, the activations of the last kept token of each text."""
     found: dict[View, Tensor] = {}
-    for indices, ids, activations in _activations(views, model, tokens, batch_size):
+    hooks = {view.hook_name for view in views}
+    for indices, ids, activations in activations_of_texts(model, tokens, hooks, reading.batch_size):
         for view in dict.fromkeys(views):
             x, kept = view.seen(activations[view.hook_name]), _kept(view, ids)
             position = kept.shape[1] - 1 - kept.int().flip(1).argmax(1)
@@ -252,7 +252,7 @@ def _mean_latents(
     views: Mapping[str, View],
     model: Model,
     tokens: Sequence[Sequence[int]],
-    batch_size: int,
+    reading: Reading,
     directory: Path,
 ) -> dict[str, Float[Tensor, "n d_sae"]]:
     """For each SAE, the latents of each text, averaged over the kept tokens; on disk."""
@@ -261,28 +261,15 @@ def _mean_latents(
         shape = len(tokens), sae.cfg.d_sae
         array = np.memmap(directory / str(i), np.float32, "w+", shape=shape)
         found[name] = torch.from_numpy(array)
-    for indices, ids, activations in _activations(views.values(), model, tokens, batch_size):
+    hooks = {view.hook_name for view in views.values()}
+    for indices, ids, activations in activations_of_texts(model, tokens, hooks, reading.batch_size):
         for name, sae in saes.items():
             view = views[name]
             x, kept = view.seen(activations[view.hook_name]), _kept(view, ids)
             view.check_width(name, sae, x)
-            weights = kept / kept.sum(1, keepdim=True)
-            for rows, latents, _ in encode_decode(sae, x):
-                weight = weights[rows].to(latents.device, torch.float32)
-                mean = torch.einsum("bsd,bs->bd", latents.float(), weight)
-                found[name][indices[rows]] = mean.cpu()
+            for rows, latents in encode_in_parts(sae, x):
+                found[name][indices[rows]] = mean_over_tokens(latents, kept[rows])
     return found
-
-
-def _activations(
-    views: Iterable[View], model: Model, tokens: Sequence[Sequence[int]], batch_size: int
-) -> Iterator[tuple[list[int], Integer[Tensor, "batch seq"], dict[str, Tensor]]]:
-    """Indices of texts, their tokens, and activations by the name of the hook."""
-    hooks = {view.hook_name for view in views}
-    device = next(model.parameters()).device
-    for indices in batches_of_equal_length(tokens, batch_size):
-        ids = torch.tensor([tokens[i] for i in indices], device=device)
-        yield indices, ids, run(model, ids, hooks, logits=False)[1]
 
 
 def _kept(view: View, ids: Integer[Tensor, "batch seq"]) -> Tensor:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from sae_whiten._dtypes import as_float64
 from sae_whiten.whitening import Whitening
 
 __all__ = ["Stability", "mean_max_cosine", "stability"]
@@ -113,10 +114,8 @@ def mean_max_cosine(
 
 
 def _unit_rows(vectors: Tensor, W: Tensor | None) -> Tensor:
-    # MPS has no float64
-    device = torch.device("cpu") if vectors.device.type == "mps" else vectors.device
-    rows = vectors.detach().to(device).double()
+    rows = as_float64(vectors.detach())
     if W is not None:
-        rows = rows @ W.to(device, torch.float64)
+        rows = rows @ W.to(rows)
     norms = rows.norm(dim=1, keepdim=True)
     return rows / torch.where(norms > 0, norms, 1.0)

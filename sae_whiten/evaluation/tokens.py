@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,29 +15,46 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten.estimation.sources import Model, token_store
-from sae_whiten.evaluation.saes import common_setting
+from sae_whiten.evaluation.options import SequenceOptions
+from sae_whiten.evaluation.saes import check_sae, common_setting
 
-__all__ = ["sequence_settings", "token_batches"]
+__all__ = ["Reading", "token_batches"]
 
 logger = logging.getLogger(__name__)
 
 
-def sequence_settings(
-    saes: Mapping[str, SAE[Any]], context_size: int | None, prepend_bos: bool | None
-) -> tuple[int, bool]:
-    """Tokens per sequence, and whether it starts with BOS.
+@dataclass(frozen=True)
+class Reading:
+    """How the model reads, for all SAEs alike.
 
-    For None, the SAEs' metadata are used: the smallest context_size, the common prepend_bos.
-
-    Raises:
-        ValueError: The SAEs were trained with different prepend_bos.
+    Attributes:
+        context_size: Tokens per sequence.
+        prepend_bos: Whether sequences start with BOS.
+        batch_size: Sequences per pass of the model.
     """
-    if context_size is None:
-        sizes = (sae.cfg.metadata.context_size for sae in saes.values())
-        context_size = min((int(size) for size in sizes if size is not None), default=128)
-    if prepend_bos is None:
-        prepend_bos = bool(common_setting(saes, "prepend_bos", True))
-    return context_size, prepend_bos
+
+    context_size: int
+    prepend_bos: bool
+    batch_size: int
+
+    @classmethod
+    def of(cls, saes: Mapping[str, SAE[Any]], model: Model, options: SequenceOptions) -> "Reading":
+        """The options. Where they are None: the smallest context_size in the SAEs' metadata, and
+        the prepend_bos of all.
+
+        Raises:
+            ValueError: An SAE cannot be evaluated on the model, or they were trained with different
+                prepend_bos.
+        """
+        for name, sae in saes.items():
+            check_sae(name, sae, model)
+        context_size, prepend_bos = options.context_size, options.prepend_bos
+        if context_size is None:
+            sizes = (sae.cfg.metadata.context_size for sae in saes.values())
+            context_size = min((int(size) for size in sizes if size is not None), default=128)
+        if prepend_bos is None:
+            prepend_bos = bool(common_setting(saes, "prepend_bos", True))
+        return cls(context_size, prepend_bos, options.batch_size_prompts)
 
 
 def token_batches(
@@ -44,19 +62,18 @@ def token_batches(
     model: Model,
     dataset: HfDataset | str,
     n_tokens: int,
-    context_size: int,
-    prepend_bos: bool,
-    batch_size: int,
+    reading: Reading,
     task: str,
 ) -> Iterator[Integer[Tensor, "batch seq"]]:
     """Batches of tokens, cut from the dataset in the same way as SAELens does for training.
 
     `task` is the name of the progress bar.
     """
+    context_size = reading.context_size
     options = {
         "streaming": True,
         "context_size": context_size,
-        "prepend_bos": prepend_bos,
+        "prepend_bos": reading.prepend_bos,
         "seqpos_slice": (None,),
         "disable_concat_sequences": bool(common_setting(saes, "disable_concat_sequences", False)),
         "sequence_separator_token": common_setting(saes, "sequence_separator_token", "bos"),
@@ -72,7 +89,7 @@ def token_batches(
     device = next(model.parameters()).device
     n_wanted, n_read = n_sequences * context_size, 0
     with tqdm(desc=task, total=n_wanted, unit=" tokens") as bar:
-        while rows := list(islice(sequences, batch_size)):
+        while rows := list(islice(sequences, reading.batch_size)):
             yield torch.stack(rows).to(device)
             n_read += len(rows) * context_size
             bar.update(len(rows) * context_size)

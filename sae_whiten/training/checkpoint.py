@@ -41,15 +41,8 @@ from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_whiten._files import (
-    CorruptFileError,
-    atomic_directory,
-    atomic_files,
-    load_tensors,
-    recover,
-    save_tensors,
-    write_json,
-)
+from sae_whiten._atomic import atomic_directory, atomic_files, recover
+from sae_whiten._files import CorruptFileError, load_tensors, save_tensors, write_json
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening

@@ -16,7 +16,6 @@ process the same bits.
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +27,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
+from sae_whiten._contexts import environment
 from sae_whiten.architectures.sparse import Selector, batch_top_k
 from sae_whiten.estimation.distributed import DistributedError, Processes
 from sae_whiten.estimation.sources import part_of
@@ -174,14 +174,8 @@ def logging_once(processes: Processes) -> Iterator[None]:
     if processes.rank == 0:
         yield
         return
-    before = os.environ.get("WANDB_MODE")
-    os.environ["WANDB_MODE"] = "disabled"
-    try:
+    with environment(WANDB_MODE="disabled"):
         yield
-    finally:
-        os.environ.pop("WANDB_MODE")
-        if before is not None:
-            os.environ["WANDB_MODE"] = before
 
 
 def output_of_all(output: TrainStepOutput, processes: Processes) -> TrainStepOutput:

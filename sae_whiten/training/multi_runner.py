@@ -16,7 +16,6 @@ from sae_lens.multi_sae_training_runner import (
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.types import MultiHookDataProvider
 
-from sae_whiten._checks import require_context
 from sae_whiten._files import write_json
 from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import FoldError
@@ -29,8 +28,8 @@ from sae_whiten.training.data_parallel import open_stream
 from sae_whiten.training.multi_trainer import WhiteningMultiSAETrainer
 from sae_whiten.training.runner_parts import (
     add_runner_files,
-    check_hook,
     check_is_foldable,
+    check_loaded,
     logging_run,
     naming_nearest_hooks,
     opened_dataset,
@@ -145,10 +144,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
                 override_model=cast(Any, override_model),  # a bridge will do, too
                 override_saes=override_saes,
             )
-        redact_attributes(self.cfg)  # model and dataset are loaded
-        for hook_name in hook_names:
-            check_hook(self.model, hook_name)
-        require_context(self.cfg.context_size, self.model)
+        check_loaded(self.cfg, self.model, hook_names)
         self.saes = dict(self.saes)
         for name, sae in self.saes.items():
             sae.cfg = copy.deepcopy(sae.cfg)

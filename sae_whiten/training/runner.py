@@ -10,8 +10,6 @@ from sae_lens.config import HfDataset, LanguageModelSAERunnerConfig
 from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner, LLMSaeEvaluator
 from sae_lens.saes.sae import TrainingSAE
 
-from sae_whiten._checks import require_context
-from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import FoldError
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.distributed import Processes
@@ -21,8 +19,8 @@ from sae_whiten.training.checks import check_runner_config
 from sae_whiten.training.pretrained import as_asked_for
 from sae_whiten.training.runner_parts import (
     add_runner_files,
-    check_hook,
     check_is_foldable,
+    check_loaded,
     logging_run,
     naming_nearest_hooks,
     opened_dataset,
@@ -128,10 +126,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
                 override_model=cast(Any, override_model),  # a bridge will do, too
                 override_sae=override_sae,
             )
-        redact_attributes(self.cfg)  # model and dataset are loaded
-        if not self.cfg.use_cached_activations:
-            check_hook(self.model, self.cfg.hook_name)
-            require_context(self.cfg.context_size, self.model)
+        check_loaded(self.cfg, self.model, [self.cfg.hook_name])
         path = self.cfg.from_pretrained_path
         self._start_from_folded = override_sae is None and path is not None
         if self._start_from_folded:

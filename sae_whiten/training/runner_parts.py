@@ -18,7 +18,9 @@ from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.training.prefetch import PrefetchingIterator
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_whiten._redaction import redacted
+from sae_whiten._checks import require_context
+from sae_whiten._contexts import without_messages
+from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
@@ -46,6 +48,7 @@ __all__ = [
     "add_runner_files",
     "check_hook",
     "check_is_foldable",
+    "check_loaded",
     "logging_run",
     "naming_nearest_hooks",
     "opened_dataset",
@@ -126,6 +129,20 @@ def naming_nearest_hooks(cfg: RunnerConfig, names: Iterable[str]) -> Iterator[No
         raise
 
 
+def check_loaded(cfg: RunnerConfig, model: Model, hook_names: Iterable[str]) -> None:
+    """Refuse what a model does not have, and forget secrets, which only loading needs.
+
+    Raises:
+        ValueError: It has no such hook.
+        FieldError: It cannot read so long a context.
+    """
+    redact_attributes(cfg)
+    if not getattr(cfg, "use_cached_activations", False):
+        for hook_name in hook_names:
+            check_hook(model, hook_name)
+        require_context(cfg.context_size, model)
+
+
 @contextmanager
 def opened_dataset(cfg: RunnerConfig, given: HfDataset | None) -> Iterator[HfDataset | None]:
     """The dataset to pass to SAELens' runner: the one given, a local one, or None for it to load.
@@ -137,16 +154,8 @@ def opened_dataset(cfg: RunnerConfig, given: HfDataset | None) -> Iterator[HfDat
         yield given
         return
     said = "passed in a dataset which will override", "override_dataset overrides"
-
-    def is_so(record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in said)
-
-    saelens = logging.getLogger("sae_lens")
-    saelens.addFilter(is_so)
-    try:
+    with without_messages("sae_lens", *said):
         yield local_dataset(cfg.dataset_path, cfg.streaming)
-    finally:
-        saelens.removeFilter(is_so)
 
 
 def record_reading(sae: TrainingSAE[Any], cfg: RunnerConfig) -> None:

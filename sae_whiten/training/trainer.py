@@ -31,6 +31,7 @@ from sae_lens.util import path_or_tmp_dir
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_whiten._dtypes import float32_at_least
 from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.folding import FoldError, fold_whitening_into_weights
 from sae_whiten.config import WhiteningConfig
@@ -380,8 +381,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """SAELens' figures, with explained variance in the space of the activations; with several
         processes, over all parts of the batch."""
         output = copy.copy(output)
-        output.sae_in = self.scaler.unscale(_float32_at_least(output.sae_in))
-        output.sae_out = self.scaler.unscale(_float32_at_least(output.sae_out))
+        output.sae_in = self.scaler.unscale(float32_at_least(output.sae_in))
+        output.sae_out = self.scaler.unscale(float32_at_least(output.sae_out))
         if not isinstance(self.stream, SharedStream):
             return super().build_train_step_log_dict(output, n_training_samples)
         figures = super().build_train_step_log_dict(
@@ -612,11 +613,7 @@ def _fuse(optimizer: torch.optim.Adam, device: str) -> None:
 @torch.no_grad()
 def _explained_variance(sae: TrainingSAE[Any], activations: Tensor) -> float | None:
     """Share of the variance of activations, shape (n, d_in), that a plain SAE explains."""
-    activations = _float32_at_least(activations.to(sae.device))
+    activations = float32_at_least(activations.to(sae.device))
     error = (sae(activations) - activations).square().sum().item()
     total = (activations - activations.mean(dim=0)).square().sum().item()
     return None if total == 0 else 1 - error / total
-
-
-def _float32_at_least(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

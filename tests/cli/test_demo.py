@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from sae_whiten import ActivationStatistics, Whitening
 from sae_whiten.cli import main
 from sae_whiten.comparison import demo as job
+from sae_whiten.comparison import demo_text
+from sae_whiten.evaluation import labels
 from tests.processes import run_code
 
 # what `python evaluate_saes.py` does, which knows SAELens and nothing of ours, without a network
@@ -31,7 +33,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """What the demo writes, and what it prints, without a network."""
     path = tmp_path_factory.mktemp("demo")
     options = ["--tokens", "10240", "--d-sae", "512", "--k", "16", "--out", str(path)]
-    docstrings = job._docstrings
+    docstrings, texts = demo_text._docstrings, labels.library_texts
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise OSError("there is no network")
@@ -43,10 +45,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr("socket.getaddrinfo", refuse)
         patch.setattr(job.subprocess, "run", evaluate)
-        patch.setattr(job, "_N_HELD_OUT", 5 * job._SEQUENCES_PER_BATCH)
-        patch.setattr(job, "_N_TEXTS", 8)
-        patch.setattr(job, "_LIBRARIES", ("numpy", "pandas"))
-        patch.setattr(job, "_docstrings", lambda seed: itertools.islice(docstrings(seed), 150))
+        patch.setattr(demo_text, "_N_HELD_OUT", 5 * demo_text.SEQUENCES_PER_BATCH)
+        patch.setattr(demo_text, "_docstrings", lambda s: itertools.islice(docstrings(s), 150))
+        few = ("numpy", "pandas")
+        patch.setattr(labels, "library_texts", lambda n, seed: texts(8, seed, few))
         assert main(["demo", *options]) == 0
     return path, printed.getvalue()
 

@@ -23,7 +23,7 @@ from sae_whiten.evaluation.features.measure import measure_features
 from sae_whiten.evaluation.features.options import FeatureOptions
 from sae_whiten.evaluation.features.result import Features
 from sae_whiten.evaluation.features.vocabulary import TokenTexts, Unembedding
-from sae_whiten.evaluation.tokens import token_batches
+from sae_whiten.evaluation.tokens import Reading, token_batches
 from tests.evaluation.test_evaluate import TOPK, activations, model, sae_of, text
 from tests.support import BYTE_TRANSFORMER, tiny_dataset, tiny_model, without_type_checks
 
@@ -45,7 +45,7 @@ class Plain:
 
     def __init__(self, sae: SAE[Any], dataset: Dataset) -> None:
         model = tiny_model()
-        batches = token_batches({"sae": sae}, model, dataset, N_TOKENS, SEQ, False, 4, "")
+        batches = token_batches({"sae": sae}, model, dataset, N_TOKENS, Reading(SEQ, False, 4), "")
         self.tokens = torch.cat(list(batches))
         with torch.no_grad():
             self.x = activations(model, self.tokens, HOOK)

@@ -180,7 +180,7 @@ def test_whatever_the_data_hold_the_page_has_the_same_tags(hostile, tmp_path):
         assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
         assert not any(tag == "img" for tag, _ in page.tags)
     write_page(asked, tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text().endswith("</html>")
+    assert (tmp_path / "page.html").read_text().endswith("</html>\n")
 
 
 def test_folders_of_this_machine_are_not_told():

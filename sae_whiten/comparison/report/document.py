@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import ClassVar, TypeAlias
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup, escape
+
+from sae_whiten._html import template_environment
 
 __all__ = [
     "Block",
@@ -164,16 +166,9 @@ def to_html(title: str, blocks: Sequence[Block]) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("sae_whiten.comparison.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    return template_environment(
+        "sae_whiten.comparison.report", inline=_inline, plain=_plain, png_url=_png_url
     )
-    environment.filters.update(inline=_inline, plain=_plain, png_url=_png_url)
-    return environment
 
 
 def _inline(text: str) -> Markup:

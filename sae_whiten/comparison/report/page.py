@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sae_whiten._files import atomic_path
+from sae_whiten._atomic import atomic_path
 from sae_whiten._redaction import redacted
 from sae_whiten.comparison.report import document
 from sae_whiten.comparison.report.comparison import comparison_blocks, introduction_blocks

@@ -6,7 +6,7 @@ latents to show are chosen from this. The second pass collects their texts and h
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ from sae_whiten.evaluation.model_view import (
     why_no_next_token_loss,
     worse_than_guessing,
 )
-from sae_whiten.evaluation.saes import check_sae, flat_heads
-from sae_whiten.evaluation.tokens import sequence_settings, token_batches
+from sae_whiten.evaluation.saes import flat_heads
+from sae_whiten.evaluation.tokens import Reading, token_batches
 from sae_whiten.statistics import ActivationStatistics
 
 __all__ = ["measure_features"]
@@ -49,9 +49,7 @@ def measure_features(
     options: FeatureOptions | None = None,
     *,
     statistics: Mapping[str, ActivationStatistics] | None = None,
-    context_size: int | None = None,
-    prepend_bos: bool | None = None,
-    batch_size_prompts: int = 16,
+    **changed: Any,
 ) -> Features:
     """Top texts, histograms, logit effects, neighbours and matches of latents of one or two SAEs.
 
@@ -62,12 +60,10 @@ def measure_features(
         saes: One or two SAEs for raw activations that SAELens loads, by name.
         model: As SAELens loads it.
         dataset: Tokens or text in a form that SAELens reads. It is read twice from its beginning.
-        options: What to show.
+        options: What to show; the defaults if None.
         statistics: Statistics of the activations by the name of the hook, for whitened coordinates.
             Missing ones are estimated from the activations read.
-        context_size: Tokens per sequence. None: the smallest in the SAEs' metadata.
-        prepend_bos: Whether sequences start with BOS. None: from the SAEs' metadata.
-        batch_size_prompts: Sequences per pass of the model.
+        changed: Fields of `FeatureOptions`, which replace those of `options`.
 
     Raises:
         FieldError: An option does not fit: the SAE lacks a latent, the model has no tokenizer for a
@@ -76,37 +72,25 @@ def measure_features(
             not for raw activations. The SAEs' metadata contradict each other. The dataset is
             shorter than one sequence, all its tokens are left out, or an activation is not finite.
     """
-    options = options or FeatureOptions()
+    options = replace(options or FeatureOptions(), **changed)
     if not 1 <= len(saes) <= 2:
         raise ValueError(f"{len(saes)} SAEs: features are shown of one or of two")
-    require_number("batch_size_prompts", batch_size_prompts)
-    for name, sae in saes.items():
-        check_sae(name, sae, model)
-    context_size, prepend_bos = sequence_settings(saes, context_size, prepend_bos)
-    require_number("context_size", context_size)
-    require_context(context_size, model)
+    reading = Reading.of(saes, model, options)
+    require_number("context_size", reading.context_size)
+    require_context(reading.context_size, model)
     options.check_latents(next(iter(saes.values())).cfg.d_sae)
 
     subjects = _subjects(saes, model, statistics or {})
 
     def batches(task: str) -> Iterator[_Batch]:
-        for tokens in token_batches(
-            saes,
-            model,
-            dataset,
-            options.n_tokens,
-            context_size,
-            prepend_bos,
-            batch_size_prompts,
-            task,
-        ):
+        for tokens in token_batches(saes, model, dataset, options.n_tokens, reading, task):
             yield _Batch(tokens, _kept(subjects, tokens), _seen(subjects, model, tokens))
 
     with flat_heads(saes.values()):
         texts = TokenTexts(model.tokenizer)
         asked = None
         if options.text is not None:
-            asked = _AskedText(options.text, subjects, model, context_size, prepend_bos)
+            asked = _AskedText(options.text, subjects, model, reading)
         n_read, why_no_logits = 0, None
         for i, batch in enumerate(batches("Which latents fire")):
             if i == 0:
@@ -143,7 +127,7 @@ def measure_features(
             matches = Matches(subjects[0], subjects[1], options)
             shown, matching = choose_pairs(matches, options, asked and asked.ranked)
         for subject, indices in zip(subjects, shown, strict=True):
-            subject.choose(indices, options, min(options.window, context_size))
+            subject.choose(indices, options, min(options.window, reading.context_size))
         for batch in batches("Reading texts"):
             for subject, x in zip(subjects, batch.x, strict=True):
                 subject.collect(batch.tokens, x, batch.kept)
@@ -156,7 +140,7 @@ def measure_features(
         if matches is not None:
             matches.add_to(latents, i)
         sae_features.latents.update(latents)
-    return Features(found, options, why_no_logits, matching, n_read, context_size)
+    return Features(found, options, why_no_logits, matching, n_read, reading.context_size)
 
 
 @dataclass(frozen=True)
@@ -256,17 +240,14 @@ class _AskedText:
     """
 
     def __init__(
-        self,
-        text: str,
-        subjects: Sequence[Subject],
-        model: Model,
-        context_size: int,
-        prepend_bos: bool,
+        self, text: str, subjects: Sequence[Subject], model: Model, reading: Reading
     ) -> None:
         if model.tokenizer is None:
             raise FieldError("text", text, "the model has no tokenizer to read it with")
-        (whole,) = text_tokens(model.tokenizer, [text], len(text.encode()) + 8, prepend_bos)
-        (self._ids,) = text_tokens(model.tokenizer, [text], context_size, prepend_bos)
+        (whole,), (self._ids,) = (
+            text_tokens(model.tokenizer, [text], n, reading.prepend_bos)
+            for n in (len(text.encode()) + 8, reading.context_size)
+        )
         if len(whole) > len(self._ids):
             logger.warning("the text is cut to %d of its %d tokens", len(self._ids), len(whole))
         tokens = torch.tensor([self._ids], device=next(model.parameters()).device)

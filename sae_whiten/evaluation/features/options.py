@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sae_whiten._checks import FieldError, require_number
+from sae_whiten.evaluation.options import SequenceOptions
 
 __all__ = ["FeatureOptions"]
 
 
 @dataclass(frozen=True)
-class FeatureOptions:
+class FeatureOptions(SequenceOptions):
     """Which latents are looked at, and at how many tokens.
 
     Raises:
@@ -52,6 +53,7 @@ class FeatureOptions:
     """Seed of all random choices"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("n_latents", "n_tokens", "n_texts", "window"):
             require_number(name, getattr(self, name))
         require_number("n_random_texts", self.n_random_texts, 0)

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
-from sae_whiten._files import atomic_path
+from sae_whiten._atomic import atomic_path
+from sae_whiten._html import template_environment
 from sae_whiten._redaction import redacted
 from sae_whiten.evaluation.features.result import Features, Latent, SAEFeatures, TextPiece
 
@@ -83,15 +84,9 @@ def _hash(content: str) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("sae_whiten.evaluation.features"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return template_environment(
+        "sae_whiten.evaluation.features", share=_share, short=_short, visible=_visible
     )
-    environment.filters.update(share=_share, short=_short, visible=_visible)
-    return environment
 
 
 # --- what the template shows

@@ -21,15 +21,14 @@ from sae_whiten.estimation.dataset import open_dataset
 from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.model_view import (
     View,
-    batches_of_equal_length,
+    activations_of_texts,
     decoder_norms,
     encode_decode,
     latent_scale,
-    run,
     text_tokens,
 )
-from sae_whiten.evaluation.saes import check_sae, flat_heads
-from sae_whiten.evaluation.tokens import sequence_settings
+from sae_whiten.evaluation.saes import flat_heads
+from sae_whiten.evaluation.tokens import Reading
 from sae_whiten.lenses.afa.norms import AFASamples, code_norm, nmse, summary
 from sae_whiten.lenses.options import AFAOptions
 
@@ -138,10 +137,9 @@ def evaluate_afa(
     if not saes:
         raise ValueError("no SAEs to evaluate")
     options = options or AFAOptions()
+    reading = Reading.of(saes, model, options)
     for name, sae in saes.items():
-        check_sae(name, sae, model)
         _check_architecture(name, sae)
-    context_size, prepend_bos = sequence_settings(saes, options.context_size, options.prepend_bos)
     # a separator counts for an SAE that was trained on special tokens, but ends most prompts
     special = get_special_token_ids(model.tokenizer)  # pyright: ignore[reportArgumentType]
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
@@ -149,21 +147,16 @@ def evaluate_afa(
         name: replace(view, special=tuple(sorted({*view.special, *special})))
         for name, view in views.items()
     }
-    prompts = _read_prompts(
-        model, dataset, set(views.values()), options.n_prompts, context_size, prepend_bos
-    )
+    prompts = _read_prompts(model, dataset, set(views.values()), options.n_prompts, reading)
     measured = {name: _Measured(name, sae, len(prompts)) for name, sae in saes.items()}
     hooks = {view.hook_name for view in views.values()}
-    device = next(model.parameters()).device
     with (
         flat_heads(saes.values()),
         tqdm(desc="Running prompts", total=len(prompts), unit=" prompts") as bar,
     ):
-        for indices in batches_of_equal_length(
-            [p.ids for p in prompts], options.batch_size_prompts
+        for indices, _, activations in activations_of_texts(
+            model, [p.ids for p in prompts], hooks, reading.batch_size
         ):
-            ids = torch.tensor([prompts[i].ids for i in indices], device=device)
-            _, activations = run(model, ids, hooks, logits=False)
             for name, view in views.items():
                 x = view.seen(activations[view.hook_name])
                 view.check_width(name, saes[name], x)
@@ -183,8 +176,8 @@ def evaluate_afa(
                 "hook_name": views[name].hook_name,
                 "normalize_activations": sae.cfg.normalize_activations,
                 "bias_norm": measured[name].bias_norm,
-                "context_size": context_size,
-                "prepend_bos": prepend_bos,
+                "context_size": reading.context_size,
+                "prepend_bos": reading.prepend_bos,
             },
             samples=measured[name].samples(),
             rows=[prompt.row for prompt in prompts],
@@ -298,8 +291,7 @@ def _read_prompts(
     dataset: HfDataset | str,
     views: Iterable[View],
     n_prompts: int,
-    context_size: int,
-    prepend_bos: bool,
+    reading: Reading,
 ) -> list[_Prompt]:
     """The first prompts in which every view has a token that counts."""
     if isinstance(dataset, str):
@@ -307,7 +299,7 @@ def _read_prompts(
     prompts: list[_Prompt] = []
     n_passed_over = 0
     with tqdm(desc="Reading prompts", total=n_prompts, unit=" prompts", leave=False) as bar:
-        for row, ids in _tokenised(model, dataset, context_size, prepend_bos):
+        for row, ids in _tokenised(model, dataset, reading):
             tokens = torch.tensor([ids], dtype=torch.long)
             kept = {view: view.kept(tokens)[0].nonzero() for view in views}
             if not all(len(positions) for positions in kept.values()):
@@ -329,9 +321,7 @@ def _read_prompts(
     return prompts
 
 
-def _tokenised(
-    model: Model, dataset: Any, context_size: int, prepend_bos: bool
-) -> Iterator[tuple[int, list[int]]]:
+def _tokenised(model: Model, dataset: Any, reading: Reading) -> Iterator[tuple[int, list[int]]]:
     """Number and token ids of each row, cut to the context."""
     if isinstance(dataset, dict):
         raise ValueError(f"the dataset has several splits, {', '.join(dataset)}: give one of them")
@@ -342,10 +332,10 @@ def _tokenised(
         column = column or _column(chunk[0][1])
         if column in _TOKEN_COLUMNS:
             pad = getattr(model.tokenizer, "pad_token_id", None)
-            ids = [_without_padding(row[column], pad)[:context_size] for _, row in chunk]
+            ids = [_without_padding(row[column], pad)[: reading.context_size] for _, row in chunk]
         else:
             texts = [row[column] or "" for _, row in chunk]
-            ids = text_tokens(model.tokenizer, texts, context_size, prepend_bos)
+            ids = text_tokens(model.tokenizer, texts, reading.context_size, reading.prepend_bos)
         yield from ((i, found) for (i, _), found in zip(chunk, ids, strict=True))
 
 

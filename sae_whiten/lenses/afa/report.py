@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from sae_whiten import __version__
-from sae_whiten._files import atomic_path
+from sae_whiten._atomic import atomic_path
 from sae_whiten._redaction import redacted
 from sae_whiten.lenses.afa.figure import plot_violins, plot_zf
 from sae_whiten.lenses.afa.measure import AFAResult

@@ -13,9 +13,9 @@ from scipy.sparse import csr_array, vstack
 
 from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.metrics import LatentActivity
-from sae_whiten.evaluation.model_view import View, encode_decode, run
-from sae_whiten.evaluation.saes import check_sae, flat_heads
-from sae_whiten.evaluation.tokens import sequence_settings, token_batches
+from sae_whiten.evaluation.model_view import View, encode_in_parts, run
+from sae_whiten.evaluation.saes import flat_heads
+from sae_whiten.evaluation.tokens import Reading, token_batches
 from sae_whiten.lenses.latents.embedding import (
     ACTIVATIONS,
     DECODER,
@@ -69,32 +69,23 @@ def measure_firing(
     """
     if not saes:
         raise ValueError("no SAEs to measure")
-    for name, sae in saes.items():
-        check_sae(name, sae, model)
     options = options or LatentOptions()
     activations = options.of == "activations"
-    context_size, prepend_bos = sequence_settings(saes, options.context_size, options.prepend_bos)
+    reading = Reading.of(saes, model, options)
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     activity = {name: LatentActivity() for name in saes}
     kept_activations: dict[str, list[csr_array]] = {name: [] for name in saes}
     hooks = {view.hook_name for view in views.values()}
     with flat_heads(saes.values()):
         for tokens in token_batches(
-            saes,
-            model,
-            dataset,
-            options.n_tokens,
-            context_size,
-            prepend_bos,
-            options.batch_size_prompts,
-            "Activations of latents",
+            saes, model, dataset, options.n_tokens, reading, "Activations of latents"
         ):
             _, at_hooks = run(model, tokens, hooks, logits=False)
             for name, sae in saes.items():
                 kept = views[name].kept(tokens)
                 x = views[name].seen(at_hooks[views[name].hook_name])
                 views[name].check_width(name, sae, x)
-                for rows, latents, _ in encode_decode(sae, x):
+                for rows, latents in encode_in_parts(sae, x):
                     counted = latents[kept[rows].to(latents.device)]
                     activity[name].update(counted)
                     if activations:
