@@ -3,6 +3,8 @@
     pip install "sae-whiten[demo]"
     python examples/compare_offline.py minilm --out comparison-minilm
     python examples/compare_offline.py byte --out comparison-byte
+    python examples/compare_offline.py byte --out comparison-byte-rates \
+        --architectures topk --learning-rates 3e-4 1e-3 3e-3 1e-2
 
 minilm is all-MiniLM-L6-v2, which comes from a package; byte is the causal transformer of two layers
 in tests/assets, which has a language-modelling head and so a cross-entropy loss. The text is the
@@ -27,6 +29,7 @@ from sae_whiten.evaluation.labels import library_texts
 from sae_whiten.evaluation.source_code import shuffled, source_files, stdlib_root
 
 CONTEXT_SIZE = 128
+CONDITIONS = ("none", "centred", "whitened", "original", "original_norms", "half")
 BYTE_TRANSFORMER = Path(__file__).parent.parent / "tests" / "assets" / "byte-transformer"
 
 
@@ -39,6 +42,13 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=1024)
     parser.add_argument("--sparsity", type=int, default=32)
     parser.add_argument("--coefficients", type=float, nargs="+", default=[3.0, 10.0, 30.0])
+    parser.add_argument("--conditions", nargs="+", default=CONDITIONS)
+    parser.add_argument("--architectures", nargs="+", default=["topk", "standard"])
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[])
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--hook-name", help="default: the residual stream in the middle")
+    parser.add_argument("--n-rows", type=int, default=5000, help="sequences of 128 tokens")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -59,16 +69,17 @@ def main() -> None:
         else ([], [])  # it was trained on text without special tokens
     )
     comparison = Comparison(
-        hook_name=hook_name,
-        conditions=("none", "centred", "whitened", "original", "original_norms", "half"),
-        architectures=("topk", "standard"),
+        hook_name=args.hook_name or hook_name,
+        conditions=args.conditions,
+        architectures=args.architectures,
         sparsity=(args.sparsity,),
         coefficients=args.coefficients,
         seeds=range(args.seeds),
         d_sae=args.d_sae,
         training_tokens=args.training_tokens,
-        train_batch_size_tokens=512,
-        lr=1e-3,
+        train_batch_size_tokens=args.batch_size,
+        lr=args.lr,
+        learning_rates=args.learning_rates,
         context_size=CONTEXT_SIZE,
         prepend_bos=False,
         # not True, which leaves [CLS] in: SAELens then excludes BOS, EOS, PAD and SEP
@@ -79,7 +90,7 @@ def main() -> None:
     records = compare(
         comparison,
         load_model("AutoModelForCausalLM", path, device=args.device),
-        sequences(tokenizer, *ends),
+        sequences(tokenizer, *ends, args.n_rows),
         args.out,
         model_name=name,
         model_class_name="AutoModelForCausalLM",
@@ -91,7 +102,7 @@ def main() -> None:
     write_report(records, args.out, settings, targets=comparison.sparsity)
 
 
-def sequences(tokenizer: Any, before: list[int], after: list[int], n_rows: int = 5000) -> Dataset:
+def sequences(tokenizer: Any, before: list[int], after: list[int], n_rows: int) -> Dataset:
     """The source files of the standard library one after the other, cut to the context size."""
     size = CONTEXT_SIZE - len(before) - len(after)
     tokens: list[int] = []

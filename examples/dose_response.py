@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens import LoggingConfig
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import TrainingSAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -42,6 +43,7 @@ N_HELD_OUT, N_TASKS, N_ROWS, N_TRAIN = 100_000, 20, 1000, 768
 MAX_TOKENS = 64  # of a text
 PROBE_KS, PROBE_SEEDS = (1, 2, 4, 8, 16), (42, 43)
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+RESULTS = {"topk": "results.jsonl", "batchtopk": "results-batchtopk.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -235,21 +237,19 @@ def activations(model: Any, tokenizer: Any, texts: list[str], hook: str) -> tupl
     return np.concatenate(found), [len(i) for i in ids]
 
 
-def run(out: Path, conditions: list[str]) -> None:
+def run(out: Path, conditions: list[str], architecture: str = "topk") -> None:
     """Train and measure whatever is not in results.jsonl yet."""
     import time
 
     natural = torch.from_numpy(np.load(out / "train.npy", mmap_mode="r")[:200_000]).float()
     tasks = json.loads((out / "tasks.json").read_text())
-    results = out / "results.jsonl"
-    done = {}
-    if results.is_file():
-        for line in results.read_text().splitlines():
-            record = json.loads(line)
-            done[record["key"]] = record
+    # learning rates are those of TopK
+    results = out / RESULTS[architecture]
+    done = {record["key"]: record for record in (*read(out / RESULTS["topk"]), *read(results))}
     mapped, x = None, torch.empty(0)
-    for kind, dose, condition, seed, lr in plan(done, conditions):
-        key = f"{kind}/{dose.name}/{condition}/{seed}/{lr:g}"
+    for kind, dose, condition, seed, lr in plan(done, conditions, architecture):
+        prefix = "" if architecture == "topk" else f"{architecture}/"
+        key = f"{prefix}{kind}/{dose.name}/{condition}/{seed}/{lr:g}"
         if key in done:
             continue
         torch.manual_seed(seed)
@@ -258,7 +258,7 @@ def run(out: Path, conditions: list[str]) -> None:
             x = mapped.all(np.load(out / "train.npy", mmap_mode="r"))
         n = SWEEP_TOKENS if kind == "sweep" else TOKENS
         started = time.process_time()
-        sae = train(x, condition, n, lr, seed)
+        sae = train(x, condition, n, lr, seed, architecture)
         record = {
             "key": key,
             "kind": kind,
@@ -278,10 +278,24 @@ def run(out: Path, conditions: list[str]) -> None:
         print(key, round(record["explained_variance"], 4), record["dead_latents"], flush=True)
 
 
+def read(results: Path) -> list[dict[str, Any]]:
+    """The records of a file, none if it is not there."""
+    return list(map(json.loads, results.read_text().splitlines())) if results.is_file() else []
+
+
 def plan(
-    done: dict[str, Any], conditions: list[str]
+    done: dict[str, Any], conditions: list[str], architecture: str
 ) -> Iterator[tuple[str, Dose, str, int, float]]:
-    """Sweeps of the learning rate at the three main doses, then all conditions, seed by seed."""
+    """Sweeps of the learning rate at the three main doses, then all conditions, seed by seed.
+
+    Architectures other than TopK are trained at the main doses alone.
+    """
+    if architecture != "topk":
+        for seed in range(5):
+            for dose in MAIN:
+                for condition in conditions:
+                    yield "main", dose, condition, seed, best_lr(done, dose, condition)
+        return
     for dose in MAIN:
         for condition in conditions:
             for lr in LEARNING_RATES:
@@ -311,7 +325,9 @@ def best_lr(done: dict[str, Any], dose: Dose, condition: str) -> float:
     return max(sweep, key=lambda lr: sweep[lr])
 
 
-def train(x: Tensor, condition: str, n_tokens: int, lr: float, seed: int) -> Any:
+def train(
+    x: Tensor, condition: str, n_tokens: int, lr: float, seed: int, architecture: str = "topk"
+) -> Any:
     """An SAE of activations x, shape (n, d), folded."""
 
     def batches() -> Iterator[Tensor]:
@@ -320,10 +336,14 @@ def train(x: Tensor, condition: str, n_tokens: int, lr: float, seed: int) -> Any
             for start in range(0, len(order) - BATCH + 1, BATCH):
                 yield x[torch.from_numpy(order[start : start + BATCH])]
 
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=D_IN, d_sae=D_SAE, k=K, normalize_activations="covariance_whitening"
-        )
+    sae = TrainingSAE.from_dict(
+        {
+            "architecture": architecture,
+            "d_in": D_IN,
+            "d_sae": D_SAE,
+            "k": K,
+            "normalize_activations": "covariance_whitening",
+        }
     )
     n_steps = n_tokens // BATCH
     cfg = SAETrainerConfig(
@@ -442,7 +462,7 @@ def report(out: Path, docs: Path) -> None:
     """Write table.md, differences.md, sweep.md, curves.png and curve.json, of all runs so far."""
     import pandas as pd
 
-    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    records = read(out / RESULTS["topk"])
     runs = [record for record in records if record["kind"] == "main"]
     doses = [d.name for d in (*MAIN, *FURTHER) if any(r["dose"] == d.name for r in runs)]
     for record in runs:
@@ -626,13 +646,16 @@ def main() -> None:
         "--conditions", default=",".join(CONDITIONS), help="run: only these (default: all)"
     )
     parser.add_argument(
+        "--architecture", choices=list(RESULTS), default="topk", help="run: which (default: topk)"
+    )
+    parser.add_argument(
         "--docs", type=Path, help="report: where tables and figures go (default: OUT/report)"
     )
     args = parser.parse_args()
     if args.step == "prepare":
         prepare(args.out)
     elif args.step == "run":
-        run(args.out, args.conditions.split(","))
+        run(args.out, args.conditions.split(","), args.architecture)
     else:
         report(args.out, args.docs or args.out / "report")
 
