@@ -77,8 +77,9 @@ def report(out: Path, docs: Path) -> None:
         found.setdefault(record["hook"], {})[record["condition"]] = record
     rows = []
     for hook, records in found.items():
-        if set(records) != set(SETTINGS):
+        if BASELINE not in records:
             continue
+        of_settings = [records.get(c) for c in SETTINGS]
         base = records[BASELINE]
         row: dict[str, Any] = {
             "hook": hook,
@@ -89,8 +90,8 @@ def report(out: Path, docs: Path) -> None:
             "forecast": base["forecast"]["advice"],
         }
         for key, name in (("dead_latents", f"dead of {D_SAE}"), ("explained_variance", "EV")):
-            row[name] = " / ".join(f"{records[c][key]:.3g}" for c in SETTINGS)
-        row["AUC"] = " / ".join(f"{aucs(records[c]).mean():.3f}" for c in SETTINGS)
+            row[name] = " / ".join("–" if r is None else f"{r[key]:.3g}" for r in of_settings)
+        row["AUC"] = " / ".join("–" if r is None else f"{aucs(r).mean():.3f}" for r in of_settings)
         rows.append(row)
     docs.mkdir(parents=True, exist_ok=True)
     write_table(docs / "hooks.md", pd.DataFrame(rows))

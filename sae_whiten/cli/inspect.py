@@ -165,6 +165,8 @@ def _print_whitening(rows: dict[str, dict[str, Any]], config: Any) -> None:
 
 
 def _print_forecast(rows: dict[str, dict[str, Any]]) -> None:
+    from sae_whiten.estimation.forecast import LIMITS
+
     width = max(map(len, rows))
     print("\nforecast: what SAEs did on the nearest activations that were measured")
     print(
@@ -182,3 +184,4 @@ def _print_forecast(rows: dict[str, dict[str, Any]]) -> None:
             f"{name:{width}}  {found['dose']:<21}{found['distance']:>9.2f}{found['seeds']:>6}"
             f"{columns}  {found['advice']}"
         )
+    print(LIMITS)

@@ -15,6 +15,7 @@ from typing import Any
 __all__ = [
     "BASELINE",
     "FAR",
+    "LIMITS",
     "SETTINGS",
     "Difference",
     "Dose",
@@ -31,9 +32,15 @@ SETTINGS = {
     BASELINE: "no whitening",
     "centred": 'subtract the mean: kind="zca", strength=0',
     "original": 'whiten: loss_space="original"',
+    "strength-0.5": 'whiten by half: strength=0.5, loss_space="whitened"',
     "whitened": 'whiten: loss_space="whitened"',
 }
 """What can be recommended, the plainest first."""
+
+LIMITS = """\
+(TopK SAEs of one hook of all-MiniLM-L6-v2, made more and more anisotropic. On a causal transformer
+of bytes the forecast was wrong: docs/dose-response.md. sae-whiten compare measures it on your hook.)"""
+"""Where the forecast comes from, and that it has failed."""
 
 FAR = 0.5
 """Distance in powers of ten above which the nearest dose says nothing about a hook."""
