@@ -37,9 +37,11 @@ SETTINGS = {
 }
 """What can be recommended, the plainest first."""
 
-LIMITS = """\
-(TopK SAEs of one hook of all-MiniLM-L6-v2, made more and more anisotropic. On a causal transformer
-of bytes the forecast was wrong: docs/dose-response.md. sae-whiten compare measures it on your hook.)"""
+LIMITS = (
+    "(TopK SAEs of one hook of all-MiniLM-L6-v2, made more and more anisotropic. On a causal\n"
+    "transformer of bytes the forecast was wrong: docs/dose-response.md. sae-whiten compare\n"
+    "measures it on your hook.)"
+)
 """Where the forecast comes from, and that it has failed."""
 
 FAR = 0.5
