@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
     from sae_whiten.comparison.feature_page import write_feature_page
-    from sae_whiten.comparison.learning_rates import FOUND
+    from sae_whiten.comparison.learning_rates import SCORES_FILE
     from sae_whiten.comparison.report.brief import terminal_text
     from sae_whiten.comparison.report.page import write_report
     from sae_whiten.comparison.summary import summarise
@@ -109,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
     )
     page = write_feature_page(comparison, records, model, dataset, args.out, args.dataset_path)
     settings = json.loads((args.out / "settings.json").read_text())
-    if (args.out / FOUND).is_file():
-        settings["learning_rates_found"] = json.loads((args.out / FOUND).read_text())
+    if (args.out / SCORES_FILE).is_file():
+        settings["learning_rates_found"] = json.loads((args.out / SCORES_FILE).read_text())
     settings["command"] = shlex.join(redacted(["sae-whiten", *sys.argv[1:]]))
     print(terminal_text(summarise(records, settings["sparsity"])))
     write_report(records, args.out, settings, targets=settings["sparsity"])

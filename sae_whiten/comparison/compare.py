@@ -46,7 +46,7 @@ __all__ = ["Comparison", "compare"]
 logger = logging.getLogger(__name__)
 
 _RESULTS, _SETTINGS = "results.jsonl", "settings.json"
-# settings that may change in a folder; left_out follows from the others
+# settings that may change between calls; left_out follows from the others
 _MAY_DIFFER = ("device", "left_out", "sweep_rounds")
 
 
@@ -107,7 +107,7 @@ def compare(
     n_held_out, context_size = comparison.held_out_sequences, comparison.context_size
     require_context(context_size, model)
     settings["rows"] = describe_rows(dataset, n_held_out)
-    held_out, rest = divide_rows(dataset, n_held_out, context_size)
+    held_out, training_rows = divide_rows(dataset, n_held_out, context_size)
     settings["activations"] = describe_activations(
         model,
         held_out,
@@ -115,18 +115,18 @@ def compare(
         context_size=context_size,
         prepend_bos=comparison.prepend_bos,
     )
-    _claim(out, settings)
+    _write_settings(out, settings)
     for architecture, reasons in comparison.left_out.items():
         for reason in dict.fromkeys(reasons.values()):
             under = ", ".join(name for name, other in reasons.items() if other == reason)
             logger.warning("%s is left out under %s: %s", architecture, under, reason)
-    _estimate_statistics(comparison, model, rest, out, names)
+    _estimate_statistics(comparison, model, training_rows, out, names)
     statistics = statistics_file(out / "statistics", comparison.hook_name)
     training_names = {**names, "dataset_path": dataset_path}
     rates: dict[tuple[str, str], float] = {}
     if comparison.learning_rates:
         rates = best_learning_rates(
-            comparison, model, rest, held_out, out, training_names, statistics
+            comparison, model, training_rows, held_out, out, training_names, statistics
         )
     records = _read(out / _RESULTS)
     planned = arms(comparison)
@@ -150,7 +150,7 @@ def compare(
                     together,
                     seed,
                     model,
-                    shuffled(rest, seed),
+                    shuffled(training_rows, seed),
                     out,
                     training_names,
                     statistics,
@@ -160,7 +160,7 @@ def compare(
                 name: SAE.load_from_disk(folder / name, device=comparison.device)
                 for name in missing
             }
-            for found in evaluate_saes(
+            for measured in evaluate_saes(
                 saes,
                 model,
                 held_out,
@@ -172,14 +172,14 @@ def compare(
                 tpp_and_scr=comparison.tpp_and_scr,
                 spaces=loss_spaces([by_name[name] for name in missing], statistics),
             ):
-                arm = by_name[found["name"]]
+                arm = by_name[measured["name"]]
                 lr = rates.get((arm.architecture, arm.condition), comparison.lr)
-                records.append({**found, **dataclasses.asdict(arm), "seed": seed, "lr": lr})
+                records.append({**measured, **dataclasses.asdict(arm), "seed": seed, "lr": lr})
             write_json_lines(out / _RESULTS, records)
     add_stability(records, out, comparison.hook_name)
     write_json_lines(out / _RESULTS, records)
     records = _of_seeds(records, comparison)
-    _say_what_is_beside(comparison, records)
+    _warn_of_unmatched_l0(comparison, records)
     return records
 
 
@@ -187,10 +187,10 @@ def _by_rate(
     untrained: Sequence[Arm], rates: Mapping[tuple[str, str], float], lr: float
 ) -> dict[float, list[Arm]]:
     """SAEs by learning rate. SAEs of the same rate are trained together."""
-    found: dict[float, list[Arm]] = {}
+    by_rate: dict[float, list[Arm]] = {}
     for arm in untrained:
-        found.setdefault(rates.get((arm.architecture, arm.condition), lr), []).append(arm)
-    return found
+        by_rate.setdefault(rates.get((arm.architecture, arm.condition), lr), []).append(arm)
+    return by_rate
 
 
 def _arm(record: Mapping[str, Any]) -> Arm:
@@ -201,36 +201,36 @@ def _of_seeds(records: Sequence[dict[str, Any]], comparison: Comparison) -> list
     return [record for record in records if record["seed"] in comparison.seeds]
 
 
-def _say_what_is_beside(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> None:
-    """Warn if SAEs without a set sparsity have an L0 at which there are no others to compare."""
+def _warn_of_unmatched_l0(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if SAEs without a set sparsity have an L0 outside that of the SAEs with a k."""
     k = sorted(r["metrics"]["l0"] for r in records if r["sparsity"] is not None)
     for name in comparison.architectures:
-        found = [
+        l0s = [
             r["metrics"]["l0"]
             for r in records
             if r["architecture"] == name and r["sparsity"] is None and r["coefficient"] is None
         ]
-        if found and k and not k[0] <= min(found) <= max(found) <= k[-1]:
-            wanted = {max(1, int(min(found) / 1.2)), math.ceil(max(found) * 1.2)}
+        if l0s and k and not k[0] <= min(l0s) <= max(l0s) <= k[-1]:
+            suggested = {max(1, int(min(l0s) / 1.2)), math.ceil(max(l0s) * 1.2)}
             logger.warning(
-                "%s came to L0 of %.4g to %.4g, and there are SAEs with k at %.4g to %.4g: repeat "
-                "this with k of %s too (sparsity), in the same folder, to see them side by side",
+                "%s reached L0 of %.4g to %.4g, but the SAEs with a k have L0 of %.4g to %.4g: to "
+                "compare them, repeat this in the same folder with k of %s too (sparsity)",
                 name,
-                min(found),
-                max(found),
+                min(l0s),
+                max(l0s),
                 k[0],
                 k[-1],
-                " and ".join(map(str, sorted(wanted))),
+                " and ".join(map(str, sorted(suggested))),
             )
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
+def _write_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or check that they equal those on disk."""
     path = out / _SETTINGS
     settings = json.loads(json.dumps(redacted(settings), default=str))
     if path.is_file():
-        # for fields that earlier versions did not write
-        unknown = {
+        # of fields that earlier versions did not write
+        defaults = {
             "sae_options": {},
             "learning_rates": [],
             "probe_seeds": 1,
@@ -238,7 +238,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             "rows": settings["rows"],
             "activations": settings["activations"],
         }
-        before = {**unknown, **redacted(json.loads(path.read_text()))}
+        before = {**defaults, **redacted(json.loads(path.read_text()))}
         if same_activations(before["activations"], settings["activations"]):
             settings["activations"] = before["activations"]
         in_training = any((out / "checkpoints").glob("*/*"))
@@ -258,7 +258,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         elif different:
             raise ValueError(
                 f"{out} holds a comparison with {', '.join(different)}. Choose another folder, or "
-                "repeat that one."
+                "keep those settings."
             )
     write_json(path, settings, indent=1)
 

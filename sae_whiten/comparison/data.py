@@ -19,9 +19,9 @@ from sae_whiten.estimation.sources import Model, ModelActivations
 __all__ = ["describe_activations", "describe_rows", "divide_rows", "same_activations", "shuffled"]
 
 _COLUMNS = ("tokens", "input_ids", "text", "problem")  # those that SAELens reads, in its order
-_MOST_ROWS = 4096  # read of a dataset, to tell it from others
-_N_SEQUENCES, _N_DIMENSIONS = 4, 8  # read of a model, to tell it from others
-_SAME = 0.01  # relative; beyond what the rounding of another device or dtype changes
+_MOST_ROWS = 4096  # of a dataset, in its fingerprint
+_N_SEQUENCES, _N_DIMENSIONS = 4, 8  # in the fingerprint of a model
+_TOLERANCE = 0.01  # relative; more than the rounding of another device or dtype changes
 
 
 def describe_rows(dataset: Any, n_held_out: int) -> str:
@@ -45,7 +45,7 @@ def describe_rows(dataset: Any, n_held_out: int) -> str:
         step = math.ceil(n_rows / _MOST_ROWS) or 1
         rows = dataset.with_format(None).select(range(0, n_rows, step))
     else:
-        raise ValueError(f"a {type(dataset).__name__} is no dataset: give one of its splits")
+        raise ValueError(f"a {type(dataset).__name__} is not a dataset: give one of its splits")
     if n_rows < 2 * n_held_out:
         raise FieldError(
             "held_out_sequences",
@@ -63,11 +63,11 @@ def describe_rows(dataset: Any, n_held_out: int) -> str:
 def divide_rows(dataset: Any, n_held_out: int, context_size: int) -> tuple[Any, Any]:
     """The first rows, to evaluate on, and the rest, to train on."""
     if isinstance(dataset, datasets.IterableDataset):
-        held_out, rest = dataset.take(n_held_out), dataset.skip(n_held_out)
+        held_out, training_rows = dataset.take(n_held_out), dataset.skip(n_held_out)
     else:
         held_out = dataset.select(range(n_held_out))
-        rest = dataset.select(range(n_held_out, len(dataset)))
-    return held_out.map(partial(_beginning, 8 * context_size)), rest
+        training_rows = dataset.select(range(n_held_out, len(dataset)))
+    return held_out.map(partial(_beginning, 8 * context_size)), training_rows
 
 
 def _beginning(n_characters: int, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def describe_activations(
     Raises:
         ValueError: The dataset is shorter than one sequence.
     """
-    found: list[Float[Tensor, "batch seq d"]] = []
+    batches: list[Float[Tensor, "batch seq d"]] = []
     source = ModelActivations(
         model,
         dataset,
@@ -109,13 +109,13 @@ def describe_activations(
         seqpos_slice=(None,),
         streaming=True,
     )
-    if not source.read(lambda _, activations, mask: found.append(activations)):
+    if not source.read(lambda _, activations, mask: batches.append(activations)):
         raise ValueError(
             f"the rows that are held out are shorter than one sequence, {context_size} tokens: "
             "hold out more, or lower the context size"
         )
     # the first token of a sequence often has activations far larger than all others
-    activations = found[0][:, min(1, context_size - 1) :].flatten(0, 1).double().cpu()
+    activations = batches[0][:, min(1, context_size - 1) :].flatten(0, 1).double().cpu()
     sizes = activations.square().mean(0).sqrt()
     chosen = sizes[:: math.ceil(len(sizes) / _N_DIMENSIONS)]
     return [float(f"{size:.4g}") for size in chosen.tolist()]
@@ -124,5 +124,5 @@ def describe_activations(
 def same_activations(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether results of `describe_activations` are equal up to rounding, which devices change."""
     return len(first) == len(second) and all(
-        map(partial(math.isclose, rel_tol=_SAME), first, second)
+        map(partial(math.isclose, rel_tol=_TOLERANCE), first, second)
     )

@@ -54,7 +54,7 @@ class DemoOptions:
     """Where to write the SAEs and the figure."""
 
     tokens: int = 130_000
-    """Training tokens of each SAE. More explain more variance and take longer."""
+    """Training tokens of each SAE. More tokens explain more variance and take longer."""
 
     d_sae: int = 2048
     """Latents in each SAE's dictionary; the activations have 384 dimensions."""
@@ -63,7 +63,7 @@ class DemoOptions:
     """Active latents per token (L0). Fewer are easier to interpret and explain less variance."""
 
     seed: int = 0
-    """Seed of initial weights, order of the data and choice of held-out modules. Another one shows
+    """Seed of initial weights, order of the data and choice of held-out modules. Other seeds show
     how much of the results is chance."""
 
     def __post_init__(self) -> None:
@@ -150,11 +150,11 @@ def _run(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
 
     from sae_whiten.estimation.spectrum import spectrum_summary
 
-    eigenvalues = {version: _eigenvalues(found.held_out) for version, found in versions.items()}
+    eigenvalues = {version: _eigenvalues(values.held_out) for version, values in versions.items()}
     result = DemoResult(
         n_held_out=len(tame.held_out),
         saes=saes,
-        spectra={version: spectrum_summary(found) for version, found in eigenvalues.items()},
+        spectra={version: spectrum_summary(values) for version, values in eigenvalues.items()},
         mean_over_std={
             version: float(x.held_out.mean(0).norm() / x.held_out.var(0).sum().sqrt())
             for version, x in versions.items()
@@ -167,7 +167,7 @@ def _run(options: DemoOptions, tell: Callable[[str], None]) -> DemoResult:
 def _evaluate(
     options: DemoOptions, version: str, activations: "Activations", labels: "LabelledTexts"
 ) -> dict[str, dict[str, Any]]:
-    """Results of each SAE by condition. All but probing are computed by a process of its own."""
+    """Results of each SAE by condition. A separate process computes all but probing."""
     import numpy as np
     from safetensors.torch import load_file, save_file
 
@@ -195,18 +195,18 @@ def _evaluate(
         raise DemoError(f"the evaluation failed:\n{process.stderr}")
     results = json.loads(process.stdout.splitlines()[-1])
     pooled = load_file(latents)
-    found = {}
+    by_condition = {}
     for condition, path in paths.items():
         values, n_train = pooled[path].numpy(), len(labels.train.texts)
         by_attribute = []
         for attribute in labels.train.labels:
             _, y, y_test = labels.encoded(attribute)
             by_attribute.append(sparse_probing(values[:n_train], y, values[n_train:], y_test, _KS))
-        found[condition] = {
+        by_condition[condition] = {
             **results[path],
             "probing": {k: float(np.mean([by_k[k] for by_k in by_attribute])) for k in _KS},
         }
-    return found
+    return by_condition
 
 
 def _eigenvalues(x: "Tensor") -> "Tensor":
@@ -236,12 +236,12 @@ def _draw(result: DemoResult, eigenvalues: "dict[str, Tensor]", options: DemoOpt
         )
         spectrum.legend(frameon=False)
         for i, saes in enumerate(result.saes.values()):
-            for j, (condition, found) in enumerate(saes.items()):
+            for j, (condition, measured) in enumerate(saes.items()):
                 label = condition if i == 0 else None
-                dead.bar(4 * i + j, found["dead_latents"], color=f"C{j}", label=label)
+                dead.bar(4 * i + j, measured["dead_latents"], color=f"C{j}", label=label)
                 probing.plot(
-                    list(found["probing"]),
-                    list(found["probing"].values()),
+                    list(measured["probing"]),
+                    list(measured["probing"].values()),
                     ("-", "--")[i],
                     color=f"C{j}",
                     marker=MARKERS[j],

@@ -18,7 +18,7 @@ __all__ = ["Activations", "anisotropic_map", "read_activations"]
 
 _HOOK_NAME = "bert.encoder.layer.2"
 # The map x' = (x - mean) R diag(s) + m, R a random rotation: s falls by this many powers of ten,
-# and |m| is this many times the root of the total variance. Residual streams have as much of both.
+# and |m| is this many times the root of the total variance. Residual streams have similar values.
 _DECADES, _MEAN = 2.5, 3.0
 
 
@@ -39,7 +39,7 @@ class Activations:
     text: Integer[Tensor, "t"]
 
     def mapped(self, forward: Callable[[Tensor], Tensor]) -> "Activations":
-        """The same under a map."""
+        """The same activations, each mapped by `forward`."""
         return Activations(
             forward(self.train), forward(self.held_out), forward(self.of_texts), self.text
         )
@@ -60,27 +60,27 @@ def read_activations(
 
     def at_hook(sequences: Sequence[Sequence[int]]) -> Tensor:
         with torch.no_grad():
-            _, found = run(model, torch.tensor(sequences), [_HOOK_NAME], logits=False)
-        return found[_HOOK_NAME][:, 1:-1]  # without [CLS] and [SEP]
+            _, activations = run(model, torch.tensor(sequences), [_HOOK_NAME], logits=False)
+        return activations[_HOOK_NAME][:, 1:-1]  # without [CLS] and [SEP]
 
     train = text.train[: math.ceil(n_tokens / (CONTEXT_SIZE - 2))]
     texts = text_tokens(
         model.tokenizer, labels.train.texts + labels.test.texts, CONTEXT_SIZE, False
     )
-    found: dict[str, list[Tensor]] = {"train": [], "held_out": [], "of_texts": [], "text": []}
+    rows_of: dict[str, list[Tensor]] = {"train": [], "held_out": [], "of_texts": [], "text": []}
     n = len(train) + len(text.held_out) + len(texts)
     with tqdm(total=n, desc="Computing activations", unit=" sequences", leave=False) as bar:
         for name, sequences in (("train", train), ("held_out", text.held_out)):
             for start in range(0, len(sequences), SEQUENCES_PER_BATCH):
                 rows = sequences[start : start + SEQUENCES_PER_BATCH]
-                found[name].append(at_hook(rows).flatten(0, 1))
+                rows_of[name].append(at_hook(rows).flatten(0, 1))
                 bar.update(len(rows))
         for batch in batches_of_equal_length(texts, SEQUENCES_PER_BATCH):
             x = at_hook([texts[i] for i in batch])
-            found["of_texts"].append(x.flatten(0, 1))
-            found["text"].append(torch.tensor(batch).repeat_interleave(x.shape[1]))
+            rows_of["of_texts"].append(x.flatten(0, 1))
+            rows_of["text"].append(torch.tensor(batch).repeat_interleave(x.shape[1]))
             bar.update(len(batch))
-    parts = {name: torch.cat(rows) for name, rows in found.items()}
+    parts = {name: torch.cat(rows) for name, rows in rows_of.items()}
     order = torch.randperm(len(parts["train"]), generator=torch.Generator().manual_seed(seed))
     parts["train"] = parts["train"][order][:n_tokens]
     return Activations(**parts)

@@ -85,18 +85,18 @@ def read_text(model: Path, seed: int) -> Text:
     held_out: list[int] = []
     train: list[int] = []
     for docstrings in _docstrings(seed):
-        # whole modules are held out, for docstrings within one resemble each other
+        # whole modules are held out, because docstrings of one module resemble each other
         target = held_out if len(held_out) < _N_HELD_OUT * n_inside else train
         for docstring in docstrings:
-            # not verbose about long ones: they are cut into sequences of the right length below
+            # no warning about long docstrings: they are cut into sequences below
             ids = tokenizer(docstring, add_special_tokens=False, verbose=False)["input_ids"]
             target.extend(ids)
     text = Text(sequences(train), sequences(held_out)[:_N_HELD_OUT])
     if len(text.train) < _N_HELD_OUT:
         raise DemoError(
             f"the docstrings of the standard library in {source_code.stdlib_root()} are only "
-            f"{len(train) + len(held_out)} tokens: too few to train on. Another Python may have "
-            "its sources in full."
+            f"{len(train) + len(held_out)} tokens: too few to train on. Another installation of "
+            "Python may include all sources."
         )
     # in the order of the modules, the statistics would be those of the first few modules
     random.Random(seed).shuffle(text.train)
@@ -106,7 +106,7 @@ def read_text(model: Path, seed: int) -> Text:
 def _docstrings(seed: int) -> Iterator[list[str]]:
     """The docstrings of the standard library, module by module, none twice.
 
-    Sources are parsed, never imported. Raises DemoError where Python came without them.
+    Sources are parsed, never imported. Raises DemoError if this Python has none.
     """
     from tqdm import tqdm
 

@@ -18,12 +18,12 @@ from sae_whiten.evaluation.metrics import ExplainedVariance, LatentActivity, dea
 
 __all__ = ["quality", "train_sae"]
 
-# of 1e-3, 2e-3, 3e-3 and 4e-3 the one that leaves the fewest latents dead without whitening
+# of 1e-3, 2e-3, 3e-3 and 4e-3, the rate with the fewest dead latents without whitening
 _LEARNING_RATE = 2e-3
 
 
 class _ClearsBar:
-    """A trainer whose progress bar does not stay on the screen: a line is printed instead."""
+    """A trainer whose progress bar is cleared at the end; the demo prints a line instead."""
 
     def _update_pbar(self, step_output: Any, pbar: Any, *args: Any, **options: Any) -> None:
         pbar.leave = False
@@ -57,7 +57,7 @@ def train_sae(
         path: Folder of the SAE.
         d_sae: Number of latents.
         k: Latents that are active at once.
-        n_steps: Training steps; activations are seen again if there are too few.
+        n_steps: Training steps; activations are reused if there are too few.
         batch_size: Activations per step.
         seed: Of initial weights and order of the data.
     """
@@ -88,7 +88,7 @@ def train_sae(
         _PlainTrainer(cfg, sae, data).fit().save_inference_model(path)
     else:
         trainer = _WhiteningTrainer(cfg, sae, data, whitening=whitening)
-        with _without_information("sae_whiten"):
+        with _without_info_messages("sae_whiten"):
             trainer.fit().save_inference_model(path)
         assert trainer.whitening is not None  # it was estimated
         trainer.whitening.save(path / "sae_whiten" / "whitening.safetensors")
@@ -117,8 +117,8 @@ def quality(sae: SAE[Any], x: Tensor) -> tuple[float, int]:
 
 
 @contextlib.contextmanager
-def _without_information(name: str) -> Iterator[None]:
-    """Keep back a logger's messages of level INFO, unless details are asked for."""
+def _without_info_messages(name: str) -> Iterator[None]:
+    """Hide a logger's INFO messages, unless its level is DEBUG."""
     logger = logging.getLogger(name)
     level = logger.level
     if level == logging.INFO:

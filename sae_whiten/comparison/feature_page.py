@@ -1,4 +1,4 @@
-"""The page of features of a comparison: an SAE under whitening beside one without."""
+"""The page of features of a comparison: an SAE with whitening beside one without."""
 
 import logging
 import math
@@ -38,11 +38,11 @@ def write_feature_page(
 
     Args:
         comparison: What was compared.
-        records: What `compare` found.
+        records: What `compare` returned.
         model: As for `compare`.
         dataset: As for `compare`. The page shows its held-out rows.
         out: The folder, with the SAEs and the statistics.
-        dataset_path: What the dataset is called.
+        dataset_path: Name of the dataset.
 
     Returns:
         The page. None if no two SAEs of one architecture and seed have different conditions, or
@@ -61,7 +61,7 @@ def write_feature_page(
     hook_name = comparison.hook_name
     statistics = ActivationStatistics.load(statistics_file(Path(out) / "statistics", hook_name))
     try:
-        found = measure_features(
+        features = measure_features(
             saes,
             model,
             held_out,
@@ -73,21 +73,21 @@ def write_feature_page(
     except ValueError as error:  # the report is worth writing all the same
         logger.warning("no page of features: %s", error)
         return None
-    write_page(found, page, {"dataset": f"{dataset_path} (held out)"})
+    write_page(features, page, {"dataset": f"{dataset_path} (held out)"})
     return page
 
 
 def choose_pair(
     records: Sequence[Mapping[str, Any]],
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-    """The most similar pair of a run without whitening and a run under it.
+    """A run without whitening and one with it, of those pairs the one with the closest L0.
 
-    Both have the first architecture and seed for which such a pair exists, and the closest L0.
+    Both have the first architecture and seed for which such a pair exists.
     """
     for first in records:
-        alike = [r for r in records if all(r[k] == first[k] for k in ("architecture", "seed"))]
-        plain = _under(alike, BASELINES)
-        whitened = _under([r for r in alike if r not in plain], WHITENED)
+        of_family = [r for r in records if all(r[k] == first[k] for k in ("architecture", "seed"))]
+        plain = _under(of_family, BASELINES)
+        whitened = _under([r for r in of_family if r not in plain], WHITENED)
         if plain and whitened:
             pairs = [(a, b) for a in plain for b in whitened]
             return min(pairs, key=lambda pair: abs(_log_l0(pair[0]) - _log_l0(pair[1])))
@@ -97,9 +97,9 @@ def choose_pair(
 def _under(
     records: Sequence[Mapping[str, Any]], conditions: Sequence[str]
 ) -> list[Mapping[str, Any]]:
-    """The records of the first of these conditions that occurs, else of the first that does."""
-    there = [str(record["condition"]) for record in records]
-    chosen = next((name for name in (*conditions, *there) if name in there), None)
+    """The records of the first of `conditions` that occurs; if none does, of the first record's."""
+    present = [str(record["condition"]) for record in records]
+    chosen = next((name for name in (*conditions, *present) if name in present), None)
     return [record for record in records if record["condition"] == chosen]
 
 

@@ -1,4 +1,4 @@
-"""The best learning rate of every architecture and condition, by a short training at each."""
+"""The best learning rate of every architecture and condition, by a short training at each rate."""
 
 import dataclasses
 import json
@@ -24,20 +24,20 @@ from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.checkpoint import is_complete_sae
 from sae_whiten.whitening import Whitening
 
-__all__ = ["FOUND", "best_learning_rates", "loss_spaces"]
+__all__ = ["SCORES_FILE", "best_learning_rates", "loss_spaces"]
 
 logger = logging.getLogger(__name__)
 
-FOUND = "learning_rates.json"
+SCORES_FILE = "learning_rates.json"
 """File in the folder of a comparison: scores by architecture, condition and learning rate."""
 
-_SHARE = 8  # of the training is what each rate is tried with
+_SHORTENING = 8  # each rate is tried with this fraction of the training tokens, 1 / 8
 
 
 def best_learning_rates(
     comparison: Comparison,
     model: HookedRootModule,
-    rest: Any,
+    training_rows: Any,
     held_out: Any,
     out: Path,
     names: Mapping[str, Any],
@@ -52,29 +52,31 @@ def best_learning_rates(
     Args:
         comparison: With `learning_rates`.
         model: As SAELens loads it.
-        rest: What is trained on.
-        held_out: What is evaluated on.
-        out: Folder of the comparison. Receives `learning_rates.json`, after which nothing is tried
-            again.
+        training_rows: Rows to train on.
+        held_out: Rows to evaluate on.
+        out: Folder of the comparison. Receives `learning_rates.json`; if that exists, nothing is
+            trained.
         names: As for `train_arms`.
         statistics: File of the statistics.
 
     Returns:
         The rate by architecture and condition.
     """
-    path = out / FOUND
+    path = out / SCORES_FILE
     if not path.is_file():
         scores: dict[str, dict[str, dict[str, float | None]]] = {}
         for lr in comparison.learning_rates:
-            records = _tried(comparison, lr, model, rest, held_out, out, names, statistics)
+            records = _train_briefly(
+                comparison, lr, model, training_rows, held_out, out, names, statistics
+            )
             target = _middle(comparison.sparsity)
             for architecture, condition in _pairs(comparison):
-                found = [
+                of_pair = [
                     r
                     for r in records
                     if (r["architecture"], r["condition"]) == (architecture, condition)
                 ]
-                score = _score(found, target)
+                score = _score(of_pair, target)
                 of_rates = scores.setdefault(architecture, {}).setdefault(condition, {})
                 of_rates[f"{lr:g}"] = None if math.isnan(score) else score
         write_json(path, scores, indent=1)
@@ -92,7 +94,7 @@ def best_learning_rates(
         ends = min(comparison.learning_rates), max(comparison.learning_rates)
         if not known:
             logger.warning(
-                "%s under %s came to no L0 near %d at any learning rate: %g is used",
+                "%s under %s did not reach an L0 near %d at any learning rate: %g is used",
                 architecture,
                 condition,
                 _middle(comparison.sparsity),
@@ -100,10 +102,10 @@ def best_learning_rates(
             )
         elif lr in ends and len(comparison.learning_rates) > 1:
             logger.warning(
-                "%s under %s is best at the %s learning rate that was tried, %g: try others too",
+                "%s under %s is best at the %s learning rate that was tried, %g: try a wider range",
                 architecture,
                 condition,
-                "least" if lr == ends[0] else "largest",
+                "smallest" if lr == ends[0] else "largest",
                 lr,
             )
     return best
@@ -120,22 +122,22 @@ def loss_spaces(arms: Sequence[Arm], statistics: Path) -> dict[str, Whitening]:
     for condition in dict.fromkeys(arm.condition for arm in arms):
         config = CONDITIONS[condition].whitening
         if config is not None and config.loss_space == "whitened":
-            found = Whitening.from_statistics(ActivationStatistics.load(statistics), config)
-            spaces |= {arm.name: found for arm in arms if arm.condition == condition}
+            whitening = Whitening.from_statistics(ActivationStatistics.load(statistics), config)
+            spaces |= {arm.name: whitening for arm in arms if arm.condition == condition}
     return spaces
 
 
-def _tried(
+def _train_briefly(
     comparison: Comparison,
     lr: float,
     model: HookedRootModule,
-    rest: Any,
+    training_rows: Any,
     held_out: Any,
     out: Path,
     names: Mapping[str, Any],
     statistics: Path,
 ) -> list[dict[str, Any]]:
-    """Records of all architectures and conditions at one rate."""
+    """Train all architectures and conditions briefly at one rate, and return their records."""
     folder = out / "learning-rates" / f"{lr:g}"
     path = folder / "results.json"
     if path.is_file():
@@ -147,7 +149,7 @@ def _tried(
         learning_rates=(),
         sparsity=(_middle(comparison.sparsity),),
         training_tokens=max(
-            comparison.train_batch_size_tokens, comparison.training_tokens // _SHARE
+            comparison.train_batch_size_tokens, comparison.training_tokens // _SHORTENING
         ),
     )
     planned = {arm.name: arm for arm in arms(brief)}
@@ -155,7 +157,9 @@ def _tried(
     untrained = [arm for name, arm in planned.items() if not is_complete_sae(saes / name)]
     if untrained:
         logger.info("trying learning rate %g", lr)
-        train_arms(brief, untrained, seed, model, shuffled(rest, seed), folder, names, statistics)
+        train_arms(
+            brief, untrained, seed, model, shuffled(training_rows, seed), folder, names, statistics
+        )
     records = evaluate_saes(
         {name: SAE.load_from_disk(saes / name, device=comparison.device) for name in planned},
         model,
@@ -165,9 +169,9 @@ def _tried(
         batch_size_prompts=comparison.store_batch_size_prompts,
         spaces=loss_spaces(list(planned.values()), statistics),
     )
-    found = [{**dataclasses.asdict(planned[r["name"]]), "metrics": r["metrics"]} for r in records]
-    write_json(path, found)
-    return found
+    kept = [{**dataclasses.asdict(planned[r["name"]]), "metrics": r["metrics"]} for r in records]
+    write_json(path, kept)
+    return kept
 
 
 def _pairs(comparison: Comparison) -> list[tuple[str, str]]:
@@ -179,7 +183,7 @@ def _middle(sparsity: Sequence[int]) -> int:
 
 
 def _score(records: Sequence[Mapping[str, Any]], target: int) -> float:
-    """Explained variance in the space of the loss; of a sweep, at the target L0 or NaN."""
+    """Explained variance in the space of the loss; of a sweep, at the target L0 (NaN outside)."""
     values = [
         r["metrics"].get(EXPLAINED_VARIANCE_OF_LOSS.key, r["metrics"][EXPLAINED_VARIANCE.key])
         for r in records

@@ -22,11 +22,11 @@ from sae_whiten.training.multi_runner import WhiteningMultiSAETrainingRunner
 
 __all__ = ["train_arms"]
 
-_ESTIMATION_BATCHES = 25  # of expected_average_only_in, which no SAE is trained on
+_ESTIMATION_BATCHES = 25  # for the scaling of expected_average_only_in; not trained on
 
 
 class _LockstepRunner(WhiteningMultiSAETrainingRunner):
-    """Also trains without any whitened SAE, which happens if only others are left to train."""
+    """A runner that needs no whitened SAE: those of the comparison may be trained already."""
 
     _needs_whitening = False
 
@@ -50,20 +50,20 @@ def train_arms(
         untrained: The SAEs to train.
         seed: Seed of the weights and of the order in which activations are mixed.
         model: As SAELens loads it.
-        dataset: What is trained on, in the order of this seed.
+        dataset: Rows to train on, in the order of this seed.
         out: Folder that receives the SAEs in `saes/seed-...`, and meanwhile their checkpoints.
         names: model_name, model_class_name, model_from_pretrained_kwargs and dataset_path for the
             metadata of the SAEs.
         statistics: File of the statistics that they are whitened with.
     """
-    found_statistics = ActivationStatistics.load(statistics)
+    activation_statistics = ActivationStatistics.load(statistics)
     saes: dict[str, TrainingSAE[Any]] = {}
     whitening: dict[str, WhiteningConfig] = {}
     for arm in _with_the_same_data(comparison, untrained):
         sae_class, _ = get_sae_training_class(arm.architecture)
         # equal for all conditions of an architecture
         torch.manual_seed(seed)
-        saes[arm.name] = sae_class(sae_config(comparison, arm, found_statistics))
+        saes[arm.name] = sae_class(sae_config(comparison, arm, activation_statistics))
         config = CONDITIONS[arm.condition].whitening
         if config is not None:
             whitening[arm.name] = dataclasses.replace(config, statistics=str(statistics))
@@ -96,15 +96,15 @@ def train_arms(
         checkpoint_path=str(checkpoints.parent),
         output_path=str(out / "saes" / f"seed-{seed}"),
     )
-    found = [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()]
-    if found:
-        cfg.resume_from_checkpoint = str(checkpoints / str(max(found)))
+    steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()]
+    if steps:
+        cfg.resume_from_checkpoint = str(checkpoints / str(max(steps)))
     # the order in which SAELens mixes activations comes from torch's generator
     torch.manual_seed(seed)
     _LockstepRunner(
         cfg, whitening, override_dataset=dataset, override_model=model, override_saes=saes
     ).run()
-    shutil.rmtree(checkpoints, ignore_errors=True)  # of many SAEs, which are saved now
+    shutil.rmtree(checkpoints, ignore_errors=True)  # the SAEs are saved, and checkpoints are large
 
 
 def _with_the_same_data(comparison: Comparison, untrained: Sequence[Arm]) -> list[Arm]:

@@ -29,7 +29,7 @@ class ComparisonOptions:
     sparsity: Sequence[int] = (16, 32, 64)
     """k of each SAE, if the architecture has one. If it has a sparsity coefficient: the L0 at which
     metrics are interpolated between SAEs of different coefficients. If it has neither, such as
-    top_afa, SAEs are compared at the L0 that they come to."""
+    top_afa, SAEs are compared at the L0 that they reach."""
 
     coefficients: Sequence[float] = (0.5, 1.0, 2.0, 4.0, 8.0)
     """Sparsity coefficients of architectures without k (l1_coefficient of standard and gated,
@@ -37,8 +37,8 @@ class ComparisonOptions:
     the activations and of the loss, so that one sweep covers similar L0 under all conditions."""
 
     sweep_rounds: int = 2
-    """How many times coefficients are added to a sweep. This is done if no two neighbours whose L0
-    are within a factor of 2 have the wanted L0 between them."""
+    """How many times at most coefficients are added to a sweep. They are added if no two neighbours
+    with L0 within a factor of 2 enclose the wanted L0."""
 
     sae_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Further fields of the training configs, by architecture, such as
@@ -63,7 +63,7 @@ class ComparisonOptions:
     learning_rates: Sequence[float] = ()
     """Learning rates to try. Every architecture and condition is trained briefly at each, and then
     in full at the best: the one that explains most variance of held-out activations in the space
-    of the loss. None given: all are trained at lr."""
+    of the loss. If empty, all are trained at lr."""
 
     context_size: int = 128
     """Tokens per sequence."""
@@ -80,7 +80,7 @@ class ComparisonOptions:
 
     held_out_sequences: int = 256
     """Rows at the beginning of the dataset that are kept for evaluation. As many sequences of the
-    context size are read from them, of a long text only the beginning."""
+    context size are read from them; of a long text, only the beginning."""
 
     probe_seeds: int = 3
     """How many times probing is done, each time with other rows, to know its noise."""

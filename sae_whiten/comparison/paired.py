@@ -46,7 +46,7 @@ class PairedDifference:
         mean: Mean of `a - b`.
         low: Lower end of the 95% confidence interval of the mean, by Student's t whatever the test.
         high: Upper end.
-        p_value: Two-sided, of no difference.
+        p_value: Two-sided, for the hypothesis of no difference.
         p_adjusted: The same after Holm's correction over the metrics of `compare_metrics`; equal to
             `p_value` for a single comparison.
         test: The test that gave `p_value`.
@@ -84,8 +84,8 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
     The test is Wilcoxon's signed-rank test where it could reach 0.05 at all, else the paired
     t-test. With n pairs the smallest p-value of Wilcoxon's exact test is 2^(1 - n): with fewer than
     6 pairs it is above 0.05 whatever the data, and with m comparisons Holm's correction needs the
-    smallest to be below 0.05 / m. The t-test takes the differences to be normal, which so few
-    cannot show.
+    smallest to be below 0.05 / m. The t-test assumes normal differences, which so few pairs cannot
+    show.
 
     Args:
         a: Values of one condition, one per seed.
@@ -121,7 +121,7 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
         return PairedDifference(n, mean, math.nan, math.nan, math.nan, math.nan, "none")
     t_test: Any = stats.ttest_1samp(difference, 0)
     interval = t_test.confidence_interval(0.95)
-    ranked = difference[difference != 0]  # as Wilcoxon did
+    ranked = difference[difference != 0]  # Wilcoxon's test drops zeros
     if n < FEWEST_SEEDS:
         test, p_value = "none", math.nan
     elif 2.0 ** (1 - len(ranked)) <= _LEVEL / n_comparisons:
@@ -136,12 +136,12 @@ def paired_difference(a: _Values, b: _Values, n_comparisons: int = 1) -> PairedD
 def bootstrap_difference(a: _ByTask, b: _ByTask) -> PairedDifference:
     """Compare one metric of two conditions over seeds and tasks: a hierarchical bootstrap.
 
-    Seeds and tasks are crossed, every seed having every task, so both are drawn with replacement,
-    each on its own (Owen 2007, "The pigeonhole bootstrap"), and the interval holds for other seeds
+    Seeds and tasks are crossed: every seed has every task. So both are drawn with replacement,
+    independently (Owen 2007, "The pigeonhole bootstrap"), and the interval holds for other seeds
     and other tasks. With few seeds a bootstrap is too narrow. So the deviations of the S seeds are
-    drawn times sqrt(S / (S - 1)), those of the T tasks likewise, and the interval is the mean +- t
-    standard deviations of the resampled means, with Satterthwaite's degrees of freedom: S - 1 if
-    only seeds matter, T - 1 if only tasks do.
+    multiplied by sqrt(S / (S - 1)), those of the T tasks likewise, and the interval is the mean
+    +- t standard deviations of the resampled means, with Satterthwaite's degrees of freedom: S - 1
+    if only seeds matter, T - 1 if only tasks do.
 
     Args:
         a: Values of one condition, shape (S, T), T at least 2.
@@ -157,8 +157,8 @@ def bootstrap_difference(a: _ByTask, b: _ByTask) -> PairedDifference:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2:
         raise ValueError(
-            f"values of shapes {a.shape} and {b.shape}: needed is one for each seed and task, and "
-            "two tasks at least"
+            f"values of shapes {a.shape} and {b.shape}: both must be (seeds, tasks), with at least "
+            "two tasks"
         )
     complete = ~(np.isnan(a) | np.isnan(b)).any(axis=1)
     a, b = a[complete], b[complete]
@@ -169,19 +169,19 @@ def bootstrap_difference(a: _ByTask, b: _ByTask) -> PairedDifference:
         return paired_difference(a.mean(1), b.mean(1))
     difference = a - b
     mean = float(difference.mean())
-    of_seeds = difference.mean(1, keepdims=True) - mean
-    of_tasks = difference.mean(0, keepdims=True) - mean
-    rest = difference - mean - of_seeds - of_tasks
-    of_seeds = of_seeds * math.sqrt(n_seeds / (n_seeds - 1))
-    of_tasks = of_tasks * math.sqrt(n_tasks / (n_tasks - 1))
+    seed_effects = difference.mean(1, keepdims=True) - mean
+    task_effects = difference.mean(0, keepdims=True) - mean
+    interactions = difference - mean - seed_effects - task_effects
+    seed_effects = seed_effects * math.sqrt(n_seeds / (n_seeds - 1))
+    task_effects = task_effects * math.sqrt(n_tasks / (n_tasks - 1))
     rng = np.random.default_rng(0)
     seeds, tasks = (
         rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) / n for n in (n_seeds, n_tasks)
     )
-    means = ((seeds @ (of_seeds + of_tasks + rest)) * tasks).sum(1)
+    means = ((seeds @ (seed_effects + task_effects + interactions)) * tasks).sum(1)
     error = float(np.sqrt(np.square(means).mean()))
-    # of the means of seeds and of tasks, as far as each is a sample
-    v_seeds, v_tasks = (float(np.square(x).mean()) / x.size for x in (of_seeds, of_tasks))
+    # variances of the means over seeds and over tasks
+    v_seeds, v_tasks = (float(np.square(x).mean()) / x.size for x in (seed_effects, task_effects))
     df = (v_seeds + v_tasks) ** 2 / (v_seeds**2 / (n_seeds - 1) + v_tasks**2 / (n_tasks - 1))
     width = float(stats.t.ppf(1 - _LEVEL / 2, df)) * error
     tested = n_seeds >= FEWEST_SEEDS
@@ -213,7 +213,7 @@ def measurement_noise(repeats: Sequence[_Values]) -> float:
 
 
 def _rounding(a: ndarray, b: ndarray) -> float:
-    """What rounding of the values themselves can make of equal differences."""
+    """The largest spread of equal differences that rounding of the values can cause."""
     return 4 * float(np.finfo(np.float64).eps) * max(np.abs(a).max(), np.abs(b).max())
 
 
@@ -271,10 +271,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction (1979): the chance of any false positive stays below the level.
 
     Of m p-values the i-th smallest (from 0) is multiplied by m - i, made no smaller than those
-    before it, and at most 1. It takes no assumption about how the tests depend on each other.
+    before it, and at most 1. The tests may depend on each other in any way.
 
     Args:
-        p_values: In [0, 1]. NaNs, tests that could not be made, stay NaN and are not counted.
+        p_values: In [0, 1]. NaN, for a test that was not possible, stays NaN and is not counted.
 
     Returns:
         Adjusted p-values in the same order, to be compared with the level itself.
@@ -297,9 +297,9 @@ def interpolate_at(l0_values: _Values, metric_values: _Values, l0_target: float 
     """A metric at a given L0, between the two nearest points of a sweep, linear in log L0.
 
     Args:
-        l0_values: Measured L0 of every point, in any order. Points whose L0 is 0 (dead SAEs, which
-            a logarithm has no place for) or where a value is NaN are left out; of points with the
-            same L0 the metric is averaged.
+        l0_values: Measured L0 of every point, in any order. Points whose L0 is 0 (dead SAEs, no
+            logarithm) or where a value is NaN are left out; the metric is averaged over points
+            with the same L0.
         metric_values: The metric of every point.
         l0_target: The L0 that conditions are compared at.
 
@@ -313,7 +313,10 @@ def interpolate_at(l0_values: _Values, metric_values: _Values, l0_target: float 
     if l0.shape != metric.shape or l0.ndim != 1:
         raise ValueError(f"{l0.shape} L0 values and {metric.shape} values of the metric")
     if (l0 < 0).any() or not 0 < l0_target < math.inf:
-        raise ValueError(f"L0 cannot be negative or, to compare at, {l0_target}: {l0.tolist()}")
+        raise ValueError(
+            f"L0 cannot be negative ({l0.tolist()}), and the target must be positive and finite, "
+            f"not {l0_target}"
+        )
     usable = (l0 > 0) & np.isfinite(l0) & ~np.isnan(metric)
     if not usable.any():
         return math.nan

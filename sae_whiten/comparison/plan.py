@@ -60,7 +60,7 @@ class Comparison(ComparisonOptions):
 
     Raises:
         ValueError: An option is out of range, there is no such architecture or condition, nothing
-            can be compared, or a training config refuses what it would be given.
+            can be compared, or a training config rejects its options.
     """
 
     def __post_init__(self) -> None:
@@ -69,14 +69,14 @@ class Comparison(ComparisonOptions):
             values = list(getattr(self, name))
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name}={values}: at least one, and none twice")
-            # lists, as they come back from JSON
+            # lists, as JSON reads them back
             object.__setattr__(self, name, values)
         object.__setattr__(self, "learning_rates", list(self.learning_rates))
         if self.learning_rates and "expected_average_only_in" in self.conditions:
             raise ValueError(
-                "expected_average_only_in takes its scaling factor from batches that are then lost "
-                "to all SAEs trained with it. So it cannot be trained at a learning rate of its "
-                "own: leave out this condition, or learning_rates"
+                "expected_average_only_in estimates its scaling on batches that no SAE is then "
+                "trained on. So it cannot be trained at a learning rate of its own: leave out this "
+                "condition, or learning_rates"
             )
         for name, known in (
             ("condition", CONDITIONS),
@@ -90,14 +90,14 @@ class Comparison(ComparisonOptions):
 
     @property
     def left_out(self) -> dict[str, dict[str, str]]:
-        """`left_out[architecture][condition]`: why the one cannot be trained under the other."""
-        found: dict[str, dict[str, str]] = {}
+        """`left_out[architecture][condition]`: why this architecture is not trained under it."""
+        reasons: dict[str, dict[str, str]] = {}
         for architecture in self.architectures:
             for condition in self.conditions:
                 reason = self._why_not(architecture, condition)
                 if reason is not None:
-                    found.setdefault(architecture, {})[condition] = reason
-        return found
+                    reasons.setdefault(architecture, {})[condition] = reason
+        return reasons
 
     @property
     def n_steps(self) -> int:
@@ -113,7 +113,7 @@ class Comparison(ComparisonOptions):
             "probe_seeds",
         ):
             require_number(name, getattr(self, name))
-        # one step at least
+        # at least one step
         require_number("training_tokens", self.training_tokens, self.train_batch_size_tokens)
         require_number("sweep_rounds", self.sweep_rounds, 0)
         for name in ("lr", "tolerance"):
@@ -131,7 +131,7 @@ class Comparison(ComparisonOptions):
         require_device("device", self.device)
 
     def _checked_sae_options(self) -> dict[str, dict[str, Any]]:
-        """`sae_options` as JSON gives them back."""
+        """`sae_options`, checked, and as JSON reads them back."""
         options = self.sae_options
         if not isinstance(options, Mapping) or not all(
             isinstance(fields, Mapping) for fields in options.values()
@@ -146,18 +146,18 @@ class Comparison(ComparisonOptions):
                     f"sae_options for {architecture}, which is not compared; the architectures are "
                     + ", ".join(self.architectures)
                 )
-            own = (*_OWN_FIELDS, describe(architecture).sparsity_field)
+            reserved = (*_OWN_FIELDS, describe(architecture).sparsity_field)
             _, config_class = get_sae_training_class(architecture)
             fields = [field.name for field in dataclasses.fields(config_class)]
             for name in given:
                 if name not in fields:
-                    said = f"{architecture} has no field {name}"
-                elif name in own:
-                    said = f"{name} is set by the comparison itself"
+                    problem = f"{architecture} has no field {name}"
+                elif name in reserved:
+                    problem = f"{name} is set by the comparison itself"
                 else:
                     continue
-                free = ", ".join(name for name in fields if name not in own)
-                raise ValueError(f"sae_options for {architecture}: {said}; there are {free}")
+                allowed = ", ".join(name for name in fields if name not in reserved)
+                raise ValueError(f"sae_options for {architecture}: {problem}; there are {allowed}")
         return json.loads(json.dumps({name: dict(given) for name, given in options.items()}))
 
     def _check_arms(self) -> None:
@@ -171,7 +171,7 @@ class Comparison(ComparisonOptions):
         for architecture, reasons in left_out.items():
             if len(reasons) == len(self.conditions):
                 raise ValueError(
-                    f"{architecture} goes with none of the conditions "
+                    f"{architecture} cannot be trained under any of the conditions "
                     f"{', '.join(self.conditions)}: {'; '.join(dict.fromkeys(reasons.values()))}"
                 )
         planned = arms(self)

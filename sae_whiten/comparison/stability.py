@@ -24,7 +24,7 @@ __all__ = ["add_stability"]
 def add_stability(records: Sequence[dict[str, Any]], out: Path, hook_name: str) -> None:
     """Write `across_seeds` into the records of SAEs that were trained with several seeds.
 
-    Existing results are kept. SAEs of which a seed is no longer on disk are skipped.
+    Existing results are kept. SAEs that are no longer on disk for all seeds are skipped.
 
     Args:
         records: Records of all seeds of a comparison.
@@ -44,14 +44,14 @@ def add_stability(records: Sequence[dict[str, Any]], out: Path, hook_name: str) 
         if whitening is None:
             statistics = ActivationStatistics.load(statistics_file(out / "statistics", hook_name))
             whitening = Whitening.from_statistics(statistics, WhiteningConfig())
-        found = stability([_decoder(path) for path in paths], whitening)
-        for record, of_one in zip(group, found, strict=True):
+        agreements = stability([_decoder(path) for path in paths], whitening)
+        for record, agreement in zip(group, agreements, strict=True):
             record["compared_seeds"] = seeds
             record["across_seeds"] = {
-                STABILITY.key: of_one.whitened,
-                STABILITY_NULL.key: of_one.whitened_null,
-                STABILITY_RAW.key: of_one.raw,
-                STABILITY_RAW_NULL.key: of_one.raw_null,
+                STABILITY.key: agreement.whitened,
+                STABILITY_NULL.key: agreement.whitened_null,
+                STABILITY_RAW.key: agreement.raw,
+                STABILITY_RAW_NULL.key: agreement.raw_null,
             }
 
 

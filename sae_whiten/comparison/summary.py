@@ -75,8 +75,8 @@ TESTED_METRICS = (
     SCR_AT[20],
     TPP_AT[20],
 )
-"""Holm's method corrects these metrics together, as far as they were measured: for one condition
-against one baseline in one group."""
+"""Holm's method corrects the p-values of these metrics together, if measured: one family of tests
+for each condition, baseline and group."""
 
 Frame: TypeAlias = Any
 """A `pandas.DataFrame`. Any, because its annotations are too vague for a type checker."""
@@ -115,17 +115,18 @@ class Group:
     Attributes:
         hook_name: The activations; empty if the records do not say.
         architecture: Name of the architecture.
-        sparsity: k, or the L0 at which sweeps were interpolated; None where nothing sets it, and
-            SAEs are compared at the L0 that they came to.
-        interpolated: Whether it is an L0.
+        sparsity: k, or the L0 at which sweeps were interpolated; None if nothing sets it: SAEs are
+            then compared at the L0 that they reached.
+        interpolated: Whether `sparsity` is the L0 of an interpolation.
         values: A column per metric, and a row per run or interpolated sweep, indexed by condition
             (in the order of the comparison) and seed. NaN: not measured, or outside the sweep.
         repeats: Rows as in `values`; columns (metric, task, seed of the probes) of those tested
             metrics whose measurement was repeated.
-        swept: For interpolated groups the lowest and highest L0 that any seed of a condition had.
-        matched: Where `sparsity` is None, other architectures under the same conditions: every
-            seed's SAEs interpolated at the L0 that this one's SAE of that seed and condition came
-            to. Like `values`, with the architecture in the index between condition and seed.
+        swept: For interpolated groups the lowest and highest measured L0 of each condition, over
+            all seeds.
+        matched: If `sparsity` is None, the values of other architectures at the L0 of this one,
+            interpolated for each condition and seed. Like `values`, with the architecture in the
+            index between condition and seed.
         differences: `differences[condition, baseline][metric]`, `condition - baseline` over the
             seeds that both have, Holm's correction over the tested metrics.
     """
@@ -204,7 +205,7 @@ class Summary:
         return points[points["l0", "mean"].notna()].sort_values(("l0", "mean"))
 
     def l0_by_coefficient(self, group: Group, condition: str) -> dict[float, list[float]]:
-        """The L0 of every seed, of those runs of a group's architecture that are of a sweep."""
+        """L0 of every seed by coefficient, of the sweep of a group's architecture."""
         runs = self._runs_of(group.hook_name, group.architecture, condition)
         return {c: list(at.l0) for c, at in runs.groupby("coefficient")}
 
@@ -232,13 +233,13 @@ def summarise(
         ValueError: A record lacks a field, has a metric that is not a number, or occurs twice.
     """
     runs, repeats = _runs(records), _repeats(records)
-    found = list(dict.fromkeys(runs.condition))
-    conditions = [name for name in BASELINES if name in found]
-    conditions += [name for name in found if name not in BASELINES]
+    present = list(dict.fromkeys(runs.condition))
+    conditions = [name for name in BASELINES if name in present]
+    conditions += [name for name in present if name not in BASELINES]
     if targets is None:
         targets = sorted(runs.sparsity.dropna().unique())
     families = list(dict.fromkeys(zip(runs.hook_name, runs.architecture, strict=True)))
-    # sorted here, and so in everything made of them
+    # everything below keeps this order
     runs = runs.sort_values("seed", kind="stable")
     runs = runs.sort_values("condition", key=lambda c: c.map(conditions.index), kind="stable")
     is_exact, is_swept = runs.sparsity.notna(), runs.sparsity.isna() & runs.coefficient.notna()
@@ -251,8 +252,8 @@ def summarise(
         swept = runs[family & is_swept]
         for target in targets if len(swept) else []:
             values = _interpolated(swept, _values(swept), target)
-            again = _interpolated(swept, _indexed(swept, repeats), target)
-            groups.append(_group(swept, values, again, float(target)))
+            interpolated_repeats = _interpolated(swept, _indexed(swept, repeats), target)
+            groups.append(_group(swept, values, interpolated_repeats, float(target)))
         free = runs[family & ~is_exact & ~is_swept]
         if len(free):
             matched = _matched(free, runs[at_hook & (is_exact | is_swept)])
@@ -282,7 +283,7 @@ def read_metrics(record: Mapping[str, Any], where: str) -> dict[str, float]:
 
 
 def _runs(records: Sequence[Mapping[str, Any]]) -> Frame:
-    """`Summary.runs` in the order of the records; what is shown or tested always has a column."""
+    """`Summary.runs` in the order of the records; main and tested metrics always have a column."""
     rows = []
     for i, record in enumerate(records):
         for field in ("architecture", "condition", "seed"):
@@ -314,14 +315,16 @@ def _repeats(records: Sequence[Mapping[str, Any]]) -> Frame:
         for record in records
     ]
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    found = pd.DataFrame([[row.get(key, math.nan) for key in columns] for row in rows], dtype=float)
+    repeats = pd.DataFrame(
+        [[row.get(key, math.nan) for key in columns] for row in rows], dtype=float
+    )
     levels = zip(*columns, strict=True) if columns else [[], [], []]
-    found.columns = pd.MultiIndex.from_arrays(list(levels), names=["metric", "task", "repeat"])
-    return found
+    repeats.columns = pd.MultiIndex.from_arrays(list(levels), names=["metric", "task", "repeat"])
+    return repeats
 
 
 def _indexed(runs: Frame, repeats: Frame) -> Frame:
-    """The rows of some runs, by their condition and seed."""
+    """The rows of `repeats` that belong to `runs`, indexed by condition and seed."""
     index = pd.MultiIndex.from_frame(runs[["condition", "seed"]])
     return repeats.loc[runs.index].set_axis(index, axis=0)
 
@@ -338,7 +341,7 @@ def _group(
     sparsity: float | None,
     matched: Frame | None = None,
 ) -> Group:
-    """Runs of one architecture, which have these values at the sparsity."""
+    """The group of these runs, which are of one architecture; `values` are at this sparsity."""
     interpolated = sparsity is not None and bool(runs.sparsity.isna().all())
     swept: dict[str, tuple[float, float]] = {}
     if interpolated:
@@ -365,24 +368,24 @@ def _group(
 
 
 def _interpolated(sweeps: Frame, values: Frame, l0: float | int) -> Frame:
-    """Values of the runs, in their order, at an L0: a row for every condition and seed."""
-    found = {
+    """Values interpolated at an L0: a row for every condition and seed, ordered as the runs."""
+    by_run = {
         run: _at_l0(values.iloc[rows], sweeps.l0.iloc[rows], l0)
         for run, rows in sweeps.groupby(["condition", "seed"], sort=False).indices.items()
     }
-    return _stacked(found, ["condition", "seed"], values.columns)
+    return _stacked(by_run, ["condition", "seed"], values.columns)
 
 
 def _matched(runs: Frame, others: Frame) -> Frame:
-    """`Group.matched`: what sweeps of others are at the L0 of each of these runs."""
-    found = {
+    """`Group.matched`: the sweeps of `others`, interpolated at the L0 of each of `runs`."""
+    by_run = {
         (run.condition, architecture, run.seed): _at_l0(_values(sweep), sweep.l0, run.l0)
         for run in runs.itertuples()
         for architecture, sweep in others[
             (others.condition == run.condition) & (others.seed == run.seed)
         ].groupby("architecture", sort=False)
     }
-    return _stacked(found, ["condition", "architecture", "seed"], _values(others).columns)
+    return _stacked(by_run, ["condition", "architecture", "seed"], _values(others).columns)
 
 
 def _stacked(rows: Mapping[Any, Mapping[Any, float]], index: list[str], columns: Any) -> Frame:
@@ -391,14 +394,16 @@ def _stacked(rows: Mapping[Any, Mapping[Any, float]], index: list[str], columns:
 
 
 def _at_l0(values: Frame, l0s: Frame, l0: float | int) -> dict[Any, float]:
-    """Every column of one seed's sweep; NaN if the sweep does not reach the L0."""
+    """Every column of one seed's sweep, at an L0; NaN if the sweep does not reach it."""
     if not 0 < l0 < math.inf:
         return {}
-    found = {key: interpolate_at(l0s.to_numpy(), values[key].to_numpy(), l0) for key in values}
-    # linear in log L0, L0 itself would come out wrong
-    if not math.isnan(found.get("l0", math.nan)):
-        found["l0"] = float(l0)
-    return found
+    interpolated = {
+        key: interpolate_at(l0s.to_numpy(), values[key].to_numpy(), l0) for key in values
+    }
+    # L0 itself, interpolated linearly in log L0, would be wrong
+    if not math.isnan(interpolated.get("l0", math.nan)):
+        interpolated["l0"] = float(l0)
+    return interpolated
 
 
 def _differences(
@@ -407,13 +412,13 @@ def _differences(
     pairs: dict[str, Any] = {}
     for metric in TESTED_METRICS:
         by_seed = values[metric.key].unstack("condition")
-        found = _pairs(by_seed, condition, baseline)
+        both = _pairs(by_seed, condition, baseline)
         by_task = _by_task(repeats, metric.key, condition, baseline)
         if by_task is not None and by_task[0].shape[1] > 1:
             pairs[metric.key] = tuple(means.mean(2) for means in by_task)
         # an infinite KL divergence can be reported, but has no difference
-        elif len(found) and np.isfinite(found.to_numpy()).all():
-            pairs[metric.key] = (found[condition].to_numpy(), found[baseline].to_numpy())
+        elif len(both) and np.isfinite(both.to_numpy()).all():
+            pairs[metric.key] = (both[condition].to_numpy(), both[baseline].to_numpy())
     return compare_metrics(pairs)
 
 
@@ -422,7 +427,7 @@ def _by_task(
 ) -> tuple[Float[ndarray, "s t r"], Float[ndarray, "s t r"]] | None:
     """Values of both conditions by seed, task and seed of the probes.
 
-    Of those seeds, tasks and repeats that both have; None if there are none.
+    Only seeds, tasks and repeats that both have; None if there are none.
     """
     if key not in repeats.columns.unique("metric"):
         return None
@@ -441,24 +446,24 @@ def _by_task(
 
 
 def _with_noise(groups: Sequence[Group]) -> list[Group]:
-    """Add the noise of the measurement to all differences, per metric pooled over all pairs."""
-    again: dict[str, list[Any]] = {}
+    """Add each metric's noise of measurement, pooled over all pairs, to all differences."""
+    repeated: dict[str, list[Any]] = {}
     for group in groups:
-        for pair, found in group.differences.items():
-            for key in found:
+        for pair, by_metric in group.differences.items():
+            for key in by_metric:
                 by_task = _by_task(group.repeats, key, *pair)
                 if by_task is not None:
-                    again.setdefault(key, []).append((by_task[0] - by_task[1]).mean((0, 1)))
-    noise = {key: measurement_noise(rows) for key, rows in again.items()}
+                    repeated.setdefault(key, []).append((by_task[0] - by_task[1]).mean((0, 1)))
+    noise = {key: measurement_noise(rows) for key, rows in repeated.items()}
     return [
         replace(
             group,
             differences={
                 pair: {
                     key: replace(difference, noise=noise.get(key, math.nan))
-                    for key, difference in found.items()
+                    for key, difference in by_metric.items()
                 }
-                for pair, found in group.differences.items()
+                for pair, by_metric in group.differences.items()
             },
         )
         for group in groups
@@ -466,5 +471,5 @@ def _with_noise(groups: Sequence[Group]) -> list[Group]:
 
 
 def _pairs(by_seed: Frame, condition: str, baseline: str) -> Frame:
-    """The values of two conditions, of those seeds that have both."""
+    """Values of two conditions, for the seeds that have both."""
     return by_seed.reindex(columns=[condition, baseline]).dropna()

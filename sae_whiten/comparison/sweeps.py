@@ -1,4 +1,4 @@
-"""Sparsity coefficients that bring a sweep to the L0 that SAEs are to be compared at."""
+"""Sparsity coefficients to add to a sweep, so that it covers the L0 at which SAEs are compared."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from sae_whiten.comparison.plan import Arm, Comparison, arms
 
 __all__ = ["adapted_arms", "lacking_coefficient"]
 
-_CLOSE = 2.0  # neighbours whose L0 differ by no more than this factor are interpolated between
-_STEP = 4.0  # beyond the ends of a sweep
+_CLOSE = 2.0  # interpolation is between neighbours whose L0 differ by at most this factor
+_STEP = 4.0  # factor by which a sweep is extended beyond its ends
 
 
 def lacking_coefficient(
@@ -22,18 +22,19 @@ def lacking_coefficient(
 
     Args:
         coefficients: Of the sweep, in any order; not 0.
-        l0s: For each the L0 of every seed.
+        l0s: For each coefficient, the L0 of every seed.
         target: The wanted L0.
 
     Returns:
         Between two neighbours, a coefficient by linear interpolation of log L0 in the log of the
-        coefficient. Beyond the sweep, a fourth or four times its end. None if nothing is lacking.
+        coefficient. Beyond the sweep, a quarter of its lowest or four times its highest
+        coefficient. None if nothing is lacking.
     """
     for of_seed in zip(*l0s, strict=False):
         sweep = sorted((c, l0) for c, l0 in zip(coefficients, of_seed, strict=True) if c > 0)
-        found = _lacking(sweep, target)
-        if found is not None:
-            return found
+        lacking = _lacking(sweep, target)
+        if lacking is not None:
+            return lacking
     return None
 
 
@@ -51,20 +52,20 @@ def _lacking(sweep: Sequence[tuple[float, float]], target: float) -> float | Non
     share = 0.5
     if l0_right > 0:
         share = math.log(l0_left / target) / math.log(l0_left / l0_right)
-    # not where one is already
+    # not too close to a neighbour
     share = min(max(share, 0.1), 0.9)
-    found = _rounded(left ** (1 - share) * right**share)
-    return None if found in (left, right) else found
+    coefficient = _rounded(left ** (1 - share) * right**share)
+    return None if coefficient in (left, right) else coefficient
 
 
 def adapted_arms(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> list[Arm]:
-    """SAEs to train beside those of the records, so that every sweep has the wanted L0 inside.
+    """SAEs to train beside those of the records, so that every sweep encloses the wanted L0.
 
     Args:
-        comparison: That they are of.
-        records: Of what has been trained; all seeds have the same SAEs.
+        comparison: The comparison that they belong to.
+        records: Records of the SAEs trained so far; all seeds have the same SAEs.
     """
-    found: dict[Arm, None] = {}
+    added: dict[Arm, None] = {}
     for architecture, condition in dict.fromkeys(
         (arm.architecture, arm.condition) for arm in arms(comparison) if arm.coefficient is not None
     ):
@@ -75,10 +76,10 @@ def adapted_arms(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -
         for target in comparison.sparsity:
             coefficient = lacking_coefficient(list(sweep), list(sweep.values()), target)
             if coefficient is not None:
-                found[Arm(architecture, condition, coefficient=coefficient)] = None
-    return list(found)
+                added[Arm(architecture, condition, coefficient=coefficient)] = None
+    return list(added)
 
 
 def _rounded(coefficient: float) -> float:
-    """To three digits, which its folder is named by."""
+    """To three significant digits, as in the name of its folder."""
     return float(f"{coefficient:.3g}")

@@ -364,8 +364,9 @@ def test_architectures_are_compared_without_whitening_and_k_can_be_added(
     with caplog.at_level(logging.WARNING, "sae_whiten"):
         first = run(tmp_path / "a", one)
     assert [r["name"] for r in first] == ["topk-none-k2", "top_afa-none"]
-    (said,) = [r.getMessage() for r in caplog.records if "came to L0" in r.getMessage()]
-    assert "there are SAEs with k at 2 to 2: repeat this with k of" in said
+    (warning,) = [r.getMessage() for r in caplog.records if "reached L0" in r.getMessage()]
+    assert "the SAEs with a k have L0 of 2 to 2" in warning
+    assert "repeat this in the same folder with k of" in warning
     more = run(tmp_path / "a", both)
     assert more[:2] == first
     shutil.rmtree(tmp_path / "a" / "saes")  # they are large, and evaluated
@@ -412,7 +413,7 @@ def test_seeds_are_not_added_on_another_dataset_or_model(finished):
     assert json.loads((out / "settings.json").read_text()) == settings
 
 
-def test_a_dataset_is_told_by_its_rows_whatever_holds_them():
+def test_a_dataset_is_recognised_by_its_rows_whatever_holds_them():
     rows = tiny_dataset(600)
     named = rows.add_column("source", [str(i) for i in range(600)])  # pyright: ignore[reportCallIssue]
     assert describe_rows(rows, 16) == describe_rows(named.with_format("torch"), 16)
@@ -453,7 +454,10 @@ def test_too_few_rows_are_refused_with_their_number(tmp_path, stream):
         ({"sparsity": (8, 300), "d_sae": 256}, "d_sae=256: must be .* at least 300"),
         ({"sae_options": {"topk_vsae": {"relu_mean": "no"}}}, "relu_mean='no': True or False"),
         ({"sae_options": {"topk_vsae": {"kl_coefficient": None}}}, "kl_coefficient=None: must be"),
-        ({"conditions": ("original", "half")}, "top_afa goes with none of the conditions original"),
+        (
+            {"conditions": ("original", "half")},
+            "top_afa cannot be trained under any of the conditions original",
+        ),
         ({"architectures": ("matryoshka_batchtopk",)}, "needs matryoshka_widths in sae_options"),
         ({"sae_options": {"gated": {}}}, "gated, which is not compared; the architectures are top"),
         ({"sae_options": {"topk": {"aux": 1}}}, "topk has no field aux; there are .*aux_loss_coef"),

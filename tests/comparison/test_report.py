@@ -378,8 +378,8 @@ def test_what_has_no_sparsity_is_compared_as_it_is_and_others_at_its_l0() -> Non
 def test_the_report_of_what_has_no_sparsity() -> None:
     comparison = summarise(runs_at_their_own_l0(), targets=[])
     markdown = comparison_markdown(comparison)
-    assert "## `top_afa`, L0 as it comes" in markdown
-    assert "`top_afa`: at the L0 that each SAE came to." in markdown
+    assert "## `top_afa`, L0 not set" in markdown
+    assert "`top_afa`: at the L0 that each SAE reached." in markdown
     _, means, matched, *_ = of_conditions(markdown)
     assert [row["L0"] for row in means] == ["25.0 ± 7.1", "25.0 ± 0.0"]
     assert [list(row.values())[:3] for row in matched] == [
@@ -437,17 +437,17 @@ def test_records_that_cannot_be_right_are_refused(runs: list[dict[str, Any]], me
 
 def test_the_tables_have_the_numbers_in_the_right_cells() -> None:
     markdown = comparison_markdown(summarise(RECORDS))
-    brief, told, means, differences, others, _paper = tables(markdown)
+    brief, detectable, means, differences, others, _paper = tables(markdown)
     assert brief == [
         {
             "condition": "`original`",
             "explained variance": "-0.0110 1 of 1 worse",
-            "dead latents": "+1.0 not told from chance",
-            "KL divergence": "+0.000 not told from chance",
+            "dead latents": "+1.0 not significant",
+            "KL divergence": "+0.000 not significant",
         }
     ]
     # half of the intervals below; nothing was measured again
-    assert [list(row.values()) for row in told] == [
+    assert [list(row.values()) for row in detectable] == [
         ["explained variance", "0.0025", "0.0025", "–"],
         ["dead latents", "7.5", "7.5", "–"],
         ["KL divergence", "0.000", "0.000", "–"],
@@ -556,7 +556,7 @@ def test_what_was_not_tested_is_said() -> None:
     (group,) = summarise(runs).groups
     assert describe_difference(group, "half", "none") == (
         "`half` and `none`: nothing could be tested. Not tested: dead latents (+5.0 in every seed, "
-        "which leaves nothing to judge chance by), KL divergence (infinite in some runs) and TPP "
+        "so chance cannot be judged), KL divergence (infinite in some runs) and TPP "
         "top 20 (no seed has it in both)."
     )
     means = of_conditions(comparison_markdown(summarise(runs)))[1]

@@ -22,14 +22,13 @@ __all__ = ["NOTHING_COMPARED", "brief_blocks", "terminal_text"]
 
 NOTHING_COMPARED = "Nothing is compared: no SAE has a k, and no L0 was given to compare sweeps at."
 
-_PROBES = (SAE_PROBES_AUC_AT[16], SPARSE_PROBING_AT[1])  # a terminal shows the first there is
+_PROBES = (SAE_PROBES_AUC_AT[16], SPARSE_PROBING_AT[1])  # the terminal shows the first measured
 
 
 def terminal_text(comparison: Summary) -> str:
     """The main metrics in plain text: a block per architecture and sparsity, a line per condition.
 
-    Beside each mean stands whether it is better or worse than that of the first baseline, where the
-    tests say so.
+    Means that differ significantly from that of the first baseline are marked better or worse.
     """
     probe = [metric for metric in _PROBES if metric.key in comparison.metrics]
     shown = [EXPLAINED_VARIANCE, DEAD_LATENTS, L0, *probe[:1]]
@@ -45,16 +44,16 @@ def terminal_text(comparison: Summary) -> str:
 
 
 def _terminal_cell(group: Group, condition: str, baseline: str, metric: Metric) -> str:
-    found = group.differences.get((condition, baseline), {}).get(metric.key)
-    said = ""
-    if found is not None and found.significant:
-        said = "better" if found.mean * metric.better > 0 else "worse"
+    difference = group.differences.get((condition, baseline), {}).get(metric.key)
+    verdict = ""
+    if difference is not None and difference.significant:
+        verdict = "better" if difference.mean * metric.better > 0 else "worse"
     # equally wide, so that the numbers stand below each other
-    return f"{number(group.spread(condition, metric.key).mean, metric.decimals)} {said:6}"
+    return f"{number(group.spread(condition, metric.key).mean, metric.decimals)} {verdict:6}"
 
 
 def _what_was_tested(comparison: Summary) -> str:
-    """What better and worse mean, or why nothing is."""
+    """What better and worse mean, or why nothing was tested."""
     if not comparison.groups:
         return NOTHING_COMPARED
     if (why := _why_no_differences(comparison)) is not None:
@@ -64,8 +63,8 @@ def _what_was_tested(comparison: Summary) -> str:
         seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
         return f"{seeds}: nothing is tested, and any of these differences may be chance."
     return (
-        f"better, worse: than {_baseline(comparison)}, told from chance over {n_seeds} seeds "
-        "(p < 0.05 after Holm's correction). Elsewhere no difference is told."
+        f"better, worse: significantly different from {_baseline(comparison)} over {n_seeds} seeds "
+        "(p < 0.05 after Holm's correction). No other difference is significant."
     )
 
 
@@ -96,11 +95,11 @@ def brief_blocks(comparison: Summary) -> list[Block]:
         rows.append(cells)
     caption = (
         f"Mean difference from {code(baseline)}, lowest to highest over architectures and "
-        "sparsities, and in how many of these it is told from chance."
+        "sparsities, and in how many of these it is significant."
     )
     free = dict.fromkeys(code(g.architecture) for g in comparison.groups if g.sparsity is None)
     if free:
-        caption += f" {listed(list(free))}: at the L0 that each SAE came to."
+        caption += f" {listed(list(free))}: at the L0 that each SAE reached."
     blocks = [
         Table(["condition", *(m.name for m in tested)], rows, caption),
         Paragraph(_notes(comparison)),
@@ -114,8 +113,8 @@ def _notes(comparison: Summary) -> str:
     n_families = sum(len(group.differences) for group in comparison.groups)
     notes = (
         "Differences are paired over seeds: with the same seed, all conditions share data, order "
-        "and initial weights. Significant, or told from chance, means an adjusted p below 0.05 and "
-        "a difference larger than the noise of the measurement. For each condition, baseline and "
+        "and initial weights. Significant means an adjusted p below 0.05 and a difference larger "
+        "than the noise of the measurement. For each condition, baseline and "
         "group, p-values are adjusted by Holm's method over the metrics of this table. So each of "
         f"these {n_families} families of tests has a chance of at most 5% of any false positive. "
         "p-values are not corrected across families, and confidence intervals are not corrected. "
@@ -132,7 +131,7 @@ def _notes(comparison: Summary) -> str:
     if "t" in tests:
         notes += (
             " With few seeds a test of ranks could not be significant. The test is then a t-test, "
-            "which takes the differences to be normal."
+            "which assumes normal differences."
         )
     if "bootstrap" in tests:
         notes += (
@@ -160,18 +159,18 @@ def _why_no_differences(comparison: Summary) -> str | None:
     return None
 
 
-def _brief_cell(found: Sequence[PairedDifference], metric: Metric) -> str:
-    """The range of mean differences, and how many of them are told from chance."""
-    if not found:
+def _brief_cell(differences: Sequence[PairedDifference], metric: Metric) -> str:
+    """The range of mean differences, and how many of them are significant."""
+    if not differences:
         return "–"
-    low, high = min(d.mean for d in found), max(d.mean for d in found)
-    decimals = max(decimals_of(d, metric) for d in found)
+    low, high = min(d.mean for d in differences), max(d.mean for d in differences)
+    decimals = max(decimals_of(d, metric) for d in differences)
     ends = dict.fromkeys(f"{end:+.{decimals}f}" for end in (low, high))
-    told = [d for d in found if d.significant]
-    better = sum(d.mean * metric.better > 0 for d in told)
-    said = [
-        f"{n} of {len(found)} {word}"
-        for n, word in ((better, "better"), (len(told) - better, "worse"))
+    significant = [d for d in differences if d.significant]
+    better = sum(d.mean * metric.better > 0 for d in significant)
+    counts = [
+        f"{n} of {len(differences)} {word}"
+        for n, word in ((better, "better"), (len(significant) - better, "worse"))
         if n
     ]
-    return f"{' to '.join(ends)}\n{', '.join(said) or 'not told from chance'}"
+    return f"{' to '.join(ends)}\n{', '.join(counts) or 'not significant'}"

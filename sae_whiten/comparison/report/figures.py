@@ -27,7 +27,7 @@ __all__ = [
 
 _PAGE_WIDTH = 7.0  # inches, both columns of a paper
 _MOST_TICKS = 7
-_OFF_K = 0.02  # relative: an L0 this close to a whole number counts as k
+_K_TOLERANCE = 0.02  # relative: an L0 this close to a whole number counts as k
 
 # with 9 markers, cycles of lengths 9, 4 and 3 repeat together after 36 lines
 _LINES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
@@ -35,7 +35,7 @@ _GREYS = ("0", "0.3", "0.5")
 
 
 class Point(NamedTuple):
-    """A mean and its standard deviations; NaN, where one is not known, draws no bar."""
+    """A mean and its standard deviations; one that is NaN draws no error bar."""
 
     x: float
     y: float
@@ -192,9 +192,9 @@ def _logarithmic_x(axes: Any, x: Sequence[float | int]) -> None:
     axes.set_xscale("log")
     # at the k that were trained: the L0 of a TopK SAE is k, or slightly less
     ticks = sorted({round(value) for value in x})
-    chosen = all(abs(value - round(value)) <= _OFF_K * value for value in x)
+    are_k = all(abs(value - round(value)) <= _K_TOLERANCE * value for value in x)
     apart = all(b > 1.5 * a for a, b in itertools.pairwise(ticks))
-    fixed = chosen and apart and len(ticks) <= _MOST_TICKS
+    fixed = are_k and apart and len(ticks) <= _MOST_TICKS
     subs = (1, 2, 5) if ticks[-1] < 100 * ticks[0] else (1,)
     axes.xaxis.set_major_locator(FixedLocator(ticks) if fixed else LogLocator(subs=subs))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -81,8 +81,8 @@ def write_report(
             f"{sum(named)} of {len(named)} records have a name and no condition: the records of "
             "an evaluation and of a comparison do not go into one report"
         )
-    what = [str(settings[key]) for key in ("model_name", "hook_name") if settings.get(key)]
-    title += f": {', '.join(what)}" if what else ""
+    subject = [str(settings[key]) for key in ("model_name", "hook_name") if settings.get(key)]
+    title += f": {', '.join(subject)}" if subject else ""
     title = title.replace("`", "'").replace("*", "'")
     page_of_features = Link("Look at features of two of the SAEs", FEATURE_PAGE)
     linked = [page_of_features] if (directory / FEATURE_PAGE).is_file() else []

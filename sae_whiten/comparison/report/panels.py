@@ -97,7 +97,7 @@ def _points(sweep: Frame, key: str) -> list[Point]:
 
 
 def metric_title(metric: Metric) -> str:
-    """Its name, with an arrow to what is better."""
+    """The name of a metric, with an arrow in the better direction."""
     return f"{metric.name} {'↑' if metric.better > 0 else '↓'}"
 
 
@@ -107,10 +107,10 @@ def _difference_panels(
     panels: dict[str, dict[tuple[str, str], PairedDifference]] = {}
     for metric in TESTED_METRICS:
         for group in groups:
-            for (name, other), found in group.differences.items():
-                if other == baseline and metric.key in found:
+            for (name, other), differences in group.differences.items():
+                if other == baseline and metric.key in differences:
                     row = (sparsity_text(group), name)
-                    panels.setdefault(metric_title(metric), {})[row] = found[metric.key]
+                    panels.setdefault(metric_title(metric), {})[row] = differences[metric.key]
     return panels
 
 
@@ -134,8 +134,8 @@ def _curve_points(
     """A point for each number of latents, of the first condition that has a value there."""
     points = []
     for n, metric in metrics.items():
-        found = (group.spread(name, metric.key) for name in conditions)
-        known = next((s for s in found if math.isfinite(s.mean)), None)
+        spreads = (group.spread(name, metric.key) for name in conditions)
+        known = next((s for s in spreads if math.isfinite(s.mean)), None)
         if known is not None:
             points.append(Point(n, known.mean, y_sd=known.sd))
     return points

@@ -11,7 +11,7 @@ from sae_whiten.evaluation.catalogue import Metric
 
 __all__ = ["describe_difference", "sparsity_warning"]
 
-_L0_TOLERANCE = 0.05  # relative; beyond it, SAEs are said not to be equally sparse
+_L0_TOLERANCE = 0.05  # relative; beyond it, the report says that sparsities differ
 
 
 def describe_difference(group: Group, condition: str, baseline: str) -> str:
@@ -43,8 +43,8 @@ def describe_difference(group: Group, condition: str, baseline: str) -> str:
             reason = (
                 f"{'a single seed' if difference.n_pairs == 1 else 'two seeds'}"
                 if difference.n_pairs < FEWEST_SEEDS
-                else f"{difference.mean:+.{metric.decimals}f} in every seed, which leaves nothing "
-                "to judge chance by"
+                else f"{difference.mean:+.{metric.decimals}f} in every seed, so chance cannot be "
+                "judged"
             )
             untested.append(f"{metric.name} ({reason})")
         else:
@@ -92,7 +92,7 @@ def _why_not_compared(group: Group, condition: str, baseline: str, metric: str) 
 
 
 def sparsity_warning(group: Group, comparison: Summary) -> str | None:
-    """How conditions came to the same L0, or that they did not; None if there is nothing to say."""
+    """How L0 was made equal, or a warning that it differs; None if there is nothing to say."""
     if group.interpolated:
         assert group.sparsity is not None
         gaps, missing = [], []
@@ -106,19 +106,19 @@ def sparsity_warning(group: Group, comparison: Summary) -> str | None:
                 )
                 l0s = comparison.l0_by_coefficient(group, name)
                 missing.append(lacking_coefficient(list(l0s), list(l0s.values()), group.sparsity))
-        said = (
+        text = (
             "Interpolated in each seed's sweep, linear in log L0 between the two nearest SAEs. "
             "This is coarse where they are far apart in the figure against L0."
         )
         if gaps:
-            said += f" Not all sweeps reach {sparsity_text(group)}: {'; '.join(gaps)}."
+            text += f" Not all sweeps reach {sparsity_text(group)}: {'; '.join(gaps)}."
             tries = sorted({f"{c:g}" for c in missing if c is not None}, key=float)
             if tries:
-                said += (
+                text += (
                     f" Raise sweep_rounds, or give coefficients such as {', '.join(tries)} in "
                     "another folder."
                 )
-        return said
+        return text
     l0s = {name: group.spread(name, "l0").mean for name in group.conditions}
     l0s = {name: mean for name, mean in l0s.items() if not math.isnan(mean)}
     if not l0s or max(l0s.values()) <= (1 + _L0_TOLERANCE) * min(l0s.values()):

@@ -46,10 +46,11 @@ PROBING = (SPARSE_PROBING_AT[1], *SAE_PROBES_AUC_AT.values(), SCR_AT[20], TPP_AT
 """Metrics of labelled texts. Which of them are measured is an option."""
 
 MISLEADING = (SCR_AT[20], SCR_DENOMINATOR, TPP_AT[20])
+"""Metrics that fail tests of what they are for; measured only on request."""
 WHY_MISLEADING = (
     "Conclude nothing from TPP and SCR. Both fail tests of what they are for: TPP falls the longer "
     "an SAE trains, and SCR is negatively correlated with the recovery of known features (Chanin, "
-    "arXiv 2605.18229). They are here because they were asked for."
+    "arXiv 2605.18229). They are shown because they were requested."
 )
 
 _TESTS = {
@@ -61,12 +62,12 @@ _TESTS = {
 
 
 def learning_rate_table(
-    found: Mapping[str, Mapping[str, Mapping[str, float | None]]],
+    scores_of: Mapping[str, Mapping[str, Mapping[str, float | None]]],
 ) -> Table:
     """Scores by architecture, condition and learning rate."""
     rows = []
     rates: list[str] = []
-    for architecture, by_condition in found.items():
+    for architecture, by_condition in scores_of.items():
         for condition, scores in by_condition.items():
             rates = list(scores)
             known = [score for score in scores.values() if score is not None]
@@ -78,8 +79,8 @@ def learning_rate_table(
             rows.append([f"{code(architecture)}, {code(condition)}", *cells])
     caption = (
         "Explained variance of held-out activations in the space of the loss, after an eighth of "
-        "the training with the first seed (–: no SAE near the wanted L0). Bold: the best, at which "
-        "all SAEs of the condition are trained."
+        "the training with the first seed (–: no SAE near the wanted L0). Bold: the best rate, at "
+        "which all SAEs of the condition are trained."
     )
     return Table(["", *rates], rows, caption)
 
@@ -116,7 +117,7 @@ def means_table(group: Group, shown: Sequence[Metric]) -> Table:
 
 
 def matched_table(group: Group, shown: Sequence[Metric]) -> Table:
-    """The architecture of the group, and the others at its L0: condition by condition."""
+    """The architecture of the group beside the others at its L0, condition by condition."""
     rows: dict[tuple[str, str], Frame] = {}
     for condition in group.conditions:
         rows[condition, group.architecture] = group.values.loc[condition]
@@ -136,14 +137,17 @@ def matched_table(group: Group, shown: Sequence[Metric]) -> Table:
         ]
     caption = (
         f"Other architectures are interpolated for every seed, linear in log L0, at the L0 that "
-        f"{code(group.architecture)} came to under the same condition. Nothing is extrapolated. "
+        f"{code(group.architecture)} reached under the same condition. Nothing is extrapolated. "
         "Differences between architectures are not tested."
     )
     return _table(columns, caption)
 
 
 def _significantly_best(group: Group, metric: Metric) -> str | None:
-    """The best condition, if it differs significantly from the baseline (or that from all)."""
+    """The best condition, if it differs significantly from the baseline.
+
+    If the baseline itself is best: if all others differ significantly from it.
+    """
     means = {name: group.spread(name, metric.key).mean for name in group.conditions}
     means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
     if not metric.better or not means:
@@ -159,11 +163,11 @@ def _significantly_best(group: Group, metric: Metric) -> str | None:
 
 def differences_table(group: Group, baseline: str) -> Table:
     """Differences of all conditions from a baseline, with intervals and p-values."""
-    found = {pair[0]: d for pair, d in group.differences.items() if pair[1] == baseline}
-    shown = [m for m in TESTED_METRICS if any(m.key in d for d in found.values())]
-    tests = {d.test for by_metric in found.values() for d in by_metric.values()} - {"none"}
+    by_condition = {pair[0]: d for pair, d in group.differences.items() if pair[1] == baseline}
+    shown = [m for m in TESTED_METRICS if any(m.key in d for d in by_condition.values())]
+    tests = {d.test for by_metric in by_condition.values() for d in by_metric.values()} - {"none"}
     rows = []
-    for name, by_metric in found.items():
+    for name, by_metric in by_condition.items():
         cells = [code(name)]
         for metric in shown:
             difference = by_metric.get(metric.key)
@@ -214,26 +218,26 @@ def _table(columns: Mapping[str, Sequence[str]], caption: str = "") -> Table:
 
 
 def smallest_differences(comparison: Summary, tested: Sequence[Metric]) -> Table | None:
-    """The smallest difference that can be told from chance, per metric, and the noise of probes."""
+    """The smallest detectable difference of each metric, and the noise of the probes."""
     rows = []
     for metric in tested:
-        found = [
+        differences = [
             by_key[metric.key]
             for group in comparison.groups
             for by_key in group.differences.values()
             if metric.key in by_key and not math.isnan(by_key[metric.key].smallest)
         ]
-        if found:
-            widths = sorted(d.smallest for d in found)
-            decimals = max(decimals_of(d, metric) for d in found)
-            shown = [widths[len(widths) // 2], widths[-1], found[0].noise]
+        if differences:
+            widths = sorted(d.smallest for d in differences)
+            decimals = max(decimals_of(d, metric) for d in differences)
+            shown = [widths[len(widths) // 2], widths[-1], differences[0].noise]
             rows.append([metric.name, *(number(value, decimals) for value in shown)])
     if not rows:
         return None
     caption = (
-        "What this comparison can tell, over all conditions: half the width of the 95% confidence "
-        "intervals, or the noise of the probes where that is larger. Noise: how far probing the "
-        "same SAEs again, with other splits, moves a difference (–: not at all, or not repeated). "
-        "Nothing smaller is called a difference."
+        "What this comparison can detect, over all conditions: half the width of the 95% "
+        "confidence intervals, or the noise of the probes where that is larger. Noise: how far "
+        "probing the same SAEs again, with other splits, moves a difference (–: not at all, or not "
+        "repeated). No difference below the noise is called significant."
     )
-    return Table(["smallest difference told", "median", "largest", "noise"], rows, caption)
+    return Table(["smallest detectable difference", "median", "largest", "noise"], rows, caption)

@@ -31,31 +31,31 @@ def group_name(comparison: Summary, group: Group) -> str:
 
 
 def sparsity_text(group: Group) -> str:
-    """`k = 32` or `L0 = 32`."""
+    """`k = 32`, `L0 = 32` or, if nothing sets the sparsity, `L0 not set`."""
     if group.sparsity is None:
-        return "L0 as it comes"
+        return "L0 not set"
     return f"{'L0' if group.interpolated else 'k'} = {group.sparsity:g}"
 
 
 def number(value: float, decimals: int) -> str:
-    """A dash for NaN."""
+    """A number as text, a dash for NaN."""
     if math.isnan(value):
         return "–"
     return f"{value:.{decimals}f}" if math.isfinite(value) else str(value)
 
 
-def mean_and_sd(found: Spread, decimals: int, n_expected: int) -> str:
+def mean_and_sd(values: Spread, decimals: int, n_expected: int) -> str:
     """`0.80 ± 0.02`, and how many values there are if fewer than `n_expected`."""
-    cell = number(found.mean, decimals)
-    if found.n and not math.isnan(found.sd):
-        cell += f" ± {found.sd:.{decimals}f}"
-    return cell + (f" ({found.n} of {n_expected})" if 0 < found.n < n_expected else "")
+    cell = number(values.mean, decimals)
+    if values.n and not math.isnan(values.sd):
+        cell += f" ± {values.sd:.{decimals}f}"
+    return cell + (f" ({values.n} of {n_expected})" if 0 < values.n < n_expected else "")
 
 
 def cells_of(spreads: Sequence[Spread], metric: Metric | None, n_expected: int) -> list[str]:
     """Means and standard deviations of a column, with equally many decimals."""
     decimals = _column_decimals(3 if metric is None else metric.decimals, [s.sd for s in spreads])
-    return [mean_and_sd(found, decimals, n_expected) for found in spreads]
+    return [mean_and_sd(values, decimals, n_expected) for values in spreads]
 
 
 def _column_decimals(fewest: int, sds: Sequence[float]) -> int:
