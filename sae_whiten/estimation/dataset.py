@@ -1,7 +1,7 @@
 """Datasets of text or tokens: files and folders on this machine, or names on the hub.
 
-SAELens looks tokenised data up on the hub by the path that it was given, and does not open what
-`save_to_disk` wrote. So what is on this machine is opened here, without a network.
+SAELens looks up tokenised data on the hub, even if given a local path, and cannot open what
+`save_to_disk` wrote. So local datasets are opened here, without a network.
 """
 
 import glob
@@ -20,20 +20,20 @@ _SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".z
 
 
 def open_dataset(source: str, split: str = "train", streaming: bool = False) -> Any:
-    """A dataset.
+    """Open a dataset.
 
     Args:
         source: A file (JSON lines, parquet...), a folder of such files, a folder that
-            `save_to_disk` wrote, or a name on the hub; what exists on disk goes before the hub.
+            `save_to_disk` wrote, or a name on the hub; a path that exists is preferred to the hub.
             "sae-probes" and "sae-probes:N" are the texts of the package `sae-probes` that its
             tasks, or N of them, do not use (`unprobed_texts`).
-        split: Which part; also such as "train[90%:]", for which all of the dataset is read or
-            downloaded first.
-        streaming: Read it as it is used, without downloading or converting all of it first.
+        split: Name of a split, or a part of one, such as "train[90%:]"; for a part, all of the
+            dataset is read or downloaded first.
+        streaming: Read rows when they are used, without downloading or converting all first.
 
     Raises:
-        FileNotFoundError: `source` is the path of nothing, or a folder without data.
-        ValueError: There is no such split, nothing in it, or something that is not of its format.
+        FileNotFoundError: `source` is a path that does not exist, or a folder without data.
+        ValueError: There is no such split, it is empty, or a file has the wrong format.
         ConnectionError: The hub cannot be reached.
     """
     path = Path(source)
@@ -42,12 +42,12 @@ def open_dataset(source: str, split: str = "train", streaming: bool = False) -> 
             texts = unprobed_texts(tasks_of(source))
             return _part(source, datasets.DatasetDict({"train": texts}), split)
         if _is_meant_as_path(source):
-            raise FileNotFoundError(f"{source}: there is no such dataset, neither file nor folder")
+            raise FileNotFoundError(f"{source}: there is no such file or folder")
         return datasets.load_dataset(source, split=split, streaming=_can_stream(streaming, split))
     saved = _is_saved_to_disk(path)
     if saved:
-        found = datasets.load_from_disk(str(path))
-        dataset = _part(source, found, split)
+        loaded = datasets.load_from_disk(str(path))
+        dataset = _part(source, loaded, split)
     else:
         dataset = _from_files(path, split, streaming)
     if next(iter(dataset), None) is None:
@@ -63,7 +63,7 @@ def is_on_this_machine(source: str) -> bool:
 
 
 def local_dataset(source: str, streaming: bool) -> HfDataset | None:
-    """The dataset that training is to take from this machine; None if it is one of the hub.
+    """The dataset to train on, if it is on this machine; None if it is a name on the hub.
 
     Args:
         source: Path or name, as for `open_dataset`; "" for none.
@@ -76,12 +76,12 @@ def local_dataset(source: str, streaming: bool) -> HfDataset | None:
 
 
 def check_length(n_tokens: int, context_size: int, number: int) -> None:
-    """Refuse a tokenised sequence that is too short for the context; SAELens looks at the first.
+    """Refuse a tokenised sequence that is too short; SAELens checks only the first one.
 
     Args:
         n_tokens: Its length, at most `context_size`.
-        context_size: The length wanted.
-        number: Of the sequence in the dataset.
+        context_size: The length needed.
+        number: Its index in the dataset.
 
     Raises:
         ValueError: It is too short.
@@ -89,8 +89,8 @@ def check_length(n_tokens: int, context_size: int, number: int) -> None:
     if n_tokens < context_size:
         raise ValueError(
             f"sequence {number} of the dataset has {n_tokens} tokens, fewer than "
-            f"context_size={context_size}: all have to be as long, as SAELens' PretokenizeRunner "
-            "makes them"
+            f"context_size={context_size}: all sequences must be that long, as SAELens' "
+            "PretokenizeRunner makes them"
         )
 
 
@@ -102,7 +102,7 @@ def _is_saved_to_disk(path: Path) -> bool:
 def _part(
     name: str, saved: datasets.Dataset | datasets.DatasetDict, split: str
 ) -> datasets.Dataset:
-    """A split, or a part of one, of what is on this machine."""
+    """A split, or a part of one, of a local dataset."""
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if split in splits:
         return splits[split]
@@ -119,9 +119,11 @@ def _part(
 
 
 def _from_files(path: Path, split: str, streaming: bool) -> Any:
-    # by its absolute path, or a folder named "json" would be taken for the format
-    where = path.resolve()
-    folder, files = (where.parent, glob.escape(where.name)) if where.is_file() else (where, None)
+    # an absolute path, because a folder named "json" would be taken for the format
+    absolute = path.resolve()
+    folder, files = (
+        (absolute.parent, glob.escape(absolute.name)) if absolute.is_file() else (absolute, None)
+    )
     try:
         return datasets.load_dataset(
             str(folder), data_files=files, split=split, streaming=_can_stream(streaming, split)
@@ -138,7 +140,7 @@ def _can_stream(streaming: bool, split: str) -> bool:
 
 
 def _is_meant_as_path(source: str) -> bool:
-    """Whether a source that does not exist looks like a path, and not like a name on the hub."""
+    """Whether a source that does not exist looks like a path rather than a name on the hub."""
     if "://" in source:
         return False
     begins_as_path = Path(source).is_absolute() or source.startswith((".", "~"))

@@ -1,8 +1,8 @@
 """Several processes that estimate together, through torch.distributed.
 
-Every process takes part in every exchange, with what it has, and all come to the same result. A
-process that fails or dies must not leave the others waiting: collectives end with an error as soon
-as a connection breaks, and after `TIMEOUT` if a process hangs.
+Every process takes part in every collective and gets the same result. A process that fails or dies
+must not leave the others waiting: collectives end with an error as soon as a connection breaks, and
+after `TIMEOUT` if a process hangs.
 """
 
 import datetime
@@ -20,19 +20,19 @@ from sae_whiten.statistics import ActivationStatistics
 
 __all__ = ["DistributedError", "Processes", "joined_processes"]
 
-# torch's own; a process that skips to its place in a streamed dataset may take minutes
+# torch's default; a process that skips to its place in a streamed dataset may take minutes
 TIMEOUT = datetime.timedelta(minutes=30)
 
 T = TypeVar("T")
 
 
 class DistributedError(RuntimeError):
-    """Another process of the group failed, died or no longer answers."""
+    """Another process of the group failed, died or does not respond."""
 
 
 @contextmanager
 def joined_processes() -> Iterator[int]:
-    """Join the processes that torchrun started, if it did, for as long as the block lasts.
+    """Join the process group of torchrun inside this block, if torchrun started this process.
 
     Yields:
         Number of this process, 0 for the first or only one.
@@ -53,17 +53,17 @@ def joined_processes() -> Iterator[int]:
 
 
 class Processes:
-    """The processes of the default group, or this one alone where there is none.
+    """The processes of the default group, or only this one if there is no group.
 
-    Exchanges go through the CPU (gloo), whatever the backend of the default group, and are
-    collective: every process has to call them, in the same order.
+    All methods are collective: every process has to call them, in the same order. They communicate
+    through the CPU (gloo), whatever the backend of the default group.
 
     Args:
-        alone: This process only, whatever group it is in.
+        alone: Only this process, even if it is in a group.
 
     Attributes:
         rank: Number of this process, 0 for the first or only one.
-        world_size: How many there are.
+        world_size: Number of processes.
     """
 
     def __init__(self, *, alone: bool = False) -> None:
@@ -90,7 +90,7 @@ class Processes:
         result, failure = None, None
         try:
             result = function()
-        except Exception as error:  # the others must hear of it, whatever it is
+        except Exception as error:  # reported to the other processes, whatever it is
             failure = error
         if self.total(failure is not None)[0]:
             messages = self.gather(None if failure is None else str(failure))
@@ -110,17 +110,17 @@ class Processes:
         """The values of all processes, in the order of their ranks; must be picklable."""
         if self.world_size == 1:
             return [value]
-        found: list[Any] = [None] * self.world_size
+        values: list[Any] = [None] * self.world_size
         with _clear_errors():
-            dist.all_gather_object(found, value, group=self._group)
-        return found
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def union(self, statistics: ActivationStatistics) -> ActivationStatistics:
-        """Statistics of the activations of all processes; those given are not changed.
+        """Statistics of the activations of all processes; `statistics` is not changed.
 
         With n_i samples of mean m_i and scatter S_i: n = sum n_i, m = sum n_i m_i / n, and
         S = sum (S_i + n_i (m_i - m)(m_i - m)^T). Means are summed as differences from one of them,
-        so that no digits cancel where they are large.
+        so that no digits cancel if they are large.
 
         Raises:
             DistributedError: A process is gone.
@@ -130,7 +130,7 @@ class Processes:
         tensors, fields = statistics.to_tensors()
         all_fields = self.gather(fields)
         counts = [int(other["n_samples"]) for other in all_fields]
-        n, own = sum(counts), counts[self.rank]
+        n, n_own = sum(counts), counts[self.rank]
         for name in ("n_samples", "n_skipped", "n_batches"):
             fields[name] = sum(other[name] for other in all_fields)
         fields["resolution"] = max(other["resolution"] for other in all_fields)
@@ -140,17 +140,17 @@ class Processes:
             source = next(rank for rank, count in enumerate(counts) if count > 0)
             with _clear_errors():
                 dist.broadcast(reference, src=source, group=self._group)
-            mean = reference + self._sum((mean - reference) * (own / n))
-            if own > 0:
+            mean = reference + self._sum((mean - reference) * (n_own / n))
+            if n_own > 0:
                 delta = tensors["mean"] - mean
-                scatter.addr_(delta, delta, alpha=own)
+                scatter.addr_(delta, delta, alpha=n_own)
             scatter = self._sum(scatter)
         return ActivationStatistics.from_tensors({"mean": mean, "scatter": scatter}, fields)
 
     def sum_(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Replace a tensor by its sum over all processes; every process gets the same bits.
 
-        Through the default group where that serves the tensor's device (NCCL), else on the CPU.
+        Uses the default group if it supports the tensor's device (NCCL), else the CPU.
         """
         if self.world_size == 1:
             return tensor
@@ -161,13 +161,13 @@ class Processes:
         return tensor.copy_(self._sum(tensor.cpu().contiguous()))
 
     def broadcast_(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-        """Replace a tensor by that of process 0."""
+        """Replace a tensor in place by that of process 0."""
         if self.world_size == 1:
             return tensor
-        own = tensor.cpu().contiguous()
+        on_cpu = tensor.cpu().contiguous()
         with _clear_errors():
-            dist.broadcast(own, src=0, group=self._group)
-        return tensor.copy_(own)
+            dist.broadcast(on_cpu, src=0, group=self._group)
+        return tensor.copy_(on_cpu)
 
     def concatenated(self, tensor: Shaped[Tensor, "n *row"]) -> Shaped[Tensor, "n_all *row"]:
         """The rows of all processes in the order of their ranks; n may differ between them."""
@@ -176,25 +176,25 @@ class Processes:
         sizes = [int(size) for size in self.gather(len(tensor))]
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:], device="cpu")
         padded[: len(tensor)] = tensor.cpu()
-        found = [torch.empty_like(padded) for _ in sizes]
+        gathered = [torch.empty_like(padded) for _ in sizes]
         with _clear_errors():
-            # as bytes, for gloo does not know every dtype
+            # as bytes, because gloo does not support every dtype
             dist.all_gather(
-                [part.view(torch.uint8) for part in found],
+                [part.view(torch.uint8) for part in gathered],
                 padded.view(torch.uint8),
                 group=self._group,
             )
-        parts = [part[:size] for part, size in zip(found, sizes, strict=True)]
+        parts = [part[:size] for part, size in zip(gathered, sizes, strict=True)]
         return torch.cat(parts).to(tensor.device)
 
     def from_first(self, value: T) -> T:
-        """What process 0 has; must be picklable."""
+        """The value of process 0; must be picklable."""
         if self.world_size == 1:
             return value
-        found = [value]
+        values = [value]
         with _clear_errors():
-            dist.broadcast_object_list(found, src=0, group=self._group)
-        return found[0]
+            dist.broadcast_object_list(values, src=0, group=self._group)
+        return values[0]
 
     def _sum(self, tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         with _clear_errors():

@@ -21,10 +21,11 @@ _NAMES_IN_A_COLUMN = 26
 
 
 def plot_eigenvalues(spectra: Mapping[str, Float[Tensor, "d"]], path: str | Path) -> None:
-    """Draw eigenvalues against their rank, a line for each name, as one figure.
+    """Draw eigenvalues against their rank, a line for each name, in one figure.
 
     Args:
-        spectra: By name, each in any order; divided by its mean, and null directions left out.
+        spectra: Eigenvalues by name, in any order. They are drawn divided by their mean, without
+            null directions.
         path: Where to write; its suffix is the format (.png, .pdf, .svg).
 
     Raises:
@@ -57,8 +58,8 @@ def plot_spectra(
         spectra: Eigenvalues by hook name, in descending order.
         directory: Where to write spectra and cumulative_variance, each as .png and .pdf, and
             held_out where it is given.
-        regularised: What whitening divides by, in the order of the eigenvalues they replace: thin
-            lines beside the spectra.
+        regularised: Regularised eigenvalues, in the order of those that they replace: thin lines
+            beside the spectra.
         held_out: Eigenvalues of held-out activations before and after whitening, in descending
             order.
 
@@ -144,7 +145,7 @@ def _draw_hooks(
 
 
 def _add_key(figure: "Figure", axes: Any) -> None:
-    """Name the lines outside the axes, where the names cover none of them."""
+    """A legend outside the axes, where it covers no lines."""
     handles, names = axes.get_legend_handles_labels()
     if len(names) == 1:
         figure.suptitle(names[0], fontsize=7)

@@ -1,7 +1,7 @@
 """Statistics of many hooks of a language model in one pass over a dataset.
 
-Statistics are updated inside the forward pass, so that no activations are kept. Several processes
-each take their shard of the dataset and decide together when there are enough samples.
+Statistics are updated inside the forward pass, so no activations are kept. If there are several
+processes, each takes its shard of the dataset, and they decide together when to stop.
 """
 
 import dataclasses
@@ -65,12 +65,13 @@ def fit_statistics(
 ) -> dict[str, ActivationStatistics]:
     """Mean and covariance at every hook that matches, from one pass over the dataset.
 
-    Ends when the split-half inflation of every hook is under `tolerance`, or at `max_samples` or
-    the end of the dataset, then with a warning that says about how many samples would do.
+    Ends when the split-half inflation of every hook is below `tolerance`. Ends also at
+    `max_samples` or the end of the dataset, with a warning that estimates how many samples are
+    needed.
 
-    Where torch.distributed is initialised, every process takes its shard of the dataset, and all
-    return the statistics of all shards. (Documents are packed into sequences within a shard: only
-    for a dataset of tokens are the sequences the same as in one process.)
+    If torch.distributed is initialised, every process takes its shard of the dataset, and all
+    return the statistics of all shards. (Documents are packed into sequences within a shard. So the
+    sequences are the same as in one process only if the dataset holds tokens.)
 
     Examples:
         >>> from datasets import Dataset
@@ -78,30 +79,30 @@ def fit_statistics(
         >>> size = {"n_layers": 1, "d_model": 8, "n_heads": 1, "d_head": 8, "n_ctx": 16}
         >>> model = HookedTransformer(HookedTransformerConfig(**size, d_vocab=50, act_fn="relu"))
         >>> dataset = Dataset.from_dict({"input_ids": torch.randint(0, 50, (100, 16)).tolist()})
-        >>> found = fit_statistics(
+        >>> statistics = fit_statistics(
         ...     model, dataset, "blocks.*.hook_resid_*", context_size=16, n_samples=1000
         ... )
-        >>> sorted(found)
+        >>> sorted(statistics)
         ['blocks.0.hook_resid_mid', 'blocks.0.hook_resid_post', 'blocks.0.hook_resid_pre']
-        >>> found["blocks.0.hook_resid_mid"].covariance.shape
+        >>> statistics["blocks.0.hook_resid_mid"].covariance.shape
         torch.Size([8, 8])
 
     Args:
         model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
             Hugging Face models. None with `cached_activations`.
-        dataset: A dataset, or what `open_dataset` takes: a file or folder, or a name on the hub;
-            with tokens or with text. None with `cached_activations`.
+        dataset: A dataset of tokens or text, or its file, folder or name on the hub, as for
+            `open_dataset`. None with `cached_activations`.
         hook_names: Hook names or glob patterns, such as "blocks.*.hook_resid_pre"; `*` stops at a
             dot, `**` does not.
         config: How much is read, and how; the default configuration if None.
-        out: Folder to write one file per hook to, and meanwhile the progress: a call that was
-            killed goes on from there when it is repeated, and ends with the same statistics.
+        out: Folder to write one file per hook to, and until then the progress. To continue after an
+            interruption, repeat the call; the statistics are the same.
         cached_activations: Directory of SAELens' `CacheActivationsRunner` to read instead of
-            running a model. How they were made is not known: of the fields of `ReadingConfig` none
-            has a meaning then.
+            running a model. The fields of `ReadingConfig` then have no effect, because it is not
+            known how the activations were made.
         provenance: Further entries for the provenance of the statistics. Give model_name,
-            model_class_name and model_from_pretrained_kwargs as training will have them, for it
-            to check them too: a model does not tell what it was loaded by.
+            model_class_name and model_from_pretrained_kwargs as in training, so that training can
+            check them: they cannot be read from a model.
         options: Fields of `FitConfig`, which replace those of `config`: tolerance, n_samples,
             context_size, exclude_special_tokens...
 
@@ -110,7 +111,7 @@ def fit_statistics(
 
     Raises:
         ValueError: Options contradict each other, a pattern matches no hook, the dataset has no
-            tokens, there is not one activation, or the progress in `out` is that of another
+            tokens, a hook has no activations, or the progress in `out` is that of another
             estimation.
         NonFiniteActivationsError: An activation is NaN or infinite; names hook and position.
         DistributedError: Another process failed or is gone.
@@ -150,18 +151,18 @@ def fit_statistics(
     if out is not None:
         check_writable(out)
         for name in source.hook_names:
-            statistics_file(out, name)  # refuses a name that no file can have, before hours of work
+            statistics_file(out, name)  # fails now, not after hours, if a name cannot be a file
         beside = hooks_beside(out, source.hook_names)
         if beside and is_first:
             logger.warning(
-                "%s holds statistics of %d other hooks from before, which stay as they are: %s",
+                "%s already holds statistics of %d other hooks, which are not changed: %s",
                 out,
                 len(beside),
                 _listed(beside),
             )
     record |= {"exclude_special_tokens": config.exclude_special_tokens, **(provenance or {})}
-    # as it will be saved: without secrets, tuples as lists; what JSON cannot hold fails here, not
-    # after hours of work
+    # as it will be saved: without secrets, tuples as lists; values that JSON cannot hold fail here,
+    # not after hours of work
     record = json.loads(json.dumps(redacted(record)))
     fit = _Fit(source, processes, config)
     progress = None
@@ -171,7 +172,7 @@ def fit_statistics(
             "hooks": source.hook_names,
             "batch_size_prompts": config.batch_size_prompts,
             "on_nonfinite": config.on_nonfinite,
-            # names may be the same or missing: the content tells models and datasets apart
+            # names may be equal or missing, so content identifies models and datasets
             "weights": None if model is None else _weights(model),
             "dataset": getattr(dataset, "_fingerprint", None),
             "beginning": source.beginning,
@@ -180,21 +181,21 @@ def fit_statistics(
         saved = progress.restore(config.on_nonfinite)
         if saved is not None:
             fit.restore(saved)
-    found = _finished(fit, fit.run(progress), record)
+    by_hook = _finished(fit, fit.run(progress), record)
     if model is not None:
-        for statistics in found.values():
+        for hook_statistics in by_hook.values():
             computed_in = resolution_of(model, config.autocast_lm)
-            statistics.resolution = max(statistics.resolution, computed_in)
+            hook_statistics.resolution = max(hook_statistics.resolution, computed_in)
     if out is not None:
 
         def save() -> None:
             if is_first:
-                for name, statistics in found.items():
-                    statistics.save(statistics_file(out, name))
+                for name, hook_statistics in by_hook.items():
+                    hook_statistics.save(statistics_file(out, name))
 
-        processes.together(save)  # before progress is deleted, the results of all are on disk
+        processes.together(save)  # all results are on disk before the progress is deleted
         shutil.rmtree(Path(out) / PROGRESS_DIR, ignore_errors=True)
-    return found
+    return by_hook
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -203,15 +204,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class _Fit:
-    """Statistics in the making: of this process's shard, with what all shards decide together.
+    """An estimation in progress: the statistics of this process's shard, and when to stop.
 
     Attributes:
         source: Where activations come from.
-        processes: Who estimates together.
+        processes: The processes that estimate together.
         config: How much is read.
-        statistics: By hook name, of this process's shard.
-        rules: By hook name, when its statistics are enough.
-        inflation: By hook name, when it was last looked at, of all shards.
+        statistics: Statistics of this process's shard, by hook name.
+        rules: When the statistics of a hook are enough, by hook name.
+        inflation: Inflation over all shards when it was last measured, by hook name.
         n_rounds: Batches so far, the same for all processes.
     """
 
@@ -226,11 +227,11 @@ class _Fit:
 
     @property
     def tolerance(self) -> float | None:
-        """What is to be reached, or None where a number of samples is."""
+        """The tolerance to reach, or None if a number of samples is set."""
         return None if self.config.n_samples is not None else self.config.tolerance
 
     def restore(self, saved: SavedProgress) -> None:
-        """Continue where an earlier call was."""
+        """Continue from the state of an earlier call."""
         for name, statistics in saved.statistics.items():
             self._add_hook(name, statistics)
             rule = self.rules[name]
@@ -240,7 +241,7 @@ class _Fit:
         self.source.skip(saved.n_sequences)
 
     def run(self, progress: Progress | None) -> dict[str, SplitHalfStatistics]:
-        """Read until all hooks have enough, or every shard is at its end.
+        """Read until all hooks have enough activations, or every shard is at its end.
 
         Returns:
             The statistics of all shards.
@@ -262,12 +263,12 @@ class _Fit:
                 union = self._look(due)
                 if due:
                     worst = max(self.inflation[name] for name in due)
-                    bar.set_postfix_str(f"held-out excess {worst:.1%}, wanted {self.tolerance:.1%}")
+                    bar.set_postfix_str(f"held-out excess {worst:.1%}, target {self.tolerance:.1%}")
                 for name in waiting:
                     self.rules[name].decide(n, self.inflation[name] if name in due else None)
                 if all(rule.is_enough for rule in self.rules.values()):
-                    rest = [name for name in names if name not in due]
-                    return union | self._look(rest)
+                    others = [name for name in names if name not in due]
+                    return union | self._look(others)
                 if progress is not None:
                     progress.save_if_due(self._to_save)
 
@@ -281,7 +282,7 @@ class _Fit:
         )
 
     def _look(self, names: Sequence[str]) -> dict[str, SplitHalfStatistics]:
-        """Statistics of hooks, of all shards; sets `inflation`, each computed by one process."""
+        """Statistics of hooks over all shards; sets `inflation`, computed by one process each."""
         if not names:
             return {}
         union: dict[str, SplitHalfStatistics] = {}
@@ -290,17 +291,17 @@ class _Fit:
             union[name] = SplitHalfStatistics(halves.d_in, self.config.on_nonfinite)
             first, second = map(self.processes.union, halves.halves)
             union[name].halves = (first, second)
-        own = names[self.processes.rank :: self.processes.world_size]
+        names_here = names[self.processes.rank :: self.processes.world_size]
 
         def inflations() -> dict[str, float]:
-            found = {}
-            for name in own:
+            here = {}
+            for name in names_here:
                 with naming(name):
-                    found[name] = union[name].inflation()
-            return found
+                    here[name] = union[name].inflation()
+            return here
 
-        found = self.processes.together(inflations)
-        for part in self.processes.gather(found):
+        here = self.processes.together(inflations)
+        for part in self.processes.gather(here):
             self.inflation.update(part)
         return union
 
@@ -316,19 +317,23 @@ class _Fit:
         self.statistics[name], self.rules[name] = statistics, StoppingRule(required)
 
     def _round(self) -> tuple[bool, int]:
-        """Read one batch; whether any process had one, and how many samples all have per hook."""
+        """Read one batch.
+
+        Returns:
+            Whether any process had a batch, and the samples per hook over all processes.
+        """
         more = self.processes.together(lambda: self.source.read(self._update))
         n_own = min((halves.n_samples for halves in self.statistics.values()), default=0)
         n_active, n = self.processes.total(more, n_own)
         if self.n_rounds == 0:
             if not n_active:
-                raise ValueError("the dataset holds not one sequence of the context size")
+                raise ValueError("the dataset is shorter than one sequence of the context size")
             self._agree_on_widths()
         self.n_rounds += 1
         if n == 0 and (not n_active or self.n_rounds >= MAX_EMPTY_BATCHES):
             raise ValueError(
-                "there is not one activation at some hook: every token is excluded, seqpos_slice "
-                "takes no position, or none is finite"
+                "a hook has no activations: every token is excluded, seqpos_slice takes no "
+                "position, or no activation is finite"
             )
         return n_active > 0, int(n)
 
@@ -356,14 +361,14 @@ class _Fit:
             ) from error
 
     def _agree_on_widths(self) -> None:
-        own = {name: halves.d_in for name, halves in self.statistics.items()}
+        widths_here = {name: halves.d_in for name, halves in self.statistics.items()}
         widths: dict[str, int] = {}
-        for found in self.processes.gather(own):
-            widths.update(found)
+        for part in self.processes.gather(widths_here):
+            widths.update(part)
         if silent := [name for name in self.source.hook_names if name not in widths]:
             raise ValueError(
-                f"no activations pass through {', '.join(silent)}: the model as it is set does not "
-                "compute what these hooks are for"
+                f"no activations pass through {', '.join(silent)}: with its current settings the "
+                "model does not compute them"
             )
         for name in self.source.hook_names:
             if name not in self.statistics:  # of a process whose shard is empty
@@ -372,7 +377,7 @@ class _Fit:
 
 
 def _weights(model: Model) -> str:
-    """A checksum of the first numbers of every parameter, to tell one model from another."""
+    """A checksum of the first numbers of every parameter, to identify a model."""
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sha.update(name.encode())
@@ -381,7 +386,7 @@ def _weights(model: Model) -> str:
 
 
 def _describe(model: Model) -> dict[str, Any]:
-    """What is known of the weights beyond the name they were loaded by."""
+    """The dtype of the weights and, if known, their commit on the hub."""
     config = getattr(getattr(model, "model", None), "config", None)
     return {
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -392,14 +397,14 @@ def _describe(model: Model) -> dict[str, Any]:
 def _finished(
     fit: _Fit, union: Mapping[str, SplitHalfStatistics], record: dict[str, Any]
 ) -> dict[str, ActivationStatistics]:
-    """Merge halves, warn where they are too few, record where they came from."""
+    """Merge halves, warn about hooks with too few samples, and record the provenance."""
     record.setdefault("date", datetime.datetime.now(datetime.timezone.utc).isoformat())
     for package in ("sae-whiten", "sae-lens", "transformer-lens", "torch"):
         try:
             record.setdefault(f"{package}_version", importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = {}
+    by_hook = {}
     tolerance = fit.tolerance
     for name in fit.source.hook_names:
         halves, inflation = union[name], fit.inflation[name]
@@ -407,8 +412,8 @@ def _finished(
             message = too_inaccurate(inflation, halves.n_samples, tolerance)
             logger.warning("%s: %s", name, message)
         if halves.n_skipped and fit.processes.rank == 0:
-            logger.warning("%s: %d activations not finite, left out", name, halves.n_skipped)
-        found[name] = halves.merged()
+            logger.warning("%s: left out %d activations, not finite", name, halves.n_skipped)
+        by_hook[name] = halves.merged()
         known = inflation if math.isfinite(inflation) else None
-        found[name].provenance = {**record, "hook_name": name, "inflation": known}
-    return found
+        by_hook[name].provenance = {**record, "hook_name": name, "inflation": known}
+    return by_hook

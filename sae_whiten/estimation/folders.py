@@ -1,4 +1,4 @@
-"""Folders of statistics, one file per hook, and where statistics of a hook are found."""
+"""Folders of statistics, one file per hook: finding a hook's file, and sharing a folder."""
 
 import contextlib
 import shutil
@@ -37,7 +37,7 @@ def statistics_file(directory: str | Path, hook_name: str) -> Path:
 
 
 def hooks_beside(directory: str | Path, names: Collection[str]) -> list[str]:
-    """The hooks whose statistics lie in a folder beside those of the hooks given."""
+    """The other hooks, not in `names`, whose statistics are in a folder."""
     files = (path.name for path in Path(directory).glob("*.safetensors"))
     return [name for name in _hub.hook_names(files) if name not in names]
 
@@ -47,18 +47,18 @@ def find_statistics(source: str | Path, hook_name: str | None) -> Path:
 
     Args:
         source: A file, a folder with one file for each hook, the folder that a training run wrote,
-            or a repo of the Hugging Face hub, "user/name" or "user/name@revision". What exists on
-            disk goes before the hub.
+            or a repo of the Hugging Face hub, "user/name" or "user/name@revision". A path that
+            exists is preferred to the hub.
         hook_name: Name of the hook. None if it is not known; `source` must be a file then.
 
     Raises:
-        FileNotFoundError: `source` is none of these, or holds nothing of this hook.
+        FileNotFoundError: `source` is none of these, or has no statistics of this hook.
         ConnectionError: The hub cannot be reached, and the file was not downloaded before.
         ValueError: `hook_name` is None, and `source` does not hold a single file.
     """
     path = Path(source)
     if not path.exists():
-        with _not_a_path_either(source):
+        with _errors_mention_path(source):
             repo_id, revision = _hub.repo_and_revision(source)
             return _hub.download(repo_id, hook_name, revision)
     if not path.is_dir():
@@ -75,9 +75,9 @@ def find_statistics(source: str | Path, hook_name: str | None) -> Path:
 
 
 def find_all_statistics(source: str | Path) -> list[Path]:
-    """The files of all hooks' statistics in a file, folder or repo; as for `find_statistics`.
+    """The files of all hooks' statistics in a source, as for `find_statistics`.
 
-    In the folder that a training run wrote, that is its statistics alone, not its weights.
+    In the folder of a training run, only its statistics are returned, not its weights.
 
     Raises:
         FileNotFoundError: `source` is neither a path nor a repo, or holds no statistics.
@@ -87,7 +87,7 @@ def find_all_statistics(source: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.exists():
-        with _not_a_path_either(source):
+        with _errors_mention_path(source):
             path = _hub.download_all(*_hub.repo_and_revision(source))
     of_a_run = _of_a_run(path)
     if of_a_run is not None:
@@ -114,11 +114,11 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -
     Raises:
         FileNotFoundError: The folder holds no statistics.
         CorruptFileError: A file is truncated, foreign or was changed.
-        ValueError: A file does not name its hook or holds a secret, or the repo is public and was
-            to be private.
-        OSError: The hub cannot be reached, or refuses: no token, or none with the right to write.
+        ValueError: A file does not name its hook or holds a secret, or the repo is public although
+            `private` is set.
+        OSError: The hub cannot be reached, or refuses: no token, or one without write access.
     """
-    files = _to_share(folder)
+    files = _shareable_files(folder)
     with tempfile.TemporaryDirectory() as name:
         figure = _draw(files, Path(name))
         return _hub.upload(files, repo_id, private, figure)
@@ -133,14 +133,14 @@ def write_upload(folder: str | Path, target: str | Path, repo_id: str) -> None:
         repo_id: The repo that the card is for.
 
     Raises:
-        FileExistsError: `target` holds something. And as `push_folder`, but for the hub.
+        FileExistsError: `target` is not empty. Also the errors of `push_folder`, except the hub's.
     """
-    by_hook, target = _to_share(folder), Path(target)
+    by_hook, target = _shareable_files(folder), Path(target)
     require_empty(target)
     target.mkdir(parents=True, exist_ok=True)
     for hook_name, (file, _) in by_hook.items():
         shutil.copyfile(file, statistics_file(target, hook_name))
-    described = {hook_name: found for hook_name, (_, found) in by_hook.items()}
+    described = {hook_name: statistics for hook_name, (_, statistics) in by_hook.items()}
     figure = _draw(by_hook, target)
     card = _hub.statistics_card(repo_id, described, None if figure is None else figure.name)
     (target / "README.md").write_text(card)
@@ -149,9 +149,9 @@ def write_upload(folder: str | Path, target: str | Path, repo_id: str) -> None:
 def _draw(files: Mapping[str, tuple[Path, ActivationStatistics]], folder: Path) -> Path | None:
     """Draw the spectra of the hooks that have one."""
     spectra = {
-        hook_name: torch.linalg.eigvalsh(found.covariance).clamp(min=0)
-        for hook_name, (_, found) in files.items()
-        if found.n_samples > 1
+        hook_name: torch.linalg.eigvalsh(statistics.covariance).clamp(min=0)
+        for hook_name, (_, statistics) in files.items()
+        if statistics.n_samples > 1
     }
     spectra = {hook_name: values for hook_name, values in spectra.items() if values.max() > 0}
     if not spectra:
@@ -160,23 +160,21 @@ def _draw(files: Mapping[str, tuple[Path, ActivationStatistics]], folder: Path) 
     return folder / "spectra.png"
 
 
-def _to_share(folder: str | Path) -> dict[str, tuple[Path, ActivationStatistics]]:
+def _shareable_files(folder: str | Path) -> dict[str, tuple[Path, ActivationStatistics]]:
     by_hook: dict[str, tuple[Path, ActivationStatistics]] = {}
     for file in find_all_statistics(Path(folder).resolve(strict=True)):
-        found = ActivationStatistics.load(file)
-        hook_name = found.provenance.get("hook_name")
+        statistics = ActivationStatistics.load(file)
+        hook_name = statistics.provenance.get("hook_name")
         if not isinstance(hook_name, str):
-            raise ValueError(
-                f"{file} does not say of which hook it is: set provenance['hook_name']"
-            )
+            raise ValueError(f"{file} does not name its hook: set provenance['hook_name']")
         if hook_name in by_hook:
-            raise ValueError(f"{file} is of {hook_name}, like another file beside it")
-        if redacted(found.provenance) != found.provenance:
+            raise ValueError(f"{file} and another file are both of {hook_name}")
+        if redacted(statistics.provenance) != statistics.provenance:
             raise ValueError(
                 f"{file} holds an access token or a password in its provenance: load it and save "
-                "it again, which leaves that out"
+                "it again to remove that"
             )
-        by_hook[hook_name] = file, found
+        by_hook[hook_name] = file, statistics
     return by_hook
 
 
@@ -185,8 +183,8 @@ def _of_a_run(folder: Path) -> Path | None:
 
 
 @contextlib.contextmanager
-def _not_a_path_either(source: str | Path) -> Iterator[None]:
-    """Add to errors about a repo that there is no such path either: it may have been meant."""
+def _errors_mention_path(source: str | Path) -> Iterator[None]:
+    """Add to errors about a repo that there is no such path: the user may have meant a path."""
     try:
         yield
     except (FileNotFoundError, ConnectionError) as error:

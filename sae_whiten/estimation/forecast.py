@@ -1,8 +1,8 @@
-"""Will whitening help at a hook? What it did where activations were about as anisotropic.
+"""Will whitening help at a hook? A forecast from activations that were about as anisotropic.
 
 The evidence is one experiment (docs/dose-response.md): the same activations, made more and more
-anisotropic by invertible maps ("doses"), and SAEs trained on each. A hook is compared with the dose
-that is nearest to it. Nothing is interpolated: between two doses nothing was measured.
+anisotropic by invertible maps ("doses"), and SAEs trained on each. A hook is compared with the
+nearest dose. There is no interpolation, because nothing was measured between two doses.
 """
 
 import json
@@ -35,7 +35,7 @@ SETTINGS = {
     "strength-0.5": 'whiten by half: strength=0.5, loss_space="whitened"',
     "whitened": 'whiten: loss_space="whitened"',
 }
-"""What can be recommended, the plainest first."""
+"""Recommendations by condition, the simplest first."""
 
 LIMITS = (
     "(TopK SAEs of one hook of all-MiniLM-L6-v2, made more and more anisotropic. On a causal\n"
@@ -45,13 +45,14 @@ LIMITS = (
 """Where the forecast comes from, and that it has failed."""
 
 FAR = 0.5
-"""Distance in powers of ten above which the nearest dose says nothing about a hook."""
+"""Distance in powers of ten above which the nearest dose is no evidence for a hook."""
 
 _FEW_DEAD = 0.05
-"""A share of the latents: a smaller difference in dead ones is no reason for anything."""
+"""Share of the latents: smaller differences in dead latents are ignored."""
 
 _SMALL_MEAN, _LARGE_SHARE = 0.3, 0.3
-"""|mean|/std and share of the mildest activations measured. Milder ones are taken as equal."""
+"""|mean|/std and participation share of the mildest activations measured. Milder activations count
+as equal to these."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Difference:
         mean: The difference.
         low: Lower end of the interval; NaN with one seed.
         high: Upper end.
-        noise: What measuring again could change.
+        noise: How much measuring again could change it.
     """
 
     mean: float
@@ -78,14 +79,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What SAEs of one condition did at one dose, means over seeds.
+    """Results of the SAEs of one condition at one dose, means over seeds.
 
     Attributes:
         seeds: Number of SAEs.
         explained_variance: Of held-out activations.
-        dead: Share of latents that no held-out activation fires.
+        dead: Share of latents that fire at no held-out activation.
         auc: Test AUC of probes on 1 to 16 latents, mean over their numbers and all tasks.
-        over: Difference in `auc` to other conditions, by their names.
+        over: Difference in `auc` from other conditions, by their names.
     """
 
     seeds: int
@@ -97,7 +98,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Dose:
-    """Activations that SAEs were trained on, and what became of them.
+    """Activations that SAEs were trained on, and the results of these SAEs.
 
     Attributes:
         name: As in docs/dose-response.md.
@@ -112,17 +113,17 @@ class Dose:
     outcomes: dict[str, Outcome]
 
     def distance(self, mean_over_std: float, participation_share: float) -> float:
-        """How far activations are from this dose, in powers of ten of both figures together."""
+        """Distance of activations from this dose: both figures in log10, Euclidean."""
         here = _mildest(self.mean_over_std, self.participation_share)
         there = _mildest(mean_over_std, participation_share)
         return math.hypot(*(math.log10(a / b) for a, b in zip(here, there, strict=True)))
 
     @property
     def best(self) -> str:
-        """The plainest setting that no other was better than: a key of `SETTINGS`.
+        """The simplest setting that no other improves on: a key of `SETTINGS`.
 
-        Better is what leaves fewer latents dead, by 5% of them at least, or what probes do better
-        with; never what they do worse with.
+        A setting is better if its AUC is significantly higher, or, if AUC does not differ, if it
+        leaves fewer latents dead, by more than 5% of all.
         """
         best = BASELINE
         for name in SETTINGS:
@@ -131,10 +132,10 @@ class Dose:
         return best
 
     def _better(self, name: str, other: str) -> bool:
-        found, difference = self.outcomes[name], self.outcomes[name].over[other]
+        outcome, difference = self.outcomes[name], self.outcomes[name].over[other]
         if difference.is_one:
             return difference.mean > 0
-        return self.outcomes[other].dead - found.dead > _FEW_DEAD
+        return self.outcomes[other].dead - outcome.dead > _FEW_DEAD
 
 
 def _mildest(mean_over_std: float, participation_share: float) -> tuple[float, float]:
@@ -147,7 +148,7 @@ class Forecast:
 
     Attributes:
         dose: The nearest dose.
-        distance: To it, in powers of ten.
+        distance: Distance to it, in powers of ten.
     """
 
     dose: Dose
@@ -155,14 +156,14 @@ class Forecast:
 
     @property
     def known(self) -> bool:
-        """Whether anything like it was measured."""
+        """Whether similar activations were measured."""
         return self.distance <= FAR
 
     @property
     def advice(self) -> str:
         """What to do, in a few words."""
         setting = SETTINGS[self.dose.best]
-        return setting if self.known else f"not measured; at the nearest: {setting}"
+        return setting if self.known else f"not measured; at the nearest dose: {setting}"
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON can hold."""
@@ -191,20 +192,20 @@ def _dose(entry: dict[str, Any]) -> Dose:
     outcomes = {
         name: Outcome(
             **{
-                **found,
+                **outcome,
                 "over": {
                     other: Difference(**{k: math.nan if v is None else v for k, v in d.items()})
-                    for other, d in found["over"].items()
+                    for other, d in outcome["over"].items()
                 },
             }
         )
-        for name, found in entry["outcomes"].items()
+        for name, outcome in entry["outcomes"].items()
     }
     return Dose(**{**entry, "outcomes": outcomes})
 
 
 def forecast(mean_over_std: float, participation_share: float) -> Forecast:
-    """What to expect of whitening at a hook: what it did at the nearest dose.
+    """What to expect of whitening at a hook: the results at the nearest dose.
 
     Args:
         mean_over_std: Norm of the mean over the root of the total variance.

@@ -1,4 +1,4 @@
-"""What statistics say about activations and about the whitening that is derived from them."""
+"""Figures that describe activation statistics and the whitening derived from them."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -32,9 +32,9 @@ def describe_statistics(
 
     Args:
         statistics: Of the activations.
-        config: How they would be whitened; the default configuration if None. Only what changes the
-            spectrum counts: eps, eps_mode and shrinkage.
-        held_out: Of other activations of the same hook, to see how white the whitening makes them.
+        config: How they would be whitened; the default configuration if None. Only eps, eps_mode
+            and shrinkage matter, which change the spectrum.
+        held_out: Statistics of other activations of the same hook, to test the whitening on.
 
     Returns:
         Figures of the covariance (`SpectrumSummary`; directions_for_90 and _99; outliers: the
@@ -42,12 +42,13 @@ def describe_statistics(
 
         - "regularised": `RegularisationSummary`, the intensity of shrinkage, the intensity that OAS
           would choose, and the regularised eigenvalues;
-        - "forecast": what SAEs did on activations about as anisotropic, `Forecast.to_dict()`;
+        - "forecast": results of SAEs on activations that are about as anisotropic,
+          `Forecast.to_dict()`;
         - "held_out": None, or the number of held-out activations, `WhitenessSummary` over the
           directions that are not null, and eigenvalues before and after whitening.
 
-        All eigenvalues are in descending order, but the regularised ones, which are in the order of
-        the eigenvalues that they replace.
+        All eigenvalues are in descending order, except the regularised ones, which are in the order
+        of the eigenvalues that they replace.
 
     Raises:
         ValueError: There are fewer than two samples or no variance, or the held-out statistics are
@@ -99,7 +100,7 @@ def _held_out(
             f"{statistics.d_in}"
         )
     if held_out.digest == statistics.digest:
-        raise ValueError("the held-out statistics are the same as those that they are to test")
+        raise ValueError("the held-out statistics are the same as those to be tested")
     kept = ~null_directions(whitening.covariance_eigenvalues)
     covariance = held_out.covariance
     after = whitened_spectrum(whitening.W[:, kept], covariance)

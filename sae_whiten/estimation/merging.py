@@ -1,4 +1,4 @@
-"""Statistics of several shards of a dataset as those of the whole."""
+"""Merging the statistics of several shards of a dataset."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ __all__ = ["merge_files"]
 def merge_files(paths: Sequence[Path]) -> ActivationStatistics:
     """The statistics of all files together: exactly those of one pass over all shards.
 
-    Entries of the provenance that all shards agree on are kept. Shards may be of different texts,
-    but must agree in everything that decides what the activations of a text are.
+    Provenance entries that are equal in all shards are kept. Shards may be of different texts, but
+    must agree in everything that determines the activations of a text (`decisive_fields`).
 
     Args:
-        paths: One file of statistics at least.
+        paths: Files of statistics, at least one.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -30,7 +30,7 @@ def merge_files(paths: Sequence[Path]) -> ActivationStatistics:
     first_with: dict[str, tuple[Path, Any]] = {}
     for path in paths:
         shard = ActivationStatistics.load(path)
-        # compared by content, not by name; empty shards are all alike, and harmless
+        # compared by content, not by name; empty shards may be equal
         twin = paths_by_digest.setdefault(shard.digest, path) if shard.n_samples else path
         if twin is not path:
             raise ValueError(
@@ -41,10 +41,10 @@ def merge_files(paths: Sequence[Path]) -> ActivationStatistics:
             if name not in shard.provenance:
                 continue
             value = shard.provenance[name]
-            first, wanted = first_with.setdefault(name, (path, value))
-            if value != wanted:
+            first, expected = first_with.setdefault(name, (path, value))
+            if value != expected:
                 raise ValueError(
-                    f"{first} and {path} do not belong together: {name} is {wanted!r} in one and "
+                    f"{first} and {path} do not belong together: {name} is {expected!r} in one and "
                     f"{value!r} in the other"
                 )
         whole = shard if whole is None else whole.merge(shard)

@@ -20,20 +20,20 @@ class ReadingConfig:
     """Run the model in bfloat16 autocast."""
 
     split: str = "train"
-    """Split of the dataset, if it is given by its path. Training takes "train", and refuses
-    statistics of another split, but not of a part of it such as "train[:50%]"."""
+    """Split of the dataset, if it is given by its path. Training uses "train"; it refuses
+    statistics of another split, but accepts a part of it such as "train[:50%]"."""
 
     streaming: bool = True
-    """Do not download the dataset first."""
+    """Stream the dataset instead of downloading it first."""
 
     context_size: int = 128
     """Tokens per sequence."""
 
     prepend_bos: bool = True
-    """Put the beginning-of-sequence token in front."""
+    """Begin each sequence with the beginning-of-sequence token."""
 
     disable_concat_sequences: bool = False
-    """One document per sequence, and shorter ones dropped."""
+    """One document per sequence; documents shorter than the context are dropped."""
 
     sequence_separator_token: int | Literal["bos", "eos", "sep"] | None = "bos"
     """Token between documents."""
@@ -42,10 +42,10 @@ class ReadingConfig:
     """Tokenise with the chat template."""
 
     seqpos_slice: tuple[int | None, ...] = (None,)
-    """Positions to take: stop, or start stop, or start stop step; none for an open end."""
+    """Positions to use: stop, or start stop, or start stop step; none for an open end."""
 
     hook_head_index: int | None = None
-    """One head of hooks with a head dimension."""
+    """Index of the head to use, for hooks with a head dimension."""
 
     def __post_init__(self) -> None:
         require_number("context_size", self.context_size)
@@ -69,14 +69,14 @@ class FitConfig(ReadingConfig):
     """
 
     tolerance: float = 0.02
-    """Relative excess variance of held-out activations under the whitening, to be reached at every
-    hook."""
+    """Stop when the relative excess variance of held-out activations under the whitening is at most
+    this at every hook."""
 
     n_samples: int | None = None
-    """Take this many activations per hook instead, and the rest of the last batch."""
+    """Use this many activations per hook instead, rounded up to whole batches."""
 
     max_samples: int | None = None
-    """With tolerance, take at most this many per hook; none: 1000 per dimension."""
+    """With tolerance, use at most this many activations per hook; none: 1000 per dimension."""
 
     batch_size_prompts: int = 32
     """Sequences per pass of the model."""
@@ -86,31 +86,31 @@ class FitConfig(ReadingConfig):
     (BOS, EOS, PAD, SEP), or those with these ids."""
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
-    """Activations with a NaN or an infinity: raise an error that names the place, or skip and count
-    them."""
+    """What to do with activations that have a NaN or an infinity: raise an error that names the
+    position, or skip and count them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.tolerance < math.inf:
-            problem = "must be above 0; to take all there is, set n_samples"
+            problem = "must be above 0; to use all activations, set n_samples"
             raise FieldError("tolerance", self.tolerance, problem)
         require_number("batch_size_prompts", self.batch_size_prompts)
         for name in ("n_samples", "max_samples"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name))
         if self.n_samples is not None and self.max_samples is not None:
-            problem = "limits what tolerance takes; leave it out with n_samples"
+            problem = "limits the samples that tolerance needs; leave it out with n_samples"
             raise FieldError("max_samples", self.max_samples, problem)
         if self.on_nonfinite not in ("raise", "skip"):
             raise FieldError("on_nonfinite", self.on_nonfinite, "must be 'raise' or 'skip'")
 
 
 def decisive_fields() -> tuple[str, ...]:
-    """The fields of the provenance that decide what the activations of a given text are.
+    """The provenance fields that determine the activations of a given text.
 
     They are the same for shards of one dataset, and for statistics and the SAE trained under them.
     """
-    # not where texts come from, nor whether they are streamed
+    # all but where texts come from and whether they are streamed
     reading = (f.name for f in dataclasses.fields(ReadingConfig))
     return (
         "model_name",

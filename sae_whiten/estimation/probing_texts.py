@@ -1,7 +1,7 @@
-"""The texts inside the package `sae-probes`: its tasks, and what is left to train on.
+"""The texts of the package `sae-probes`: its tasks, and the texts left to train on.
 
-The package brings its data, 113 tasks of binary classification (Kantamneni et al. 2025), so that
-no hub is needed. It is an optional dependency: `pip install "sae-whiten[probes]"`.
+The package includes its data, 113 tasks of binary classification (Kantamneni et al. 2025), so no
+hub is needed. It is an optional dependency: `pip install "sae-whiten[probes]"`.
 """
 
 import re
@@ -16,25 +16,25 @@ _NAME = re.compile(r"sae-probes(?::(\d+))?")
 
 
 def is_probing_texts(source: str) -> bool:
-    """Whether a name means these data: "sae-probes", or "sae-probes:N" with N tasks of it."""
+    """Whether a name refers to these data: "sae-probes", or "sae-probes:N" for N of its tasks."""
     return _NAME.fullmatch(source) is not None
 
 
 def tasks_of(source: str) -> list[str]:
-    """The tasks that a name means: all for "sae-probes", a fixed sample for "sae-probes:N".
+    """The tasks of a name: all for "sae-probes", a fixed sample for "sae-probes:N".
 
     A sample is taken evenly from the tasks in the order of `sae-probes`, in which related ones
     follow each other. The same N always gives the same tasks.
 
     Raises:
         ModuleNotFoundError: `sae-probes` is not installed.
-        ValueError: The name is another, or there are not as many tasks.
+        ValueError: The name is neither, or there are fewer than N tasks.
     """
-    found = _NAME.fullmatch(source)
-    if found is None:
+    match = _NAME.fullmatch(source)
+    if match is None:
         raise ValueError(f"{source!r}: give sae-probes, or sae-probes:N for N of its tasks")
     names = task_names()
-    n = len(names) if found[1] is None else int(found[1])
+    n = len(names) if match[1] is None else int(match[1])
     if not 1 <= n <= len(names):
         raise ValueError(f"{source}: there are {len(names)} tasks, so 1 to {len(names)} of them")
     return [names[i * len(names) // n] for i in range(n)]
@@ -56,11 +56,11 @@ def task_names() -> list[str]:
 
 
 def unprobed_texts(tasks: Collection[str]) -> datasets.Dataset:
-    """Texts of `sae-probes` that none of these tasks has, to train on: a column "text".
+    """Texts of `sae-probes` that none of these tasks uses, to train on: a column "text".
 
-    All tasks together leave the texts of its other data sets, which have more than two classes or
-    numbers to predict; a sample of tasks leaves those of the other tasks too. No text occurs twice.
-    The order is random and always the same.
+    If all tasks are given, these are the texts of its other data sets, which have more than two
+    classes or numeric targets; if some are given, also those of the other tasks. No text occurs
+    twice. The order is random and always the same.
 
     Args:
         tasks: Names of the tasks that will be probed.
@@ -85,7 +85,7 @@ def unprobed_texts(tasks: Collection[str]) -> datasets.Dataset:
 
 
 def _texts(frames: Iterable[Any]) -> Iterable[str]:
-    """The prompts of some tables; some of these data have none."""
+    """The prompts of tables; tables without prompts are skipped."""
     for frame in frames:
         if "prompt" in frame:
             yield from frame["prompt"].dropna().astype(str)

@@ -1,4 +1,4 @@
-"""How far an estimation is, on disk, so that one that was killed goes on."""
+"""Progress of an estimation on disk, so that it can continue after an interruption."""
 
 import dataclasses
 import logging
@@ -31,9 +31,9 @@ class SavedProgress:
     """The state that an estimation continues from.
 
     Attributes:
-        statistics: By hook name, of this process's shard.
-        next_looks: By hook name, as in `StoppingRule`.
-        enough: Names of the hooks whose statistics were found to be enough.
+        statistics: Statistics of this process's shard, by hook name.
+        next_looks: `next_look` of each hook's `StoppingRule`, by hook name.
+        enough: Names of the hooks that have enough samples.
         n_rounds: Batches so far.
         n_sequences: Sequences read by this process.
     """
@@ -48,13 +48,13 @@ class SavedProgress:
 class Progress:
     """State of an unfinished estimation on disk, one file per process.
 
-    A file belongs to one round. It is deleted only when every process has written the next one, so
-    that all can go on from the same round, whenever they are killed.
+    A file belongs to one round. It is deleted only after every process has written the next one, so
+    that all can continue from the same round, whenever they are killed.
 
     Args:
         directory: Where the files are.
-        identity: Settings and data of the estimation; a call continues only one with the same.
-        processes: Who estimates together.
+        identity: Settings and data of the estimation. Only progress with the same is continued.
+        processes: The processes that estimate together.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any], processes: Processes) -> None:
@@ -65,7 +65,7 @@ class Progress:
         self._next_save = time.monotonic() + _SAVE_EVERY_SECONDS
 
     def restore(self, on_nonfinite: Literal["raise", "skip"]) -> SavedProgress | None:
-        """The state in the last round that every process has saved, if there is one.
+        """The state of the last round that every process has saved, if there is one.
 
         Args:
             on_nonfinite: As for `ActivationStatistics`.
@@ -74,18 +74,18 @@ class Progress:
             ValueError: It is the progress of another estimation, or of more or fewer processes.
             CorruptFileError: The file is truncated, foreign or was changed.
         """
-        own = self._processes.together(self._rounds)
-        common = set.intersection(*map(set, self._processes.gather(set(own))))
+        rounds = self._processes.together(self._rounds)
+        common = set.intersection(*map(set, self._processes.gather(set(rounds))))
         if not common:
             return None
-        path = own[max(common)]
+        path = rounds[max(common)]
         saved = self._processes.together(lambda: self._load(path, on_nonfinite))
         if self._processes.rank == 0:
             logger.info("continuing after %d batches, from %s", saved.n_rounds, self._directory)
         return saved
 
     def save_if_due(self, state: Callable[[], SavedProgress]) -> None:
-        """Save, unless that was done not long ago; the first process's clock decides."""
+        """Save, unless the last save is recent; the first process's clock decides."""
         now = time.monotonic()
         due = self._processes.rank == 0 and now >= self._next_save
         if not self._processes.total(due)[0]:
@@ -96,8 +96,10 @@ class Progress:
         for name, statistics in saved.statistics.items():
             halves[name] = []
             for i, half in enumerate(statistics.halves):
-                own, fields = half.to_tensors()
-                tensors.update({f"{name}/{i}/{key}": tensor for key, tensor in own.items()})
+                half_tensors, fields = half.to_tensors()
+                tensors.update(
+                    {f"{name}/{i}/{key}": tensor for key, tensor in half_tensors.items()}
+                )
                 halves[name].append(fields)
         fields = {
             "identity": self._identity,
@@ -110,7 +112,7 @@ class Progress:
             "n_sequences": saved.n_sequences,
         }
         path = self._directory / f"{self._name}.round-{saved.n_rounds}.safetensors"
-        # until all have
+        # waits until all processes have saved
         self._processes.together(lambda: save_tensors(path, _KIND, tensors, fields))
         for old in self._directory.glob(f"{self._name}.*"):
             if old != path:
@@ -121,15 +123,17 @@ class Progress:
     def _rounds(self) -> dict[int, Path]:
         """This process's files, by round."""
         files = {path: path.name.split(".") for path in self._directory.glob("rank-*-of-*")}
-        own = {int(name[1].split("-")[1]): p for p, name in files.items() if name[0] == self._name}
+        rounds = {
+            int(name[1].split("-")[1]): p for p, name in files.items() if name[0] == self._name
+        }
         counts = {int(name[0].rsplit("-", 1)[1]) for name in files.values()}
         if others := counts - {self._processes.world_size}:
             raise ValueError(
                 f"{self._directory} holds the progress of {others.pop()} processes, and now there "
                 f"are {self._processes.world_size}. Continue with as many, or delete the folder to "
-                "begin anew."
+                "start again."
             )
-        return own
+        return rounds
 
     def _load(self, path: Path, on_nonfinite: Literal["raise", "skip"]) -> SavedProgress:
         tensors, fields = load_tensors(path, _KIND)
@@ -153,7 +157,7 @@ class Progress:
         if different:
             raise ValueError(
                 f"{self._directory} holds the progress of an estimation with "
-                f"{', '.join(different)}. Repeat that one, or delete the folder to begin anew."
+                f"{', '.join(different)}. Keep those settings, or delete the folder to start again."
             )
         return saved
 

@@ -1,4 +1,4 @@
-"""Whether statistics were estimated from what an SAE is trained on."""
+"""Checks that statistics were estimated from the activations that an SAE is trained on."""
 
 import json
 from collections.abc import Mapping
@@ -17,26 +17,26 @@ __all__ = ["load_statistics", "provenance_of"]
 
 
 def provenance_of(cfg: SAEConfig) -> dict[str, Any]:
-    """What SAELens' runner wrote into an SAE's metadata about where its activations come from."""
+    """The origin of an SAE's activations, as SAELens' runner wrote it to the metadata."""
     names = (*decisive_fields(), "dataset_path")
-    found = {name: cfg.metadata[name] for name in names if name in cfg.metadata}
-    return redacted(found)
+    fields = {name: cfg.metadata[name] for name in names if name in cfg.metadata}
+    return redacted(fields)
 
 
 def load_statistics(
     source: str | Path, cfg: SAEConfig, allow_other: bool = False
 ) -> ActivationStatistics:
-    """Read the statistics that an SAE is to be whitened with.
+    """Read the statistics to whiten an SAE with, and check their provenance.
 
     Args:
         source: A file of statistics, a folder with one for each hook, the folder that a training
-            run wrote, or a repo of the Hugging Face hub, "user/name" or "user/name@revision"; what
-            exists on disk goes before the hub.
+            run wrote, or a repo of the Hugging Face hub, "user/name" or "user/name@revision"; a
+            path that exists is preferred to the hub.
         cfg: Config of the SAE.
-        allow_other: Take them even where their provenance contradicts the SAE's metadata.
+        allow_other: Accept statistics whose provenance contradicts the SAE's metadata.
 
     Raises:
-        FileNotFoundError: There are none, or none for this hook.
+        FileNotFoundError: There are no statistics, or none for this hook.
         CorruptFileError: The file is truncated, foreign or was changed.
         ConnectionError: The hub cannot be reached, and they were not downloaded before.
         ValueError: They are of another width, or of another model, hook, dataset...
@@ -46,13 +46,13 @@ def load_statistics(
     if statistics.d_in != cfg.d_in:
         raise ValueError(f"{source} is of width {statistics.d_in}, the SAE of width {cfg.d_in}")
     if not allow_other:
-        wanted, found = provenance_of(cfg), redacted(statistics.provenance)
-        if "dataset_path" in wanted:
-            wanted["split"] = "train"  # which is what SAELens trains on
+        expected, recorded = provenance_of(cfg), redacted(statistics.provenance)
+        if "dataset_path" in expected:
+            expected["split"] = "train"  # SAELens trains on this split
         different = [
-            f"{name}={found[name]!r} (training has {wanted[name]!r})"
-            for name in wanted
-            if name in found and not _is_same(name, found, wanted)
+            f"{name}={recorded[name]!r} (training has {expected[name]!r})"
+            for name in expected
+            if name in recorded and not _is_same(name, recorded, expected)
         ]
         if different:
             raise ValueError(
@@ -62,14 +62,14 @@ def load_statistics(
     return statistics
 
 
-def _is_same(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a field means the same in both: positions may be written in several ways."""
-    as_written = json.dumps(found[name], default=str) == json.dumps(wanted[name], default=str)
-    return as_written or _canonical(name, found) == _canonical(name, wanted)
+def _is_same(name: str, recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    """Whether a field has the same meaning in both: positions may be written in several ways."""
+    as_written = json.dumps(recorded[name], default=str) == json.dumps(expected[name], default=str)
+    return as_written or _canonical(name, recorded) == _canonical(name, expected)
 
 
 def _canonical(name: str, fields: Mapping[str, Any]) -> str:
-    """A field as JSON, the same for what means the same."""
+    """A field as JSON, in a form that is equal for equivalent values."""
     value, context_size = fields[name], fields.get("context_size")
     if name == "seqpos_slice" and value and context_size and context_size > 0:
         value = list(range(context_size)[slice(*value)])
@@ -78,5 +78,5 @@ def _canonical(name: str, fields: Mapping[str, Any]) -> str:
     elif name == "dataset_path" and isinstance(value, str) and is_on_this_machine(value):
         value = str(Path(value).resolve())
     elif name == "split":
-        value = str(value).partition("[")[0]  # statistics of a part will do
+        value = str(value).partition("[")[0]  # statistics of a part are accepted
     return json.dumps(value, sort_keys=True, default=str)

@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 Model: TypeAlias = HookedRootModule | TransformerBridge
-"""What SAELens takes for a model; its own wrapper of Hugging Face models is a HookedRootModule."""
+"""Models that SAELens accepts; its own wrapper of Hugging Face models is a HookedRootModule."""
 
 Receiver = Callable[[str, Float[Tensor, "batch seq d_in"], Bool[Tensor, "batch seq"] | None], None]
-"""Takes a hook's name, its activations, and a mask of those that count; None: all do."""
+"""Receives a hook's name, its activations, and a mask of those that count; None: all count."""
 
 
 @runtime_checkable
@@ -51,8 +51,7 @@ class ActivationSource(Protocol):
     Attributes:
         hook_names: The hooks.
         n_sequences: How many sequences were read.
-        beginning: Checksum by which one source is told from another: that of the first sequence,
-            or None if there is none.
+        beginning: Checksum of the first sequence, to identify the source; None if it is empty.
     """
 
     hook_names: list[str]
@@ -60,18 +59,18 @@ class ActivationSource(Protocol):
     beginning: str | None
 
     def read(self, receive: Receiver) -> bool:
-        """Hand the next batch of every hook to `receive`; False where there is none left."""
+        """Pass the next batch of every hook to `receive`; False if there is none left."""
         ...
 
     def skip(self, n_sequences: int) -> None:
-        """Pass over sequences, to go on where another reader stopped."""
+        """Skip sequences, to continue where another reader stopped."""
         ...
 
 
 class ModelActivations:
-    """Activations of a language model, from one pass for all hooks, which ends after the last one.
+    """Activations of a language model, from one forward pass for all hooks, up to the last hook.
 
-    The tokens are those of SAELens' `ActivationsStore`, that is, those that training will see.
+    The tokens are those of SAELens' `ActivationsStore`, which are those of training.
 
     Args:
         model: As SAELens loads it.
@@ -82,12 +81,12 @@ class ModelActivations:
         batch_size_prompts: Sequences per pass.
         autocast_lm: As in SAELens.
         split: Which split of the dataset, if it is a path.
-        shard: Number of this shard of the dataset, and of how many.
+        shard: Number of this shard of the dataset, and the number of shards.
         options: Arguments of `ActivationsStore`: context_size, prepend_bos, streaming...
 
     Raises:
-        ValueError: A pattern matches no hook, the model cannot read so long a context, or the
-            dataset has no tokens.
+        ValueError: A pattern matches no hook, the context is too long for the model, or the dataset
+            has no tokens.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class ModelActivations:
             if acts.ndim < 3 or acts.shape[:2] != tokens.shape:
                 raise ValueError(
                     f"{name} has activations of shape {tuple(acts.shape)} for tokens of shape "
-                    f"{tuple(tokens.shape)}: statistics are of hooks with a vector at every token"
+                    f"{tuple(tokens.shape)}: statistics need a hook with a vector at every token"
                 )
             acts = acts[:, self._slice]
             if self._head is not None:
@@ -153,17 +152,17 @@ class ModelActivations:
                 acts = acts[:, :, self._head]
             receive(name, acts.flatten(2), None if mask is None else mask.to(acts.device))
 
-        # under the name that was asked for: a TransformerBridge has other names for its hooks
+        # under the requested name: a TransformerBridge has other names for its hooks
         hooks: list[Any] = [(name, partial(hand_over, name)) for name in self.hook_names]
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
             self._model.run_with_hooks(tokens, fwd_hooks=hooks, **self._run_options)
         return True
 
     def skip(self, n_sequences: int) -> None:
-        """Pass over sequences; text is tokenised again, for they may span several documents."""
+        """Skip sequences; text is tokenised again, because they may span several documents."""
         for _ in tqdm(range(n_sequences), desc="Skipping to the place in the dataset", leave=False):
             if next(self._sequences, None) is None:
-                raise ValueError("the dataset is shorter than when this estimation was begun")
+                raise ValueError("the dataset is shorter than when this estimation began")
         self.n_sequences += n_sequences
 
 
@@ -175,11 +174,12 @@ class CachedActivations:
         hook_names: Hook names or glob patterns.
         exclude_special_tokens: Ids of tokens whose activations are left out.
         batch_size_prompts: Sequences to read at a time.
-        shard: Number of this shard, and of how many.
+        shard: Number of this shard, and the number of shards.
 
     Raises:
         FileNotFoundError: There is no such dataset.
-        ValueError: No hook of it matches, or it does not hold what is needed to exclude tokens.
+        ValueError: None of its hooks matches, it has several splits, or it lacks the token ids
+            needed to exclude tokens.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class CachedActivations:
         self._special: Tensor | None = None
         if exclude_special_tokens is True:
             raise ValueError(
-                "cached activations come without a tokenizer that knows its special tokens: give "
+                "cached activations have no tokenizer that knows the special tokens: give "
                 "exclude_special_tokens as a list of ids"
             )
         if exclude_special_tokens:
@@ -227,7 +227,7 @@ class CachedActivations:
         return True
 
     def skip(self, n_sequences: int) -> None:
-        """Pass over sequences."""
+        """Skip sequences."""
         self.n_sequences += n_sequences
 
 
@@ -236,10 +236,10 @@ def _checksum(values: Shaped[Tensor, "..."]) -> str:
 
 
 def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
-    """Those of the names that match a glob pattern, in their order.
+    """The names that match a glob pattern, in their order.
 
-    `*` and `?` stand for anything but a dot, so that "layers.*" takes layers and not what is inside
-    of them; `**` stands for anything; [abc] and [!abc] for one character.
+    `*` and `?` match anything but a dot, so that "layers.*" matches layers but not their parts;
+    `**` matches anything; [abc] and [!abc] match one character.
 
     >>> match_hooks(["layers.0", "layers.0.mlp", "layers.1"], "layers.*")
     ['layers.0', 'layers.1']
@@ -248,7 +248,7 @@ def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str
         ValueError: A pattern matches nothing; the message names hooks that resemble it.
     """
     names = list(names)
-    found: set[str] = set()
+    matched: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         regex = _regex(pattern)
         matches = [name for name in names if regex.fullmatch(name)]
@@ -262,12 +262,12 @@ def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str
                 f"no hook matches {pattern!r}{hint}; there are, for example, "
                 f"{', '.join(similar[:5])}"
             )
-        found.update(matches)
-    return [name for name in names if name in found]
+        matched.update(matches)
+    return [name for name in names if name in matched]
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """What a pattern of `match_hooks` matches."""
+    """A pattern of `match_hooks` as a regular expression."""
     wildcards = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     parts = re.split(r"(\*\*|\*|\?|\[!?[^\]]+\])", pattern)
     return re.compile(
@@ -288,14 +288,18 @@ def part_of(dataset: Any, rank: int, world_size: int) -> Any:
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(f"a {type(dataset).__name__} cannot be split into shards")
     if rank >= len(dataset):
-        return dataset.select([])  # which split_dataset_by_node refuses to make
+        return dataset.select([])  # split_dataset_by_node refuses this
     return split_dataset_by_node(dataset, rank, world_size)
 
 
 def token_store(
     model: Model, dataset: HfDataset | str, hook_name: str, options: dict[str, Any]
 ) -> ActivationsStore:
-    """A store of which only the tokens are used."""
+    """SAELens' activations store, of which only the tokens are used.
+
+    Raises:
+        ValueError: The dataset is empty.
+    """
     if isinstance(dataset, str) and is_on_this_machine(dataset):
         dataset = open_dataset(dataset, streaming=options["streaming"])
     if isinstance(dataset, datasets.Dataset):
@@ -332,13 +336,13 @@ def _special_tokens(model: Model, exclude: bool | list[int]) -> Integer[Tensor, 
 
 
 def resolution_of(model: Model, autocast_lm: bool) -> float:
-    """Machine epsilon of what a model computes in, whatever its activations are cast to later."""
+    """Machine epsilon of the dtype a model computes in; its activations may be cast later."""
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     return torch.finfo(torch.bfloat16 if autocast_lm else next(dtypes, torch.float64)).eps
 
 
 def stopping_after(model: Model, names: Sequence[str]) -> dict[str, Any]:
-    """Arguments that end the forward pass after the last hook, as SAELens' store has it."""
+    """Arguments that end the forward pass after the last hook, as SAELens' store does."""
     layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
     known = [layer for layer in layers if layer is not None]
     stop = max(known) if len(known) == len(layers) else None

@@ -1,6 +1,6 @@
-"""What the eigenvalues of a covariance say: anisotropy, null directions, regularisation, whiteness.
+"""Summaries of covariance eigenvalues: anisotropy, null directions, regularisation, whiteness.
 
-All is computed in float64.
+Everything is computed in float64.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ class SpectrumSummary:
         condition_number_nonnull: The same over the directions that are not numerically null.
         n_null: Number of numerically null directions.
         top_share: Share of the largest eigenvalue in the total variance, in [1 / d, 1].
-        participation_ratio: (sum l)^2 / sum l^2: the number of directions, in [1, d], among which
-            the variance would have to be spread evenly to be as concentrated as it is.
+        participation_ratio: (sum l)^2 / sum l^2, in [1, d]: the effective number of directions; n
+            if the variance is spread evenly over n of them.
     """
 
     condition_number: float
@@ -82,14 +82,14 @@ def directions_for_share(eigenvalues: Float[Tensor, "d"], share: float) -> int:
 
 @dataclass(frozen=True)
 class RegularisationSummary:
-    """What eps and shrinkage make of the spectrum of a covariance.
+    """How eps and shrinkage change the spectrum of a covariance.
 
     Attributes:
         condition_number: Largest regularised eigenvalue over the smallest.
         largest_gain: Largest factor by which whitening multiplies a direction, over that of a
             direction of average variance.
-        n_damped: Number of directions that whitening leaves with less than half of unit variance,
-            because their eigenvalue is smaller than what was added to it; null directions aside.
+        n_damped: Number of non-null directions that have less than half of unit variance after
+            whitening, because their eigenvalue is smaller than what was added to it.
     """
 
     condition_number: float
@@ -120,7 +120,7 @@ def whitened_spectrum(
     """Eigenvalues of the covariance W^T C W of whitened activations, ascending, float64.
 
     Args:
-        W: Shape (d, k): the columns of a whitening matrix that are to be looked at.
+        W: Shape (d, k): columns of a whitening matrix.
         covariance: Shape (d, d): of activations that the whitening was not estimated from. (Those
             that it was estimated from are white by construction, however few they are.)
     """
@@ -159,9 +159,9 @@ def whiteness_summary(eigenvalues: Float[Tensor, "k"]) -> WhitenessSummary:
 def null_tolerance(d: int) -> float:
     """Share of the largest eigenvalue below which a covariance eigenvalue is numerically null.
 
-    The usual definition of the numerical rank of a float32 matrix of width d, for singular values,
-    squared, because the eigenvalues of the covariance are squares of those: models compute
-    activations in float32 or less, so what lies below is their rounding error.
+    The usual tolerance for singular values in the numerical rank of a float32 matrix of width d,
+    squared, because the eigenvalues of the covariance are their squares. Models compute activations
+    in float32 or less, so smaller eigenvalues are rounding errors.
     """
     return (d * torch.finfo(torch.float32).eps) ** 2
 

@@ -1,10 +1,10 @@
 """How many samples are enough: statistics that estimate their own error.
 
 A whitener W estimated from n samples of Gaussian data inflates the variance of held-out data by
-d / (n - d). Two independent halves A and B of the samples show it without knowing anything about
-their distribution: r = tr(W_A^T C_B W_A) / tr(W_A^T C_A W_A) - 1, averaged over both directions, is
-the inflation of a half, and r / (2 + r) that of the whole, which has twice the samples. Heavy
-tails, which need several times more samples, raise it as they should.
+d / (n - d). Two independent halves A and B of the samples measure this for any distribution:
+r = tr(W_A^T C_B W_A) / tr(W_A^T C_A W_A) - 1, averaged over both directions, is the inflation of a
+half, and r / (2 + r) that of the whole, which has twice the samples. Heavy tails need several times
+more samples, and raise r accordingly.
 """
 
 import math
@@ -20,7 +20,7 @@ __all__ = ["SplitHalfStatistics", "samples_for_inflation"]
 
 
 class SplitHalfStatistics:
-    """Streaming statistics in two halves, which batches join in turn.
+    """Streaming statistics in two halves, to which batches are added in turn.
 
     Args:
         d_in: Width of the activations.
@@ -49,7 +49,7 @@ class SplitHalfStatistics:
         return sum(half.n_skipped for half in self.halves)
 
     def update(self, batch: Float[Tensor, "*samples d"]) -> None:
-        """Add a batch to the half that has fewer samples; arguments and errors as there."""
+        """Add a batch to the half with fewer samples; see `ActivationStatistics.update`."""
         first, second = self.halves
         half = first if first.n_samples <= second.n_samples else second
         half.update(batch, number=first.n_batches + second.n_batches)
@@ -76,24 +76,27 @@ class SplitHalfStatistics:
 def samples_for_inflation(inflation: float, n_samples: int, tolerance: float) -> int:
     """Number of samples that would bring the inflation down to `tolerance`.
 
-    From d / (n - d), with the effective number of dimensions d that explains what was measured.
+    From d / (n - d), with the effective number of dimensions d that explains `inflation`.
     """
-    effective = n_samples / (1 + 1 / inflation)  # all of them where it is infinite
+    effective = n_samples / (1 + 1 / inflation)  # n_samples if the inflation is infinite
     return math.ceil(effective * (1 + 1 / tolerance))
 
 
-def _excess(own: Float[Tensor, "d d"], other: Float[Tensor, "d d"]) -> float:
-    """tr(W^T C_other W) / tr(W^T C_own W) - 1 for the whitener W of `own`.
+def _excess(covariance: Float[Tensor, "d d"], other: Float[Tensor, "d d"]) -> float:
+    """tr(W^T C_other W) / tr(W^T C W) - 1 for the whitener W of the covariance C.
 
     W W^T is the inverse of the covariance, so that no eigenvectors are needed.
     """
-    d = own.shape[0]
-    if not own.diagonal().mean() > 0:
+    d = covariance.shape[0]
+    if not covariance.diagonal().mean() > 0:
         raise ValueError(
-            "the activations do not vary at all: the hook is not the one that was meant, or the "
-            "data provider is broken"
+            "all activations are the same: it is the wrong hook, or the data provider is broken"
         )
-    # only so that directions without variance are not divided by zero
-    ridge = 1e-6 * own.diagonal().mean() * torch.eye(d, dtype=own.dtype, device=own.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(own + ridge))
-    return float((inverse * other.to(own.device)).sum() / (inverse * own).sum()) - 1
+    # avoids division by zero in directions without variance
+    ridge = (
+        1e-6
+        * covariance.diagonal().mean()
+        * torch.eye(d, dtype=covariance.dtype, device=covariance.device)
+    )
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge))
+    return float((inverse * other.to(covariance.device)).sum() / (inverse * covariance).sum()) - 1

@@ -1,4 +1,4 @@
-"""Statistics of activations from a stream that may carry several hooks: as many as are needed."""
+"""Statistics from a stream of activations of one or several hooks, and the rule when to stop."""
 
 import logging
 import math
@@ -28,9 +28,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# samples at which the inflation is measured first, and at which the estimation gives up
+# samples at which the inflation is first measured, and at which the estimation gives up
 FIRST_LOOK_PER_DIMENSION, LIMIT_PER_DIMENSION = 20, 1000
-MAX_EMPTY_BATCHES = 100  # in a row; more is a source that has nothing to give
+MAX_EMPTY_BATCHES = 100  # in a row, before the estimation fails
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ class Requirement:
     Attributes:
         d_in: Width of the activations.
         n_samples: Activations needed, or None.
-        tolerance: Relative excess variance of held-out activations to be reached, or None.
+        tolerance: Relative excess variance of held-out activations to reach, or None.
         on_nonfinite: As for `ActivationStatistics`.
-        max_batches: Batches to read at most, empty ones aside, with a warning where they are too
-            few; or None.
-        max_samples: Activations at which `tolerance` is given up; None: 1000 per dimension.
+        max_batches: Most batches to read, without counting empty ones; a warning follows if they
+            are too few. None: no limit.
+        max_samples: Activations after which the estimation gives up on `tolerance`; None: 1000 per
+            dimension.
     """
 
     d_in: int
@@ -60,19 +61,19 @@ class Requirement:
 
     @property
     def limit(self) -> int:
-        """Activations at which `tolerance` is given up."""
+        """Activations after which the estimation gives up on `tolerance`."""
         return self.max_samples or LIMIT_PER_DIMENSION * self.d_in
 
     @classmethod
     def of(
         cls, d_in: int, configs: Sequence[WhiteningConfig], max_batches: int | None = None
     ) -> "Requirement":
-        """What satisfies every one of `configs`.
+        """The requirement that satisfies every one of `configs`.
 
         Args:
             d_in: Width of the activations.
-            configs: One at least.
-            max_batches: Limit of what `tolerance` takes; `n_samples` is not limited by it.
+            configs: At least one.
+            max_batches: Limits the batches for `tolerance`; does not limit `n_samples`.
         """
         fixed = [c.n_samples for c in configs if c.n_samples is not None]
         adaptive = [c.tolerance for c in configs if c.n_samples is None]
@@ -87,7 +88,7 @@ class Requirement:
 
 
 class StoppingRule:
-    """Decides when the statistics of a hook are enough: the same for training and `fit`.
+    """Decides when the statistics of a hook are enough, in training and in `fit`.
 
     Measuring the inflation costs as much as many updates. So it is measured only once the number of
     samples has grown by a fifth.
@@ -97,7 +98,7 @@ class StoppingRule:
 
     Attributes:
         next_look: Number of activations at which the inflation is measured next.
-        is_enough: The decision.
+        is_enough: Whether the statistics are enough.
     """
 
     def __init__(self, required: Requirement) -> None:
@@ -106,7 +107,7 @@ class StoppingRule:
         self.is_enough = False
 
     def must_look(self, n_samples: int) -> bool:
-        """Whether the decision depends on how inaccurate the statistics are."""
+        """Whether the inflation has to be measured to decide."""
         required = self.required
         n_at_least = max(required.n_samples or 0, self.next_look)
         return required.tolerance is not None and n_at_least <= n_samples < required.limit
@@ -116,7 +117,7 @@ class StoppingRule:
 
         Args:
             n_samples: Activations so far.
-            inflation: Relative excess variance of held-out activations, where `must_look` says so.
+            inflation: Relative excess variance of held-out activations, if `must_look` is true.
         """
         required = self.required
         if inflation is not None and required.tolerance is not None:
@@ -135,14 +136,14 @@ def estimate_statistics(
 ) -> dict[str, ActivationStatistics]:
     """Mean and covariance at every hook, from the first batches of a stream.
 
-    Each hook takes what it requires and no more, so that its statistics do not depend on which
-    other hooks there are. The stream is read until all have enough.
+    Each hook uses only the batches that it requires, so its statistics do not depend on the other
+    hooks. The stream is read until all have enough.
 
     Args:
         batches: Yields activations by hook, each of shape (n, d_in), (batch, seq, d_in) or
             (n, n_heads, d_head).
-        required: What is needed, by hook. A hook that is alone may have the name "", which
-            messages leave out.
+        required: What is needed, by hook. A single hook may have the name "", which messages leave
+            out.
         resolution: Machine epsilon of what the activations were computed in, which may be coarser
             than the dtype they are given in.
 
@@ -179,12 +180,12 @@ def estimate_statistics(
 
 
 class _Hook:
-    """A hook on the way to its statistics."""
+    """The estimation of one hook."""
 
     def __init__(self, name: str, required: Requirement) -> None:
         self.name, self.required = name, required
         self.halves = SplitHalfStatistics(required.d_in, required.on_nonfinite)
-        self.inflation: float | None = None  # when it was last looked at, with `_n_looked_at`
+        self.inflation: float | None = None  # last measured, at `_n_looked_at` samples
         self.done = False
         self._n_looked_at = 0
         self._rule = StoppingRule(required)
@@ -215,7 +216,7 @@ class _Hook:
         return self.inflation
 
     def distance(self) -> float:
-        """How many times the tolerance the inflation was when it was last looked at."""
+        """The last measured inflation over the tolerance."""
         assert self.inflation is not None
         assert self.required.tolerance is not None
         return self.inflation / self.required.tolerance
@@ -223,14 +224,14 @@ class _Hook:
     def progress(self) -> str:
         return (
             f"{self._prefix}held-out excess {self.inflation:.1%}, "
-            f"wanted {self.required.tolerance:.1%}"
+            f"target {self.required.tolerance:.1%}"
         )
 
     def end_of_data(self) -> None:
-        """Accept the samples that there are when the stream ends, if they are enough.
+        """Accept the samples so far when the stream ends, if they are enough.
 
         Raises:
-            ValueError: They are not.
+            ValueError: They are not enough.
         """
         required, halves = self.required, self.halves
         n, about = halves.n_samples, required.n_samples or 0
@@ -248,7 +249,7 @@ class _Hook:
         raise ValueError(
             f"{self._prefix}the data provider ended after {n} activations in {self._n_batches} "
             f"batches; estimating the whitening needs {needs}. Provide more data, or set "
-            "WhiteningConfig(n_samples=...) to what there is."
+            f"WhiteningConfig(n_samples=...) to at most {n}."
         )
 
     def warn_if_too_few(self) -> None:
@@ -257,7 +258,7 @@ class _Hook:
         if wanted is not None and n < wanted:
             logger.warning(
                 "%swhitening estimated from %d activations instead of %d: "
-                "n_batches_for_norm_estimate=%d ended it",
+                "n_batches_for_norm_estimate=%d was reached",
                 self._prefix,
                 n,
                 wanted,
@@ -269,7 +270,7 @@ class _Hook:
                 "%s%s%s",
                 self._prefix,
                 too_inaccurate(self._look(), n, tolerance),
-                f"; n_batches_for_norm_estimate={self._n_filled} ended it" if ended else "",
+                f"; n_batches_for_norm_estimate={self._n_filled} was reached" if ended else "",
             )
         if self.halves.n_skipped:
             logger.warning(
@@ -291,14 +292,14 @@ class _Hook:
 
 
 def too_inaccurate(inflation: float, n_samples: int, tolerance: float) -> str:
-    """What to tell a user whose statistics did not reach the tolerance."""
+    """The warning that statistics did not reach the tolerance, with the samples needed."""
     about = "many more"
     if math.isfinite(inflation):
         about = f"about {samples_for_inflation(inflation, n_samples, tolerance)}"
     return (
         f"whitening estimated from {n_samples} activations: held-out activations have "
         f"{inflation:.1%} too much variance under it, more than the tolerance of {tolerance:.1%}; "
-        f"{about} would do"
+        f"{about} are needed"
     )
 
 

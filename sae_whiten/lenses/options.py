@@ -12,7 +12,7 @@ __all__ = ["AFAOptions", "LandscapeConfig", "LatentOptions"]
 
 @dataclass(frozen=True)
 class AFAOptions(SequenceOptions):
-    """Which prompts are looked at; tokens per sequence are those of a prompt at most.
+    """Which prompts are measured; the tokens per sequence are the most that a prompt has.
 
     Raises:
         FieldError: A value cannot work.
@@ -38,19 +38,19 @@ class LatentOptions(SequenceOptions):
     """Tokens to read, special ones included. A latent that fires at none of them counts as dead."""
 
     of: Literal["decoder", "activations"] = "decoder"
-    """By what latents are placed. Activations take 8 bytes for each active latent of each token: 34
-    MB for 65 536 tokens at an L0 of 64."""
+    """What is embedded: decoder rows or activations. Activations take 8 bytes for each active
+    latent of each token: 34 MB for 65 536 tokens at an L0 of 64."""
 
     max_latents: int = 2000
-    """Most latents of each SAE to show, drawn at random, but so that dead ones keep their share;
-    4000 in all take 20 s on one core."""
+    """Latents to show of each SAE at most, drawn at random; dead ones keep their share. 4000 in all
+    take 20 s on one core."""
 
     perplexity: float = 30.0
-    """Of t-SNE: roughly the number of neighbours that a latent stays near to. n latents allow at
-    most (n - 1) / 3; a larger value is lowered to that, with a warning."""
+    """Perplexity of t-SNE: roughly the number of neighbours that a latent stays close to. For n
+    latents it is at most (n - 1) / 3; a larger value is lowered, with a warning."""
 
     seed: int = 0
-    """Of the picture: the same seed gives the same on one machine. Which latents of an SAE are
+    """Seed of the map: the same seed gives the same map on one machine. Which latents of an SAE are
     drawn does not depend on the other SAEs."""
 
     def __post_init__(self) -> None:

@@ -193,7 +193,7 @@ def test_what_a_bootstrap_cannot_judge() -> None:
     assert math.isnan(single.low)
     hole = np.array([[1.0, 2.0], [math.nan, 1.0], [3.0, 1.0]])
     assert bootstrap_difference(hole, np.zeros((3, 2))).n_pairs == 2
-    with pytest.raises(ValueError, match="two tasks at least"):
+    with pytest.raises(ValueError, match="at least two tasks"):
         bootstrap_difference(ones[:, :1], ones[:, :1])
     with pytest.raises(ValueError, match="infinite"):
         bootstrap_difference(math.inf * ones, ones)
@@ -306,7 +306,7 @@ def test_points_that_cannot_be_used_are_left_out() -> None:
 def test_interpolation_refuses_what_has_no_meaning() -> None:
     with pytest.raises(ValueError, match="cannot be negative"):
         interpolate_at([-1.0, 2.0], [0.0, 0.0], 1.0)
-    with pytest.raises(ValueError, match=r"to compare at, 0\.0"):
+    with pytest.raises(ValueError, match=r"not 0\.0"):
         interpolate_at([1.0, 2.0], [0.0, 0.0], 0.0)
     with pytest.raises(ValueError, match=r"\(2,\) L0 values and \(1,\) values"):
         interpolate_at([1.0, 2.0], [0.0], 1.0)

@@ -606,8 +606,8 @@ def test_many_seeds_are_tested_by_ranks_and_the_table_says_so() -> None:
     assert "Wilcoxon's signed-rank test." in markdown
     assert "t-test" not in markdown
     assert "p = 0.016" in markdown  # 2^-6
-    assert "differences to be normal" not in markdown
-    assert "differences to be normal" in comparison_markdown(summarise(RECORDS))
+    assert "assumes normal differences" not in markdown
+    assert "assumes normal differences" in comparison_markdown(summarise(RECORDS))
 
 
 def test_our_changes_stand_beside_those_of_the_paper() -> None:

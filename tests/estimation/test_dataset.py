@@ -137,7 +137,7 @@ def test_the_commands_take_them(tokenised, monkeypatch, capsys):
     assert main([*train, *vsae, "--dataset_path", "parquet"]) == 0
     capsys.readouterr()
     assert main([*train, *topk, "--dataset_path", str(tokenised / "nowhere")]) == 2
-    assert "neither file nor folder" in capsys.readouterr().err
+    assert "no such file or folder" in capsys.readouterr().err
 
 
 def test_a_dataset_of_the_configs_own_path_is_not_said_to_override_it(tokenised, caplog):
@@ -200,7 +200,7 @@ def test_names_with_another_meaning_for_datasets_are_those_of_files(tokenised):
 def test_what_is_no_name_on_the_hub_is_not_looked_up_there(tokenised, source, expected):
     assert is_on_this_machine(source) == expected
     if expected:
-        with pytest.raises(FileNotFoundError, match=f"{source}: there is no such dataset"):
+        with pytest.raises(FileNotFoundError, match=f"{source}: there is no such file or folder"):
             local_dataset(source, streaming=True)
     else:
         assert local_dataset(source, streaming=True) is None

@@ -55,7 +55,7 @@ def test_statistics_are_of_exactly_what_training_sees_at_every_hook(options):
 def test_a_limit_for_a_fixed_number_is_refused(tmp_path, capsys):
     arguments = ["fit", "--cached-activations", "a", "--hook-name", "**", "--out", str(tmp_path)]
     assert main([*arguments, "--n-samples", "10", "--max-samples", "20"]) == 2
-    assert "--max-samples 20: limits what tolerance takes" in capsys.readouterr().err
+    assert "--max-samples 20: limits the samples that tolerance needs" in capsys.readouterr().err
 
 
 def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_what_there_is():
@@ -91,7 +91,7 @@ def test_estimation_stops_by_itself_or_says_how_much_is_missing(caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     fit_statistics(tiny_model(), tiny_dataset(128), HOOKS[0], tolerance=0.001, context_size=32)
     assert "the dataset ended after 4096 activations" in caplog.text
-    assert "would do" in caplog.text
+    assert "are needed" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_an_empty_dataset_and_a_hook_that_does_not_vary_are_named():
             fit_statistics(tiny_model(), dataset, HOOKS, context_size=32)
     model = tiny_model()
     model.hook_dict[HOOKS[1]].add_perma_hook(lambda tensor, *, hook: torch.ones_like(tensor))
-    with pytest.raises(ValueError, match=rf"^{HOOKS[1]}: the activations do not vary"):
+    with pytest.raises(ValueError, match=rf"^{HOOKS[1]}: all activations are the same"):
         fit_statistics(model, tiny_dataset(), HOOKS[:2], n_samples=3000, context_size=32)
 
 

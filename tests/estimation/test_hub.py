@@ -113,7 +113,7 @@ def test_pushing_what_cannot_be_found_again_is_refused(hub: FakeHub, tmp_path: P
         statistics_of(None).push_to_hub("me/stats")
     for name in ("a", "b"):
         statistics_of(FIRST).save(tmp_path / "twice" / f"{name}.safetensors")
-    with pytest.raises(ValueError, match=f"is of {FIRST}, like another"):
+    with pytest.raises(ValueError, match=f"are both of {FIRST}"):
         push_folder(tmp_path / "twice", "me/stats")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         push_folder(tmp_path / "nowhere", "me/stats")

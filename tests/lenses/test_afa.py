@@ -617,7 +617,7 @@ def test_the_command_writes_everything_and_prints_a_table(tmp_path, capsys):
     first, second = report["saes"]
     assert first["prompts"]["eps_lbo"] == [None] * 10
     assert first["summary"]["eps_lbo_mean"] is None
-    assert "10 prompts are in no mean" in printed
+    assert "10 prompts are left out of means" in printed
     assert second["prompts"]["l0"] == [9] * 10
     assert second["summary"]["eps_lbo_mean"] == pytest.approx(np.mean(second["prompts"]["eps_lbo"]))
     assert f"{second['summary']['eps_lbo_mean']:.2e}" in printed

@@ -615,7 +615,7 @@ def test_bfloat16_saes_train_on_float32_activations(architecture):
 
 def test_activations_that_do_not_vary_are_one_clear_error():
     data = (torch.ones(BATCH, D) for _ in range(100))
-    with pytest.raises(ValueError, match="do not vary at all"):
+    with pytest.raises(ValueError, match="activations are the same"):
         fit(data=data)
 
 

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_violins", "plot_zf"]
 
-_WIDE_FROM = 5  # SAEs, which fit no more into a column of a paper
-_LOGARITHMIC_FROM = 10  # large values over typical ones
+_WIDE_FROM = 5  # SAEs; as many do not fit into a column of a paper
+_LOGARITHMIC_FROM = 10  # ratio of large values to typical ones
 _CUT = 0.01  # share of the samples that may lie beyond an axis
 _BAND_GREYS = ("0.80", "0.88", "0.95")
-_MOST_LETTERS = 32  # of a name
+_MOST_LETTERS = 32  # in a label
 _HALF_WIDTH = 0.42  # of a violin; SAEs are 1 apart
 
 
@@ -42,8 +42,8 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
 
     On the line y = x both are equal; above it codes are over-activated, below under-activated. The
     bands are of `BANDS`; the largest has no upper edge. Axes are logarithmic if the largest norm is
-    more than 10 times a typical one. The smallest of all norms may then have no place on them; the
-    label counts the points.
+    more than 10 times a typical one. The smallest norms may then lie outside; the label of the axis
+    counts these points.
 
     Args:
         samples: By the names of the SAEs, or of the hooks or layers they are on.
@@ -54,7 +54,7 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
         ValueError: There are no samples, or matplotlib does not know the format.
     """
     points = {
-        name: (found.z_norm.numpy(), found.code_norm.numpy()) for name, found in samples.items()
+        name: (sample.z_norm.numpy(), sample.code_norm.numpy()) for name, sample in samples.items()
     }
     columns = [norms for pair in points.values() for norms in pair]
     _check_not_empty(columns)
@@ -75,7 +75,7 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
             _set_logarithmic(axes, low, high)
         axes.set_xlim(low, high)
         axes.set_ylim(low, high)
-        # the rest of the height is for the names of the SAEs, below the axes
+        # the space below the axes is for the names of the SAEs
         axes.set_aspect("equal", anchor="N")
         axes.set_xlabel(
             "norm of the input, $\\|z\\|$" + f" (not shown: {n_hidden} points)" * (n_hidden > 0),
@@ -106,7 +106,7 @@ def _draw_bands(axes: Any, low: float, high: float) -> list[Any]:
     """The bands, the narrowest on top, and the line between over- and under-activated.
 
     Returns:
-        What stands for them in a legend, the line first.
+        Their handles for a legend, the line first.
     """
     drawn = []
     edge = np.array([low, high])
@@ -128,7 +128,7 @@ def _draw_bands(axes: Any, low: float, high: float) -> list[Any]:
 def _draw_samples(
     axes: Any, z: Float[ndarray, "n"], f: Float[ndarray, "n"], i: int, n: int, label: str
 ) -> None:
-    """Points of SAE number `i` of `n`: lighter from SAE to SAE, and told apart by their markers."""
+    """Points of SAE number `i` of `n`: each SAE has a marker and a shade of its own."""
     from matplotlib import colormaps
 
     axes.plot(
@@ -182,8 +182,8 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
     Left halves are NMSE, on the left axis, right halves eps-LBO, on the right axis. A bar reaches
     from the lower to the upper quartile, its marker is at the median. An axis is logarithmic if
     large values are more than 10 times typical ones, or those of one SAE so much larger than
-    another's. Hundredth parts of the samples that would press all others together are beyond the
-    axes, infinite values always; the label counts them.
+    another's. Up to 1% of the samples, and all infinite values, lie beyond the axes; the label
+    counts them.
 
     Args:
         samples: By the names of the SAEs, or of the hooks or layers they are on.
@@ -197,15 +197,15 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
     with paper_style():
         width = 3.4 if len(samples) < _WIDE_FROM else 7.0
         letters = max(map(len, labels), default=0)
-        # names at an angle, which takes height, where they do not fit side by side
+        # names at an angle, which needs height, if they do not fit side by side
         long = 0.07 * letters * len(labels) > width - 1.2
         figure = new_figure(width, height=2.4 + 0.03 * letters * long)
         left = figure.add_subplot()
         right = left.twinx()
         right.spines["right"].set_visible(True)
         for axes, side, title, columns in (
-            (left, -1, "NMSE (left halves)", [found.nmse for found in samples.values()]),
-            (right, 1, "ε-LBO (right halves)", [f.eps_lbo for f in samples.values()]),
+            (left, -1, "NMSE (left halves)", [sample.nmse for sample in samples.values()]),
+            (right, 1, "ε-LBO (right halves)", [sample.eps_lbo for sample in samples.values()]),
         ):
             _draw_halves(axes, columns, side, title)
         left.set_xlim(-0.6, len(samples) - 0.4)
@@ -259,8 +259,10 @@ def _draw_halves(axes: Any, columns: Sequence[Float[Tensor, "_"]], side: int, ti
 def _density(
     values: Float[ndarray, "n"], low: float, high: float, logarithmic: bool
 ) -> tuple[Float[ndarray, "m"], Float[ndarray, "m"]]:
-    """Heights from `low` to `high`, as far as there are values, and densities in units of the
-    largest; those of the logarithms on a logarithmic axis."""
+    """Heights within [low, high] that cover the values, and the density there, at most 1.
+
+    On a logarithmic axis it is the density of the logarithms.
+    """
     from scipy.stats import gaussian_kde
 
     x = np.log(values) if logarithmic else values
@@ -279,17 +281,19 @@ def _density(
 
 
 def _short_names(names: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What hooks have in common, as a pattern, and the rest of each; paths without the folders that
-    all are in, and cut where they would leave no room for the axes."""
+    """The common pattern of hook names, if they have one, and short labels.
+
+    Paths lose the folders that all share. Labels longer than 32 characters are cut.
+    """
     pattern, short = common_pattern(names)
     if pattern is None:
         short = without_common_folders(names)
-    cut = _MOST_LETTERS
-    return pattern, [name if len(name) <= cut else f"…{name[1 - cut :]}" for name in short]
+    most = _MOST_LETTERS
+    return pattern, [name if len(name) <= most else f"…{name[1 - most :]}" for name in short]
 
 
 def _is_logarithmic(columns: Sequence[Float[ndarray, "_"]], upper: float) -> bool:
-    """Whether the `upper` quantile of a column is far above what is typical of one."""
+    """Whether the `upper` quantile of a column is far above the median of a column."""
     positive = [column[column > 0] for column in columns if (column > 0).any()]
     if not positive:
         return False

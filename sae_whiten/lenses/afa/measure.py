@@ -1,6 +1,6 @@
 """Norms of inputs and of their sparse codes, at the last token of prompts: see `norms`.
 
-SAEs are taken as they are: any that SAELens loads, for raw activations, however they were trained.
+Any SAE for raw activations that SAELens loads can be measured, however it was trained.
 """
 
 import logging
@@ -46,14 +46,14 @@ class AFAResult:
     """Norms and errors of one SAE on the prompts.
 
     Attributes:
-        name: Of the SAE.
+        name: Name of the SAE.
         context: The SAE and its inputs: `architecture`, `d_in`, `d_sae`, `model_name` (of its
             metadata), `hook_name`, `normalize_activations`, `bias_norm`, `context_size`,
             `prepend_bos`.
         samples: Norms and errors, one for each prompt.
-        rows: Row of the dataset that each prompt is.
-        positions: Position of the token in each prompt.
-        tokens: Id of the token.
+        rows: The dataset row of each prompt.
+        positions: Position of the measured token in each prompt.
+        tokens: Id of the measured token in each prompt.
     """
 
     name: str
@@ -122,17 +122,18 @@ def evaluate_afa(
         model: As SAELens loads it: a HookedTransformer, a TransformerBridge, or its wrapper of
             Hugging Face models.
         dataset: Rows with tokens ("tokens", "input_ids") or with text ("text", "problem"), as for
-            SAELens; or a path of such a dataset. Rows without any token that counts are passed
-            over. Those with tokens are taken as they are, whatever `prepend_bos` says.
+            SAELens; or a path of such a dataset. Rows without any token that counts are skipped.
+            Rows with tokens are used as they are, whatever `prepend_bos` says.
         options: Which prompts; the defaults if None.
 
     Returns:
         A result for each SAE, in their order.
 
     Raises:
-        ValueError: An SAE is of another model or hook, is not for raw activations, has one latent
-            only, or does not reconstruct by its latents times its decoder; the SAEs' metadata
-            contradict each other; the dataset has no prompts; or an activation is not finite.
+        ValueError: An SAE is of another model or hook, is not for raw activations, has only one
+            latent, or its reconstruction is not its latents times its decoder plus a bias; the
+            SAEs' metadata contradict each other; the dataset has no prompts; or an activation is
+            not finite.
     """
     if not saes:
         raise ValueError("no SAEs to evaluate")
@@ -140,7 +141,7 @@ def evaluate_afa(
     reading = Reading.of(saes, model, options)
     for name, sae in saes.items():
         _check_architecture(name, sae)
-    # a separator counts for an SAE that was trained on special tokens, but ends most prompts
+    # special tokens never count here, even if an SAE was trained on them: most prompts end with one
     special = get_special_token_ids(model.tokenizer)  # pyright: ignore[reportArgumentType]
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     views = {
@@ -199,15 +200,15 @@ class _Measured:
         self._checked = False
 
     def update(self, indices: Sequence[int], x: Float[Tensor, "n d"], rows: Sequence[int]) -> None:
-        """Take in activations, one for each prompt; `rows` are for messages."""
+        """Add activations, one for each prompt; `rows` are for messages."""
         finite = x.isfinite().all(1).tolist()
         if not all(finite):
             raise ValueError(
                 f"the model's activations at {self._sae.cfg.metadata.hook_name} hold a NaN or an "
                 f"infinity: row {rows[finite.index(False)]} of the dataset"
             )
-        # normalised as the SAE does it; encoding, below, does it again and leaves the state that
-        # the decoder needs
+        # normalised as the SAE does it; encoding, below, repeats this and sets the state that the
+        # decoder needs
         z_norm = torch.linalg.vector_norm(
             self._sae.run_time_activation_norm_fn_in(x.cpu().double()), dim=1
         )
@@ -236,7 +237,7 @@ class _Measured:
         latents: Float[Tensor, "1 d_sae"],
         x_hat: Float[Tensor, "1 d"],
     ) -> None:
-        """Find the bias, and that latents times decoder plus bias is the reconstruction."""
+        """Set `bias_norm`; check that the reconstruction is latents times decoder plus bias."""
         bias = _bias(self._sae, x)
         self.bias_norm = float(torch.linalg.vector_norm(bias))
         active = latents[0].nonzero()[:, 0].cpu()
@@ -261,23 +262,23 @@ def _bias(sae: SAE[Any], x: Float[Tensor, "1 d"]) -> Float[Tensor, "d"]:
 
     Not always b_dec: matching pursuit may leave it out.
     """
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
 
     def keep(value: Tensor, hook: Any) -> None:
-        seen.append(value)
+        outputs.append(value)
 
     x = x.to(sae.device, sae.dtype)
     sae.run_time_activation_norm_fn_in(x)
     with sae.hooks(fwd_hooks=[("hook_sae_recons", keep)]):
         sae.decode(torch.zeros(1, sae.cfg.d_sae, device=sae.device, dtype=sae.dtype))
-    return seen[0][0].cpu().double()
+    return outputs[0][0].cpu().double()
 
 
 def _check_architecture(name: str, sae: SAE[Any]) -> None:
     if sae.cfg.architecture() == "temporal":
         raise ValueError(
-            f"{name} is a temporal SAE: it reconstructs a token from those before it too, so that "
-            "the token's code alone has no norm to compare"
+            f"{name} is a temporal SAE: it also uses earlier tokens for its reconstruction, so the "
+            "norm of one token's code cannot be compared with the input's"
         )
     if sae.cfg.d_sae < 2:
         raise ValueError(f"{name} has {sae.cfg.d_sae} latent: at least two are needed")
@@ -297,13 +298,13 @@ def _read_prompts(
     if isinstance(dataset, str):
         dataset = open_dataset(dataset)
     prompts: list[_Prompt] = []
-    n_passed_over = 0
+    n_skipped = 0
     with tqdm(desc="Reading prompts", total=n_prompts, unit=" prompts", leave=False) as bar:
         for row, ids in _tokenised(model, dataset, reading):
             tokens = torch.tensor([ids], dtype=torch.long)
             kept = {view: view.kept(tokens)[0].nonzero() for view in views}
             if not all(len(positions) for positions in kept.values()):
-                n_passed_over += 1
+                n_skipped += 1
                 continue
             last = {view: int(positions[-1]) for view, positions in kept.items()}
             prompts.append(_Prompt(row, ids, last))
@@ -312,10 +313,10 @@ def _read_prompts(
                 break
     if not prompts:
         raise ValueError(
-            f"the dataset has no prompts: of its {n_passed_over} rows none has a token that counts"
+            f"the dataset has no prompts: of its {n_skipped} rows none has a token that counts"
         )
-    if n_passed_over:
-        logger.info("passed over %d rows without a token that counts", n_passed_over)
+    if n_skipped:
+        logger.info("skipped %d rows without a token that counts", n_skipped)
     if len(prompts) < n_prompts:
         logger.warning("the dataset ended after %d of %d prompts", len(prompts), n_prompts)
     return prompts
@@ -336,7 +337,7 @@ def _tokenised(model: Model, dataset: Any, reading: Reading) -> Iterator[tuple[i
         else:
             texts = [row[column] or "" for _, row in chunk]
             ids = text_tokens(model.tokenizer, texts, reading.context_size, reading.prepend_bos)
-        yield from ((i, found) for (i, _), found in zip(chunk, ids, strict=True))
+        yield from ((i, row_ids) for (i, _), row_ids in zip(chunk, ids, strict=True))
 
 
 def _column(row: Mapping[str, Any]) -> str:
@@ -350,7 +351,7 @@ def _column(row: Mapping[str, Any]) -> str:
 
 
 def _without_padding(ids: Sequence[int], pad: int | None) -> list[int]:
-    """Token ids without padding behind them, which an encoder without a mask would read."""
+    """Token ids without the padding at the end, which an encoder without a mask would read."""
     end = len(ids)
     while pad is not None and end and ids[end - 1] == pad:
         end -= 1

@@ -7,10 +7,10 @@ inner products are at most eps in absolute value, then
     | |z|^2 - |f|^2 | <= eps (h - 1) |f|^2.
 
 An SAE's code in those terms is f~ = [f_i |d_i|, ..., |b_dec|]: coefficients of unit decoder rows,
-the bias being one that is always on. eps-LBO is the smallest eps with which the inequality holds
-for a given input, so a lower bound of the quasi-orthogonality that the SAE supposes. h is the
-number of latents and does not count the bias, as in the paper's figures; counted, eps-LBO would be
-smaller by the factor (h - 1) / h.
+with the bias as a latent that is always active. eps-LBO is the smallest eps for which the
+inequality holds for a given input: a lower bound of the quasi-orthogonality that the SAE assumes. h
+is the number of latents and does not count the bias, as in the paper's figures; if it did, eps-LBO
+would be smaller by the factor (h - 1) / h.
 
 Everything is float64, on the CPU.
 """
@@ -74,7 +74,7 @@ def eps_lbo(
         ValueError: There are fewer than two latents.
     """
     if n_latents < 2:
-        raise ValueError(f"n_latents={n_latents}: vectors are pairwise orthogonal from two on")
+        raise ValueError(f"n_latents={n_latents}: eps-LBO needs at least two latents")
     return _excess(z_norm, code_norm) / (n_latents - 1)
 
 
@@ -89,8 +89,8 @@ def _excess(z_norm: Float[Tensor, "n"], code_norm: Float[Tensor, "n"]) -> Float[
 def nmse(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
     """Normalised squared error of each sample, |x - x_hat|^2 / |x|^2.
 
-    The definition of the paper's figures. Unlike in explained variance nothing is centred, so
-    that a mean far from the origin makes it small.
+    The definition of the paper's figures. Unlike explained variance it is not centred: a mean far
+    from the origin makes it small.
 
     Args:
         x: Activations, shape (n, d), any floating dtype.
@@ -106,7 +106,7 @@ def nmse(x: Float[Tensor, "n d"], x_hat: Float[Tensor, "n d"]) -> Float[Tensor, 
 
 
 class Correlations(NamedTuple):
-    """Correlation coefficients, in [-1, 1]; None where there are none.
+    """Correlation coefficients, in [-1, 1]; None if undefined.
 
     Attributes:
         pearson: Of the values.
@@ -118,10 +118,10 @@ class Correlations(NamedTuple):
 
 
 def correlations(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> Correlations:
-    """Pearson's and Spearman's correlation of pairs of which both values are finite.
+    """Pearson's and Spearman's correlation over pairs of finite values.
 
     Returns:
-        No coefficients if there are fewer than three such pairs, or one variable is constant.
+        None for both if there are fewer than three such pairs, or one variable is constant.
     """
     from scipy.stats import pearsonr, spearmanr
 
@@ -130,9 +130,9 @@ def correlations(a: Float[Tensor, "n"], b: Float[Tensor, "n"]) -> Correlations:
     if len(x) < 3 or x.min() == x.max() or y.min() == y.max():
         return Correlations(None, None)
     coefficients: list[Any] = [pearsonr(x, y), spearmanr(x, y)]
-    found = [float(coefficient.statistic) for coefficient in coefficients]
-    # not finite where the differences of values vanish beside their size
-    return Correlations(*(value if math.isfinite(value) else None for value in found))
+    results = [float(coefficient.statistic) for coefficient in coefficients]
+    # not finite if the values differ by less than their rounding
+    return Correlations(*(value if math.isfinite(value) else None for value in results))
 
 
 def band_slopes(e: float) -> tuple[float, float]:

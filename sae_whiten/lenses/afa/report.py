@@ -25,7 +25,7 @@ def write_report(
     Args:
         results: Of the SAEs.
         directory: Where to write.
-        source: Which model and dataset; stands in afa.json.
+        source: Which model and dataset; written to afa.json.
 
     Returns:
         The names of the files.
@@ -40,7 +40,7 @@ def write_report(
     with atomic_path(directory / "afa.json") as partial:
         partial.write_text(json.dumps(redacted(report), allow_nan=False) + "\n")
     hooks = [result.context["hook_name"] for result in results]
-    # the hook tells the layer; SAEs that share one are told apart by their names
+    # hooks name the layers; SAEs that share a hook need their own names
     labels = hooks if len(set(hooks)) == len(hooks) else [result.name for result in results]
     samples = {label: result.samples for label, result in zip(labels, results, strict=True)}
     names = ["afa.json"]
@@ -52,37 +52,37 @@ def write_report(
 
 
 def table(results: Sequence[AFAResult]) -> str:
-    """The figures of every SAE, a row each, and what has to be known to read them."""
+    """The summary of every SAE, a row each, with notes on values that may mislead."""
     rows, notes = {}, []
     for result in results:
-        found = result.to_dict()["summary"]
+        figures = result.to_dict()["summary"]
         codes = result.samples.code_norm
         bias_share = result.context["bias_norm"] / max(float(codes.mean()), 1e-30)
         rows[result.name] = {
-            "prompts": found["n_samples"],
+            "prompts": figures["n_samples"],
             "h": result.context["d_sae"],
-            "eps-LBO": _number(found["eps_lbo_mean"], ".2e"),
-            "median": _number(found["eps_lbo_median"], ".2e"),
-            "NMSE": _number(found["nmse_mean"], ".3g"),
-            "L0": f"{found['l0_mean']:.1f}",
-            "over": f"{found['over_activated']:.1%}",
-            "under": f"{found['under_activated']:.1%}",
-            **{f"<={band}": f"{share:.1%}" for band, share in found["in_band"].items()},
-            "norms": _number(found["norms_pearson"], ".3f"),
-            "pearson": _number(found["pearson"], ".3f"),
-            "spearman": _number(found["spearman"], ".3f"),
+            "eps-LBO": _number(figures["eps_lbo_mean"], ".2e"),
+            "median": _number(figures["eps_lbo_median"], ".2e"),
+            "NMSE": _number(figures["nmse_mean"], ".3g"),
+            "L0": f"{figures['l0_mean']:.1f}",
+            "over": f"{figures['over_activated']:.1%}",
+            "under": f"{figures['under_activated']:.1%}",
+            **{f"<={band}": f"{share:.1%}" for band, share in figures["in_band"].items()},
+            "norms": _number(figures["norms_pearson"], ".3f"),
+            "pearson": _number(figures["pearson"], ".3f"),
+            "spearman": _number(figures["spearman"], ".3f"),
             "bias": f"{bias_share:.2f}",
         }
         if bias_share > 0.9:
             notes.append(
-                f"{result.name}: its codes are little more than the decoder bias, and so eps-LBO "
-                "says little of its latents"
+                f"{result.name}: its codes are little more than the decoder bias, so eps-LBO says "
+                "little about its latents"
             )
-        if n := found["n_undefined"]:
+        if n := figures["n_undefined"]:
             notes.append(
-                f"{result.name}: {n} prompts are in no mean and no correlation, for their code is "
-                "zero and their eps-LBO infinite, or their activation is zero and their NMSE "
-                "infinite"
+                f"{result.name}: {n} prompts are left out of means and correlations, because their "
+                "code is zero and their eps-LBO infinite, or their activation is zero and their "
+                "NMSE infinite"
             )
     return "\n".join([pd.DataFrame.from_dict(rows, orient="index").to_string(), *notes])
 

@@ -26,30 +26,30 @@ def plot_landscapes(before: Landscape, after: Landscape, path: str | Path) -> No
         figure = new_figure(width=7.0, height=3.7)
         panels = figure.subplots(1, 2, sharey=True)
         greys = None
-        for axes, (title, found) in zip(
+        for axes, (title, landscape) in zip(
             panels, {"before whitening": before, "after whitening": after}.items(), strict=True
         ):
             # rows of the arrays are the first angle, which is drawn from left to right
             greys = axes.contourf(
-                found.angles,
-                found.angles,
-                found.recovery.T,
+                landscape.angles,
+                landscape.angles,
+                landscape.recovery.T,
                 levels=np.linspace(0.4, 1, 25),
                 cmap="Greys_r",
                 extend="min",
             )
-            lowest = found.cost.min()
+            lowest = landscape.cost.min()
             axes.contour(
-                found.angles,
-                found.angles,
-                found.cost.T / lowest,
+                landscape.angles,
+                landscape.angles,
+                landscape.cost.T / lowest,
                 levels=[1.02, 1.05, 1.1, 1.2, 1.4, 1.8],
                 colors="black",
                 linewidths=0.6,
             )
             for swap in (1, -1):
                 axes.plot(
-                    *found.features[::swap],
+                    *landscape.features[::swap],
                     "o",
                     markersize=9,
                     markerfacecolor="none",
@@ -58,7 +58,7 @@ def plot_landscapes(before: Landscape, after: Landscape, path: str | Path) -> No
                     label="features: best recovery" if swap == 1 else None,
                 )
                 axes.plot(
-                    *found.optimum[::swap],
+                    *landscape.optimum[::swap],
                     "x",
                     markersize=6,
                     markeredgewidth=1.5,
@@ -67,8 +67,8 @@ def plot_landscapes(before: Landscape, after: Landscape, path: str | Path) -> No
                     label="sparsest dictionary" if swap == 1 else None,
                 )
             axes.set_title(
-                f"{title}: {found.misalignment:.1f}° apart, recovery "
-                f"{found.recovery_at_optimum:.3f}",
+                f"{title}: {landscape.misalignment:.1f}° apart, recovery "
+                f"{landscape.recovery_at_optimum:.3f}",
                 fontsize=8,
             )
             axes.set_xlabel("angle of the first vector (degrees)")

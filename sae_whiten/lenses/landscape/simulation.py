@@ -1,21 +1,21 @@
-"""Where sparsity leads in two dimensions, before and after whitening.
+"""The sparsest dictionary in two dimensions, before and after whitening.
 
 After the simulation of Saraswatula & Klindt (arXiv 2511.13981). They give no code; the model here
-is the simplest that has all parts of it. Two sources, independent and sparse: each is active with
-probability p, with a Laplacian amplitude, one of the two stronger than the other. They are mixed
-into two dimensions along unit vectors a_1, a_2 (the features) at an acute angle,
+is the simplest that has all its parts. Two independent, sparse sources: each is active with
+probability p and has a Laplacian amplitude, and one is stronger than the other. They are mixed into
+two dimensions along unit vectors a_1, a_2 (the features) at an acute angle,
 
     x = s_1 a_1 + s_2 a_2.
 
 A dictionary of two unit vectors d_1, d_2 at the angles t_1, t_2 represents x exactly, by the code
-c = x D^-1, so that only sparsity tells dictionaries apart. What an L1 penalty charges is
+c = x D^-1, so dictionaries differ only in sparsity. An L1 penalty costs
 
     cost(t_1, t_2) = E|c_1| + E|c_2| = (g(t_1) + g(t_2)) / |sin(t_2 - t_1)|,   g(t) = E|x x d(t)|,
 
-x x d being the cross product. What one wants is recovery: the mean |correlation| between codes and
-sources, matched one to one, which is 1 at the features, in whatever coordinates. Whitening makes
-the features orthogonal, and then the two optima coincide. Before it they differ by the more, the
-more alike the features are and the less sparse the sources: at a probability of 0.2 and an angle
+where x x d is the cross product. The aim is recovery: the mean |correlation| between codes and
+sources, matched one to one. It is 1 at the features, in any coordinates. Whitening makes the
+features orthogonal, and then the two optima coincide. Without it they differ, the more the smaller
+the angle between the features and the less sparse the sources: at a probability of 0.2 and an angle
 of 40 degrees they coincide without whitening too.
 """
 
@@ -45,9 +45,9 @@ class Landscape:
         cost: Mean L1 norm of the code, by both angles; infinite where they are equal.
         recovery: Mean |correlation| of codes and sources, in [0, 1], by both angles.
         features: The angles of the two features.
-        optimum: The angles of the dictionary of least cost.
-        misalignment: Mean angle between the dictionary of least cost and the features.
-        recovery_at_optimum: Recovery by the dictionary of least cost.
+        optimum: The angles of the dictionary of lowest cost.
+        misalignment: Mean angle between the dictionary of lowest cost and the features.
+        recovery_at_optimum: Recovery by the dictionary of lowest cost.
         condition: Condition number of the covariance.
     """
 
@@ -68,7 +68,7 @@ def landscapes(config: LandscapeConfig | None = None) -> tuple[Landscape, Landsc
     size = (_N_SAMPLES, 2)
     sources = rng.laplace(size=size) * (rng.random(size) < config.activity)
     sources *= (config.ratio, 1.0)
-    # off the axes, which are not special, and so that both optima lie inside the figure
+    # such that both optima lie inside the figure, and no feature on an axis
     at = np.deg2rad(70.0 + np.array([-0.5, 0.5]) * config.angle)
     features = np.stack([np.cos(at), np.sin(at)], axis=1)
 

@@ -1,14 +1,14 @@
 """Where the latents of SAEs lie: an embedding in the plane by t-SNE (van der Maaten & Hinton 2008).
 
-A latent is a vector, of which only the direction counts: its decoder row, or its activations over
+A latent is a vector of which only the direction counts: its decoder row, or its activations over
 tokens. t-SNE gets vectors of unit length, whose squared Euclidean distance is 2 (1 - cos): cosine
-decides who is whose neighbour. (scikit-learn's own metric="cosine" would be squared once more.)
+determines the neighbours. (scikit-learn's own metric="cosine" would be squared once more.)
 
-Positions can be compared where they come from one embedding, and only there: SAEs whose vectors lie
-in one space are embedded together, those of another space apart. What t-SNE tells is which latents
-are near each other. The distance between clusters, their size and their density are no measures of
-anything. Cosines of decoder rows are of the space of the activations: where that is anisotropic, a
-few directions of large variance can decide them.
+Only positions of one embedding can be compared: SAEs whose vectors lie in one space are embedded
+together, those of different spaces separately. t-SNE shows which latents are near each other. The
+distance between clusters, their size and their density mean nothing. Cosines of decoder rows are
+measured in the space of the activations: if that is anisotropic, a few directions of large variance
+can dominate them.
 """
 
 import json
@@ -51,9 +51,9 @@ class LatentVectors:
     """The latents of one SAE as vectors of some space.
 
     Attributes:
-        name: Of the SAE.
-        space: Name of the space: vectors of SAEs that share it are comparable, coordinate by
-            coordinate. Decoder rows of one hook are, and activations over the same tokens.
+        name: Name of the SAE.
+        space: Name of the space. Vectors of SAEs that share it are comparable coordinate by
+            coordinate: decoder rows of one hook, or activations over the same tokens.
         vectors: A row for each latent, shape (d_sae, d), dense or sparse, any floating dtype.
         firing_rates: Share of tokens in which each latent is active, shape (d_sae,), in [0, 1].
 
@@ -85,15 +85,15 @@ class LatentMap:
     """The latents of one SAE in the plane.
 
     Attributes:
-        name: Of the SAE.
+        name: Name of the SAE.
         space: Positions are comparable with those of other SAEs of this space.
         d_sae: Number of its latents.
-        n_dead: Number of those that were never active, whether they have a place or not.
-        perplexity: That t-SNE was run with.
-        latents: Indices of the latents that have a place, ascending, shape (n,).
+        n_dead: Number of latents that were never active, embedded or not.
+        perplexity: Perplexity of t-SNE.
+        latents: Indices of the embedded latents, ascending, shape (n,).
         xy: Their positions, shape (n, 2), float64, without a unit.
         firing_rates: Their firing rates, shape (n,), float64.
-        without_direction: Latents whose vector is zero, shape (m,): they have no place. With
+        without_direction: Latents whose vector is zero, shape (m,): they are not embedded. With
             activations these are all dead latents; with decoders, rows of norm zero.
     """
 
@@ -109,20 +109,20 @@ class LatentMap:
 
     @property
     def dead(self) -> Bool[ndarray, "n"]:
-        """Which of the latents with a place were never active."""
+        """Which of the embedded latents were never active."""
         return self.firing_rates == 0
 
 
 @dataclass(frozen=True, eq=False)
 class LatentSpace:
-    """Maps of the latents of one or several SAEs, and what they are of.
+    """Maps of the latents of one or several SAEs, and how they were made.
 
     Attributes:
         of: What the vectors are, in words: DECODER or ACTIVATIONS.
-        seed: Of the choice of latents and of t-SNE.
+        seed: Seed of the choice of latents and of t-SNE.
         maps: One for each SAE.
-        source: Where the firing rates come from, values that JSON can hold; "frequencies" says it
-            in words.
+        source: Where the firing rates come from, as JSON values; "frequencies" describes it in
+            words.
     """
 
     of: str
@@ -132,7 +132,7 @@ class LatentSpace:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, atomically: for each SAE its fields, and `latent`, `x`, `y`,
-        `firing_rate` and `dead` of the latents with a place, as columns of equal length."""
+        `firing_rate` and `dead` of the embedded latents, as columns of equal length."""
         content = {
             "format": _FORMAT,
             "of": self.of,
@@ -173,7 +173,7 @@ class LatentSpace:
             return cls(content["of"], content["seed"], maps, content["source"])
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise CorruptFileError(
-                f"{path} holds no latent space that sae_whiten wrote ({error!r})"
+                f"{path} is not a latent space written by sae_whiten ({error!r})"
             ) from error
 
 
@@ -196,14 +196,14 @@ def embed_latents(
 ) -> list[LatentMap]:
     """Embed the latents of SAEs in the plane, by one t-SNE for each space.
 
-    Latents with a zero vector have no direction, and get no place. Of an SAE with more than
-    `max_latents` others, that many are drawn, such that dead ones keep their share (but at least
-    one of either kind is shown). t-SNE starts from the first two principal components and uses the
-    Barnes-Hut approximation: about 10 s for 2000 latents on one core, growing a little faster than
+    Latents with a zero vector have no direction and are left out. If an SAE has more than
+    `max_latents` others, that many are drawn; dead ones keep their share (but at least one of
+    either kind is drawn). t-SNE starts from the first two principal components and uses the
+    Barnes-Hut approximation: about 10 s for 2000 latents on one core, growing slightly faster than
     their number.
 
     Args:
-        saes: Their latents.
+        saes: The latents of each SAE.
         options: How many, the perplexity and the seed; the defaults if None.
 
     Returns:
@@ -218,7 +218,7 @@ def embed_latents(
     options = options or LatentOptions()
     names = [sae.name for sae in saes]
     if len(set(names)) < len(names):
-        raise ValueError(f"SAEs need names of their own, not {', '.join(names)}")
+        raise ValueError(f"two SAEs have the same name: {', '.join(names)}")
     maps: dict[str, LatentMap] = {}
     for space in dict.fromkeys(sae.space for sae in saes):
         members = [sae for sae in saes if sae.space == space]
@@ -233,14 +233,14 @@ def _embed_together(saes: Sequence[LatentVectors], options: LatentOptions) -> li
         listed = ", ".join(f"{width} ({name})" for name, width in widths.items())
         raise ValueError(f"the vectors in {saes[0].space} differ in width: {listed}")
     shown: list[ndarray] = []
-    without: list[ndarray] = []
+    undirected_of: list[ndarray] = []
     directions: list[Any] = []
     for sae in saes:
         norms = _norms(sae.vectors)
         directed = np.flatnonzero(norms)
         latents = directed[_draw(sae.firing_rates[directed] == 0, options.max_latents, seed)]
         shown.append(latents)
-        without.append(np.flatnonzero(norms == 0))
+        undirected_of.append(np.flatnonzero(norms == 0))
         vectors: Any = sae.vectors[latents]
         scale = 1 / norms[latents, None]
         directions.append(vectors.multiply(scale).tocsr() if issparse(vectors) else vectors * scale)
@@ -271,19 +271,19 @@ def _embed_together(saes: Sequence[LatentVectors], options: LatentOptions) -> li
             firing_rates=sae.firing_rates[latents].astype(np.float64),
             without_direction=undirected,
         )
-        for sae, latents, positions, undirected in zip(saes, shown, xy, without, strict=True)
+        for sae, latents, positions, undirected in zip(saes, shown, xy, undirected_of, strict=True)
     ]
 
 
 def _norms(vectors: Vectors) -> Float[ndarray, "d_sae"]:
-    """Lengths of the rows, in float64, of which there is no copy of everything."""
+    """Lengths of the rows, summed in float64 without a float64 copy of dense vectors."""
     if isinstance(vectors, csr_array):
         return np.sqrt(np.asarray(vectors.astype(np.float64).power(2).sum(axis=1)).ravel())
     return np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
 
 
 def _draw(dead: Bool[ndarray, "n"], size: int, seed: int) -> Integer[ndarray, "_"]:
-    """At most `size` of them, ascending, of which as large a share is dead as of all."""
+    """Indices of at most `size` latents, ascending, with the same share of dead ones as in all."""
     if len(dead) <= size:
         return np.arange(len(dead))
     n_dead = round(size * float(dead.mean()))

@@ -28,8 +28,8 @@ def plot_latent_space(latent_space: LatentSpace, path: str | Path) -> None:
     """Draw where latents lie: a panel for each SAE, those of one space with the same axes.
 
     Live latents are discs, darker the rarer they fire, on one logarithmic scale for all panels;
-    dead ones are hollow grey crosses. A legend in each panel counts both, in the whole SAE; below
-    the panel stands how many latents are shown, and below the figure what was embedded how.
+    dead ones are hollow grey crosses. A legend in each panel counts both in the whole SAE. Below
+    the panel is the number of latents shown, and below the figure how they were embedded.
 
     Args:
         latent_space: What to draw, of at least one SAE.
@@ -81,8 +81,8 @@ def plot_latent_space(latent_space: LatentSpace, path: str | Path) -> None:
                 aspect=30,
                 pad=0.02,
             )
-        said = textwrap.wrap(_caption(latent_space), int(width * 18))
-        figure.supxlabel("\n".join(said), fontsize=7)
+        caption = textwrap.wrap(_caption(latent_space), int(width * 18))
+        figure.supxlabel("\n".join(caption), fontsize=7)
         save_figure(figure, path)
 
 
@@ -91,7 +91,7 @@ def _draw(axes: Any, title: str, latent_map: LatentMap, norm: Any, colours: Any)
 
     dead = latent_map.dead
     size = 9.0 if len(dead) <= 500 else 5.0  # square points
-    # dead ones below, so that they hide no others
+    # dead ones first, so that they hide no others
     axes.scatter(
         *latent_map.xy[dead].T, s=2.5 * size, marker="X", linewidths=0.5,
         facecolors="none", edgecolors=_DEAD,
@@ -128,42 +128,42 @@ def _draw(axes: Any, title: str, latent_map: LatentMap, norm: Any, colours: Any)
 
 
 def _titles(maps: Sequence[LatentMap]) -> dict[str, str]:
-    """What tells the names of SAEs apart, by name."""
+    """Short titles by name of the SAE: paths lose the folders that all share."""
     names = [m.name for m in maps]
     return dict(zip(names, without_common_folders(names), strict=True))
 
 
 def _shown(latent_map: LatentMap) -> str:
     n, n_dead = len(latent_map.latents), int(latent_map.dead.sum())
-    said = f"shown: {n} of {latent_map.d_sae} latents"
-    said += f"\n{n_dead} of them dead" if n_dead else ""
+    text = f"shown: {n} of {latent_map.d_sae} latents"
+    text += f"\n{n_dead} of them dead" if n_dead else ""
     if len(latent_map.without_direction):
-        said += f"\nwithout a direction: {len(latent_map.without_direction)}"
-    return said
+        text += f"\nwithout a direction: {len(latent_map.without_direction)}"
+    return text
 
 
 def _caption(latent_space: LatentSpace) -> str:
     titles = _titles(latent_space.maps)
     perplexities = sorted({m.perplexity for m in latent_space.maps})
-    said = (
+    text = (
         f"t-SNE of {latent_space.of} by cosine, perplexity "
         f"{' and '.join(f'{p:.3g}' for p in perplexities)}, seed {latent_space.seed}."
     )
     frequencies = latent_space.source.get("frequencies")
     if frequencies:
-        said += f" Firing frequency {frequencies}."
+        text += f" Firing frequency {frequencies}."
     if latent_space.of == ACTIVATIONS:
-        said += " Dead latents have no activations, so no direction."
+        text += " Dead latents have no activations and so no direction."
     spaces = list(dict.fromkeys(m.space for m in latent_space.maps))
     if len(spaces) > 1:
         rows = "; ".join(
             f"{space} ({', '.join(titles[m.name] for m in latent_space.maps if m.space == space)})"
             for space in spaces
         )
-        said += f" Embedded apart, not comparable with each other: {rows}."
+        text += f" Embedded separately, not comparable with each other: {rows}."
     elif len(latent_space.maps) > 1:
-        said += " Embedded together: the panels have the same axes."
-    return said
+        text += " Embedded together: the panels have the same axes."
+    return text
 
 
 def _limits(maps: Sequence[LatentMap]) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -34,11 +34,12 @@ class Firing:
 
     Attributes:
         firing_rates: Share of tokens in which each latent is active, shape (d_sae,), float64.
-        n_tokens: Over how many tokens, special ones and positions that do not count left out; None
-            if that is not known.
-        tokens: Which tokens these are: SAEs with the same were measured at the same positions.
-        activations: Of each latent at each of the tokens, shape (d_sae, n_tokens), float32; None if
-            they were not kept.
+        n_tokens: Number of tokens measured, without special tokens and positions that do not count;
+            None if unknown.
+        tokens: Name of this selection of tokens: SAEs with the same were measured at the same
+            positions.
+        activations: Activation of each latent at each token, shape (d_sae, n_tokens), float32; None
+            if they were not kept.
     """
 
     firing_rates: Float[ndarray, "d_sae"]
@@ -90,21 +91,21 @@ def measure_firing(
                     activity[name].update(counted)
                     if activations:
                         kept_activations[name].append(csr_array(counted.float().cpu().numpy()))
-    # who saw which tokens: special tokens and positions decide, not the hook
+    # the selection of tokens depends on special tokens and positions, not on the hook
     selections = list(dict.fromkeys((v.seqpos_slice, v.special) for v in views.values()))
-    found = {}
+    firing = {}
     for name, view in views.items():
         n = activity[name].n_samples
         if n == 0:
             raise ValueError(f"{name}: no token counts; all are special or outside seqpos_slice")
         i = selections.index((view.seqpos_slice, view.special))
-        found[name] = Firing(
+        firing[name] = Firing(
             activity[name].firing_rates.numpy(),
             n,
             f"{n} tokens" + (f", selection {i + 1}" if len(selections) > 1 else ""),
             vstack(kept_activations[name]).T.tocsr() if activations else None,  # pyright: ignore[reportOptionalMemberAccess]
         )
-    return found
+    return firing
 
 
 def latent_space(
@@ -115,13 +116,14 @@ def latent_space(
 ) -> LatentSpace:
     """Embed the latents of SAEs in the plane.
 
-    Decoder directions are embedded together for SAEs of one hook, for these lie in one space.
-    Activations are for all SAEs that were measured on the same tokens, of whatever hook; dead
-    latents have none, and so no place.
+    Decoder directions are embedded together for SAEs of one hook, because these lie in one space.
+    Activations are embedded together for all SAEs that were measured on the same tokens, of any
+    hook; dead latents have none and are left out.
 
     Args:
         saes: By name.
-        firing: Of each of them, by name; with its activations, if these are to be embedded.
+        firing: When the latents are active, by name of the SAE; with activations, if these are to
+            be embedded.
         options: What is embedded, and how; the defaults if None.
         source: Where the firing rates come from, see `LatentSpace`.
 
@@ -146,7 +148,7 @@ def latent_space(
 
 
 def _decoder_space(name: str, sae: SAE[Any]) -> str:
-    """What to call the space of an SAE's decoder rows: the same for SAEs that share it."""
+    """A name for the space of an SAE's decoder rows: the same for SAEs that share it."""
     metadata = sae.cfg.metadata
     # transcoders write to another hook than they read
     hook = metadata.hook_name_out or metadata.hook_name or f"the unknown hook of {name}"

@@ -1,1 +1,1 @@
-"""Which way of whitening recovers features that are known."""
+"""Which whitening recovers known features best, on synthetic activations."""

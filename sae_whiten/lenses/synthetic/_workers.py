@@ -1,4 +1,4 @@
-"""What a worker process does first; imports nothing, for libraries read these when imported."""
+"""Setup of a worker process. Imports nothing, because libraries read these variables on import."""
 
 import os
 
@@ -6,7 +6,7 @@ __all__ = ["start"]
 
 
 def start() -> None:
-    """No progress bars, which belong to the parent, and one thread for each process."""
+    """Turn off progress bars, which the parent shows, and use one thread in each process."""
     os.environ["TQDM_DISABLE"] = "1"
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"

@@ -2,13 +2,13 @@
 
 `sae_lens.synthetic` makes sparse features, correlated and hierarchical in their firing, and sums
 their directions; its activations are nearly isotropic and centred. Those of language models are
-neither. With f the activations of the features and F their directions, they become
+neither. With f the activations of the features and F their directions, the activations here are
 
     x = ((f F - mean) A + nuisance + junk) Q + offset
 
 A gives the features' part a covariance whose eigenvalues fall as a power of their rank, as those of
-language models do; Q is a random rotation. A is invertible, so the features stay features: rows of
-F A Q.
+language models do; Q is a random rotation. A is invertible, so the features are still features: the
+rows of F A Q.
 """
 
 import itertools
@@ -40,7 +40,7 @@ __all__ = ["SyntheticActivations"]
 
 _CHUNK = 1 << 14  # samples drawn at once
 _N_CHUNKS_STATISTICS = 1 << 3
-_N_CHUNKS_TRAINING = 1 << 6  # distinct ones; beyond that they come again, in another order
+_N_CHUNKS_TRAINING = 1 << 6  # distinct ones; then they are repeated, in another order
 _ZIPF_EXPONENT = 0.5
 
 
@@ -50,13 +50,13 @@ class SyntheticActivations:
     Everything follows from the config: two objects of one config give the same numbers.
 
     Args:
-        config: What they are made of.
+        config: How the activations are made.
         model: Source of the features, instead of the one that the config describes: a
             `SyntheticModel` of SAELens, or anything with its `sample`, `sample_with_features` and
             `feature_dict`.
 
     Attributes:
-        config: What they are made of.
+        config: How the activations are made.
         features: Shape (n_features, d_in), float32: what each feature adds to an activation.
         offset: Shape (d_in,), float32: the mean.
     """
@@ -125,15 +125,14 @@ class SyntheticActivations:
 
     @cached_property
     def whitening_matrix(self) -> Float[Tensor, "d_in d_in"]:
-        """Shape (d_in, d_in), float64: whitens fully, to compare directions by."""
+        """Matrix of full whitening, in which directions are compared; (d_in, d_in), float64."""
         return Whitening.from_statistics(self.statistics, WhiteningConfig(eps=1e-9)).W
 
     def batches(self, batch_size: int) -> Iterator[Float[Tensor, "n d_in"]]:
-        """Training activations without end, n = batch_size at a time, the same at every call.
+        """An endless stream of training activations, n = batch_size at a time, the same every call.
 
-        2^20 of them are distinct, drawn as they are needed and kept (256 MiB for 64 dimensions);
-        then they come in another order. Those of SynthSAEBench-16k are all
-        distinct.
+        2^20 of them are distinct, drawn when needed and kept (256 MiB for 64 dimensions); then they
+        are repeated in another order. Those of SynthSAEBench-16k are all distinct.
 
         Raises:
             ValueError: A batch is larger than 2^14.
@@ -170,7 +169,7 @@ class SyntheticActivations:
             return signal @ self._signal_map + noise @ self._noise_map + self._shift, fires
 
     def _seed(self, purpose: int, number: int = 0) -> int:
-        # no two of these meet, whatever the seeds of the configs
+        # distinct for every config seed, purpose and number
         return (self.config.seed * 3 + purpose << 32) + number
 
 

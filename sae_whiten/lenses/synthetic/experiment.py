@@ -1,8 +1,8 @@
-"""Which way of whitening recovers known features? Trainings on `SyntheticActivations`, scored.
+"""Which whitening recovers known features? SAEs trained on `SyntheticActivations` and scored.
 
 A run is one SAE. Runs of one seed share features, activations and their order, statistics and
-initial weights, so that differences between conditions are paired. Where sparsity is set by a
-coefficient, several are tried and the scores interpolated at the L0 wanted.
+initial weights, so that differences between conditions are paired. If sparsity is set by a
+coefficient, several are tried, and the scores are interpolated at the target L0.
 """
 
 import functools
@@ -57,7 +57,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _N_HELD_OUT = 20_000
-# its default lets gradients reach the threshold alone, which a short training hardly moves
+# with SAELens' defaults only the threshold gets gradients, and a short training hardly moves it
 _JUMPRELU = {
     "jumprelu_sparsity_loss_mode": "tanh",
     "jumprelu_ste_to_input": True,
@@ -65,7 +65,7 @@ _JUMPRELU = {
     "jumprelu_init_threshold": 0.1,
     "pre_act_loss_coefficient": 3e-6,
 }
-_FACTOR = 3.0  # between coefficients, as long as the L0 wanted is not between two of them
+_FACTOR = 3.0  # between coefficients, until two of them enclose the target L0
 _CLOSE = 1.5  # ratio of two L0 between which scores may be interpolated
 _MAX_TRIES = 8
 
@@ -77,7 +77,7 @@ def run_one(
 
     Args:
         run: What is trained.
-        device: Where.
+        device: Device to train on.
         data: Activations to use instead of those that `run.data` describes.
 
     Returns:
@@ -162,7 +162,7 @@ def _trained(
     if whitening is None:
         trainer = SAETrainer(cfg, sae, batches)
         if normalize_activations == "expected_average_only_in":
-            # from a stream of its own: fit() would take batches that the others train on
+            # from a separate stream: fit() would take batches that the other SAEs train on
             trainer.activation_scaler.estimate_scaling_factor(
                 data.d_in, data.batches(run.batch_size), cfg.n_batches_for_norm_estimate
             )
@@ -178,7 +178,7 @@ def grid(
     seeds: Sequence[int],
     template: SyntheticRun,
 ) -> list[SyntheticRun]:
-    """Every combination, and chance for every seed; seeds outermost, for they share activations."""
+    """Every combination, and chance for every seed; runs of one seed, which share data, adjoin."""
     runs = []
     for seed in seeds:
         data = replace(template.data, seed=seed)
@@ -191,44 +191,44 @@ def grid(
 
 
 def next_coefficient(tried: Mapping[float, float], target: float, start: float) -> float | None:
-    """The coefficient to try next so that L0 comes to `target`, or None when enough were tried.
+    """The coefficient to try next to reach the L0 `target`, or None when enough were tried.
 
-    Enough is two with `target` between their L0, which differ by at most half, or one that hits
-    it within 2%, or 8 altogether. L0 is taken to fall as the coefficient rises.
+    Enough is two whose L0 enclose `target` and differ by a factor of at most 1.5, or one within 2%
+    of it, or 8 altogether. L0 is assumed to fall as the coefficient rises.
 
     Args:
         tried: L0 by coefficient.
-        target: The L0 wanted.
+        target: The target L0.
         start: The first coefficient.
     """
     if not tried:
         return start
     if len(tried) >= _MAX_TRIES or any(_hits(l0, target) for l0 in tried.values()):
         return None
-    at = {math.log(c): math.log(max(l0, 0.01) / target) for c, l0 in tried.items()}
-    too_small = sorted(c for c, excess in at.items() if excess > 0)
-    too_large = sorted(c for c, excess in at.items() if excess <= 0)
+    excess_of = {math.log(c): math.log(max(l0, 0.01) / target) for c, l0 in tried.items()}
+    too_small = sorted(c for c, excess in excess_of.items() if excess > 0)
+    too_large = sorted(c for c, excess in excess_of.items() if excess <= 0)
     if not too_small:
-        return math.exp(too_large[0] - _step(at, too_large[:2]))
+        return math.exp(too_large[0] - _step(excess_of, too_large[:2]))
     if not too_large:
-        return math.exp(too_small[-1] + _step(at, too_small[-2:]))
+        return math.exp(too_small[-1] + _step(excess_of, too_small[-2:]))
     low, high = too_small[-1], too_large[0]
-    if at[low] - at[high] <= math.log(_CLOSE):
+    if excess_of[low] - excess_of[high] <= math.log(_CLOSE):
         return None
     # where the line between them crosses zero, but so that either side shrinks
-    share = min(max(at[low] / (at[low] - at[high]), 0.2), 0.8)
+    share = min(max(excess_of[low] / (excess_of[low] - excess_of[high]), 0.2), 0.8)
     return math.exp(low + share * (high - low))
 
 
-def _step(at: Mapping[float, float], nearest: Sequence[float]) -> float:
-    """How far to go on, in logarithms, where L0 is too large, or too small, so far."""
+def _step(excess_of: Mapping[float, float], nearest: Sequence[float]) -> float:
+    """How far to go on, in log coefficient, while all L0 are too large, or all too small."""
     if len(nearest) < 2:
         return math.log(_FACTOR)
     one, two = nearest
-    slope = max((at[one] - at[two]) / (two - one), 1e-6)
-    wanted = min(abs(at[one]), abs(at[two])) / slope
-    # a little beyond, for the sake of a run on the other side
-    return min(max(1.2 * wanted, math.log(_FACTOR) / 2), 2 * math.log(_FACTOR))
+    slope = max((excess_of[one] - excess_of[two]) / (two - one), 1e-6)
+    distance = min(abs(excess_of[one]), abs(excess_of[two])) / slope
+    # slightly beyond the target, to have a run on its other side
+    return min(max(1.2 * distance, math.log(_FACTOR) / 2), 2 * math.log(_FACTOR))
 
 
 def _hits(l0: float, target: float) -> bool:
@@ -236,17 +236,17 @@ def _hits(l0: float, target: float) -> bool:
 
 
 def at_l0(rows: Sequence[Mapping[str, float]], target: float) -> tuple[dict[str, float], bool]:
-    """Scores at the L0 wanted: of a run that hits it, or else linear in log L0 between the two
-    nearest on either side.
+    """Scores at the target L0: of a run within 2% of it, or else interpolated, linear in log L0,
+    between the nearest runs on either side.
 
     Args:
         rows: Scores of runs that differ in their coefficient, with "l0" among them.
-        target: The L0 wanted.
+        target: The target L0.
 
     Returns:
-        The scores, and whether there was a run within 2%, or runs on both sides; otherwise the
-        scores are those of the nearest. Of a run that hits the L0 they are taken as they are: the
-        nearest on the other side may be far.
+        The scores, and whether the target was matched, by a run within 2% or by runs on both
+        sides. If not, the scores are those of the nearest run. A run within 2% is not interpolated:
+        the nearest run on the other side may be far.
     """
 
     def distance(row: Mapping[str, float]) -> float:
@@ -270,10 +270,10 @@ def run_all(
     jobs: int = 1,
     progress: Callable[[], object] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Do what is not in `results` yet, in worker processes, and append it as it is done.
+    """Do the runs that are not in `results` yet, in worker processes, and append each when done.
 
     Args:
-        runs: Without coefficients; where one is needed, several are tried, see `next_coefficient`.
+        runs: Without coefficients; if one is needed, several are tried, see `next_coefficient`.
         results: File with one JSON object for each training.
         device: Where to train.
         jobs: Worker processes, of one thread each.
@@ -282,32 +282,32 @@ def run_all(
     Returns:
         The rows of all trainings that belong to `runs`.
     """
-    have = {_key(SyntheticRun.from_dict(row["run"])): row for row in read_rows(results)}
-    found: dict[SyntheticRun, list[dict[str, Any]]] = {run: [] for run in runs}
+    finished = {_key(SyntheticRun.from_dict(row["run"])): row for row in read_rows(results)}
+    rows_of: dict[SyntheticRun, list[dict[str, Any]]] = {run: [] for run in runs}
     executor = ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_workers.start)
     pending: dict[Future[dict[str, Any]], SyntheticRun] = {}
     results.parent.mkdir(parents=True, exist_ok=True)
     with executor, results.open("a") as file:
         if results.stat().st_size and not results.read_bytes().endswith(b"\n"):
-            file.write("\n")  # after a line that was cut off
+            file.write("\n")  # end a line that was cut off
 
         def go_on(run: SyntheticRun) -> None:
             """Submit the next training of a run, if it needs one that was not done before."""
             while True:
-                training = _next_training(run, found[run])
+                training = _next_training(run, rows_of[run])
                 if training is None:
                     progress()
                     return
-                row = have.get(_key(training))
+                row = finished.get(_key(training))
                 if row is None:
                     pending[executor.submit(run_one, training, device)] = run
                     return
-                found[run].append(row)
+                rows_of[run].append(row)
 
-        waiting = iter(found)
+        waiting = iter(rows_of)
         try:
             while True:
-                # not all at once: what is submitted cannot be taken back when one fails
+                # not all at once: submitted runs cannot be cancelled when one fails
                 while len(pending) < jobs and (run := next(waiting, None)) is not None:
                     go_on(run)
                 if not pending:
@@ -316,12 +316,12 @@ def run_all(
                     run, row = pending.pop(future), future.result()
                     file.write(json.dumps(row) + "\n")
                     file.flush()
-                    found[run].append(row)
+                    rows_of[run].append(row)
                     go_on(run)
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
-    return [row for rows in found.values() for row in rows]
+    return [row for rows in rows_of.values() for row in rows]
 
 
 def _next_training(run: SyntheticRun, rows: Sequence[Mapping[str, Any]]) -> SyntheticRun | None:
@@ -340,7 +340,7 @@ def _key(run: SyntheticRun) -> str:
 def read_rows(results: Path) -> list[dict[str, Any]]:
     """The rows of a results file; none if there is no file.
 
-    A line that is not a result, such as one that a kill cut off, is left out with a warning.
+    A line that is not a result, such as one cut off by a crash, is left out with a warning.
     """
     if not results.exists():
         return []
@@ -361,8 +361,8 @@ class Summary:
     Attributes:
         architecture: The architecture.
         condition: The condition.
-        scores: Of each seed, by name of the score.
-        matched: Whether all seeds came to the L0 wanted.
+        scores: By name of the score, one for each seed.
+        matched: Whether all seeds reached the target L0.
     """
 
     architecture: str
@@ -417,12 +417,14 @@ def markdown_table(summaries: Sequence[Summary]) -> str:
     architectures = dict.fromkeys(s.architecture for s in summaries if s.condition != CHANCE)
     blocks = []
     for architecture in architectures:
-        own = [s for s in summaries if s.architecture == architecture and s.condition != CHANCE]
+        of_architecture = [
+            s for s in summaries if s.architecture == architecture and s.condition != CHANCE
+        ]
         lines = [
             f"| {architecture} | " + " | ".join(title for title, _ in _COLUMNS.values()) + " |",
             "|---" * (len(_COLUMNS) + 1) + "|",
         ]
-        for summary in [*own, *chance]:
+        for summary in [*of_architecture, *chance]:
             cells = [
                 _cell(summary.mean(name), summary.sd(name), form)
                 for name, (_, form) in _COLUMNS.items()

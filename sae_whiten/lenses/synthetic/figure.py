@@ -17,7 +17,7 @@ def plot_recovery(summaries: Sequence[Summary], chance: Summary | None, path: st
     standard deviation over seeds, dotted lines at chance.
 
     Args:
-        summaries: Of the conditions, without chance.
+        summaries: Scores of the conditions, without chance.
         chance: The scores of an SAE that was not trained.
         path: Where to write; its suffix is the format (.png, .pdf, .svg).
 
@@ -32,13 +32,13 @@ def plot_recovery(summaries: Sequence[Summary], chance: Summary | None, path: st
         panels = figure.subplots(1, len(_PANELS), sharey=True, squeeze=False)[0]
         for axes, (score, title) in zip(panels, _PANELS.items(), strict=True):
             for i, architecture in enumerate(architectures):
-                own = [s for s in summaries if s.architecture == architecture]
+                of_architecture = [s for s in summaries if s.architecture == architecture]
                 # side by side, so that none hides another
                 shift = 0.5 * ((i + 0.5) / len(architectures) - 0.5)
                 axes.errorbar(
-                    [s.mean(score) for s in own],
-                    [conditions.index(s.condition) + shift for s in own],
-                    xerr=[s.sd(score) or 0.0 for s in own],
+                    [s.mean(score) for s in of_architecture],
+                    [conditions.index(s.condition) + shift for s in of_architecture],
+                    xerr=[s.sd(score) or 0.0 for s in of_architecture],
                     fmt=_MARKERS.get(architecture, "x"),
                     color="black",
                     markerfacecolor=f"{0.9 * i / max(len(architectures) - 1, 1):.2f}",

@@ -1,9 +1,9 @@
 """Scores of a dictionary against the features that generated the data, as functions of tensors.
 
-Cosines between raw vectors are of no use on anisotropic activations: all of them lie near the few
-directions of large variance, and dictionaries that know nothing of the features score high. So
-decoders and features are compared after both are whitened, that is, by the cosine in the metric of
-the inverse covariance; and by what fires when, which takes no metric at all.
+Cosines between raw vectors are useless on anisotropic activations: all vectors lie near the few
+directions of large variance, and even untrained dictionaries score high. So decoders and features
+are compared after both are whitened, that is, by the cosine in the metric of the inverse
+covariance; and by when they fire, which needs no metric.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class GroundTruthScores:
     Attributes:
         mcc: Mean correlation coefficient of decoder rows and features, both whitened: see
             `mean_max_cosine`.
-        f1: Mean over features of the F1 of the latent that tells best when the feature fires.
+        f1: Mean over features of the F1 of the latent that best predicts when the feature fires.
         raw_mcc: As `mcc`, in the space of the activations. A warning, not a score: on anisotropic
             data it is high for random directions too.
     """
@@ -37,10 +37,10 @@ class GroundTruthScores:
 def best_firing_f1(
     latents: Shaped[Tensor, "n d_sae"], features: Shaped[Tensor, "n_rows n_features"]
 ) -> Float[Tensor, "n_features"]:
-    """For every feature, the F1 of the latent that is best at telling when it fires.
+    """For every feature, the F1 of the latent that best predicts when it fires.
 
-    A latent says that a feature fires where it is not zero; one latent may be the best for several
-    features. F1 = 2 TP / (2 TP + FP + FN).
+    A latent predicts that a feature fires where the latent is not zero; one latent may be the best
+    for several features. F1 = 2 TP / (2 TP + FP + FN).
 
     Args:
         latents: Shape (n, d_sae): activations of the latents, any dtype.
@@ -87,7 +87,7 @@ def ground_truth_scores(
     f1 = best_firing_f1(latents, true_activations)
     f1 = f1[~f1.isnan()]
     if len(f1) == 0:
-        raise ValueError(f"no feature fires in {len(latents)} samples: there is nothing to tell")
+        raise ValueError(f"no feature fires in {len(latents)} samples: there is nothing to score")
     return GroundTruthScores(
         mcc=mean_max_cosine(W_dec, true_directions, W),
         f1=float(f1.mean()),

@@ -25,15 +25,15 @@ CHANCE = "chance"
 """The condition of an SAE that is folded without having been trained."""
 
 COEFFICIENTS = {"standard": ("l1_coefficient", 10.0), "jumprelu": ("l0_coefficient", 1.0)}
-"""Where sparsity is set by a coefficient: its name, and the first value that is tried."""
+"""Architectures whose sparsity is set by a coefficient: its name, and the first value to try."""
 
 ZIPF_RANGE = 8.0
-"""How many times as often as the rarest feature the most frequent one fires."""
+"""Firing frequency of the most frequent feature over that of the rarest."""
 
 
 @dataclass(frozen=True)
 class SyntheticDataConfig:
-    """What synthetic activations are made of. Variances are in units of the average direction's.
+    """How synthetic activations are made. Variances are in units of the average direction's.
 
     Raises:
         ValueError: A value cannot work.
@@ -61,19 +61,18 @@ class SyntheticDataConfig:
     """Variance of each dimension of noise, in units of the average direction's."""
 
     n_nuisance: int = 0
-    """Rank of dense Gaussian activity within the features' dimensions; it has half of the variance
-    there."""
+    """Rank of dense Gaussian activity within the features' dimensions."""
 
     nuisance_share: float = 0.5
-    """Share of the dense activity in the variance of the features' dimensions."""
+    """Share of the variance in the features' dimensions that is dense activity."""
 
     benchmark: Literal["synthsaebench", "synthsaebench-small"] | None = None
-    """Features of SynthSAEBench-16k (arXiv 2602.14687) in the place of those above: 16384 in 768
+    """Features of SynthSAEBench-16k (arXiv 2602.14687) instead of those above: 16384 in 768
     dimensions; or a small version of it, 1024 in 128."""
 
     as_published: bool = False
-    """Of a benchmark: activations as its authors have them, nearly isotropic, in the place of those
-    that the condition number and the mean make of them."""
+    """For a benchmark: use its activations as published, nearly isotropic, and ignore the condition
+    number and the mean."""
 
     seed: int = 0
     """Seed of features, rotations and samples."""
@@ -82,11 +81,11 @@ class SyntheticDataConfig:
         if not 0 < self.l0 < self.n_features / ZIPF_RANGE:
             raise ValueError(
                 f"l0={self.l0}: between 0 and n_features / {ZIPF_RANGE:g} = "
-                f"{self.n_features / ZIPF_RANGE:g}, for the most frequent feature cannot fire "
-                "more often than always"
+                f"{self.n_features / ZIPF_RANGE:g}, because the most frequent feature cannot fire "
+                "with a probability above 1"
             )
         if self.as_published and self.benchmark is None:
-            raise ValueError("as_published: no benchmark is named")
+            raise ValueError("as_published needs a benchmark")
         require_number("condition", self.condition, whole=False)
         require_number("n_junk", self.n_junk, least=0)
         require_number("junk_variance", self.junk_variance, least=0, whole=False)
@@ -107,17 +106,17 @@ class SyntheticRun:
     """One of `ARCHITECTURES`."""
 
     condition: str = "original"
-    """Name of a condition of `sae-whiten compare`, with settings of `WhiteningConfig` behind it if
-    wanted (`parse_condition`), or "chance" for an SAE that is folded without training."""
+    """Name of a condition of `sae-whiten compare`, optionally followed by settings of
+    `WhiteningConfig` (`parse_condition`), or "chance" for an SAE folded without training."""
 
     data: SyntheticDataConfig = field(default_factory=SyntheticDataConfig)
-    """What it is trained on; its seed is that of the initial weights as well."""
+    """The activations to train on; their seed is also that of the initial weights."""
 
     d_sae: int = 256
-    """Latents."""
+    """Number of latents."""
 
     k: int = 6
-    """Latents active at once: exactly, on average (batchtopk), or what coefficients aim at."""
+    """Latents active at once: exactly, on average (batchtopk), or the target of coefficients."""
 
     steps: int = 5000
     """Training steps."""
@@ -126,10 +125,10 @@ class SyntheticRun:
     """Activations per step."""
 
     lr: float = 3e-4
-    """Learning rate, constant but for the last fifth of the steps, in which it falls to a tenth."""
+    """Learning rate: constant, and falling to a tenth in the last fifth of the steps."""
 
     coefficient: float | None = None
-    """Of the sparsity penalty, for architectures that have one."""
+    """Coefficient of the sparsity penalty, for architectures that have one."""
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -166,7 +165,7 @@ class SyntheticRun:
 def benchmark_run(*, small: bool = False, anisotropic: bool = False) -> SyntheticRun:
     """A training on SynthSAEBench as published: 4096 latents, k = 25, 200 million activations.
 
-    Learning rates are decayed in the last fifth here, and constant there.
+    Unlike there, learning rates decay in the last fifth of the steps.
 
     Args:
         small: 256 latents and 5000 steps on a version with 1024 features in 128 dimensions, for
@@ -184,7 +183,7 @@ def benchmark_run(*, small: bool = False, anisotropic: bool = False) -> Syntheti
 
 
 def parse_condition(text: str) -> Condition:
-    """A condition from its name, with settings of `WhiteningConfig` behind it if wanted.
+    """A condition from its name, optionally followed by settings of `WhiteningConfig`.
 
     >>> parse_condition("whitened:shrinkage=0.1,eps=0.01").whitening.shrinkage
     0.1
@@ -202,13 +201,13 @@ def parse_condition(text: str) -> Condition:
         return condition
     if condition.whitening is None:
         raise ValueError(f"{text!r}: {name} does not whiten, and has no settings")
-    own = condition.whitening.to_dict()
+    values = condition.whitening.to_dict()
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"{text!r}: expected {name}:setting=value, got {setting!r}")
         try:
-            own[key] = json.loads(value)
+            values[key] = json.loads(value)
         except json.JSONDecodeError:
-            own[key] = value
-    return replace(condition, whitening=WhiteningConfig.from_dict(own))
+            values[key] = value
+    return replace(condition, whitening=WhiteningConfig.from_dict(values))
