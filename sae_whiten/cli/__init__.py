@@ -35,7 +35,7 @@ COMMANDS = {
     "fold": "make a correct SAE of a checkpoint that SAELens wrote under its own whitening",
     "inspect": "show statistics: anisotropy, outliers, how well they were estimated",
     "landscape": "draw where sparsity leads in two dimensions, before and after whitening",
-    "latents": "draw where the latents of SAEs lie, and how often they fire",
+    "latents": "draw a map of the latents of SAEs, and how often they fire",
     "merge": "combine statistics of several shards, exactly",
     "push": "upload a finished SAE, or statistics, to the Hugging Face hub",
     "synthetic": "compare ways of whitening where the features are known",
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(command, "PASSES_ARGUMENTS_ON", False):
         args, args.arguments = command_parser.parse_known_args(args.arguments, args)
     else:
-        # every command takes these flags behind its name too
+        # these flags are also accepted after the command's name
         _add_logging_arguments(command_parser, default=argparse.SUPPRESS)
         args = command_parser.parse_args(args.arguments, args)
 
@@ -154,7 +154,7 @@ def _add_logging_arguments(parser: argparse.ArgumentParser, default: object) -> 
         "--verbose",
         action="store_true",
         default=default,
-        help="log details, also SAELens' own; show the traceback of errors",
+        help="log details, including those of SAELens; show the traceback of errors",
     )
     group.add_argument(
         "-q", "--quiet", action="store_true", default=default, help="log only warnings and errors"
@@ -164,7 +164,7 @@ def _add_logging_arguments(parser: argparse.ArgumentParser, default: object) -> 
 def _outcome(error: Exception, parser: argparse.ArgumentParser) -> tuple[int, str | None]:
     """The exit status for an error, and its message; None if the traceback has to be shown."""
     if _is_full_disk(error):
-        return 1, f"the disk is full, or its quota used up; free some space ({error})"
+        return 1, f"the disk or its quota is full; free some space ({error})"
     if isinstance(error, FieldError):
         name = error.field.rpartition(".")[2]
         flags = {action.dest: action.option_strings for action in parser._actions}

@@ -41,7 +41,7 @@ def add_options(
         if field.name in without or (only is not None and field.name not in only):
             continue
         name = (renamed or {}).get(field.name, field.name)
-        told, kwargs = help_of(options, field.name), _parser_of(annotations[field.name])
+        text, kwargs = help_of(options, field.name), _parser_of(annotations[field.name])
         if field.default_factory is not dataclasses.MISSING:
             kwargs["default"] = field.default_factory()
         elif field.default is dataclasses.MISSING:
@@ -50,10 +50,10 @@ def add_options(
             kwargs["default"] = field.default
             if field.default not in (None, (None,)):
                 values = field.default if isinstance(field.default, tuple) else [field.default]
-                told += f" (default: {','.join(map(str, values))})"
+                text += f" (default: {','.join(map(str, values))})"
         if absent_by_default:
             kwargs["default"] = argparse.SUPPRESS
-        help = told.replace("%", "%%")
+        help = text.replace("%", "%%")
         parser.add_argument(f"--{name.replace('_', '-')}", dest=field.name, help=help, **kwargs)
 
 
@@ -71,11 +71,11 @@ def help_of(options: type, field: str, *, brief: bool = False) -> str:
         field: Name of the field.
         brief: Whether the first sentence is enough.
     """
-    told = " ".join(get_attribute_docstring(options, field).docstring_below.split())
+    text = " ".join(get_attribute_docstring(options, field).docstring_below.split())
     if brief:
-        told = re.split(r"(?<!\.)\. ", told)[0]
-    is_name = told[1:2].isupper()  # keeps the capitals of SAELens, for example
-    return (told if is_name else told[:1].lower() + told[1:]).removesuffix(".")
+        text = re.split(r"(?<!\.)\. ", text)[0]
+    is_name = text[1:2].isupper()  # keeps the capitals of SAELens, for example
+    return (text if is_name else text[:1].lower() + text[1:]).removesuffix(".")
 
 
 def _parser_of(annotation: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def add_probe_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         "--n-texts",
         type=positive,
         metavar="N",
-        help="texts per combination of labels to fit probes on, and as many to score them "
+        help="texts per combination of labels to fit probes on, and the same number to score them "
         "(default: 100); with sae-probes, texts per task (default: all)",
     )
     add(
@@ -52,14 +52,15 @@ def add_probe_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         "--text-column",
         default="text",
         metavar="NAME",
-        help="its column of texts (default: %(default)s)",
+        help="column of texts in --labels-dataset (default: %(default)s)",
     )
     add(
         "--label-column",
         nargs="+",
         default=["label"],
         metavar="NAME",
-        help="its column of labels (default: label); SCR needs a second one, with two values",
+        help="columns of labels in --labels-dataset (default: label); SCR needs a second one, with "
+        "two values",
     )
 
 

@@ -86,8 +86,8 @@ def _load_sae(path: str, device: str) -> "SAE[Any]":
     release, _, sae_id = path.partition("/")
     if release not in get_pretrained_saes_directory():
         # a repository on the hub, whose name contains a slash
-        owner, _, rest = path.partition("/")
-        repository, _, sae_id = rest.partition("/")
+        owner, _, tail = path.partition("/")
+        repository, _, sae_id = tail.partition("/")
         release = f"{owner}/{repository}"
     if Path(path).exists() or not sae_id:
         raise ValueError(
@@ -153,8 +153,8 @@ def _dataset_path(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> s
     trained_on = {sae.cfg.metadata.dataset_path for sae in saes.values()}
     if path in trained_on and args.dataset_split == "train":
         logger.warning(
-            "%s is what SAEs were trained on: the figures may be of tokens that they have seen. "
-            "--dataset-split or --dataset-path give others",
+            "SAEs were trained on %s: the results may be for tokens that they have seen. Choose "
+            "others by --dataset-split or --dataset-path",
             path,
         )
     return path
@@ -162,14 +162,14 @@ def _dataset_path(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> s
 
 def _shared(saes: "Mapping[str, SAE[Any]]", field: str, flag: str, default: Any = None) -> Any:
     """The value of a metadata field, which has to be the same for all SAEs."""
-    found = {name: sae.cfg.metadata[field] for name, sae in saes.items()}
-    values = [value for value in found.values() if value is not None]
+    by_name = {name: sae.cfg.metadata[field] for name, sae in saes.items()}
+    values = [value for value in by_name.values() if value is not None]
     if any(value != values[0] for value in values):
-        listed = ", ".join(f"{value!r} ({name})" for name, value in found.items())
-        raise ValueError(f"the SAEs do not agree in {field}: {listed}; give {flag}")
+        listed = ", ".join(f"{value!r} ({name})" for name, value in by_name.items())
+        raise ValueError(f"the SAEs differ in {field}: {listed}; give {flag}")
     # "local" is the usual name of a dataset that was given as an object
     if values and not (field == "dataset_path" and values[0] in ("", "local")):
         return values[0]
     if default is None:
-        raise ValueError(f"the SAEs' metadata do not tell {field}; give {flag}")
+        raise ValueError(f"the SAEs' metadata do not contain {field}; give {flag}")
     return default

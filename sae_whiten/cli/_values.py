@@ -21,11 +21,11 @@ def positive(text: str) -> int:
 def json_object(text: str) -> dict[str, Any]:
     """A JSON object."""
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(
             f"{text}: not JSON ({error}); in a shell, such as '{{\"name\": 1}}'"
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise argparse.ArgumentTypeError(f"{text}: not an object, such as '{{\"name\": 1}}'")
-    return found
+    return parsed

@@ -25,7 +25,7 @@ from sae_whiten.comparison.options import ComparisonOptions
 _LISTED = "\n".join(f"  {name:24} {c.description}" for name, c in CONDITIONS.items())
 
 EPILOG = f"""\
-conditions (where an architecture cannot be trained under one, it is left out):
+conditions (an architecture that cannot be trained under one is left out there):
 {_LISTED}
 
 example:
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include-special-tokens",
         dest="exclude_special_tokens",
         action="store_false",
-        help="leave out none, as SAELens does",
+        help="keep special tokens, as SAELens does",
     )
     add_probe_arguments(parser.add_argument_group("probing"))
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = options_from(args, Comparison)
     check_writable(args.out)
     dataset = open_dataset(args.dataset_path, streaming=not args.no_streaming)
-    # refuse too few rows before loading a model
+    # refuses too few rows before a model is loaded
     describe_rows(dataset, comparison.held_out_sequences)
     labels = probed_texts(args)
     names = options_from(args, ModelOptions).names()
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{page}: features of two of the SAEs side by side")
     print(
         "\nNext:\n"
-        f"  this command with --seeds {n_seeds + 2}: tells smaller differences, and trains only "
+        f"  this command with --seeds {n_seeds + 2}: detects smaller differences, and trains only "
         "what is missing\n"
         f"  sae-whiten features SAE SAE --out pair.html: any two of {args.out / 'saes'}\n"
         "  sae-whiten train --help: an SAE of full length, under the condition of your choice"

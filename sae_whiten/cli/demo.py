@@ -18,8 +18,8 @@ from sae_whiten.comparison.demo import DemoOptions, DemoResult, run_demo
 
 EPILOG = """\
 Whitening makes every direction of the activations' covariance equally large before the SAE sees
-them, so that a few directions of large variance no longer take most of the loss. The SAE that is
-saved takes raw activations all the same: the whitening is folded into its weights.
+them, so that a few directions of large variance no longer dominate the loss. The saved SAE still
+takes raw activations: the whitening is folded into its weights.
 """
 
 
@@ -31,13 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train the SAEs, evaluate them in a fresh process, and print the results."""
     started = time.monotonic()
-    found = run_demo(options_from(args, DemoOptions), lambda message: print(message, flush=True))
-    print(f"\nOn {found.n_held_out} tokens of text from other modules than those trained on:\n")
-    _print_table(found, args.d_sae)
+    result = run_demo(options_from(args, DemoOptions), lambda message: print(message, flush=True))
+    print(f"\nOn {result.n_held_out} tokens of text from modules that were not trained on:\n")
+    _print_table(result, args.d_sae)
     print(f"\n{time.monotonic() - started:.0f} seconds. Files are in {args.out}{os.sep}")
     for path, content in (
         ("demo.png", "the figure: spectra, dead latents, probing"),
-        ("tame, anisotropic", "the SAEs, by condition; whitenings in sae_whiten/ of each"),
+        ("tame, anisotropic", "the SAEs, by condition; each has its whitening in sae_whiten/"),
         ("evaluate_saes.py", "the evaluation above, with sae_lens alone"),
     ):
         print(f"  {path:17}  {content}")
@@ -54,20 +54,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(found: DemoResult, d_sae: int) -> None:
-    print(f"{'':36}" + "".join(f"{version:^33}" for version in found.saes))
+def _print_table(result: DemoResult, d_sae: int) -> None:
+    print(f"{'':36}" + "".join(f"{version:^33}" for version in result.saes))
     width = 11
-    saes = [sae for by_condition in found.saes.values() for sae in by_condition.values()]
+    saes = [sae for by_condition in result.saes.values() for sae in by_condition.values()]
 
     def row(name: str, *cells: str) -> None:
-        wide = 3 * width if len(cells) == len(found.saes) else width
+        wide = 3 * width if len(cells) == len(result.saes) else width
         print(f"{name:36}" + "".join(f"{cell:^{wide}}" for cell in cells))
 
-    spectra = found.spectra.values()
-    row("activations: |mean|/std", *(f"{gamma:.2g}" for gamma in found.mean_over_std.values()))
+    spectra = result.spectra.values()
+    row("activations: |mean|/std", *(f"{gamma:.2g}" for gamma in result.mean_over_std.values()))
     row("  condition of the covariance", *(f"{s.condition_number_nonnull:.2g}" for s in spectra))
     row("  share of the top eigenvalue", *(f"{s.top_share:.0%}" for s in spectra))
-    row("trained on activations that are", *(c for by in found.saes.values() for c in by))
+    row("trained on activations that are", *(c for by in result.saes.values() for c in by))
     row("  explained variance", *(f"{sae['explained_variance']:.3f}" for sae in saes))
     row(f"  dead latents, of {d_sae}", *(str(sae["dead_latents"]) for sae in saes))
     for k in saes[0]["probing"]:
@@ -80,6 +80,6 @@ def _print_table(found: DemoResult, d_sae: int) -> None:
         "\nof the activations (the default). Fold error: relative difference between the saved SAE,"
         "\nwhich takes raw activations, and the one that was trained. It is rounding error."
         "\nThe map between tame and anisotropic is invertible: they hold the same information."
-        "\nOne seed and a short training: an illustration, not a comparison. Training on longer"
+        "\nOne seed and a short training: an illustration, not a comparison. Longer training"
         "\nrevives most of the latents that are dead here: docs/dose-response.md."
     )

@@ -37,7 +37,7 @@ EPILOG = """\
 examples:
   sae-whiten features sae --dataset-split 'train[99%:]' --out page.html
   sae-whiten features sae --latents 12,345,6789 --out page.html
-  sae-whiten features sae --text 'The cat sat on the mat.' --out page.html    which fire here?
+  sae-whiten features sae --text 'The cat sat on the mat.' --out page.html    which latents fire?
   sae-whiten features sae-plain sae-whitened --out both.html                  what do they share?
   sae-whiten features gpt2-small-res-jb/blocks.6.hook_resid_pre \\
     --dataset-path Skylion007/openwebtext --out page.html
@@ -88,10 +88,10 @@ def run(args: argparse.Namespace) -> int:
     options.check_latents(saes[args.saes[0].rstrip("/")].cfg.d_sae)
     statistics = _statistics(args, saes)
     model, dataset, source = model_and_dataset(args, saes, args.context_size)
-    found = measure_features(saes, model, dataset, options, statistics=statistics)
+    features = measure_features(saes, model, dataset, options, statistics=statistics)
     dataset_name = f"{source['dataset_path']} ({args.dataset_split})"
-    write_page(found, args.out, {"dataset": dataset_name})
-    _print_summary(found)
+    write_page(features, args.out, {"dataset": dataset_name})
+    _print_summary(features)
     print(f"\nsaved: {args.out} ({args.out.stat().st_size / 1e6:.1f} MB); open it in a browser")
     return 0
 
@@ -103,13 +103,13 @@ def _statistics(
     from sae_whiten.estimation.folders import find_statistics
     from sae_whiten.statistics import ActivationStatistics
 
-    found = {}
+    by_hook = {}
     for path, sae in saes.items():
         hook_name = sae.cfg.metadata.hook_name
-        if hook_name is None or hook_name in found:
+        if hook_name is None or hook_name in by_hook:
             continue
         if args.statistics is not None:
-            found[hook_name] = ActivationStatistics.load(
+            by_hook[hook_name] = ActivationStatistics.load(
                 find_statistics(args.statistics, hook_name)
             )
         elif Path(path).is_dir():
@@ -117,24 +117,26 @@ def _statistics(
                 file = find_statistics(path, hook_name)
             except FileNotFoundError:
                 continue
-            found[hook_name] = ActivationStatistics.load(file)
-    return found
+            by_hook[hook_name] = ActivationStatistics.load(file)
+    return by_hook
 
 
-def _print_summary(found: "Features") -> None:
-    width = max(len(sae.name) for sae in found.saes)
+def _print_summary(features: "Features") -> None:
+    width = max(len(sae.name) for sae in features.saes)
     print(f"{'':{width}}  {'latents':>8}  {'that fire':>9}  {'L0':>7}  {'shown':>6}")
-    for sae in found.saes:
+    for sae in features.saes:
         print(
             f"{sae.name:{width}}  {sae.d_sae:>8}  {sae.d_sae - sae.n_dead:>9}  {sae.l0:>7.1f}"
             f"  {len(sae.latents):>6}"
         )
-    if found.matching is not None:
-        counts = zip(found.matching.n_matched, found.matching.n_live, found.saes, strict=True)
+    if features.matching is not None:
+        counts = zip(
+            features.matching.n_matched, features.matching.n_live, features.saes, strict=True
+        )
         for same, live, sae in counts:
             print(
                 f"{same} of the {live} latents of {sae.name} that fire "
-                f"({same / max(live, 1):.0%}) are found by the other too"
+                f"({same / max(live, 1):.0%}) are also found by the other SAE"
             )
-    if found.why_no_logits is not None:
-        print(f"No tokens that latents raise or lower: {found.why_no_logits}")
+    if features.why_no_logits is not None:
+        print(f"No tokens that latents raise or lower: {features.why_no_logits}")

@@ -5,7 +5,7 @@ when held-out activations would have an excess variance of at most --tolerance u
 The excess is estimated by comparing two halves of the samples. The result is a folder with one file
 per hook, for sae-whiten train --whitening.statistics.
 
-After an interruption, repeat the command: it continues from what was last saved. Under torchrun,
+After an interruption, repeat the command: it continues from the last save. Under torchrun,
 every process reads its share of the dataset, and the result covers all shares.
 """
 
@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--push-to-hub",
         metavar="USER/NAME",
-        help="upload the result to this repo of the Hugging Face hub too, which is made if need be",
+        help="also upload the result to this repo of the Hugging Face hub, which is created if "
+        "needed",
     )
     add_options(
         parser,
@@ -71,11 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=int,
         metavar="ID",
-        help=f"{help_of(FitConfig, 'exclude_special_tokens')}. Without any id: the tokenizer's",
+        help=f"{help_of(FitConfig, 'exclude_special_tokens')}. Without ids: the tokenizer's",
     )
     model = parser.add_argument_group(
         "running the model",
-        "As training will. These do not go with --cached-activations, which are taken as they are.",
+        "Give the same values as in training. Not with --cached-activations, which are used as "
+        "they are.",
     )
     add_options(model, ModelOptions, without=("model_name",), absent_by_default=True)
     model.add_argument(
@@ -90,22 +92,23 @@ def run(args: argparse.Namespace) -> int:
     if args.cached_activations is None and None in given:
         raise ValueError("give --model-name and --dataset-path, or --cached-activations")
     if args.cached_activations is not None and given != [None, None]:
-        raise ValueError("--cached-activations takes the place of --model-name and --dataset-path")
-    idle = [name for name in (*_LOADING, *_READING) if hasattr(args, name)]
-    if args.cached_activations is not None and idle:
-        listed = ", ".join("--" + name.replace("_", "-") for name in idle)
-        raise ValueError(f"cached activations are taken as they are: leave out {listed}")
+        raise ValueError("--cached-activations replaces --model-name and --dataset-path")
+    unusable = [name for name in (*_LOADING, *_READING) if hasattr(args, name)]
+    if args.cached_activations is not None and unusable:
+        listed = ", ".join("--" + name.replace("_", "-") for name in unusable)
+        raise ValueError(f"cached activations are used as they are: leave out {listed}")
     from sae_whiten.estimation.distributed import joined_processes
 
     with joined_processes() as rank:
         statistics = _fit(args)
     if rank > 0:
         return 0
-    for hook_name, found in statistics.items():
-        excess = found.provenance["inflation"]
+    for hook_name, hook_statistics in statistics.items():
+        excess = hook_statistics.provenance["inflation"]
         print(
-            f"{hook_name}: {found.n_samples} activations of width {found.d_in}, held-out excess "
-            f"variance {'unknown' if excess is None else f'{excess:.2%}'}"
+            f"{hook_name}: {hook_statistics.n_samples} activations of width "
+            f"{hook_statistics.d_in}, held-out excess variance "
+            f"{'unknown' if excess is None else f'{excess:.2%}'}"
         )
     print(f"\nsaved in {args.out}")
     source = str(args.out)

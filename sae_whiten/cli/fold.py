@@ -6,9 +6,9 @@ This command folds the whitening into the weights, checks the fold, and writes a
 
 A final checkpoint is folded already and is copied as it is. A final checkpoint of a run that was
 resumed from a final checkpoint is folded twice. Its second fold is undone; --whitening has to name
-the whitening of the second run. The command recognises the state from the weights. It refuses a
-checkpoint in doubt; then give --state. Activations make the result more certain: cached ones, or
-those of a model on a dataset.
+the whitening of the second run. The command recognises the state from the weights. If the state is
+unclear, it refuses the checkpoint; then give --state. Activations make the result more certain:
+cached ones, or those of a model on a dataset.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--state",
         choices=_STATES,
-        help="what the weights are (default: find out, and refuse if it is not certain)",
+        help="state of the weights (default: recognise it, and refuse if it is unclear)",
     )
     add("--device", default="cpu", help="where to compute (default: %(default)s)")
     group = parser.add_argument_group("activations (default: none)")
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=4096,
         metavar="N",
-        help="so many at most (default: %(default)s)",
+        help="activations to use at most (default: %(default)s)",
     )
     add_dataset_arguments(group, default="none")
     add_model_arguments(parser)
@@ -87,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{args.checkpoint}: "
         + {
-            "whitened": "in whitened coordinates; the whitening is folded in now",
-            "folded": "a plain SAE, folded already; copied",
-            "folded-twice": "folded twice; the second fold is undone",
+            "whitened": "was in whitened coordinates; the whitening is now folded in",
+            "folded": "already folded, a plain SAE; copied",
+            "folded-twice": "was folded twice; the second fold is undone",
         }[done.state]
         + (" (the state was given)" if done.given else "")
     )
@@ -114,7 +114,7 @@ def _activations(args: argparse.Namespace) -> "Tensor | None":
     if args.cached_activations is None and args.dataset_path is None:
         return None
     if args.cached_activations is not None and args.dataset_path is not None:
-        raise ValueError("--cached-activations takes the place of --dataset-path: give one of them")
+        raise ValueError("--cached-activations replaces --dataset-path: give one of them")
     from sae_whiten.training.builtin_checkpoints import (
         cached_activations,
         load_builtin_checkpoint,

@@ -15,12 +15,12 @@ unit variance after whitening; shrinkage: its intensity; oas: the intensity that
 activations, without null directions: mean, min and max of its eigenvalues (1 at best), and its
 distance |C - I|/sqrt(d) from the identity.
 
-The third table is a forecast: what SAEs did on the activations nearest to yours in |mean|/std and
+The third table is a forecast: results of SAEs on the activations nearest to yours in |mean|/std and
 participation ratio, among those of one experiment (TopK, k=32, 2048 latents, 2 million tokens of
-MiniLM made more and more anisotropic). distance: to them, in powers of ten; beyond 0.5 nothing
-like yours was measured. recommended: the plainest setting that no other was better than. a -> b:
-without whitening (SAELens' expected_average_only_in) and with what is recommended. It is no
-promise: sae-whiten compare measures on your model.
+MiniLM made more and more anisotropic). distance: to them, in powers of ten; above 0.5, nothing
+similar was measured. recommended: the simplest setting that no other improves on. a -> b: a without
+whitening (SAELens' expected_average_only_in), b with the recommended setting. To measure on your
+own model, use sae-whiten compare.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out",
         metavar="STATISTICS",
-        help="statistics of the same hooks from other data, to see how white they become",
+        help="statistics of the same hooks from other data, to test the whitening on",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     parser.add_argument(
@@ -72,11 +72,13 @@ def run(args: argparse.Namespace) -> int:
     held_out = {} if args.held_out is None else _read([args.held_out])
     if args.held_out is not None and not set(held_out) & set(statistics):
         raise ValueError(
-            f"{args.held_out} holds none of these hooks, but {', '.join(sorted(held_out))}"
+            f"{args.held_out} holds none of these hooks, only {', '.join(sorted(held_out))}"
         )
     rows = {
-        name: describe_statistics(found, config, held_out.get(name))
-        for name, found in tqdm(statistics.items(), desc="Inspecting", unit=" hooks", leave=False)
+        name: describe_statistics(hook_statistics, config, held_out.get(name))
+        for name, hook_statistics in tqdm(
+            statistics.items(), desc="Inspecting", unit=" hooks", leave=False
+        )
     }
     if args.json:
         print(json.dumps(rows, indent=1))
@@ -105,18 +107,18 @@ def _read(sources: Iterable[str]) -> "dict[str, ActivationStatistics]":
     from sae_whiten.estimation.folders import find_all_statistics
     from sae_whiten.statistics import ActivationStatistics
 
-    found = {}
+    by_name = {}
     for source in sources:
         for file in find_all_statistics(source):
             statistics = ActivationStatistics.load(file)
             name = statistics.provenance.get("hook_name") or file.stem
             if statistics.n_samples < 2:
                 raise ValueError(
-                    f"{file} holds no covariance: of {statistics.n_samples} activations"
+                    f"{file} holds no covariance: it is of {statistics.n_samples} activations"
                 )
             # if two sources have the same hook, the second is named by its file
-            found[name if name not in found else str(file)] = statistics
-    return found
+            by_name[name if name not in by_name else str(file)] = statistics
+    return by_name
 
 
 def _print_statistics(rows: dict[str, dict[str, Any]]) -> None:
@@ -149,16 +151,16 @@ def _print_whitening(rows: dict[str, dict[str, Any]], config: Any) -> None:
         + f"{'held-out n':>12}{'mean':>8}{'min':>8}{'max':>8}{'distance':>10}" * held_out
     )
     for name, row in rows.items():
-        made, white = row["regularised"], row["held_out"]
+        regularised, held = row["regularised"], row["held_out"]
         print(
-            f"{name:{width}}{made['condition_number']:>10.3g}{made['largest_gain']:>8.3g}"
-            f"{made['n_damped']:>8}{made['shrinkage']:>10.3g}{made['oas']:>9.2g}",
+            f"{name:{width}}{regularised['condition_number']:>10.3g}{regularised['largest_gain']:>8.3g}"
+            f"{regularised['n_damped']:>8}{regularised['shrinkage']:>10.3g}{regularised['oas']:>9.2g}",
             end="",
         )
-        if white is not None:
+        if held is not None:
             print(
-                f"{white['n']:>12}{white['mean']:>8.3f}{white['smallest']:>8.3f}"
-                f"{white['largest']:>8.3f}{white['distance']:>10.3f}",
+                f"{held['n']:>12}{held['mean']:>8.3f}{held['smallest']:>8.3f}"
+                f"{held['largest']:>8.3f}{held['distance']:>10.3f}",
                 end="",
             )
         print()
@@ -168,20 +170,20 @@ def _print_forecast(rows: dict[str, dict[str, Any]]) -> None:
     from sae_whiten.estimation.forecast import LIMITS
 
     width = max(map(len, rows))
-    print("\nforecast: what SAEs did on the nearest activations that were measured")
+    print("\nforecast: results of SAEs on the nearest activations that were measured")
     print(
         f"{'':{width}}  {'nearest':<21}{'distance':>9}{'seeds':>6}{'dead latents':>17}"
         f"{'expl. variance':>17}{'AUC of probes':>17}  recommended"
     )
     for name, row in rows.items():
-        found = row["forecast"]
+        forecast = row["forecast"]
         columns = "".join(
-            f"{first:>7.{digits}} -> {last:<6.{digits}}" if found["known"] else f"{'-':>17}"
+            f"{first:>7.{digits}} -> {last:<6.{digits}}" if forecast["known"] else f"{'-':>17}"
             for key, digits in (("dead", "1%"), ("explained_variance", "3f"), ("auc", "3f"))
-            for first, last in [found[key]]
+            for first, last in [forecast[key]]
         )
         print(
-            f"{name:{width}}  {found['dose']:<21}{found['distance']:>9.2f}{found['seeds']:>6}"
-            f"{columns}  {found['advice']}"
+            f"{name:{width}}  {forecast['dose']:<21}{forecast['distance']:>9.2f}"
+            f"{forecast['seeds']:>6}{columns}  {forecast['advice']}"
         )
     print(LIMITS)

@@ -1,4 +1,4 @@
-"""Draw a 2-D simulation: where sparsity leads, before and after whitening (arXiv 2511.13981).
+"""Draw a 2-D simulation: the sparsest dictionary before and after whitening (arXiv 2511.13981).
 
 Two sparse sources are mixed along two features at an angle. For all dictionaries of two unit
 vectors, the figure shows the recovery of the sources, the sparsity of the codes, and the optimum of
@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{'whitening':9}  {'condition':>9}  {'misalignment':>12}  {'recovery at the sparsest':>24}"
     )
-    for name, found in (("before", before), ("after", after)):
+    for name, landscape in (("before", before), ("after", after)):
         print(
-            f"{name:9}  {found.condition:9.1f}  {found.misalignment:11.1f}°  "
-            f"{found.recovery_at_optimum:24.3f}"
+            f"{name:9}  {landscape.condition:9.1f}  {landscape.misalignment:11.1f}°  "
+            f"{landscape.recovery_at_optimum:24.3f}"
         )
     plot_landscapes(before, after, args.out)
     print(f"\ndrawn: {args.out}")

@@ -80,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.lenses.latents.measure import latent_space
 
     firing, source = _firing(args, saes, options)
-    found = latent_space(saes, firing, options, source)
-    found.save(coordinates)
-    plot_latent_space(found, args.out)
-    _print_counts(found)
+    space = latent_space(saes, firing, options, source)
+    space.save(coordinates)
+    plot_latent_space(space, args.out)
+    _print_counts(space)
     print(f"\ndrawn: {args.out}; coordinates: {coordinates}")
     return 0
 
@@ -97,8 +97,8 @@ def _check_overwritable(coordinates: Path) -> None:
             LatentSpace.load(coordinates)
         except CorruptFileError as error:
             raise ValueError(
-                f"the coordinates would overwrite {coordinates}, which this command has not "
-                "written; give --out another name"
+                f"the coordinates would overwrite {coordinates}, which this command did not write; "
+                "give --out another name"
             ) from error
 
 
@@ -110,7 +110,7 @@ def _firing(
 
     model, dataset, source = model_and_dataset(args, saes, args.context_size)
     firing = measure_firing(saes, model, dataset, options)
-    n_tokens = {name: found.n_tokens for name, found in firing.items()}
+    n_tokens = {name: of_sae.n_tokens for name, of_sae in firing.items()}
     counts = " or ".join(map(str, dict.fromkeys(n_tokens.values())))
     return firing, {
         "frequencies": f"over {counts} tokens of {source['dataset_path']}",
@@ -119,11 +119,11 @@ def _firing(
     }
 
 
-def _print_counts(found: "LatentSpace") -> None:
+def _print_counts(space: "LatentSpace") -> None:
     columns = ("latents", "live", "dead", "shown", "no direction")
-    width = max(3, *(len(m.name) for m in found.maps))
+    width = max(3, *(len(m.name) for m in space.maps))
     print(f"{'SAE':{width}}  " + "  ".join(f"{column:>8}" for column in columns))
-    for m in found.maps:
+    for m in space.maps:
         counts = (m.d_sae, m.d_sae - m.n_dead, m.n_dead, len(m.latents), len(m.without_direction))
         cells = (f"{n:>{max(8, len(c))}}" for n, c in zip(counts, columns, strict=True))
         print(f"{m.name:{width}}  " + "  ".join(cells))

@@ -1,8 +1,8 @@
 """Combine statistics of several shards of a dataset. The result equals one pass over all of it.
 
-Takes files, or folders with one file per hook. Of folders, hooks found in all of them are merged.
-Provenance entries are kept if they are equal in all shards. Shards that differ in model, hook or
-context are an error. So are duplicates of the same statistics, which would count double.
+Takes files, or folders with one file per hook. From folders, the hooks that all of them have are
+merged. Provenance entries are kept if they are equal in all shards. Shards that differ in model,
+hook or context are an error. So are duplicates of the same statistics, which would count twice.
 """
 
 import argparse
@@ -46,16 +46,16 @@ def _by_hook(folders: list[Path], out: Path) -> dict[Path, list[Path]]:
     common = set.intersection(*names)
     if not common:
         raise ValueError(f"there is no hook whose statistics are in all of {_listed(folders)}")
-    for folder, found in zip(folders, names, strict=True):
-        if found - common:
-            left_out = _listed(found - common)
-            logger.warning("left out, for not every folder has it: %s in %s", left_out, folder)
+    for folder, in_folder in zip(folders, names, strict=True):
+        if in_folder - common:
+            left_out = _listed(in_folder - common)
+            logger.warning("left out, not in every folder: %s in %s", left_out, folder)
     return {out / name: [folder / name for folder in folders] for name in sorted(common)}
 
 
 def _file(out: Path) -> Path:
     if out.is_dir():
-        raise ValueError(f"{out} is a folder: give the file to write, as shards are files")
+        raise ValueError(f"{out} is a folder: give a file to write, because the shards are files")
     return out if out.name.endswith(_SUFFIX) else out.with_name(out.name + _SUFFIX)
 
 

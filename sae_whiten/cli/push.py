@@ -10,7 +10,7 @@ from pathlib import Path
 
 EPILOG = """\
 examples:
-  sae-whiten push sae-gpt2-6 user/sae-gpt2 --dry-run upload    look at it before it is sent
+  sae-whiten push sae-gpt2-6 user/sae-gpt2 --dry-run upload    to check it before the upload
   sae-whiten push sae-gpt2-6 user/sae-gpt2
   sae-whiten push saes user/saes --private                     a folder with several SAEs
   sae-whiten push gpt2-stats user/gpt2-stats                   what fit wrote
@@ -22,7 +22,7 @@ Log in with `hf auth login`, or set HF_TOKEN.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what to upload, and its destination."""
     parser.add_argument("path", help="folder of an SAE, of several, or of statistics")
-    parser.add_argument("repo", metavar="USER/NAME", help="repo on the hub, made if need be")
+    parser.add_argument("repo", metavar="USER/NAME", help="repo on the hub, created if needed")
     parser.add_argument(
         "--sae-id",
         metavar="NAME",

@@ -23,7 +23,7 @@ from sae_whiten.lenses.synthetic.options import (
 _LISTED = "\n".join(f"  {name:24} {c.description}" for name, c in CONDITIONS.items())
 
 EPILOG = f"""\
-conditions, which settings of the whitening may follow (whitened:shrinkage=0.1,eps=0.01):
+conditions; settings of the whitening may follow the name (whitened:shrinkage=0.1,eps=0.01):
 {_LISTED}
 
 examples:
@@ -70,11 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train on SynthSAEBench-16k as published (arXiv 2602.14687): 16384 features in 768 "
         "dimensions, 4096 latents, k = 25, 200 million activations unless --steps says otherwise",
     )
-    add("--small", action="store_true", help="of the benchmark a version for minutes on a CPU")
+    add("--small", action="store_true", help="use a small benchmark, for minutes on a CPU")
     add(
         "--anisotropic",
         action="store_true",
-        help="of the benchmark its features in activations with --condition-number and a mean "
+        help="mix the benchmark's features into activations with --condition-number and a mean "
         "twice their deviation",
     )
     add_options(parser, SyntheticDataConfig, only=_OF_DATA, renamed=_OF_DATA)
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="trainings at once; they are small, and a GPU takes many (default: %(default)s)",
+        help="trainings at once; they are small, so many fit on a GPU (default: %(default)s)",
     )
 
 
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in _OF_DATA}
     if args.benchmark is None:
         if args.small or args.anisotropic:
-            raise ValueError("--small and --anisotropic are of --benchmark")
+            raise ValueError("--small and --anisotropic need --benchmark")
         data = SyntheticDataConfig(**options)
         template = SyntheticRun(data=data, steps=args.steps, lr=args.lr)
     else:

@@ -40,13 +40,13 @@ example (logging to Weights & Biases is on unless it is switched off, as in SAEL
 --architecture NAME --help shows the flags of that architecture. Nested flags may be written with
 their prefix (--sae.k, --logger.log_to_wandb) or as SAELens shows them. A flag shown as [str] is
 None when its value is left out: --checkpoint_path alone turns checkpoints off.
---resume_from_checkpoint CHECKPOINT alone goes on with all settings of the checkpoint; flags beside
-it replace them, where that does not change what is trained.
---normalize_activations is covariance_whitening here; others are for topk_vsae and for architectures
-that no whitening can be folded into, which SAELens' own runner trains. --dataset_path may also be a
-file or folder on this machine (JSON lines, parquet, save_to_disk), which needs no network. --seed
-decides initial weights, noise and the order in which activations are mixed. More output: sae-whiten
---verbose train ...
+--resume_from_checkpoint CHECKPOINT continues with all settings of the checkpoint; further flags
+replace settings that do not change what is trained.
+--normalize_activations is covariance_whitening here; other values are for topk_vsae and for
+architectures into which no whitening can be folded, which SAELens' own runner trains.
+--dataset_path may also be a local file or folder (JSON lines, parquet, save_to_disk), which needs
+no network. --seed sets initial weights, noise and the order in which activations are mixed. For
+more output: sae-whiten --verbose train ...
 """
 
 
@@ -86,13 +86,13 @@ def run(args: argparse.Namespace) -> int:
             )
         return _train_without(cfg)
     # a checkpoint resumes with the whitening that it was trained under, unless flags say otherwise
-    decides_nothing = not given.keys() - {"temporary_folder"}
-    resumes_as_it_was = cfg.resume_from_checkpoint is not None and decides_nothing
+    unchanged = not given.keys() - {"temporary_folder"}
+    keeps_whitening = cfg.resume_from_checkpoint is not None and unchanged
 
     from sae_whiten import WhiteningTrainingRunner
     from sae_whiten.estimation.distributed import joined_processes
 
-    whitening = None if resumes_as_it_was else whitening
+    whitening = None if keeps_whitening else whitening
     with joined_processes() as rank:
         sae = WhiteningTrainingRunner(cfg, whitening).run()
     if rank > 0:
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         f"fold error: {check['fold_error']:.2g} on {check['source']} activations "
         f"(tolerance {check['tolerance']:.2g})"
     )
-    _say_where(cfg)
+    _print_where_saved(cfg)
     return 0
 
 
@@ -130,20 +130,20 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
         raise KeyboardInterrupt from interruption
     sae_class, _ = get_sae_training_class(cfg.sae.architecture())
     reason = why_not_foldable(sae_class)
-    cannot = "" if reason is None else f", for whitening cannot be folded into {reason}"
+    cannot = "" if reason is None else f", because whitening cannot be folded into {reason}"
     print(f"not whitened{cannot}")
     known = cfg.sae.get_inference_config_class().__module__.startswith("sae_lens.")
-    _say_where(cfg, ours=not known)
+    _print_where_saved(cfg, ours=not known)
     return 0
 
 
-def _say_where(cfg: "LanguageModelSAERunnerConfig[Any]", ours: bool = False) -> None:
+def _print_where_saved(cfg: "LanguageModelSAERunnerConfig[Any]", ours: bool = False) -> None:
     if cfg.output_path is None:
         print("not saved: --output_path was given without a path")
         return
     lines = ["from sae_lens import SAE", f"sae = SAE.load_from_disk({str(cfg.output_path)!r})"]
     if ours:
-        lines.insert(0, f"import sae_whiten  # SAELens then knows {cfg.sae.architecture()}")
+        lines.insert(0, f"import sae_whiten  # registers {cfg.sae.architecture()} with SAELens")
     print(f"saved in:   {cfg.output_path}")
     print("load it:    " + "\n            ".join(lines))
 
@@ -152,8 +152,8 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
     """Parse SAELens' flags with SAELens' own parser, with whitening as the default.
 
     Raises:
-        ValueError: SAELens refuses the arguments. Or the architecture cannot be whitened and
-            whitening is asked for; or it can, and another normalisation is asked for.
+        ValueError: SAELens refuses the arguments; or the requested normalisation does not fit the
+            architecture: whitening if it cannot be whitened, another one if it can.
         SystemExit: With status 0, after --help.
         RuntimeError: This version of SAELens has no such parser.
     """
@@ -182,7 +182,7 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         arguments = [*(f"--{name}={saved['sae'][name]}" for name in names), *arguments]
     reason = _why_not_whitened(arguments)
     if reason is None:
-        # in front, so that a value from the user takes precedence and can be refused below
+        # first, so that a value from the user takes precedence and can be refused below
         arguments.insert(0, "--normalize_activations=covariance_whitening")
     flags = {f"--{name}" for name in runner_flags}
     # SAELens prints a hundred lines of usage before its error
@@ -196,7 +196,7 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         usage, _, message = captured.getvalue().rpartition("error: ")
         flags |= set(re.findall(r"--[\w.]+", usage))
         raise ValueError((message.strip() or usage) + did_you_mean(message, flags)) from None
-    except argparse.ArgumentError as error:  # so in Python 3.13
+    except argparse.ArgumentError as error:  # raised in Python 3.13
         raise ValueError(f"{error}{did_you_mean(str(error), flags)}") from None
     sys.stderr.write(captured.getvalue())
     if saved is not None:
@@ -255,14 +255,14 @@ def _resumed(
 
     from sae_whiten._redaction import MARK
 
-    own = cfg.to_dict()
+    parsed = cfg.to_dict()
     architecture = saved["sae"]["architecture"]
-    if own["sae"]["architecture"] != architecture:
+    if parsed["sae"]["architecture"] != architecture:
         raise ValueError(f"--architecture: the checkpoint is of {architecture}; leave the flag out")
     # drop fields that this version of SAELens does not have, and its version numbers
-    settings = {k: v for k, v in saved.items() if k in own and not k.startswith("sae_lens_")}
+    settings = {k: v for k, v in saved.items() if k in parsed and not k.startswith("sae_lens_")}
     settings["seqpos_slice"] = tuple(settings["seqpos_slice"])
-    # saved resolved: "with_model" and None have become the device, which may be another one now
+    # "with_model" and None were saved as the device, which may have changed
     for name in ("llm_device", "act_store_device"):
         if settings[name] == settings["device"]:
             del settings[name]
@@ -270,14 +270,14 @@ def _resumed(
         if not argument.startswith("--"):
             continue
         group, _, name = argument[2:].partition("=")[0].rpartition(".")
-        if group == "" and name in own:
-            settings[name] = own[name]
+        if group == "" and name in parsed:
+            settings[name] = parsed[name]
             continue
-        groups = [g for g in ("sae", "logger") if name in own[g] and group in ("", g)]
+        groups = [g for g in ("sae", "logger") if name in parsed[g] and group in ("", g)]
         if not groups:
-            raise ValueError(f"--{name}: write it as --field value where training is resumed")
+            raise ValueError(f"--{name}: write it as --field value to resume training")
         for g in groups:
-            settings[g] = {**settings[g], name: own[g][name]}
+            settings[g] = {**settings[g], name: parsed[g][name]}
     if missing := [name for name, value in settings.items() if MARK in str(value)]:
         raise ValueError(f"the checkpoint was saved without secrets: give --{missing[0]} again")
     return LanguageModelSAERunnerConfig.from_dict(settings)
@@ -301,7 +301,7 @@ def _why_not_whitened(arguments: Sequence[str]) -> str | None:
     """The reason why the named architecture cannot be whitened, or None if it can.
 
     Raises:
-        ValueError: It cannot be whitened, and the arguments ask for no other normalisation.
+        ValueError: It cannot be whitened, and the arguments name no other normalisation.
     """
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_training_class
 

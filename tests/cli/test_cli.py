@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_line_and_a_failure_that_is_not_the_users(
         monkeypatch.setattr(train, "run", failing)
         assert main(["train"]) == 1
         err = capsys.readouterr().err
-        assert "the disk is full" in err
+        assert "the disk or its quota is full" in err
         assert err.count("\n") == 1
 
 

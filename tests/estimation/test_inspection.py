@@ -122,7 +122,7 @@ def test_held_out_statistics_of_other_hooks_are_an_error(
     x = friendly(300, 8)
     fit, test = save(tmp_path / "fit", x, HOOK), save(tmp_path / "test", x, "blocks.5.mlp")
     assert main(["inspect", fit, "--held-out", test]) == 2
-    assert "none of these hooks, but blocks.5.mlp" in capsys.readouterr().err
+    assert "none of these hooks, only blocks.5.mlp" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("n", [0, 1])

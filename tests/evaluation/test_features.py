@@ -520,7 +520,7 @@ def test_the_command_compares_two_saes(folder, tmp_path, capsys):
     saes = [str(folder / "first"), str(folder / "second")]
     command = ["-q", "features", *saes, "--dataset-path", str(folder / "tokens")]
     assert main([*command, "--n-tokens", "640", "--n-latents", "8", "--out", str(out)]) == 0
-    assert "are found by the other too" in capsys.readouterr().out
+    assert "are also found by the other SAE" in capsys.readouterr().out
     page = out.read_text()
     assert all(f'id="{part}"' in page for part in ("both", "first", "second"))
 

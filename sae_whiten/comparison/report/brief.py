@@ -63,8 +63,8 @@ def _what_was_tested(comparison: Summary) -> str:
         seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
         return f"{seeds}: nothing is tested, and any of these differences may be chance."
     return (
-        f"better, worse: significantly different from {_baseline(comparison)} over {n_seeds} seeds "
-        "(p < 0.05 after Holm's correction). No other difference is significant."
+        f"better, worse: significantly better or worse than {_baseline(comparison)} over {n_seeds} "
+        "seeds (p < 0.05 after Holm's correction). No other difference is significant."
     )
 
 
