@@ -218,8 +218,8 @@ def _probed(
     """The mean over the seeds of the probes."""
 
     def repeats(m: Measured) -> dict[str, list[float]]:
-        found = [v for probed in m.probes if (v := value(probed)) is not None]
-        return {"": found} if found else {}
+        values = [v for probed in m.probes if (v := value(probed)) is not None]
+        return {"": values} if values else {}
 
     return Metric(key, lambda m: _mean(map(value, m.probes)), name, better, repeats=repeats)
 
@@ -258,7 +258,7 @@ def _sae_probes_auc(k: int) -> Metric:
 
     return Metric(
         f"sae_probes_auc_top_{k}",
-        lambda m: _mean(_mean(found) for found in repeats(m).values()),
+        lambda m: _mean(_mean(aucs) for aucs in repeats(m).values()),
         f"sae-probes AUC top {k}",
         better=1,
         repeats=repeats,
@@ -266,8 +266,8 @@ def _sae_probes_auc(k: int) -> Metric:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return float(np.mean(found)) if found else None
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 SPARSE_PROBING_AT, RESIDUAL_PROBING_AT = (

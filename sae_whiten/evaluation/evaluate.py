@@ -131,10 +131,10 @@ def evaluate_saes(
             metrics += attribute_metrics(labels.train.labels)
             probe_saes(saes, views, measured, model, labels, reading, seeds, options.tpp_and_scr)
     for name, sae in saes.items():
-        found = {metric.key: metric.compute(measured[name]) for metric in metrics}
+        by_key = {metric.key: metric.compute(measured[name]) for metric in metrics}
         records[name] |= {
             "n_tokens": measured[name].variance.n_samples,
-            "metrics": {key: value for key, value in found.items() if value is not None},
+            "metrics": {key: value for key, value in by_key.items() if value is not None},
             "repeats": {
                 metric.key: values
                 for metric in metrics
@@ -234,7 +234,7 @@ def _measure_tokens(
     for name, view in views.items():
         why = absent or worse_than_guessing(clean[view].ce, d_vocab)
         if why is None and not ablated[view].ce > clean[view].ce:
-            why = "zeros at the hook do not raise the model's loss: there is none to recover"
+            why = "zeros at the hook do not raise the model's loss: there is no loss to recover"
         if why is None:
             new = spliced[name]
             measured[name].loss = ModelLoss(clean[view].ce, new.ce, ablated[view].ce, new.kl)

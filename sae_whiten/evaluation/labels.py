@@ -101,10 +101,10 @@ def library_texts(
     is_new = _NearDuplicates()
     cells: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
     for library in libraries:
-        found = {kind: ([], []) for kind in _KINDS}
+        texts_of = {kind: ([], []) for kind in _KINDS}
         for i, path in enumerate(shuffled(source_files(package_root(library)), seed)):
             # all texts of a module go to the same split
-            texts = {kind: splits[i % 2] for kind, splits in found.items()}
+            texts = {kind: splits[i % 2] for kind, splits in texts_of.items()}
             wanted = {kind: min(_MAX_PER_MODULE, n_texts - len(texts[kind])) for kind in _KINDS}
             tree = parse(path) if any(wanted.values()) else None
             if tree is None:
@@ -115,13 +115,13 @@ def library_texts(
             ):
                 cut = (text[: _LENGTH[1]] for text in candidates if len(text) >= _LENGTH[0])
                 texts[kind].extend(islice(filter(is_new, cut), wanted[kind]))
-        for kind, (train, test) in found.items():
+        for kind, (train, test) in texts_of.items():
             if min(len(train), len(test)) < n_texts:
                 raise ValueError(
                     f"{library} has {len(train)} and {len(test)} texts of {kind} that differ "
                     f"enough, fewer than {n_texts} for each split: lower n_texts"
                 )
-        cells.update({(library, kind): splits for kind, splits in found.items()})
+        cells.update({(library, kind): splits for kind, splits in texts_of.items()})
     source = {"libraries": _versions(libraries), "n_texts": n_texts, "seed": seed}
     return _assembled(("library", "kind"), cells, source, seed)
 
@@ -160,17 +160,17 @@ def dataset_texts(
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
     is_new = _NearDuplicates()
-    found: dict[tuple[str, ...], list[str]] = {
+    by_labels: dict[tuple[str, ...], list[str]] = {
         cell: [] for cell in product(*(sorted(set(labels)) for labels in attributes))
     }
-    if len(found) * 2 * _MIN_PER_CELL > len(dataset):
+    if len(by_labels) * 2 * _MIN_PER_CELL > len(dataset):
         raise ValueError(
-            f"{len(dataset)} rows for {len(found)} (combinations of) labels in "
+            f"{len(dataset)} rows for {len(by_labels)} (combinations of) labels in "
             f"{', '.join(label_columns)}: probing needs {2 * _MIN_PER_CELL} of each at least"
         )
-    n_missing = 2 * n_texts * len(found)
+    n_missing = 2 * n_texts * len(by_labels)
     for row in order:
-        texts = found[tuple(labels[row] for labels in attributes)]
+        texts = by_labels[tuple(labels[row] for labels in attributes)]
         if len(texts) < 2 * n_texts:
             text = dataset[row][text_column]
             if text and is_new(text):
@@ -178,7 +178,7 @@ def dataset_texts(
                 n_missing -= 1
         if n_missing == 0:
             break
-    cell, smallest = min(found.items(), key=lambda item: len(item[1]))
+    cell, smallest = min(by_labels.items(), key=lambda item: len(item[1]))
     n = len(smallest) // 2
     if n < _MIN_PER_CELL:
         raise ValueError(
@@ -192,7 +192,7 @@ def dataset_texts(
             n_texts,
             ", ".join(cell),
         )
-    cells = {cell: (texts[:n], texts[n : 2 * n]) for cell, texts in found.items()}
+    cells = {cell: (texts[:n], texts[n : 2 * n]) for cell, texts in by_labels.items()}
     source.update(text_column=text_column, n_texts=n, seed=seed)
     return _assembled(label_columns, cells, source, seed)
 
@@ -255,12 +255,12 @@ def _label_names(dataset: Any, column: str) -> list[str]:
 def _versions(packages: Sequence[str]) -> dict[str, str]:
     """Versions by package; "" for one of no distribution, as those of the standard library."""
     distributions = importlib.metadata.packages_distributions()
-    found = {}
+    versions = {}
     for package in packages:
         # Python 3.10 does not see distributions that do not list their packages: try the same name
         (name, *_) = distributions.get(package, [package])
         try:
-            found[package] = importlib.metadata.version(name)
+            versions[package] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = ""
-    return found
+            versions[package] = ""
+    return versions

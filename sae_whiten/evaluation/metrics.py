@@ -85,7 +85,7 @@ class ExplainedVariance:
             ValueError: There is no variance to explain: no activations, or all are the same.
         """
         if not self._scatter > 0:
-            raise ValueError(f"{self.n_samples} activations without any variance: none to explain")
+            raise ValueError(f"{self.n_samples} activations have no variance to explain")
         return 1 - self._residual / self._scatter
 
 

@@ -202,7 +202,7 @@ def text_tokens(
         ValueError: There is no tokenizer.
     """
     if tokenizer is None:
-        raise ValueError("the model has no tokenizer: texts cannot be given to it")
+        raise ValueError("the model has no tokenizer, so it cannot read texts")
     start, end = [], []
     if tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None:
         start, end = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
@@ -274,7 +274,7 @@ def why_no_next_token_loss(model: Model, tokens: Integer[Tensor, "batch seq"]) -
     assert others is not None
     difference = (others - logits)[:, :-1].float().abs().max()
     if difference > 1e-2 * logits.float().std():
-        return "the model is no causal one: what it predicts of a token depends on later tokens"
+        return "the model is not causal: its predictions for a token depend on later tokens"
     # the attributes in which SAELens' wrapper and TransformerBridge hold the Hugging Face model
     wrapped = getattr(model, "model", None) or getattr(model, "original_model", None)
     return _why_head_untrained(wrapped)
@@ -290,7 +290,7 @@ def _why_head_untrained(model: Any) -> str | None:
     if all(id(p) in base for p in model.parameters()):
         return None
     return (
-        "the model's language-modelling head has random weights, for its checkpoint is of a "
+        "the model's language-modelling head has random weights, because its checkpoint is of a "
         f"{names[0]}, which has none"
     )
 

@@ -19,7 +19,7 @@ class SequenceOptions:
     """Tokens per sequence (default: the smallest of the SAEs' metadata)."""
 
     prepend_bos: bool | None = None
-    """Put the beginning-of-sequence token in front (default: as in training)."""
+    """Begin sequences with the beginning-of-sequence token (default: as in training)."""
 
     batch_size_prompts: int = 16
     """Sequences per pass of the model."""

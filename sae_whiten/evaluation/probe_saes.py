@@ -77,22 +77,22 @@ def probe_saes(
             for view, x in residuals.items()
         }
         for name, sae in tqdm(saes.items(), desc="Probing", unit=" SAEs"):
-            latents, found = pooled[name], measured[name]
+            latents, results = pooled[name], measured[name]
             if tpp_and_scr:
-                found.absent |= _why_absent(latents, labels)
+                results.absent |= _why_absent(latents, labels)
             arrays = residuals[views[name]], latents.values, _decoder(sae)
             for seed, baseline in zip(seeds, baselines[views[name]], strict=True):
                 probed = Probed(
                     _probe_columns(latents.values, labels, seed),
                     baseline,
                     _tpp(*arrays, labels, seed)
-                    if tpp_and_scr and "tpp" not in found.absent
+                    if tpp_and_scr and "tpp" not in results.absent
                     else None,
                     _scr(*arrays, labels, seed)
-                    if tpp_and_scr and "scr" not in found.absent
+                    if tpp_and_scr and "scr" not in results.absent
                     else (),
                 )
-                found.probes.append(probed)
+                results.probes.append(probed)
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _pooled(
             for view in dict.fromkeys(views.values()):
                 x, kept = view.seen(activations[view.hook_name]), view.kept(ids)
                 if not bool(kept.any(1).all()):
-                    raise ValueError("a text has no tokens but special ones: leave such texts out")
+                    raise ValueError("a text has only special tokens: leave such texts out")
                 if view not in residuals:
                     residuals[view] = np.empty((len(tokens), x.shape[-1]), np.float32)
                 residuals[view][indices] = mean_over_tokens(x, kept)
@@ -161,7 +161,7 @@ def _why_not_linear(
     if normalize in ("layer_norm", "constant_norm_rescale"):
         return (
             f"the SAE scales every activation by its own norm (normalize_activations="
-            f"{normalize!r}), so that averaged latents do not tell what removing them does"
+            f"{normalize!r}), so averaged latents do not show what removing them does"
         )
     scale = latent_scale(sae).to(latents)
     linear = (latents * scale) @ torch.from_numpy(_decoder(sae)).to(latents)
@@ -198,8 +198,8 @@ def _why_no_tpp(labels: LabelledTexts) -> str | None:
     attribute = next(iter(labels.train.labels))
     if len(labels.encoded(attribute)[0]) < 3:
         return (
-            f"{attribute} has two values, whose probes tell the same apart, so that they fall "
-            "together; it needs three"
+            f"{attribute} has two values, whose probes separate the same texts and so fall "
+            "together; TPP needs three"
         )
     return None
 
@@ -254,7 +254,7 @@ def _scr(
     )
     ns = [n for n in N_VALUES if n <= f.shape[1]]
     m = len(first)
-    found = []
+    scores = []
     for a in range(0, len(values) - 1, 2):
         rows, test_rows = (np.flatnonzero((y == a) | (y == a + 1)) for y in (first, first_test))
         scr = spurious_correlation_removal(
@@ -270,5 +270,5 @@ def _scr(
             ns,
             seed,
         )
-        found.append(scr)
-    return found
+        scores.append(scr)
+    return scores

@@ -503,8 +503,8 @@ def _cells(
             for cell, rows in cells.items()
         )
         raise ValueError(
-            f"too few {split} texts with some combination of the two attributes: there are, of "
-            f"those needed, {table}; take more texts or attributes that occur apart more often"
+            f"too few {split} texts with some combination of the two attributes: there are "
+            f"{table}; use more texts, or attributes that occur separately more often"
         )
     q = min(len(rows) // multiples[cell] for cell, rows in cells.items())
     return {cell: rows[: q * multiples[cell]] for cell, rows in cells.items()}
@@ -569,7 +569,7 @@ def _effective(effects: Float[ndarray, "d_sae"], n: int) -> Integer[ndarray, "m"
 
 def _targets(y: ndarray) -> Bool[ndarray, "n"]:
     if not np.isin(y, (0, 1)).all():
-        raise ValueError(f"a probe tells 0 from 1, not {np.unique(y)[:5].tolist()}")
+        raise ValueError(f"a probe needs labels 0 and 1, not {np.unique(y)[:5].tolist()}")
     return y.astype(bool)
 
 

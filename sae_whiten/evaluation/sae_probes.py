@@ -149,7 +149,7 @@ def probe_tasks(
                 for name, sae in saes.items():
                     if last:
                         views[name].check_width(name, sae, rows[name])
-                    found: dict[int, list[float]] = {}
+                    aucs: dict[int, list[float]] = {}
                     for seed, split in zip(seeds, task.splits, strict=True):
                         f, f_test = (
                             _encoded(sae, rows[name][part]) if last else rows[name][part]
@@ -158,8 +158,8 @@ def probe_tasks(
                         y, y_test = (task.y[part] for part in split)
                         by_k = task_auc(f, y, f_test, y_test, seed, tasks.penalty)
                         for k, auc in by_k.items():
-                            found.setdefault(k, []).append(auc)
-                    measured[name].tasks[task_name] = found
+                            aucs.setdefault(k, []).append(auc)
+                    measured[name].tasks[task_name] = aucs
                     bar.update()
 
 
@@ -189,7 +189,7 @@ def task_auc(
 
     labels, labels_test = torch.from_numpy(y_train), torch.from_numpy(y_test)
     ranked = get_sorted_indices(train, labels, mean_act_normalization)
-    found = {}
+    aucs = {}
     with warnings.catch_warnings():
         # scikit-learn warns about its penalty option and the number of iterations
         warnings.simplefilter("ignore")
@@ -198,8 +198,8 @@ def task_auc(
             result = find_best_reg(
                 train[:, chosen], labels, test[:, chosen], labels_test, penalty=penalty, seed=seed
             )
-            found[k] = result.metrics.test_auc
-    return found
+            aucs[k] = result.metrics.test_auc
+    return aucs
 
 
 def _read(name: str, n_texts: int | None, seeds: Sequence[int]) -> _Task:
@@ -234,17 +234,17 @@ def _last_tokens(
     views: Iterable[View], model: Model, tokens: Sequence[Sequence[int]], reading: Reading
 ) -> dict[View, Float[Tensor, "n d"]]:
     """For each view, the activations of the last kept token of each text."""
-    found: dict[View, Tensor] = {}
+    by_view: dict[View, Tensor] = {}
     hooks = {view.hook_name for view in views}
     for indices, ids, activations in activations_of_texts(model, tokens, hooks, reading.batch_size):
         for view in dict.fromkeys(views):
             x, kept = view.seen(activations[view.hook_name]), _kept(view, ids)
             position = kept.shape[1] - 1 - kept.int().flip(1).argmax(1)
             values = x[torch.arange(len(x), device=x.device), position].cpu()
-            if view not in found:
-                found[view] = values.new_empty(len(tokens), values.shape[1])
-            found[view][indices] = values
-    return found
+            if view not in by_view:
+                by_view[view] = values.new_empty(len(tokens), values.shape[1])
+            by_view[view][indices] = values
+    return by_view
 
 
 def _mean_latents(
@@ -256,11 +256,11 @@ def _mean_latents(
     directory: Path,
 ) -> dict[str, Float[Tensor, "n d_sae"]]:
     """For each SAE, the latents of each text, averaged over the kept tokens; on disk."""
-    found = {}
+    by_name = {}
     for i, (name, sae) in enumerate(saes.items()):
         shape = len(tokens), sae.cfg.d_sae
         array = np.memmap(directory / str(i), np.float32, "w+", shape=shape)
-        found[name] = torch.from_numpy(array)
+        by_name[name] = torch.from_numpy(array)
     hooks = {view.hook_name for view in views.values()}
     for indices, ids, activations in activations_of_texts(model, tokens, hooks, reading.batch_size):
         for name, sae in saes.items():
@@ -268,14 +268,14 @@ def _mean_latents(
             x, kept = view.seen(activations[view.hook_name]), _kept(view, ids)
             view.check_width(name, sae, x)
             for rows, latents in encode_in_parts(sae, x):
-                found[name][indices[rows]] = mean_over_tokens(latents, kept[rows])
-    return found
+                by_name[name][indices[rows]] = mean_over_tokens(latents, kept[rows])
+    return by_name
 
 
 def _kept(view: View, ids: Integer[Tensor, "batch seq"]) -> Tensor:
     kept = view.kept(ids)
     if not bool(kept.any(1).all()):
-        raise ValueError("a text has no tokens but special ones, or none where the SAE reads")
+        raise ValueError("a text has only special tokens, or none at positions that the SAE reads")
     return kept
 
 

@@ -34,12 +34,12 @@ def check_sae(name: str, sae: SAE[Any], model: Model) -> None:
 
 def common_setting(saes: Mapping[str, SAE[Any]], field: str, default: Any) -> Any:
     """The value of a metadata field, or `default`. Raises ValueError if the SAEs' values differ."""
-    found = {n: v for n, sae in saes.items() if (v := sae.cfg.metadata[field]) is not None}
-    values = list(dict.fromkeys(found.values()))
+    by_name = {n: v for n, sae in saes.items() if (v := sae.cfg.metadata[field]) is not None}
+    values = list(dict.fromkeys(by_name.values()))
     if len(values) > 1:
-        listed = ", ".join(f"{value!r} ({name})" for name, value in found.items())
+        listed = ", ".join(f"{value!r} ({name})" for name, value in by_name.items())
         raise ValueError(
-            f"the SAEs were trained with different {field}: {listed}; evaluate them apart"
+            f"the SAEs were trained with different {field}: {listed}; evaluate them separately"
             + (", or give prepend_bos" if field == "prepend_bos" else "")
         )
     return values[0] if values else default

@@ -49,14 +49,14 @@ def find_saes(path: str | Path, sae_id: str | None = None) -> dict[str, Path]:
         name = str(sae_id or metadata.get("hook_name") or path.resolve().name)
         inner = PurePosixPath(name)
         if inner.is_absolute() or ".." in inner.parts or "\\" in name:
-            raise ValueError(f"sae_id={name!r}: must be the name of a folder, as 'layer_6/16k'")
+            raise ValueError(f"sae_id={name!r}: must be a folder's name, such as 'layer_6/16k'")
         return {str(inner): path}
-    found = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{SAE_CFG_FILENAME}"))}
-    if not found:
+    folders = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{SAE_CFG_FILENAME}"))}
+    if not folders:
         raise FileNotFoundError(f"{path} holds no SAE: there is no {SAE_CFG_FILENAME}")
     if sae_id is not None:
-        raise ValueError(f"sae_id={sae_id!r}: {path} holds several SAEs, {', '.join(found)}")
-    return found
+        raise ValueError(f"sae_id={sae_id!r}: {path} holds several SAEs, {', '.join(folders)}")
+    return folders
 
 
 def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> None:
@@ -149,13 +149,13 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
     """
     try:
         sae = SAE.load_from_disk(folder)
-    except Exception as error:  # whatever it is, nobody else could load it either
+    except Exception as error:  # whatever the error, nobody could load this SAE
         raise ValueError(f"{folder} is not an SAE that SAELens loads: {error!r}") from error
     cfg, metadata = sae.cfg, sae.cfg.metadata
     if cfg.normalize_activations == "covariance_whitening":
         raise ValueError(
-            f"{folder}: the weights are in whitened coordinates, and mean nothing to a reader "
-            "without the whitening: fold it first"
+            f"{folder}: the weights are in whitened coordinates and useless without the whitening: "
+            "fold it first"
         )
     ours = type(sae).__module__.startswith("sae_whiten.")
     facts = {
@@ -186,7 +186,7 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
             "## Use",
             "",
             "```python",
-            *([f"import sae_whiten  # SAELens then knows {cfg.architecture()}"] if ours else []),
+            *([f"import sae_whiten  # registers {cfg.architecture()}"] if ours else []),
             "from sae_lens import SAE",
             "",
             f'sae = SAE.from_pretrained("{repo_id}", "{sae_id}")',

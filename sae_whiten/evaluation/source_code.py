@@ -35,7 +35,7 @@ def package_root(name: str) -> Path:
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"there is no package {name!r} whose sources could be read: install it")
+        raise ValueError(f"package {name!r} is not installed, or without sources: install it")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

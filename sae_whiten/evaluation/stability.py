@@ -69,13 +69,13 @@ def stability(
     W_inv = whitening.W_inv.cpu()
     nulls = mean_max_cosine(a, b), mean_max_cosine(a @ W_inv, b @ W_inv)
     n = len(dictionaries)
-    found = torch.zeros(2, n, n)
+    agreement = torch.zeros(2, n, n)
     for i in range(n):
         for j in range(i):
             pair = dictionaries[i], dictionaries[j]
             values = mean_max_cosine(*pair, whitening.W), mean_max_cosine(*pair)
-            found[:, i, j] = found[:, j, i] = torch.tensor(values)
-    means = (found.sum(2) / (n - 1)).T.tolist()
+            agreement[:, i, j] = agreement[:, j, i] = torch.tensor(values)
+    means = (agreement.sum(2) / (n - 1)).T.tolist()
     return [Stability(whitened, nulls[0], raw, nulls[1]) for whitened, raw in means]
 
 

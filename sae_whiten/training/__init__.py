@@ -1,7 +1,7 @@
-"""SAELens' trainers and runners, training under whitening.
+"""SAELens' trainers and runners, for training under whitening.
 
 Raises:
-    ImportError: The SAELens that is installed lacks what training relies on.
+    ImportError: The installed SAELens lacks methods that training relies on.
 """
 
 from sae_whiten.training._saelens import check_saelens

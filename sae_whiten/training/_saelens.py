@@ -1,9 +1,9 @@
-"""What training under whitening relies on inside SAELens.
+"""The internals of SAELens that training under whitening relies on.
 
-Our classes override methods of SAELens' and set attributes that its methods read. Had a release
-renamed one of them, the override would never be called: training would go on as SAELens' own does,
-without a word. So importing `sae_whiten.training` looks whether all of them are there, are called,
-and take the parameters that ours take.
+Our classes override methods of SAELens and set attributes that its methods read. If a release
+renamed one of them, our override would never be called, and SAELens' own training would run
+silently. So importing `sae_whiten.training` checks that all of them exist, are called, and take the
+expected parameters.
 """
 
 import inspect
@@ -37,18 +37,18 @@ class Method(NamedTuple):
     """The class of SAELens that defines it, or inherits it."""
     name: str
     parameters: tuple[str, ...]
-    """Those that we rely on, in this order, without self; further ones must have defaults."""
+    """Parameters that we rely on, in this order, without self; others must have defaults."""
     caller: type | None = None
-    """The class whose methods call it; None: that is ours."""
+    """The class whose methods call it; None: one of ours."""
 
     def problem(self) -> str | None:
         """What is wrong with it in the SAELens at hand, if anything."""
         method = getattr(self.owner, self.name, None)
         if method is None:
             return f"there is no {self.owner.__name__}.{self.name}"
-        found = list(inspect.signature(method).parameters.values())[1:]
-        names = tuple(parameter.name for parameter in found)
-        further = found[len(self.parameters) :]
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+        names = tuple(parameter.name for parameter in parameters)
+        further = parameters[len(self.parameters) :]
         takes_ours = names[: len(self.parameters)] == self.parameters
         if not takes_ours or any(p.default is p.empty for p in further):
             expected, now = ", ".join(self.parameters), ", ".join(names)
@@ -239,12 +239,12 @@ def _not_used(caller: type | None, name: str) -> str | None:
 
 
 def _names_used_by(caller: type, name: str) -> set[str]:
-    """Attributes and globals that the methods of a class use, but for its own method `name`."""
+    """Attributes and globals that the methods of a class use, except in its own method `name`."""
     methods = {n: m for base in reversed(caller.__mro__) for n, m in vars(base).items()}
     used: set[str] = set()
     for method_name, method in methods.items():
         code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
-        # what is only set in __init__ has no effect
+        # an attribute that is only set in __init__ has no effect
         if code is not None and method_name not in ("__init__", name):
             used |= _names_in(code)
     return used

@@ -36,7 +36,7 @@ _OURS = (
 )
 _TRAIN_ON_ANY_ITERATOR = "WhiteningTrainer trains on any iterator of activations"
 _ANCHOR_FIELDS = ("n_batches", "position", "sequences", "n_epochs", "n_dataset_processed")
-_N_FINGERPRINT = 16  # activations that tell one model from another
+_N_FINGERPRINT = 16  # activations that identify a model
 _SEQUENCES_IN_BUFFER = 20  # SAELens' default while it had one
 
 
@@ -57,15 +57,15 @@ def check_buffer(
     Args:
         n_batches_in_buffer: As in SAELens' `LanguageModelSAERunnerConfig`, in sequences. None (not
             set, in newer versions): 20, or as many as four training batches take.
-        n_positions: Positions of a sequence that are trained on: its length, or what
-            `seqpos_slice` leaves of it.
-        train_batch_size_tokens: As there.
+        n_positions: Positions of a sequence that are trained on: its length, or those that
+            `seqpos_slice` keeps.
+        train_batch_size_tokens: As in that config.
 
     Returns:
         The number of sequences.
 
     Raises:
-        ValueError: The batch is larger than the buffer; says what to set.
+        ValueError: The batch is larger than the buffer; the message says what to set.
     """
     if n_batches_in_buffer is None:
         four = math.ceil(4 * train_batch_size_tokens / max(n_positions, 1))
@@ -85,22 +85,22 @@ def check_buffer(
 class ResumableActivationsStore(ActivationsStore):
     """An `ActivationsStore` whose stream of training batches can be resumed bit for bit.
 
-    SAELens saves how many rows of the dataset were read, but not the activations waiting in the
-    mixing buffer nor the state of its shuffling. Here the buffer is refilled from an *anchor*: what
-    was left in it, the generator's state and the position in the dataset, taken before a refill.
-    Resuming restores the last anchor at or before the batch wanted, fills the buffer again (one
-    pass of the model over its tokens) and drops the batches served already.
+    SAELens saves how many rows of the dataset were read, but neither the activations in the mixing
+    buffer nor the state of its shuffling. Here the buffer is refilled from an *anchor*: its
+    remaining activations, the generator's state and the position in the dataset, saved before a
+    refill. Resuming restores the last anchor at or before the next batch, refills the buffer (one
+    pass of the model over its tokens) and drops the batches that were already served.
 
-    The order of batches is that of `sae_lens.training.mixing_buffer`, given the state that torch's
-    global generator had when the first batch was drawn.
+    The order of batches is that of `sae_lens.training.mixing_buffer`, given the state of torch's
+    global generator when the first batch was drawn.
     """
 
     n_sequences: int = 0
     """Sequences drawn from the dataset in this epoch, by training and by evaluators."""
     n_epochs: int = 0
-    """How often the dataset was started, before a resume too; 0 with cached activations."""
+    """How often the dataset was started, including before a resume; 0 with cached activations."""
     training_position: Callable[[], int] | None = None
-    """Tells how many batches training has had; None: all that were drawn."""
+    """Returns how many batches training has used; None: all that were drawn."""
 
     on_nonfinite: Literal["raise", "skip"] = "raise"
     """What to do with activations that hold a NaN or an infinity."""
@@ -111,41 +111,41 @@ class ResumableActivationsStore(ActivationsStore):
 
     @classmethod
     def adopt(cls, store: Any) -> "ResumableActivationsStore":
-        """A store of this class that reads what SAELens' store reads, from the beginning.
+        """A store of this class that reads the same data as SAELens' store, from the beginning.
 
         Args:
-            store: An `ActivationsStore`, not to be used any more. If it is of a subclass, what
-                that overrides is kept.
+            store: An `ActivationsStore`, which must not be used afterwards. If it is of a subclass,
+                its overrides are kept.
 
         Raises:
-            TypeError: It is no `ActivationsStore`, or its class overrides how batches are mixed or
-                saved, which is what makes a run resumable.
+            TypeError: It is not an `ActivationsStore`, or its class overrides how batches are mixed
+                or saved, which resuming depends on.
         """
         if isinstance(store, cls):
             return store
         if not isinstance(store, ActivationsStore):
             raise TypeError(
-                f"activations_store is of {type(store).__name__}, not an ActivationsStore of "
-                f"SAELens'. {_TRAIN_ON_ANY_ITERATOR}"
+                f"activations_store is of {type(store).__name__}, not SAELens' ActivationsStore. "
+                f"{_TRAIN_ON_ANY_ITERATOR}"
             )
-        given = type(store)
-        ignored = [n for n in _OURS if getattr(given, n) is not getattr(ActivationsStore, n)]
-        if ignored and not issubclass(given, ResumableActivationsStore):
+        store_class = type(store)
+        ignored = [n for n in _OURS if getattr(store_class, n) is not getattr(ActivationsStore, n)]
+        if ignored and not issubclass(store_class, ResumableActivationsStore):
             raise TypeError(
-                f"{given.__name__} overrides {', '.join(ignored)}, and the runner has its own, for "
-                f"runs that can be resumed. {_TRAIN_ON_ANY_ITERATOR}"
+                f"{store_class.__name__} overrides {', '.join(ignored)}, but the runner needs its "
+                f"own to resume runs. {_TRAIN_ON_ANY_ITERATOR}"
             )
         kind: Any = cls
-        if given is not ActivationsStore:
-            # made at run time, because what a user's own subclass overrides has to be kept
-            kind = type(f"Resumable{given.__name__}", (cls, given), {})
-        # not by its constructor, which would load the dataset anew and read its first rows
-        own = kind.__new__(kind)
-        vars(own).update(vars(store))
-        own._dataloader, own.n_dataset_processed, own.current_row_idx = None, 0, 0
-        if own.dataset is not None:
-            own.iterable_sequences = own._iterate_tokenized_sequences()
-        return own
+        if store_class is not ActivationsStore:
+            # made at run time, to keep the overrides of a user's subclass
+            kind = type(f"Resumable{store_class.__name__}", (cls, store_class), {})
+        # not by its constructor, which would load the dataset again and read its first rows
+        adopted = kind.__new__(kind)
+        vars(adopted).update(vars(store))
+        adopted._dataloader, adopted.n_dataset_processed, adopted.current_row_idx = None, 0, 0
+        if adopted.dataset is not None:
+            adopted.iterable_sequences = adopted._iterate_tokenized_sequences()
+        return adopted
 
     @property
     def widths(self) -> dict[str, int]:
@@ -157,7 +157,7 @@ class ResumableActivationsStore(ActivationsStore):
         return finite_rows(acts, self.on_nonfinite, name)
 
     def _iterate_filtered_activations(self) -> Any:
-        # once per pass of the model, not at every training step: each check makes a GPU wait
+        # once per pass of the model, not per training step: each check makes a GPU wait
         n_useless = 0
         for number, acts in enumerate(super()._iterate_filtered_activations()):
             finite, n_bad = self._finite(acts, number)
@@ -177,9 +177,9 @@ class ResumableActivationsStore(ActivationsStore):
         training = self.training_position
         if self.n_epochs == 2 and training is not None and training() == 0:
             logger.warning(
-                "the dataset began anew while the whitening was being estimated: repetitions say "
-                "nothing new, and the excess variance measured from them is too small. Use a "
-                "larger dataset, or shrinkage='oas'"
+                "the dataset was repeated while the whitening was being estimated: repeated "
+                "samples add no information, and the excess variance measured from them is too "
+                "small. Use a larger dataset, or shrinkage='oas'"
             )
         for sequence in super()._iterate_tokenized_sequences():
             check_length(len(sequence), self.context_size, self.n_sequences)
@@ -246,7 +246,7 @@ class ResumableActivationsStore(ActivationsStore):
         self._n_batches = 0
 
     def save_to_checkpoint(self, checkpoint_path: str | Path) -> None:
-        """Write, into a checkpoint directory, what resuming after `training_position` needs."""
+        """Write the state for resuming after `training_position` into a checkpoint directory."""
         self._prepare()
         n_served = self._n_served()
         if not self._anchors:
@@ -272,16 +272,16 @@ class ResumableActivationsStore(ActivationsStore):
         Raises:
             FileNotFoundError: The directory holds no such state.
             CorruptFileError: The file is truncated, foreign or was changed.
-            ValueError: It is of other hooks, other data or another model.
+            ValueError: The checkpoint is of other hooks, other data or another model.
         """
         path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME
         tensors, fields = load_tensors(path, _KIND)
-        own = list(self.widths.items())
-        saved = [(str(name), int(width)) for name, width in fields.get("widths", own)]
-        if saved != own:
+        widths = list(self.widths.items())
+        saved = [(str(name), int(width)) for name, width in fields.get("widths", widths)]
+        if saved != widths:
             raise ValueError(
                 f"{path}: the checkpoint was trained at {_listed(saved)}, and this run is at "
-                f"{_listed(own)}"
+                f"{_listed(widths)}"
             )
         self._check_source(path, tensors, fields)
         self._prepare()
@@ -304,7 +304,7 @@ class ResumableActivationsStore(ActivationsStore):
     def _prepare(self) -> None:
         if hasattr(self, "_generator"):
             return
-        # a generator of its own, so that other random draws do not change the order of the data
+        # a separate generator, so that other random draws do not change the order of the data
         self._generator = torch.Generator()
         self._generator.set_state(torch.get_rng_state())
         self._begin_epoch()
@@ -324,7 +324,7 @@ class ResumableActivationsStore(ActivationsStore):
         return self.n_sequences if self.cached_activation_dataset is None else self.current_row_idx
 
     def _seek(self, path: Path, position: int, expected: str | None) -> None:
-        """Move to a position in the epoch, by reading up to it; the epochs are all the same."""
+        """Move to a position in the epoch, by reading up to it; all epochs are the same."""
         if self.cached_activation_dataset is not None:
             self.current_row_idx = position
             return
@@ -351,7 +351,7 @@ class ResumableActivationsStore(ActivationsStore):
 
     def _sequences(self) -> str:
         """Checksum of all sequences drawn in this epoch."""
-        if self._drawn:  # together, for a GPU that holds them is asked once
+        if self._drawn:  # together: one transfer from a GPU
             self._digest.update(torch.cat(self._drawn).cpu().numpy().tobytes())
             self._drawn.clear()
         return self._digest.hexdigest()
@@ -370,7 +370,7 @@ class ResumableActivationsStore(ActivationsStore):
         if self.cached_activation_dataset is not None:
             activations, content = self.cached_activation_dataset[:1][self.hook_name], b""
         else:
-            # from the beginning of the data, whatever was drawn from them
+            # from the beginning of the data, even if some were drawn
             drawn, n_processed = self.iterable_sequences, self.n_dataset_processed
             self.iterable_sequences = super()._iterate_tokenized_sequences()
             try:
@@ -412,7 +412,7 @@ class ResumableActivationsStore(ActivationsStore):
                 raise ValueError(
                     f"{path}: the checkpoint was trained on {other}: at {name}, activations on "
                     f"the first sequence differ by {difference:.2%}, and another machine explains "
-                    f"{tolerance:.2%}"
+                    f"at most {tolerance:.2%}"
                 )
 
     def _anchor(self) -> dict[str, Any]:
@@ -481,28 +481,28 @@ class ResumableActivationsStore(ActivationsStore):
 
 
 class PackedActivationsStore(ResumableActivationsStore):
-    """Activations of several hooks side by side, as SAELens' mixing buffer for several hooks has
-    them: batches are of shape (n, d_in), and `d_in` is the sum of the widths.
+    """Activations of several hooks side by side, as in SAELens' mixing buffer for several hooks.
 
-    Where activations that are not finite are skipped, one at any hook is left out at all of them.
+    Batches are of shape (n, d_in), where `d_in` is the sum of the widths. If activations that are
+    not finite are skipped, a token that has one at any hook is left out at all hooks.
     """
 
     @classmethod
     def adopt(cls, store: Any) -> "PackedActivationsStore":
-        """A store made by `ActivationsStore.from_config_multi_hook`, as one of this class.
+        """A store of this class from one made by `ActivationsStore.from_config_multi_hook`.
 
         Raises:
-            TypeError: As for a store of one hook, or it is one.
+            TypeError: As for a store of one hook, or `store` is of one hook.
         """
         if isinstance(store, ActivationsStore) and store._hook_names is None:
             raise TypeError(
                 "activations_store is of one hook: make it with "
                 "ActivationsStore.from_config_multi_hook"
             )
-        own = super().adopt(store)
-        assert isinstance(own, PackedActivationsStore)
-        own.d_in = sum(own.widths.values())
-        return own
+        adopted = super().adopt(store)
+        assert isinstance(adopted, PackedActivationsStore)
+        adopted.d_in = sum(adopted.widths.values())
+        return adopted
 
     @property
     def widths(self) -> dict[str, int]:
@@ -549,7 +549,7 @@ def _typical_difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return math.inf
     difference = (a - b).abs() / (a.abs() + a.std(dim=0, correction=0))
-    median = float(difference.nanmedian())  # what is zero or not finite in both says nothing
+    median = float(difference.nanmedian())  # without values that are zero or not finite in both
     return 0.0 if math.isnan(median) else median
 
 

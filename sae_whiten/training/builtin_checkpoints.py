@@ -6,15 +6,16 @@ and are wrong. At the end it folds the whitening in and drops it. A run that is 
 final checkpoint estimates another whitening and folds that in as well.
 
 So the weights are in one of three states: *whitened*, *folded* (a plain SAE) and *folded-twice*.
-The config claims one of the first two, and is wrong about SAEs of resumed runs. Two things tell:
+The config claims one of the first two, and is wrong about SAEs of resumed runs. Two tests show the
+state:
 
-- In the coordinates that an SAE was trained in, encoder and decoder directions of a latent are
-  alike: they began as the same vector. A fold multiplies one by W and the other by its inverse,
-  which turns them apart. So the cosine between them is largest in whitened coordinates.
-- Only one of the states makes an SAE that explains any variance of raw activations. If there are
-  none at hand, Gaussian ones with the whitening's mean and covariance do.
+- In the coordinates that an SAE was trained in, the encoder and decoder directions of a latent are
+  similar, because they start as the same vector. A fold multiplies one by W and the other by its
+  inverse, which turns them apart. So the cosine between them is largest in whitened coordinates.
+- For only one of the states, the resulting SAE explains any variance of raw activations. Without
+  raw activations, Gaussian ones with the whitening's mean and covariance are used.
 
-Where the two do not agree, or contradict the config, nothing is guessed: the caller has to say.
+If the two disagree, or contradict the config, nothing is guessed: the caller has to give the state.
 """
 
 import copy
@@ -86,7 +87,7 @@ _LEAST_ALIGNMENT_MARGIN = 0.05
 
 
 class UnclearStateError(FieldError):
-    """The state of the weights cannot be told, or contradicts the config; it has to be given."""
+    """The state of the weights is unclear, or contradicts the config; it has to be given."""
 
     def __init__(self, problem: str) -> None:
         super().__init__("state", None, f"{problem}. Give the state: {', '.join(STATES)}")
@@ -97,10 +98,10 @@ class Diagnosis:
     """Evidence of the state that weights are in.
 
     Attributes:
-        alignment: By state: the median over latents of the cosine between their encoder and their
-            decoder direction, in what would be the whitened coordinates.
-        explained_variance: By state: of the plain SAE that the weights would make. Only of the
-            states that can be made into one.
+        alignment: By assumed state: the median over latents of the cosine between encoder and
+            decoder direction, in the whitened coordinates of that state.
+        explained_variance: By assumed state: explained variance of the resulting plain SAE. Only
+            for states that can be converted to one.
         source: Where the activations for `explained_variance` came from.
     """
 
@@ -110,15 +111,15 @@ class Diagnosis:
 
     @property
     def state(self) -> State | None:
-        """The state, where both figures single out the same one; None where they do not."""
+        """The state if both figures single out the same one, else None."""
         first, second = sorted(self.alignment.values(), reverse=True)[:2]
         by_alignment = max(self.alignment, key=self.alignment.__getitem__)
         by_variance = max(self.explained_variance, key=self.explained_variance.__getitem__)
         if first - second < _LEAST_ALIGNMENT_MARGIN:
             return None
         if by_alignment not in self.explained_variance:
-            # there is no such SAE to look at; so those that there are must be worthless
-            worthless = all(found < 0 for found in self.explained_variance.values())
+            # there is no SAE of this state to test, so the others must be worthless
+            worthless = all(explained < 0 for explained in self.explained_variance.values())
             return by_alignment if worthless else None
         agree = by_alignment == by_variance and self.explained_variance[by_variance] > 0
         return by_alignment if agree else None
@@ -143,10 +144,10 @@ class FoldedCheckpoint:
     """A plain SAE, and how it was made from a checkpoint.
 
     Attributes:
-        sae: For raw activations; `cfg.metadata.whitening` tells what was done.
+        sae: For raw activations; `cfg.metadata.whitening` records what was done.
         state: The state that the weights were in.
         given: Whether that state was given by the caller.
-        diagnosis: What the weights say, if there was a whitening or activations to tell it by.
+        diagnosis: Evidence from the weights; None without a whitening and activations.
     """
 
     sae: SAE[Any]
@@ -174,15 +175,15 @@ def fold_builtin_checkpoint(
         out: Where to write: an SAE for inference that plain SAELens opens.
         whitening: The file `activation_whitening.safetensors` or the folder that it is in; None
             takes the one beside the weights.
-        state: What the weights are; None finds out.
-        activations: Raw activations to find it out by and to prove the fold on; None takes Gaussian
+        state: State of the weights; None: recognise it.
+        activations: Raw activations to recognise the state and to prove the fold on; None: Gaussian
             ones with the whitening's mean and covariance.
         device: Where to compute.
 
     Raises:
         FileNotFoundError: There is no SAE.
         CorruptFileError: A file is damaged, or is not what its name says.
-        UnclearStateError: The state cannot be told, or contradicts the config.
+        UnclearStateError: The state is unclear, or contradicts the config.
         FieldError: A whitening is needed and there is none, or a width does not fit.
         FoldError: No whitening can be folded into this architecture, sae-whiten folded it already,
             or the fold failed its proof.
@@ -194,8 +195,8 @@ def fold_builtin_checkpoint(
     check_writable(out)
     sae = load_builtin_checkpoint(path, device)
     file = _whitening_file(path, whitening)
-    found = None if file is None else load_builtin_whitening(file)
-    plain = _plain_sae(sae, found, state, activations)
+    loaded_whitening = None if file is None else load_builtin_whitening(file)
+    plain = _plain_sae(sae, loaded_whitening, state, activations)
     with replacing_sae(out) as new:
         if isinstance(plain.sae, TrainingSAE):
             plain.sae.save_inference_model(new)
@@ -216,7 +217,7 @@ def load_builtin_checkpoint(path: str | Path, device: str = "cpu") -> SAE[Any]:
     """
     path = Path(path)
     if not (path / SAE_CFG_FILENAME).is_file():
-        below = sorted(str(found.parent) for found in path.glob(f"**/{SAE_CFG_FILENAME}"))
+        below = sorted(str(file.parent) for file in path.glob(f"**/{SAE_CFG_FILENAME}"))
         listed = f"; give one of {', '.join(below)}" if below else ""
         raise FileNotFoundError(f"{path} holds no SAE (there is no {SAE_CFG_FILENAME}){listed}")
     if (path / TRAINING_STATE_DIR).is_dir():
@@ -300,12 +301,12 @@ def diagnose(
     whitening: Whitening | None,
     activations: Float[Tensor, "n d_in"] | None = None,
 ) -> Diagnosis:
-    """Tell the state of an SAE's weights from the weights.
+    """Recognise the state of an SAE's weights.
 
     Args:
         sae: Not changed.
         whitening: Of the last fold, or of the fold that is missing. None: one is estimated from the
-            activations, which is enough to tell states apart, not to convert between them.
+            activations, which is enough to recognise states, not to convert between them.
         activations: Raw activations; None takes Gaussian ones with the whitening's mean and
             covariance.
 
@@ -315,7 +316,7 @@ def diagnose(
     source = "given"
     if activations is None:
         if whitening is None:
-            raise ValueError("there is neither a whitening nor activations to tell the state by")
+            raise ValueError("recognising the state needs a whitening or activations")
         activations, source = _gaussian(whitening), "Gaussian"
     reference = whitening or _estimated(activations)
     W, W_inv = (each.to(sae.W_enc.device) for each in (reference.W, reference.W_inv))
@@ -387,10 +388,10 @@ def _first_activations(source: ActivationSource, d_in: int, n: int) -> Float[Ten
 
     while sum(map(len, parts)) < n and source.read(receive):
         pass
-    found = torch.cat(parts)[:n] if parts else torch.empty(0, d_in)
-    if len(found) < 2:
-        raise ValueError("there are no activations to tell anything by: the dataset is empty")
-    return found.float()
+    activations = torch.cat(parts)[:n] if parts else torch.empty(0, d_in)
+    if len(activations) < 2:
+        raise ValueError("there are no activations: the dataset is empty")
+    return activations.float()
 
 
 def _plain_sae(
@@ -399,7 +400,7 @@ def _plain_sae(
     state: State | None,
     activations: Tensor | None,
 ) -> FoldedCheckpoint:
-    """Tell the state of `sae` and make it plain; errors as in `fold_builtin_checkpoint`."""
+    """Recognise the state of `sae` and make it plain; errors as in `fold_builtin_checkpoint`."""
     if whitening is not None and whitening.d_in != sae.cfg.d_in:
         problem = f"it is of width {whitening.d_in}, the SAE of width {sae.cfg.d_in}"
         raise FieldError("whitening", None, problem)
@@ -409,23 +410,23 @@ def _plain_sae(
     diagnosis = None
     if whitening is not None or activations is not None:
         diagnosis = diagnose(sae, whitening, activations)
-    found = state or _told_state(sae, diagnosis)
-    if found != "folded" and whitening is None:
+    recognised = state or _recognised_state(sae, diagnosis)
+    if recognised != "folded" and whitening is None:
         raise FieldError(
             "whitening",
             None,
-            f"the weights are {found}, and making them plain needs the whitening, which is not "
-            f"beside them: give the {ACTIVATION_WHITENING_FILENAME} of "
+            f"the weights are {recognised}, and making them plain needs the whitening, which is "
+            f"not beside them: give the {ACTIVATION_WHITENING_FILENAME} of "
             + (
                 "a checkpoint of the same run"
-                if found == "whitened"
+                if recognised == "whitened"
                 else "the run that folded them the second time (SAELens saves it with checkpoints "
                 "during training, not with the last), or take the SAE from before that run"
             ),
         )
     plain = copy.deepcopy(sae)
-    details: dict[str, Any] = {"state": found, "state_was_given": state is not None}
-    if found == "whitened":
+    details: dict[str, Any] = {"state": recognised, "state_was_given": state is not None}
+    if recognised == "whitened":
         assert whitening is not None
         plain.cfg.normalize_activations = "covariance_whitening"
         proof = _gaussian(whitening) if activations is None else activations
@@ -433,17 +434,17 @@ def _plain_sae(
         report = fold_whitening_into_weights(plain, whitening, activations=proof, source=source)
         summary = report.to_dict()
     else:
-        plain = _made_plain(sae, whitening, found)
+        plain = _made_plain(sae, whitening, recognised)
         summary = {"fold": {"check": None}}
         summary |= {} if whitening is None else whitening.summary()
     if diagnosis is not None:
         details |= diagnosis.to_dict()
-    # the file does not tell how many activations are behind it
+    # the file does not contain the number of activations
     plain.cfg.metadata.whitening = {**summary, "n_samples": None, "saelens_checkpoint": details}
-    return FoldedCheckpoint(plain, found, state is not None, diagnosis)
+    return FoldedCheckpoint(plain, recognised, state is not None, diagnosis)
 
 
-def _told_state(sae: SAE[Any], diagnosis: Diagnosis | None) -> State:
+def _recognised_state(sae: SAE[Any], diagnosis: Diagnosis | None) -> State:
     """The state, if weights and config agree on it.
 
     Raises:
@@ -453,23 +454,23 @@ def _told_state(sae: SAE[Any], diagnosis: Diagnosis | None) -> State:
     claim = f"its config has normalize_activations={sae.cfg.normalize_activations!r}"
     if diagnosis is None:
         if claims_whitened:
-            return "whitened"  # and the caller misses the whitening
+            return "whitened"  # the caller reports that the whitening is missing
         raise UnclearStateError(
-            f"{claim}, so it is folded, once or twice, or was never whitened; without a whitening "
-            "or activations its weights do not tell"
+            f"{claim}, so it is folded, once or twice, or was never whitened; to recognise which, "
+            "give a whitening or activations"
         )
-    found = diagnosis.state
-    if found is None:
-        raise UnclearStateError(f"the weights do not tell what they are: {diagnosis}")
-    if claims_whitened != (found == "whitened"):
+    recognised = diagnosis.state
+    if recognised is None:
+        raise UnclearStateError(f"the state of the weights is unclear: {diagnosis}")
+    if claims_whitened != (recognised == "whitened"):
         resumed = (
-            ". So it is where SAELens resumed a run from its final checkpoint: it trains plain "
+            ". This happens if SAELens resumed a run from its final checkpoint: it trains plain "
             "weights as if they were whitened"
             if claims_whitened
             else ""
         )
-        raise UnclearStateError(f"{claim}, but the weights look {found}: {diagnosis}{resumed}")
-    return found
+        raise UnclearStateError(f"{claim}, but the weights look {recognised}: {diagnosis}{resumed}")
+    return recognised
 
 
 def _made_plain(sae: SAE[Any], whitening: Whitening | None, state: State) -> SAE[Any]:
@@ -493,11 +494,11 @@ def _made_plain(sae: SAE[Any], whitening: Whitening | None, state: State) -> SAE
 
 @torch.no_grad()
 def _restore_norms(sae: Any, whitening: Whitening) -> None:
-    """Give the decoder its norms back if the fold that was undone had moved them to the encoder.
+    """Restore the decoder's norms if the fold that was undone had moved them to the encoder.
 
-    SAELens does that before it folds, if latents are ranked by these norms, and so the second fold
-    of a resumed run has made the rows of a plain decoder unit vectors. The first fold did so in
-    whitened coordinates: there the rows tell what the second has taken.
+    SAELens does that before it folds, if latents are ranked by these norms. So the second fold of a
+    resumed run has normalised the rows of a plain decoder. The first fold normalised them in
+    whitened coordinates: the norms there are the factors that the second fold removed.
     """
     W_dec = sae.W_dec.data
     if not describe(sae).set_by_fold or (W_dec.norm(dim=1) - 1).abs().max() > 1e-3:

@@ -3,19 +3,20 @@
 A checkpoint of one SAE holds
 
 - `cfg.json` and `sae_weights.safetensors`: a plain, folded SAE with its training config, as SAELens
-  writes checkpoints. `TrainingSAE.load_from_disk` opens it. `SAE.load_from_disk` does too, but for
-  batchtopk, matryoshka_batchtopk and topk_vsae, which are for training only: there it is a
-  KeyError, as with SAELens' own checkpoints;
-- `inference/`: of these architectures, the same as it is saved at the end of training (jumprelu,
+  writes checkpoints. `TrainingSAE.load_from_disk` opens it. `SAE.load_from_disk` does too, except
+  for batchtopk, matryoshka_batchtopk and topk_vsae, which are for training only: they raise a
+  KeyError, as SAELens' own checkpoints do;
+- `inference/`: for these architectures, the SAE in the form saved at the end of training (jumprelu,
   topk), which `SAE.load_from_disk` opens. `loadable_folder` finds it;
 - `sparsity.safetensors`;
-- `whitened_training_state/`: what training continues from, in whitened coordinates;
-- of a runner, `runner_cfg.json` and the place in the data, `activations_store_state.safetensors`;
-- `process-1/` and so on, where several processes trained it: the place in the data and the random
-  state of each process but the first;
+- `whitened_training_state/`: the state that training continues from, in whitened coordinates;
+- with a runner, `runner_cfg.json` and the position in the data,
+  `activations_store_state.safetensors`;
+- with several processes, `process-1/` and so on: the position in the data and the random state of
+  each process except the first;
 - `checksums.json`: the SHA-256 of every other file.
 
-One of several SAEs has a folder like this for each of them, and the runner's files beside them.
+A checkpoint of several SAEs holds such a folder for each, and the runner's files beside them.
 """
 
 import hashlib
@@ -92,7 +93,7 @@ _PROGRESS_KIND = "training_progress"
 _CHECKSUMS_FILENAME = "checksums.json"
 _BLOCK = 1 << 20
 
-# settings that do not decide what is trained
+# settings that do not affect what is trained
 _MAY_CHANGE = {
     "act_store_device",
     "checkpoint_path",
@@ -139,12 +140,12 @@ def writing_checkpoint(path: str | Path, processes: Processes) -> Iterator[Path]
                 lambda: stack.enter_context(atomic_directory(path)) if first else Path(path)
             )
         )
-        own = own_part(new, processes)
-        own.mkdir(exist_ok=True)
+        part = own_part(new, processes)
+        part.mkdir(exist_ok=True)
         failures: list[Exception] = []
         try:
-            yield own
-        except Exception as error:  # the others must hear of it
+            yield part
+        except Exception as error:  # reported to the other processes
             failures.append(error)
 
         def finish() -> None:
@@ -159,12 +160,12 @@ def writing_checkpoint(path: str | Path, processes: Processes) -> Iterator[Path]
 
 
 def own_part(path: str | Path, processes: Processes) -> Path:
-    """Where a checkpoint holds what only this process knows, such as its place in the data."""
+    """The folder of a checkpoint for the state of this process, such as its place in the data."""
     return Path(path) / f"process-{processes.rank}" if processes.rank else Path(path)
 
 
 def check_checkpoint(path: str | Path) -> None:
-    """Refuse a checkpoint that is not as it was written.
+    """Refuse a checkpoint that was changed or damaged.
 
     Raises:
         FileNotFoundError: There is none, or one of its files is missing.
@@ -195,7 +196,7 @@ def check_checkpoint(path: str | Path) -> None:
 
 
 def _checksums(directory: Path, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Checksums of all files below a directory; a folder with a list of its own counts as one."""
+    """Checksums of all files below a directory; a folder with its own list counts as one file."""
     for entry in sorted(directory.iterdir()):
         name = prefix + entry.name
         if not entry.is_dir():
@@ -215,10 +216,10 @@ def _checksum(file: Path) -> str:
 
 
 def settings_of(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a config that decide what is trained, as JSON has them.
+    """The settings of a config that affect what is trained, as JSON values.
 
-    The length is not one of them where the learning rate does not depend on it: a checkpoint may
-    be trained on for longer.
+    The length of training is left out if the learning rate does not depend on it, so that training
+    from a checkpoint can be extended.
     """
     left_out = set(_MAY_CHANGE)
     if cfg.get("lr_scheduler_name") == "constant" and not cfg.get("lr_decay_steps"):
@@ -232,12 +233,12 @@ def check_settings(path: str | Path, saved: Mapping[str, Any], own: Mapping[str,
 
     Args:
         path: The checkpoint.
-        saved: Its settings, a config as a dictionary. Settings that only one of the two has, for
-            versions of SAELens differ, are not compared.
-        own: Those of this run.
+        saved: Its settings, a config as a dictionary. Settings that only one of the two has are not
+            compared, because versions of SAELens differ.
+        own: Settings of this run.
 
     Raises:
-        ValueError: They differ; names all that do, with both values.
+        ValueError: Settings differ; names all that do, with both values.
     """
     was, now = settings_of(saved), settings_of(own)
     different = [
@@ -248,7 +249,7 @@ def check_settings(path: str | Path, saved: Mapping[str, Any], own: Mapping[str,
     if different:
         raise ValueError(
             f"{path}: the checkpoint was trained with {', '.join(different)}. Resume with the "
-            "same settings; to train on with others, start from its SAE: from_pretrained_path"
+            "same settings; to continue with others, start from its SAE: from_pretrained_path"
         )
 
 
@@ -262,7 +263,7 @@ def runner_settings(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / RUNNER_CFG_FILENAME
     if not file.is_file():
-        raise FileNotFoundError(f"{path} is no checkpoint of a runner: there is no {file.name}")
+        raise FileNotFoundError(f"{path} is not a checkpoint of a runner: it has no {file.name}")
     try:
         return dict(json.loads(file.read_text()))
     except (TypeError, ValueError) as error:
@@ -299,7 +300,7 @@ def save_training_form(sae: TrainingSAE[Any], path: Path) -> tuple[Path, Path]:
 
 
 def loadable_folder(path: str | Path) -> Path:
-    """Where below a checkpoint or a finished SAE there is what `SAE.load_from_disk` loads."""
+    """The folder in a checkpoint or a finished SAE that `SAE.load_from_disk` loads."""
     inference = Path(path) / INFERENCE_DIR
     return inference if (inference / SAE_CFG_FILENAME).is_file() else Path(path)
 
@@ -322,8 +323,8 @@ def read_training_weights(
 
     Args:
         checkpoint_path: The checkpoint directory.
-        cfg: Of the SAE that the weights are for.
-        whitening: What the checkpoint says the weights were trained under.
+        cfg: Config of the SAE that the weights are for.
+        whitening: The whitening in the checkpoint.
 
     Raises:
         FileNotFoundError: The directory is not a checkpoint of this package.
@@ -342,11 +343,11 @@ def read_training_weights(
 
 
 def save_progress(part: str | Path, fields: Mapping[str, Any]) -> None:
-    """Write the random state, and what else differs between processes that train together.
+    """Write the random state, and other state that differs between processes.
 
     Args:
         part: The part of the checkpoint that belongs to this process.
-        fields: What else, as JSON can hold it; "n_processes" is one of them.
+        fields: The other state, as JSON values, including "n_processes".
     """
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -369,16 +370,16 @@ def read_progress(
         ValueError: Another number of processes trained it.
     """
     file = Path(TRAINING_STATE_DIR) / _PROGRESS_FILENAME
-    own = own_part(checkpoint_path, processes) / file
-    is_there = own.is_file()
+    file_of_process = own_part(checkpoint_path, processes) / file
+    is_there = file_of_process.is_file()
     generators, fields = load_tensors(
-        own if is_there else Path(checkpoint_path) / file, _PROGRESS_KIND
+        file_of_process if is_there else Path(checkpoint_path) / file, _PROGRESS_KIND
     )
     n_processes = int(fields.get("n_processes", 1))
     if n_processes != processes.world_size or not is_there:
         raise ValueError(
-            f"{checkpoint_path} was trained by {n_processes} processes, each with a place of its "
-            f"own in the data, and this run has {processes.world_size}: resume with as many"
+            f"{checkpoint_path} was trained by {n_processes} processes, each with its own position "
+            f"in the data, and this run has {processes.world_size}: resume with {n_processes}"
         )
     return generators, fields
 
@@ -411,7 +412,7 @@ def save_runner_files(
 
 
 def replacing_sae(target: Path) -> AbstractContextManager[Path]:
-    """A directory whose files take the place of all those of the SAE in `target`, if there is one.
+    """A directory whose files replace those of the SAE in `target`, if there is one.
 
     Other files in `target` are left alone.
     """
@@ -435,9 +436,9 @@ def write_sae(
         target: The directory.
         sae: The SAE, folded.
         log_feature_sparsity: Shape (d_sae,).
-        whitening: What it was trained under. Written to a folder inside, like the statistics: both
-            are large, 2 d_in^2 numbers each, and not needed to use the SAE.
-        statistics: What `whitening` was derived from.
+        whitening: The whitening it was trained under. Written to a folder inside, like the
+            statistics: both are large, 2 d_in^2 numbers each, and not needed to use the SAE.
+        statistics: The statistics that `whitening` was derived from.
         runner_cfg: The runner's config, if it is to be written too.
 
     Returns:
@@ -464,16 +465,16 @@ def save_or_keep(
     """Save what was trained; if that fails, save it somewhere else.
 
     Args:
-        save: Writes to the path that it is given.
+        save: Writes to a given path.
         path: Where the result belongs.
-        checkpoint_path: Where it is kept if that fails; or, where that fails too or there is none,
-            in a temporary folder.
+        checkpoint_path: Where it is kept if that fails. If this fails too or is None, it is kept in
+            a temporary folder.
 
     Returns:
         What `save` returns.
 
     Raises:
-        OSError: It could not be saved. Says why, and where it is instead.
+        OSError: It could not be saved in `path`. The message says why, and where it is instead.
     """
     try:
         return save(Path(path))

@@ -38,7 +38,7 @@ def check_runner_config(cfg: RunnerConfig, saes: Mapping[str, TrainingSAEConfig]
         FieldError: A value cannot work; its `field` is the name of the field.
     """
     for name in POSITIVE_FIELDS:
-        # 1e6 tokens are as good as 1000000
+        # 1e6 is accepted for 1000000
         require_number(name, getattr(cfg, name), whole=name != "training_tokens")
     if cfg.training_tokens < cfg.train_batch_size_tokens:
         raise FieldError(
@@ -82,5 +82,5 @@ def _check_sae(name: str, sae: TrainingSAEConfig) -> None:
         raise FieldError(
             f"{name}.k",
             k,
-            f"so many latents are active for one token: above 0, at most d_sae={sae.d_sae}",
+            f"the number of active latents per token: above 0, at most d_sae={sae.d_sae}",
         )

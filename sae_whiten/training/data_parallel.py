@@ -1,17 +1,17 @@
 """Several processes train one SAE, or one set of SAEs, as a single process would.
 
-Every process runs the language model on its own share of the dataset and brings its part of each
-batch. What makes the training that of the whole batch:
+Every process runs the language model on its own share of the dataset and contributes its part of
+each batch. Training is equal to that on the whole batch, because
 
-- all processes take a step together, or none does: before each one `SharedStream` asks all of
-  them whether they have a batch, were asked to stop, or failed;
+- all processes take a step together, or none does: before each step `SharedStream` asks all of them
+  whether they have a batch, were asked to stop, or failed;
 - gradients are averaged over all rows before they are clipped, by a hook on each parameter. (DDP
   wraps `forward`, and SAELens' training step is not a `forward`);
 - a latent has fired if it fired anywhere, and firing counts are summed;
-- what looks at the batch as a whole (BatchTopK's k and its threshold) looks at all parts of it.
+- operations over the whole batch (BatchTopK's k and its threshold) see all parts of it.
 
-Weights start equal, for they are sent from process 0, and stay equal, for all-reduce gives every
-process the same bits.
+Weights start equal, because they are sent from process 0, and stay equal, because all-reduce gives
+every process the same bits.
 """
 
 import copy
@@ -47,7 +47,7 @@ __all__ = [
     "take_share",
 ]
 
-# every process raises these as what they are: training so far can be saved after them, or the
+# every process raises these with their own type: training so far can be saved after them, or the
 # remedy is the same for all
 _RAISED_BY_ALL: dict[str, type[Exception]] = {
     error.__name__: error for error in (NonFiniteActivationsError, DataExhaustedError)
@@ -58,7 +58,7 @@ class SharedStream(ActivationStream):
     """An `ActivationStream` that serves a batch only if every process has one.
 
     Args:
-        processes: Who trains together. The other arguments are those of `ActivationStream`.
+        processes: The processes that train together. Further arguments: as `ActivationStream`.
 
     Attributes:
         n_rows: Rows of the batch served last, of all processes.
@@ -72,10 +72,10 @@ class SharedStream(ActivationStream):
         self._returned: Tensor | None = None
 
     def lookahead(self) -> Iterator[Tensor]:
-        """The batches to come with the rows of all processes, as long as every process has one."""
-        own = super().lookahead()
+        """The next batches with the rows of all processes, as long as every process has one."""
+        own_batches = super().lookahead()
         while True:
-            batch, n_without = self._with_the_others(lambda: next(own, None))
+            batch, n_without = self._with_the_others(lambda: next(own_batches, None))
             if n_without:
                 return
             assert batch is not None
@@ -91,17 +91,16 @@ class SharedStream(ActivationStream):
         """What `take` returns, and in how many processes it is None.
 
         Raises:
-            StopRequested: In all processes, where one was asked to stop; what was taken meanwhile
-                is kept.
-            Exception: What `take` raises here, or else what says what it raised elsewhere.
+            StopRequested: In all processes, if one was asked to stop; the taken batch is kept.
+            Exception: The error of `take` here, or else one that reports its error elsewhere.
         """
         batch: Tensor | None = None
         error: Exception | None = None
         n_served = self.n_served
         try:
             batch = take()
-        except Exception as found:  # the others must hear of it before it is raised
-            error = found
+        except Exception as raised:  # reported to the other processes before it is raised
+            error = raised
         stopping = isinstance(error, StopRequested)
         failed = error is not None and not stopping
         n_own = 0 if batch is None else len(batch)
@@ -117,11 +116,13 @@ class SharedStream(ActivationStream):
             raise StopRequested
         return batch, int(n_without)
 
-    def _raise_together(self, own: Exception | None) -> None:
-        found = self.processes.gather(None if own is None else (type(own).__name__, str(own)))
-        if own is not None:
-            raise own
-        rank, (kind, message) = next((i, e) for i, e in enumerate(found) if e is not None)
+    def _raise_together(self, error: Exception | None) -> None:
+        errors = self.processes.gather(
+            None if error is None else (type(error).__name__, str(error))
+        )
+        if error is not None:
+            raise error
+        rank, (kind, message) = next((i, e) for i, e in enumerate(errors) if e is not None)
         raise _RAISED_BY_ALL.get(kind, DistributedError)(f"process {rank}: {message}")
 
     def _next_looked_at(self) -> tuple[Tensor, Callable[[], bool]]:
@@ -170,7 +171,7 @@ def take_share(store: ActivationsStore, processes: Processes) -> None:
 
 @contextmanager
 def logging_once(processes: Processes) -> Iterator[None]:
-    """Let only process 0 log to Weights & Biases. The others take the same steps to it."""
+    """Let only process 0 log to Weights & Biases, at the same steps as the others reach."""
     if processes.rank == 0:
         yield
         return
@@ -197,7 +198,7 @@ def share_training(sae: TrainingSAE[Any], stream: SharedStream) -> None:
 
     Args:
         sae: The SAE, with the same shapes in every process.
-        stream: Tells which part of a batch this process has.
+        stream: Knows which part of a batch this process has.
     """
     processes = stream.processes
     with torch.no_grad():
@@ -224,7 +225,7 @@ def shared_step(
 
     Args:
         trainer: Its config is that of the whole batch.
-        stream: What `batch` came from.
+        stream: Where `batch` came from.
         step: SAELens' own `step` of this trainer.
         batch: Shape (n, d_in).
     """
@@ -235,7 +236,7 @@ def shared_step(
     threshold = sae.topk_threshold if isinstance(selection, SharedBatchTopK) else None
     output = step(batch)
     if threshold is not None:
-        # the step moved it toward the least activation of this part
+        # the step moved it toward the smallest activation of this part
         sae.topk_threshold = threshold
         sae.update_topk_threshold(selection.least)
     fired = stream.processes.sum_(trainer.act_freq_scores)
@@ -248,15 +249,15 @@ def shared_step(
 class SharedBatchTopK(nn.Module):
     """SAELens' `BatchTopK` over the parts of a batch that all processes have.
 
-    Keeps the k * n largest activations of all n rows. Where several are equal at the border it
-    keeps all of them; SAELens keeps whichever its sort puts first.
+    Keeps the k * n largest activations of all n rows. Of ties at the border it keeps all; SAELens
+    keeps those that its sort puts first.
 
     Args:
         k: Active latents per row, on average.
-        stream: Tells how many rows there are.
+        stream: Knows how many rows there are.
 
     Attributes:
-        least: The least activation that was kept last, shape (1,), or (0,) if there was none.
+        least: The smallest activation kept in the last batch, shape (1,), or (0,) if none was.
     """
 
     def __init__(self, k: float, stream: SharedStream) -> None:

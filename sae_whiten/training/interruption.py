@@ -1,4 +1,4 @@
-"""Training ends between two steps, with a checkpoint, when it is told to stop."""
+"""Stopping training by a signal: between two steps, with a checkpoint."""
 
 import logging
 import signal
@@ -37,7 +37,7 @@ class InterruptibleTrainer(Protocol[T_co]):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether what is estimated before the first step is there."""
+        """Whether the estimates that the first step needs exist."""
         ...
 
     @property
@@ -50,7 +50,7 @@ class InterruptibleTrainer(Protocol[T_co]):
         ...
 
     def save_checkpoint(self, checkpoint_name: str) -> None:
-        """Save what resuming needs."""
+        """Save the state for resuming."""
         ...
 
 
@@ -59,8 +59,8 @@ def interruptible(trainer: InterruptibleTrainer[Any], continue_with: str) -> Ite
     """Save a checkpoint when training is stopped by a signal or an activation that is not finite.
 
     Args:
-        trainer: Is trained in the block.
-        continue_with: What to tell the user; {} is the checkpoint.
+        trainer: The trainer that runs in the block.
+        continue_with: How to continue, for the log; {} is the checkpoint.
 
     Raises:
         KeyboardInterrupt: After SIGINT.
@@ -90,7 +90,7 @@ def interruptible(trainer: InterruptibleTrainer[Any], continue_with: str) -> Ite
 
 @contextmanager
 def going_on_without_checkpoint(trainer: InterruptibleTrainer[Any]) -> Iterator[None]:
-    """Log that a checkpoint that was due could not be written, instead of ending training for it.
+    """Log that a checkpoint could not be written, instead of ending training.
 
     The next one is tried when it is due.
     """
@@ -99,7 +99,7 @@ def going_on_without_checkpoint(trainer: InterruptibleTrainer[Any]) -> Iterator[
     except _WRITING_FAILED as error:
         trainer.checkpoint_thresholds.pop(0)
         logger.error(
-            "the checkpoint after %d samples could not be saved, training goes on without it: %s",
+            "the checkpoint after %d samples could not be saved, training continues without it: %s",
             trainer.n_training_samples,
             error,
         )
@@ -118,8 +118,8 @@ def _save(trainer: InterruptibleTrainer[Any], continue_with: str) -> None:
         except _WRITING_FAILED as error:
             logger.error("the checkpoint could not be saved in %s (%s)", checkpoint_path, error)
             processes = trainer.stream.processes
-            own = folder_of_its_own() if processes.rank == 0 else ""
-            checkpoint_path = processes.from_first(own)
+            folder = folder_of_its_own() if processes.rank == 0 else ""
+            checkpoint_path = processes.from_first(folder)
             trainer.cfg = replace(trainer.cfg, checkpoint_path=checkpoint_path)
             trainer.save_checkpoint(name)
         logger.warning(

@@ -51,10 +51,10 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
     """A `MultiSAETrainingRunner` that trains SAEs under whitening.
 
     SAEs whose config has `normalize_activations="covariance_whitening"` are whitened; the others
-    are trained beside them, on the same activations, to the bit as SAELens' runner trains them. One
-    pass over the first activations serves the statistics of all hooks, and training then has these
-    activations too. What an SAE at one hook becomes does not depend on which others there are. (But
-    `"expected_average_only_in"` takes, as in SAELens, `n_batches_for_norm_estimate` batches that no
+    are trained beside them on the same activations, bit for bit as by SAELens' runner. The
+    statistics of all hooks are estimated in one pass over the first activations, which are then
+    trained on. The result for an SAE does not depend on the SAEs at other hooks. (But
+    `"expected_average_only_in"` uses, as in SAELens, `n_batches_for_norm_estimate` batches that no
     SAE is trained on.)
 
     `cfg.output_path` receives a folder for every SAE as `WhiteningTrainingRunner` writes it.
@@ -91,20 +91,20 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
     Args:
         cfg: SAELens' runner config. It is copied, never changed; its `seed` as for
             `WhiteningTrainingRunner`.
-        whitening: How to whiten all SAEs, or each by its name; the default configuration, or that
-            of the checkpoint which is resumed, for those that have none. SAEs at one hook share
-            statistics, which satisfy all of them.
+        whitening: How to whiten all SAEs, or each by its name. SAEs without one use the
+            configuration of the checkpoint that is resumed, or else the default. SAEs at one hook
+            share statistics, which satisfy all of them.
         override_dataset: As for SAELens' runner.
-        override_model: As for SAELens' runner; a TransformerBridge, too.
+        override_model: As for SAELens' runner; also a TransformerBridge.
         override_saes: As for SAELens' runner.
 
     Attributes:
-        trainer: The trainer, once `run` has made it; its `whitenings` and `statistics` are by the
-            names of the SAEs.
+        trainer: The trainer, once `run` has made it; it has `whitenings` and `statistics` by name
+            of the SAE.
 
     Raises:
         ValueError: No SAE asks for whitening, a configuration is given for one that does not, the
-            buffer is smaller than a batch, or the model has no such hook. A `FieldError` where the
+            buffer is smaller than a batch, or the model has no such hook. A `FieldError` if the
             value of a field cannot work, as for `WhiteningTrainingRunner`.
         FoldError: No whitening can be folded into an architecture.
     """
@@ -112,8 +112,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
     trainer: WhiteningMultiSAETrainer
 
     _needs_whitening = True
-    """Whether a set of SAEs of which none is whitened is refused: a comparison trains what is left
-    to train by one runner and on the same data, whether or not any of it is whitened."""
+    """Whether a set of SAEs without any whitened one is refused. A comparison sets it to False: it
+    trains the remaining SAEs on the same data, whitened or not."""
 
     def __init__(
         self,
@@ -166,8 +166,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
             The SAEs, those trained under whitening folded.
 
         Raises:
-            FoldError: Folding an SAE failed. The message says where both its forms are; the others
-                are finished and saved.
+            FoldError: Folding an SAE failed. The message says where both its forms are; the other
+                SAEs are finished and saved.
             OSError: An SAE could not be saved; the message says where it is instead.
             KeyboardInterrupt: After Ctrl-C, once the checkpoint is saved.
             SystemExit: After SIGTERM, once the checkpoint is saved; its code is 143.
@@ -238,16 +238,16 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
     ) -> dict[str, Any]:
         if not isinstance(self.evaluator, MultiSAEEvaluator):  # but one of the user's
             return self.evaluator(saes, data_provider, activation_scalers, hook_names)
-        # what the user adds draws batches, and must not while reading ahead is paused
-        own = self.evaluator.user_evaluator
+        # the user's evaluator draws batches, which it must not do while reading ahead is paused
+        user_evaluator = self.evaluator.user_evaluator
         with paused(self.trainer.stream):
             built_in = replace(self.evaluator, user_evaluator=None)
             metrics = built_in(saes, data_provider, activation_scalers, hook_names)
-        if own is not None:
+        if user_evaluator is not None:
             for name, sae in saes.items():
                 view = (batch[hook_names[name]] for batch in data_provider)
-                found = own(sae, view, activation_scalers[name])
-                metrics.update({f"{name}/{key}": value for key, value in found.items()})
+                figures = user_evaluator(sae, view, activation_scalers[name])
+                metrics.update({f"{name}/{key}": value for key, value in figures.items()})
         return metrics
 
 
@@ -301,6 +301,6 @@ def _check_overrides(
 def _copied(cfg: MultiSAETrainingRunnerConfig) -> MultiSAETrainingRunnerConfig:
     """A copy, with a config of its own for every SAE, and with the evaluator that was given."""
     copied = copy.deepcopy(cfg, {id(cfg.evaluator): cfg.evaluator})
-    # one object that serves several names would otherwise still do so
+    # otherwise one object might still be shared by several names
     copied.saes = {name: copy.deepcopy(sae) for name, sae in cfg.saes.items()}
     return copied

@@ -64,8 +64,8 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         hook_names: The hook of every SAE.
         stream: Yields activations of shape (n, sum of the widths of all hooks).
         split: Takes such a batch apart into activations by hook.
-        whitening: How to whiten, by the names of the SAEs that are; the default configuration, or
-            that of the checkpoint which is resumed, where it is None.
+        whitening: How to whiten, by name of the whitened SAEs. None: the configuration of the
+            checkpoint that is resumed, or else the default.
         evaluator: As for `MultiSAETrainer`; sees plain SAEs.
         save_checkpoint_fn: As for `MultiSAETrainer`; called while the directory is being written.
 
@@ -126,17 +126,17 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
 
     @property
     def is_trained(self) -> bool:
-        """Whether training is done and all SAEs are folded, but for those whose fold failed."""
+        """Whether training is done and all SAEs are folded, except those whose fold failed."""
         is_done = self.n_training_samples >= self.cfg.total_training_samples
         waiting = (name for name in self.whitened if is_in_whitened_space(self.saes[name]))
         return is_done and set(waiting) <= self.failures.keys()
 
     def fit(self) -> dict[str, TrainingSAE[Any]]:
-        """Estimate what there is not yet, train, fold, prove the folds.
+        """Estimate missing whitenings, train, fold, prove the folds.
 
         Returns:
-            The SAEs given, those trained under whitening folded. The others are there too if
-            folding one failed; `failures` tells which and where it is kept.
+            The given SAEs, those trained under whitening folded. If folding one failed, the others
+            are returned too; `failures` says which failed and where it is kept.
 
         Raises:
             ValueError: The data ended too early, or an activation is not finite.
@@ -152,10 +152,10 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         return saes
 
     def estimate_whitenings(self) -> None:
-        """Estimate in one pass whatever statistics are missing, and derive the whitenings.
+        """Estimate all missing statistics in one pass, and derive the whitenings.
 
         Raises:
-            ValueError: Statistics given are not of this model, hook, dataset..., the data ended
+            ValueError: The given statistics are not of this model, hook, dataset..., the data ended
                 too early, or an activation is not finite.
         """
         waiting = {n: t for n, t in self.whitened.items() if t.scaler.whitening is None}
@@ -179,7 +179,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
                     known[key] = Whitening.from_statistics(scaler.statistics, scaler.config)
             scaler.whitening = _with_config(known[key], scaler.config)
         for trainer in self.whitened.values():
-            trainer.estimate_whitening()  # there is one: only takes it into use
+            trainer.estimate_whitening()  # the whitening exists: this only sets it up
 
     def _load_statistics(
         self, trainers: Mapping[str, WhiteningTrainer[Any, Any]]
@@ -221,7 +221,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
 
     @torch.no_grad()
     def _estimate_scaling_factors(self) -> None:
-        """SAELens' scaling factors, from the batches that it would take; none is trained on."""
+        """SAELens' scaling factors, from the batches that it would use; none is trained on."""
         missing = [
             name
             for name, sae in self.saes.items()
@@ -253,7 +253,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         return means
 
     def activations_to_prove_on(self, hook_name: str) -> tuple[Tensor | None, str]:
-        """Activations of a hook, the same whenever asked for, and what they are."""
+        """Activations of a hook, the same at every call, and their description."""
         if self._held_out is None:
             activations, source = self.stream.held_out_or_last()
             self._held_out = None if activations is None else self.split(activations), source
@@ -324,10 +324,10 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
     def _check_belongs(self, path: Path) -> None:
         missing = [name for name in self.saes if not (path / name / SAE_CFG_FILENAME).is_file()]
         if missing:
-            there = sorted(p.parent.name for p in path.glob(f"*/{SAE_CFG_FILENAME}"))
+            present = sorted(p.parent.name for p in path.glob(f"*/{SAE_CFG_FILENAME}"))
             raise FileNotFoundError(
                 f"{path} is not a checkpoint of these SAEs: it holds no {', '.join(missing)}; "
-                f"there are {', '.join(there) or 'none'}"
+                f"it has {', '.join(present) or 'none'}"
             )
         for name, sae in self.saes.items():
             saved = json.loads((path / name / SAE_CFG_FILENAME).read_text())
@@ -345,8 +345,8 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
                     f"{path}: {name} has normalize_activations={was!r}, and this run asks for "
                     f"{now!r}"
                     + (
-                        ". In a final checkpoint the scaling is folded in already: resume an "
-                        "earlier one, or ask for 'none'"
+                        ". In a final checkpoint the scaling is already folded in: resume an "
+                        "earlier one, or set 'none'"
                         if now == "expected_average_only_in" and was == "none"
                         else ""
                     )
@@ -361,17 +361,17 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         statistics: dict[Any, ActivationStatistics] = {}
         for name, trainer in self.whitened.items():
             assert trainer.whitening is not None
-            hook_name, own = self.hook_names[name], trainer.scaler.statistics
+            hook_name, loaded = self.hook_names[name], trainer.scaler.statistics
             shared = whitenings.setdefault(trainer.whitening.digest, trainer.whitening)
             trainer.scaler.whitening = _with_config(shared, trainer.whitening.config)
             trainer.whitening = trainer.scaler.whitening
-            if own is not None:
+            if loaded is not None:
                 # of one file, or of the first n samples at one hook
-                key = (hook_name, trainer.whitening.config.statistics, own.n_samples)
-                trainer.scaler.statistics = statistics.setdefault(key, own)
+                key = (hook_name, trainer.whitening.config.statistics, loaded.n_samples)
+                trainer.scaler.statistics = statistics.setdefault(key, loaded)
 
     def _agree_on_nonfinite(self) -> None:
-        """Take over `on_nonfinite`: SAEs share activations, so it has to be the same for all.
+        """Set `on_nonfinite` of the stream: SAEs share activations, so all need the same value.
 
         Raises:
             ValueError: They disagree.
@@ -403,7 +403,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
 
 
 class _OneOfSeveral(WhiteningTrainer[TrainingSAE[Any], Any]):
-    """The trainer of one SAE, whose activations `owner` hands out."""
+    """The trainer of one SAE, which gets its activations from `owner`."""
 
     def __init__(
         self, owner: WhiteningMultiSAETrainer, name: str, whitening: WhiteningConfig | None
@@ -433,7 +433,7 @@ class _OneOfSeveral(WhiteningTrainer[TrainingSAE[Any], Any]):
 
 
 class _PlainOfSeveral(SAETrainer[Any, Any]):
-    """The trainer of an SAE without whitening, where several processes train together."""
+    """The trainer of an SAE without whitening, if several processes train together."""
 
     def __init__(self, owner: WhiteningMultiSAETrainer, name: str, stream: SharedStream) -> None:
         super().__init__(
@@ -468,5 +468,5 @@ class _PlainOfSeveral(SAETrainer[Any, Any]):
 
 
 def _with_config(whitening: Whitening, config: WhiteningConfig) -> Whitening:
-    """The same whitening with another config, which differs only in what does not decide it."""
+    """The same whitening with another config, which differs only in fields without effect on it."""
     return whitening if whitening.config == config else replace(whitening, config=config)

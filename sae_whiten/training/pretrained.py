@@ -1,4 +1,4 @@
-"""Train on from a finished SAE, as the config asks for."""
+"""Continue training from a finished SAE, with the config of the run."""
 
 from typing import Any
 
@@ -22,26 +22,26 @@ _SAME_NORMS = 1.25
 
 
 def as_asked_for(loaded: TrainingSAE[Any], asked: TrainingSAEConfig, path: str) -> TrainingSAE[Any]:
-    """The weights of a finished SAE in one that is trained as the config asks for.
+    """An SAE with the weights of a finished one and the config of the run.
 
     Args:
-        loaded: What SAELens makes of the folder. Its coefficients are SAELens' defaults where the
-            folder does not tell them.
+        loaded: The SAE as SAELens loads the folder. Coefficients that the folder lacks are SAELens'
+            defaults.
         asked: The config of the run.
         path: The folder, for error messages.
 
     Returns:
-        An SAE with the config of the run, but for what `unfold_for_training` adds.
+        An SAE with the config of the run, except for the fields that `unfold_for_training` sets.
 
     Raises:
-        ValueError: The weights are for normalised activations, or cannot be trained as asked for.
+        ValueError: The weights are for normalised activations, or do not fit the config.
     """
     normalised = loaded.cfg.normalize_activations
     if normalised == "covariance_whitening":
         raise ValueError(
             f"{path} holds an SAE whose weights are in whitened coordinates "
-            "(normalize_activations='covariance_whitening') and nothing that says in which: a "
-            "checkpoint of SAELens' own trainer? Its weights mean nothing under another whitening. "
+            "(normalize_activations='covariance_whitening'), without the whitening: is it a "
+            "checkpoint of SAELens' own trainer? Its weights are useless under another whitening. "
             f"Fold it first, with the {ACTIVATION_WHITENING_FILENAME} it was trained with."
         )
     if normalised != "none":
@@ -49,11 +49,11 @@ def as_asked_for(loaded: TrainingSAE[Any], asked: TrainingSAEConfig, path: str) 
             f"{path} holds an SAE with normalize_activations={normalised!r}; only a plain one "
             "('none') can be brought into whitened coordinates"
         )
-    was, wanted = loaded.cfg.to_dict(), asked.to_dict()
+    was, requested = loaded.cfg.to_dict(), asked.to_dict()
     different = [
-        f"{name}={was.get(name)!r}, and the config asks for {wanted.get(name)!r}"
+        f"{name}={was.get(name)!r}, and the config asks for {requested.get(name)!r}"
         for name in _OF_THE_WEIGHTS
-        if was.get(name) != wanted.get(name)
+        if was.get(name) != requested.get(name)
     ]
     if not asked.apply_b_dec_to_input:
         different.append(
@@ -68,7 +68,7 @@ def as_asked_for(loaded: TrainingSAE[Any], asked: TrainingSAEConfig, path: str) 
     kept = {name: was[name] for name in _ONCE_UNFOLDED if name in was}
     kept |= {name: was[name] for name in ("normalize_activations", "apply_b_dec_to_input")}
     with torch.random.fork_rng():  # its initial weights are replaced
-        sae = TrainingSAE.from_dict({**wanted, **kept, "metadata": was["metadata"]})
+        sae = TrainingSAE.from_dict({**requested, **kept, "metadata": was["metadata"]})
     sae.load_state_dict(loaded.state_dict())
     return sae.to(device=loaded.device)
 
@@ -78,8 +78,8 @@ def unfold_for_training(
 ) -> None:
     """Bring a plain SAE into whitened coordinates, exactly, to be trained there.
 
-    Where `asked` has latents ranked by decoder norms the ranking is that of norms which are nearly
-    equal, so it differs in near ties.
+    If `asked` ranks latents by decoder norms, these norms are nearly equal, so the ranking can
+    change only between near ties.
 
     Args:
         sae: The SAE, changed in place.

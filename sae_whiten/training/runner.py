@@ -1,4 +1,4 @@
-"""SAELens' language-model runner, training under whitening."""
+"""SAELens' language-model runner, for training under whitening."""
 
 import copy
 from functools import partial
@@ -42,9 +42,9 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
     """A `LanguageModelSAETrainingRunner` that trains under whitening.
 
     `cfg.output_path` receives an ordinary SAELens SAE, and beside it the activation statistics and
-    the whitening. Ctrl-C and SIGTERM end training after the step at hand, with a checkpoint in
-    `cfg.checkpoint_path`; `cfg.resume_from_checkpoint` continues from any checkpoint as if nothing
-    had happened, bit for bit on the same machine.
+    the whitening. Ctrl-C and SIGTERM end training after the current step, with a checkpoint in
+    `cfg.checkpoint_path`; `cfg.resume_from_checkpoint` continues from any checkpoint as if there
+    had been no interruption, bit for bit on the same machine.
 
     Examples:
         >>> from datasets import Dataset
@@ -68,15 +68,16 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
 
     Args:
         cfg: SAELens' runner config, with `sae.normalize_activations="covariance_whitening"`. It is
-            copied, never changed. Its `seed` decides the initial weights and the order in which
-            activations are mixed; the default, 42, only in scripts that do not call
-            `torch.manual_seed`. With `from_pretrained_path`, a plain SAE is brought into whitened
-            coordinates, exactly, and trained on as `cfg.sae` says. (Where that has latents ranked
-            by decoder norms, near ties may change: the norms are those under this whitening.)
-        whitening: How to whiten; the default configuration, or that of the checkpoint which is
-            resumed, if None.
+            copied, never changed. Its `seed` sets the initial weights and the order in which
+            activations are mixed; the default, 42, has no effect in scripts that call
+            `torch.manual_seed`. With `from_pretrained_path`, a plain SAE is converted exactly to
+            whitened coordinates, and training continues with the config `cfg.sae`. (If that ranks
+            latents by decoder norms, near ties may change: the norms are those under this
+            whitening.)
+        whitening: How to whiten. None: the configuration of the checkpoint that is resumed, or else
+            the default.
         override_dataset: As for SAELens' runner.
-        override_model: As for SAELens' runner; a TransformerBridge, too.
+        override_model: As for SAELens' runner; also a TransformerBridge.
         override_sae: As for SAELens' runner.
 
     Attributes:
@@ -84,11 +85,10 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
 
     Raises:
         ValueError: The config does not ask for whitening, its buffer is smaller than a batch, the
-            model has no such hook, or the architecture does not go with
-            `whitening.sparsity_norms`; or the SAE at `from_pretrained_path` cannot be trained as
-            `cfg.sae` says. A `FieldError` where the value of a field cannot work: a
-            size below 1, k above d_sae, a device that is not there, a context too long for the
-            model.
+            model has no such hook, the architecture does not support `whitening.sparsity_norms`, or
+            the SAE at `from_pretrained_path` does not fit `cfg.sae`. A `FieldError` if the value of
+            a field cannot work: a size below 1, k above d_sae, a missing device, a context too long
+            for the model.
         FoldError: No whitening can be folded into this architecture.
     """
 
@@ -132,7 +132,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         if self._start_from_folded:
             self.sae = as_asked_for(self.sae, self.cfg.sae, str(path))
         self.sae.cfg = copy.deepcopy(self.sae.cfg)
-        # before SAELens compiles the training step, for it is compiled with its losses
+        # before SAELens compiles the training step together with its losses
         enter_whitened_space(self.sae, whitening)
         self.activations_store = own_share(
             self.activations_store, ResumableActivationsStore, self.processes
@@ -187,8 +187,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         output_path: str,
         log_feature_sparsity: torch.Tensor | None = None,
     ) -> None:
-        """Write a folded SAE and, if it was trained here, its whitening and the statistics: all of
-        it or nothing.
+        """Write a folded SAE and, if it was trained here, its whitening and statistics, atomically.
 
         Raises:
             FoldError: The SAE is to be whitened, and was not trained yet.
@@ -211,6 +210,6 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
 
     def _evaluate(self, sae: Any, data_provider: Any, activation_scaler: Any) -> dict[str, Any]:
         if isinstance(self.evaluator, LLMSaeEvaluator):
-            # pauses a prefetching thread, which it must be able to recognise
+            # it pauses a prefetching thread, and so must be able to recognise it
             data_provider = data_provider.source
         return self.evaluator(sae, data_provider, activation_scaler)

@@ -1,4 +1,4 @@
-"""What both runners do around training: checks, seeds, logging, resuming, reading ahead, saving."""
+"""Shared by both runners: checks, seeds, logging, resuming, reading ahead, saving."""
 
 import difflib
 import logging
@@ -72,9 +72,9 @@ def check_is_foldable(name: str, cfg: TrainingSAEConfig, given: TrainingSAE[Any]
     """Refuse an SAE that cannot be folded, before a model is loaded.
 
     Args:
-        name: What the message calls it.
-        cfg: Its config.
-        given: The SAE itself, if there is one already: its class may not be registered.
+        name: Name of the SAE in the message.
+        cfg: Config of the SAE.
+        given: The SAE itself, if it exists: its class may not be registered.
 
     Raises:
         FoldError: It cannot be folded; the message says why.
@@ -83,12 +83,12 @@ def check_is_foldable(name: str, cfg: TrainingSAEConfig, given: TrainingSAE[Any]
     reason = why_not_foldable(sae_class)
     if reason is not None:
         raise FoldError(
-            f"{name} cannot be trained under whitening, for it could not be folded into {reason}"
+            f"{name} cannot be trained under whitening, which cannot be folded into {reason}"
         )
 
 
 def set_buffer_size(cfg: RunnerConfig) -> None:
-    """Set the size of the mixing buffer where a config leaves it open.
+    """Set the size of the mixing buffer if the config does not.
 
     Raises:
         ValueError: The buffer is smaller than a training batch.
@@ -103,7 +103,7 @@ def check_hook(model: Model, name: str) -> None:
     """Refuse a hook that the model does not have.
 
     Raises:
-        ValueError: It does not; the message names the nearest.
+        ValueError: The hook does not exist; the message names the nearest.
     """
     hooks = list(model.hook_dict)
     if name not in hooks:
@@ -114,7 +114,7 @@ def check_hook(model: Model, name: str) -> None:
 
 @contextmanager
 def naming_nearest_hooks(cfg: RunnerConfig, names: Iterable[str]) -> Iterator[None]:
-    """Name the hooks nearest to one that SAELens' loader of Hugging Face models does not find."""
+    """Add the nearest hooks to the error of SAELens' Hugging Face loader about an unknown hook."""
     try:
         yield
     except ValueError as error:
@@ -147,19 +147,19 @@ def check_loaded(cfg: RunnerConfig, model: Model, hook_names: Iterable[str]) -> 
 def opened_dataset(cfg: RunnerConfig, given: HfDataset | None) -> Iterator[HfDataset | None]:
     """The dataset to pass to SAELens' runner: the one given, a local one, or None for it to load.
 
-    While a local one is passed, SAELens does not warn that it overrides the config: it is what the
-    config names.
+    For a local dataset, SAELens' warning that it overrides the config is hidden: it is the one
+    named in the config.
     """
     if given is not None:
         yield given
         return
-    said = "passed in a dataset which will override", "override_dataset overrides"
-    with without_messages("sae_lens", *said):
+    warnings = "passed in a dataset which will override", "override_dataset overrides"
+    with without_messages("sae_lens", *warnings):
         yield local_dataset(cfg.dataset_path, cfg.streaming)
 
 
 def record_reading(sae: TrainingSAE[Any], cfg: RunnerConfig) -> None:
-    """Add to an SAE's metadata what SAELens leaves out of how its activations are made."""
+    """Add to an SAE's metadata the settings of its activations that SAELens leaves out."""
     sae.cfg.metadata.autocast_lm = cfg.autocast_lm
     sae.cfg.metadata.use_chat_formatting = cfg.use_chat_formatting
 
@@ -183,10 +183,10 @@ def own_share(store: Any, kind: type[T_Store], processes: Processes) -> T_Store:
         TypeError: As `ResumableActivationsStore.adopt` does.
         ValueError: The batch cannot be divided by the number of processes.
     """
-    own: Any = kind.adopt(store)  # which pyright knows as the base class
-    if own is not store:
-        take_share(own, processes)
-    return own
+    adopted: Any = kind.adopt(store)  # pyright sees the base class
+    if adopted is not store:
+        take_share(adopted, processes)
+    return adopted
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def logging_run(cfg: RunnerConfig, processes: Processes) -> Iterator[None]:
 
 
 def _connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:
-    """Tell a stream and the store that it reads from about each other."""
+    """Connect a stream with the store that it reads from."""
     store.count_from_here()
     store.training_position = lambda: stream.n_served
     stream.source_is_finite = True
@@ -218,7 +218,7 @@ def _connect(stream: ActivationStream, store: ResumableActivationsStore) -> None
 
 
 def paused(stream: ActivationStream | None) -> AbstractContextManager[None]:
-    """Keep a thread that reads ahead, if there is one, from drawing batches meanwhile."""
+    """Pause the thread that reads ahead, if there is one, inside the block."""
     source = None if stream is None else stream.source
     return source.paused() if isinstance(source, PrefetchingIterator) else nullcontext()
 
@@ -230,16 +230,17 @@ def train(
     load: Callable[[str], None],
     save: Callable[[str], None],
 ) -> T:
-    """Let a trainer fit, from where the checkpoint left it if one is resumed.
+    """Run a trainer, from the checkpoint if one is resumed.
 
     A checkpoint is saved when a signal, or an activation that is not finite, stops it.
 
     Args:
         trainer: Its stream reads from `store`.
         store: Where the activations come from.
-        cfg: Says what is resumed, how many batches a thread draws ahead, and where results go.
+        cfg: Sets the checkpoint to resume, how many batches a thread draws ahead, and where results
+            go.
         load: Reads the trainer's part of a checkpoint.
-        save: Writes what was trained into a folder; for when training is done and then fails.
+        save: Writes what was trained to a folder; used if an error follows the training.
 
     Raises:
         KeyboardInterrupt: After SIGINT.
@@ -262,7 +263,7 @@ def train(
             result = trainer.fit()
     except Exception:
         if trainer.is_trained:
-            # the final checkpoint failed, which must not cost what was trained
+            # the final checkpoint failed; the trained SAE must not be lost
             save(cfg.output_path or folder_of_its_own())
         raise
     if store.n_skipped:
@@ -298,11 +299,11 @@ def add_runner_files(runner: Any, checkpoint_path: Path | None) -> None:
 
 
 def outcome_of(trainer: SAETrainer[Any, Any]) -> dict[str, Any]:
-    """What a trainer knows of its SAE that is written beside it; arguments of `write_sae`."""
-    found: dict[str, Any] = {"log_feature_sparsity": trainer.log_feature_sparsity}
+    """A trainer's results that are written beside its SAE, as arguments of `write_sae`."""
+    contents: dict[str, Any] = {"log_feature_sparsity": trainer.log_feature_sparsity}
     if isinstance(trainer, WhiteningTrainer):
-        found |= {"whitening": trainer.whitening, "statistics": trainer.scaler.statistics}
-    return found
+        contents |= {"whitening": trainer.whitening, "statistics": trainer.scaler.statistics}
+    return contents
 
 
 def save_finished(
@@ -313,9 +314,9 @@ def save_finished(
     Args:
         sae: The SAE, folded.
         path: Where to write it.
-        cfg: Says where it is kept if that fails, and what is logged.
+        cfg: Sets where it is kept if that fails, and what is logged.
         logged_cfg: The config that is logged with it.
-        contents: What is written beside it; arguments of `write_sae`.
+        contents: Further arguments of `write_sae`.
 
     Raises:
         OSError: Saving failed; the message says where the SAE is instead.

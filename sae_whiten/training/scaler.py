@@ -23,13 +23,13 @@ __all__ = ["CovarianceWhiteningScaler", "max_batches"]
 
 _CONFIG_KEY = "whitening_config"
 _SCALES_NOTHING = (
-    "a CovarianceWhiteningScaler has no scaling factor, for whitening sets the scale too: call "
+    "a CovarianceWhiteningScaler has no scaling factor, because whitening sets the scale: call "
     "estimate_whitening, or use SAELens' ActivationScaler"
 )
 
 
 class CovarianceWhiteningScaler(ActivationScaler):
-    """Whitens activations on their way into an SAE and dewhitens what comes out.
+    """Whitens the inputs of an SAE and dewhitens its outputs.
 
     Examples:
         >>> x = torch.randn(1000, 4) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 5
@@ -43,7 +43,7 @@ class CovarianceWhiteningScaler(ActivationScaler):
 
     Attributes:
         config: How to whiten.
-        whitening: The transform, once it is estimated or loaded. Setting it beforehand skips the
+        whitening: The transform, once it is estimated or loaded. Setting it first skips the
             estimation.
         statistics: The statistics that `whitening` was derived from, if this scaler estimated them.
     """
@@ -63,7 +63,7 @@ class CovarianceWhiteningScaler(ActivationScaler):
         super().__setattr__(name, value)
 
     def scale(self, acts: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Whiten; the identity before there is a whitening.
+        """Whiten. The identity while `whitening` is None.
 
         Args:
             acts: Shape (..., d_in), or (..., n_heads, d_head) with n_heads * d_head = d_in.
@@ -98,8 +98,8 @@ class CovarianceWhiteningScaler(ActivationScaler):
     ) -> None:
         """Estimate the statistics from the first batches of `data_provider` and set `whitening`.
 
-        Does nothing if there is a whitening already: weights that were trained in one basis must
-        not see another.
+        Does nothing if `whitening` is set: weights that were trained in one basis must not get
+        inputs in another.
 
         Args:
             d_in: Width of the activations.
@@ -108,13 +108,13 @@ class CovarianceWhiteningScaler(ActivationScaler):
                 for `config.tolerance`.
             n_batches_for_norm_estimate: Read at most this many batches.
             eps: As SAELens' scaler has it; must be that of `config`, if it is given.
-            resolution: Machine epsilon of what the activations were computed in, if that is
-                coarser than their dtype.
+            resolution: Machine epsilon of the dtype that the activations were computed in, if that
+                is coarser than theirs.
 
         Raises:
             ValueError: The provider ended too early, a shape does not fit, an activation is not
                 finite and `config.on_nonfinite` is "raise", or `eps` is not that of `config`.
-                Nothing is set then.
+                Nothing is changed then.
         """
         if self.whitening is not None:
             return
@@ -167,7 +167,7 @@ class CovarianceWhiteningScaler(ActivationScaler):
         """Read what `save` wrote; nothing is changed if that fails.
 
         Raises:
-            FileNotFoundError: The json file, or the whitening that it speaks of, is missing.
+            FileNotFoundError: The json file, or the whitening that it refers to, is missing.
             CorruptFileError: One of them is damaged, or the json file is not of this class.
         """
         path = Path(file_path)
@@ -179,17 +179,16 @@ class CovarianceWhiteningScaler(ActivationScaler):
                 raise ValueError(f"has_whitening={has_whitening!r}: must be true or false")
             if content["scaling_factor"] is not None:
                 raise ValueError(_SCALES_NOTHING)
-        # never estimated anew when missing: the weights beside it belong to that very basis
+        # not estimated again if missing: the weights beside it belong to exactly that basis
         whitening = Whitening.load(_tensors_path(path)) if has_whitening else None
         self.config, self.statistics = config, None
         self.whitening = whitening  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def max_batches(cfg: SAETrainerConfig) -> int | None:
-    """How many batches SAELens' config lets an estimation read, if that was set.
+    """The limit of batches for an estimation in SAELens' config; None if it is the default.
 
-    Its default is for scaling factors, and is neither known to suffice for statistics nor meant to
-    limit them.
+    The default is for scaling factors, and is not meant to limit statistics.
     """
     (default,) = (f.default for f in fields(cfg) if f.name == "n_batches_for_norm_estimate")
     asked = cfg.n_batches_for_norm_estimate

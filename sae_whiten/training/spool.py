@@ -1,4 +1,4 @@
-"""Batches that were looked at before training, kept until they are trained on."""
+"""A queue for batches that were used for estimation and are trained on later."""
 
 import errno
 import logging
@@ -16,19 +16,19 @@ __all__ = ["Spool"]
 logger = logging.getLogger(__name__)
 
 _IN_MEMORY = 1 << 28  # bytes
-_LEFT_FREE = 1 << 28  # bytes of the disk that others may need
+_LEFT_FREE = 1 << 28  # bytes of the disk to leave for others
 
 
 class Spool:
     """First in, first out: in memory up to 256 MiB, beyond that in a temporary file.
 
-    What comes out is to the bit what went in, on the device that it was on. The file has no name
-    and disappears with the process.
+    Batches are returned bit for bit, on their former device. The file has no name and disappears
+    with the process.
 
     Attributes:
-        folder: Of the file; None: that of the system, which the variable TMPDIR sets.
-        resolution: Machine epsilon of what the activations were computed in, or 0: those of a model
-            in bfloat16 take half of the room that their dtype, float32, would.
+        folder: Folder of the file; None: the system's temporary folder (TMPDIR).
+        resolution: Machine epsilon of the dtype that the activations were computed in, or 0. With
+            that of bfloat16, float32 activations take half the space.
     """
 
     def __init__(self) -> None:

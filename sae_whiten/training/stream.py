@@ -1,4 +1,4 @@
-"""The activations on their way to the training loop."""
+"""The stream of activations that the training loop reads."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -29,10 +29,10 @@ class StopRequested(Exception):
 class ActivationStream(Iterator[Tensor]):
     """Serves a data provider's batches in order, including those read ahead by `lookahead`.
 
-    `lookahead` lets statistics be estimated from the first batches; training then gets the same
-    batches again, which are kept in `spool` meanwhile.
+    `lookahead` gives the first batches for estimating statistics. They are kept in `spool`, and
+    training then gets the same batches.
 
-    Batches are served in the order of the provider; empty ones are passed over, but counted. So a
+    Batches are served in the order of the provider; empty ones are skipped, but counted. So a
     resumed run needs a provider that starts at batch `n_served`.
 
     Args:
@@ -42,18 +42,19 @@ class ActivationStream(Iterator[Tensor]):
         n_wanted: Batches that training needs, for the message if there are fewer.
 
     Attributes:
-        n_served: Batches served or passed over.
+        n_served: Batches served or skipped.
         n_skipped: Activations left out because they were not finite.
         source_is_finite: Whether the source has checked that activations are finite, so that the
-            stream need not. Else batches on a GPU are drawn one ahead: the check delays no step.
-        resolution: Machine epsilon of what the activations were computed in, where that is coarser
-            than their dtype; 0 if it is not known.
-        stop_is_handled: Whether somebody waits for `StopRequested`, to save a checkpoint.
-        spool: Keeps the batches that were looked at beforehand.
+            stream need not. Otherwise batches on a GPU are drawn one ahead, so that the check
+            delays no step.
+        resolution: Machine epsilon of the dtype that the activations were computed in, if that is
+            coarser than theirs; 0 if unknown.
+        stop_is_handled: Whether `StopRequested` is caught, to save a checkpoint.
+        spool: Keeps the batches read by `lookahead`.
         last: The batch served last.
-        processes: Who trains together, each on its own part of every batch.
-        next_is: Names the next batch in reports. It is not held out once a dataset has started
-            over.
+        processes: The processes that train together, each on its own part of every batch.
+        next_is: Description of the next batch in reports. It is not held out once a dataset is
+            repeated.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class ActivationStream(Iterator[Tensor]):
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """Put off requests to stop until the end of the block."""
+        """Delay requests to stop until the end of the block."""
         self._stop_put_off = True
         try:
             yield
@@ -145,12 +146,12 @@ class ActivationStream(Iterator[Tensor]):
         return rows if len(rows) else None
 
     def held_out_or_last(self) -> tuple[Tensor | None, str]:
-        """A batch that was not served, or else the last that was, and what it is."""
+        """A batch that was not served, or else the last served one, and its description."""
         try:
             activations = self.held_out()
             if activations is not None:
                 return activations, self.next_is()
-        except Exception:  # whatever the data provider raises must not cost a trained SAE
+        except Exception:  # no error of the data provider may lose a trained SAE
             logger.warning("no held-out activations: the data provider failed", exc_info=True)
         return self.last, "training"
 
@@ -159,10 +160,10 @@ class ActivationStream(Iterator[Tensor]):
         return not self.source_is_finite and not enough and _waits_for(batch)
 
     def _look_ahead(self) -> None:
-        """Draw the next batch, and have the GPU look at it before it works on the one served.
+        """Draw the next batch, and queue its check on the GPU before the step on the current one.
 
-        The answer is there when the batch is asked for, with a whole step queued behind it, so the
-        GPU does not wait. Errors of the provider are kept until then too.
+        The result is ready when the batch is requested, a whole step later, so the GPU does not
+        wait. Errors of the provider are also kept until then.
         """
         try:
             batch = self._next_raw()
@@ -184,22 +185,22 @@ class ActivationStream(Iterator[Tensor]):
 
 
 def _waits_for(batch: Tensor) -> bool:
-    """Whether reading a value of the batch waits for what its device is doing."""
+    """Whether reading a value of the batch waits for queued work of its device."""
     return batch.is_cuda
 
 
 def _finite_soon(batch: Tensor) -> Callable[[], bool]:
-    """Ask whether a batch is finite, without waiting for the answer.
+    """Check whether a batch is finite, without waiting for the result.
 
     Returns:
-        The answer; False is not certain, for the sum that is looked at may overflow.
+        Returns the result when called. False is not certain, because the sum may overflow.
     """
     dtype = torch.promote_types(batch.dtype, torch.float32)
-    found = torch.isfinite(batch.sum(dtype=dtype))
+    is_finite = torch.isfinite(batch.sum(dtype=dtype))
     if not batch.is_cuda:
-        return lambda: bool(found)
+        return lambda: bool(is_finite)
     on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
-    on_host.copy_(found, non_blocking=True)
+    on_host.copy_(is_finite, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
 

@@ -1,4 +1,4 @@
-"""SAELens' trainer, training under whitening and returning a folded SAE."""
+"""SAELens' trainer, for training under whitening; it returns a folded SAE."""
 
 import copy
 import logging
@@ -86,8 +86,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     The whitening is estimated from the first batches of the data provider, which are then trained
     on like all others. During training the SAE object has a subclass of its class, which saves
-    folded copies and takes reconstruction losses in the configured space. Afterwards it has its own
-    class again and is folded; the fold is proved on held-out activations.
+    folded copies and computes reconstruction losses in the configured space. Afterwards it has its
+    own class again and is folded; the fold is proved on held-out activations.
 
     Examples:
         >>> import itertools
@@ -113,8 +113,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         whitening: How to whiten; the default configuration if None.
         evaluator: As for `SAETrainer`.
         save_checkpoint_fn: As for `SAETrainer`; called while the directory is being written.
-        start_from_folded: Take an SAE with `normalize_activations="none"` and go on training it
-            under whitening: it is brought into whitened coordinates before the first step.
+        start_from_folded: Continue training an SAE with `normalize_activations="none"` under
+            whitening: it is converted to whitened coordinates before the first step.
         train_as: With `start_from_folded`: a config with the dtype and the ranking by decoder norms
             to train with, which folding removed from the SAE.
 
@@ -126,8 +126,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     Raises:
         TypeError: `data_provider` is not an iterator.
-        ValueError: The SAE's config does not ask for whitening, or its architecture does not go
-            with `whitening.sparsity_norms`.
+        ValueError: The SAE's config does not ask for whitening, or its architecture does not
+            support `whitening.sparsity_norms`.
         FoldError: No whitening can be folded into this architecture.
     """
 
@@ -165,9 +165,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         by_original = whitening is not None and whitening.sparsity_norms == "original"
         if start_from_folded and ranks_by_norm and by_original:
             raise ValueError(
-                "WhiteningConfig.sparsity_norms='original' does not go with start_from_folded for "
-                f"{sae.cfg.architecture()}: unfolding takes its decoder norms into the encoder, "
-                "and there are none left to rank by"
+                "WhiteningConfig.sparsity_norms='original' cannot be used with start_from_folded "
+                f"for {sae.cfg.architecture()}: unfolding moves its decoder norms into the "
+                "encoder, and none are left to rank by"
             )
         enter_whitened_space(sae, whitening)
         sae.cfg = copy.deepcopy(sae.cfg)
@@ -205,12 +205,12 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def fit(self) -> T_TRAINING_SAE:
         """Estimate the whitening if there is none, train, fold, prove the fold.
 
-        If `cfg.checkpoint_path` is set, Ctrl-C and SIGTERM end training after the step at hand,
+        If `cfg.checkpoint_path` is set, Ctrl-C and SIGTERM end training after the current step,
         with a checkpoint that `load_trainer_state` continues from.
 
         Returns:
-            The SAE given, folded: `normalize_activations="none"`, float32 at least, with
-            `cfg.metadata.whitening` telling how it was whitened and how exact the fold is.
+            The given SAE, folded: `normalize_activations="none"`, at least float32.
+            `cfg.metadata.whitening` records how it was whitened and how exact the fold is.
 
         Raises:
             ValueError: The SAE is trained and folded already, the data ended too early, or an
@@ -285,7 +285,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def step(self, batch: Tensor) -> TrainStepOutput:
         """SAELens' training step; with several processes, on all parts of the batch.
 
-        Estimates the whitening first if there is none: an SAE that saw raw activations until then
+        Estimates the whitening first if there is none: an SAE trained on raw activations until then
         would have learned in another space.
         """
         if self.whitening is None:
@@ -303,7 +303,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             weights = {name: value.clone() for name, value in self.sae.state_dict().items()}
             self._before_fold = weights, self.sae.cfg.to_dict()
         activations, source = self._activations_to_prove_on()
-        # whether the fold holds must come out the same in every process
+        # every process must come to the same result for the fold
         activations, source = self.stream.processes.from_first(
             (None if activations is None else activations[:_N_CHECK], source)
         )
@@ -360,7 +360,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         path = self._failed_fold_path()
         try:
             self.save_checkpoint(path.name, base_path=path.parent)
-        except Exception:  # weights that are not finite, say, have no folded form
+        except Exception:  # for example, weights that are not finite have no folded form
             self.save_trainer_state(path)
         return path
 
@@ -408,9 +408,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     ) -> None:
         """Save a checkpoint, whole or not at all. `sae_whiten.training.checkpoint` lists its files.
 
-        The directory is a plain SAE with its training config, as SAELens' checkpoints are; what
-        resuming needs, in whitened coordinates, lies in a folder inside it. After `fit` it is the
-        plain SAE alone.
+        The directory is a plain SAE with its training config, like SAELens' checkpoints; the state
+        for resuming, in whitened coordinates, is in a folder inside it. After `fit` it is only the
+        plain SAE.
 
         Raises:
             FoldError: There is no whitening yet.
@@ -458,7 +458,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         return plain_copy(self.sae, self.whitening)
 
     def save_trainer_state(self, checkpoint_path: Path | str) -> None:
-        """Write what resuming needs into a folder of `checkpoint_path`: weights and whitening,
+        """Write the state for resuming into a folder of `checkpoint_path`: weights and whitening,
         optimizer, schedules, counters and random generators.
 
         Raises:
@@ -469,7 +469,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         whitening = scaler.whitening if self.whitening is None else self.whitening
         if whitening is None:
             raise ValueError(
-                "there is no whitening yet, and without it no training that could be resumed: call "
+                "there is no whitening yet, so there is no training to resume: call "
                 "estimate_whitening() first"
             )
         if self._before_fold is None and self.is_trained:
@@ -510,7 +510,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if not directory.is_dir():
             raise FileNotFoundError(
                 f"{checkpoint_path} holds no {TRAINING_STATE_DIR}/: it is not a checkpoint of "
-                "WhiteningTrainer. (A folded SAE can be trained on: from_pretrained_path. "
+                "WhiteningTrainer. (To continue training a folded SAE: from_pretrained_path. "
                 "Checkpoints of SAELens' own trainer cannot be resumed here.)"
             )
         # everything is read and checked before anything is changed
@@ -560,7 +560,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         given = self._given_config
         if given is None:
             return saved
-        # every other field decides what the weights mean
+        # the weights depend on every other field
         saved = replace(saved, on_nonfinite=given.on_nonfinite)
         if given != saved:
             old, new = saved.to_dict(), given.to_dict()
@@ -578,7 +578,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
 @contextmanager
 def after_step(*trainers: SAETrainer[Any, Any] | MultiSAETrainer) -> Iterator[None]:
-    """Count the step just done. SAELens' `fit` counts it later than it takes the checkpoint."""
+    """Count the step just done. SAELens' `fit` counts it after it saves the checkpoint."""
     for trainer in trainers:
         trainer.n_training_steps += 1
     try:
@@ -604,7 +604,7 @@ def losses_are_due(trainer: Any, pbar: Any, update_interval: int) -> bool:
 
 
 def _fuse(optimizer: torch.optim.Adam, device: str) -> None:
-    """Let Adam take its step in one pass over the parameters, where torch can do that."""
+    """Let Adam take its step in one pass over the parameters, if torch can do that."""
     if torch.device(device).type in ("cpu", "cuda"):
         for group in optimizer.param_groups:
             group["fused"] = True

@@ -1,8 +1,8 @@
 """A training SAE while its weights are in whitened coordinates.
 
 `enter_whitened_space` gives an SAE object a subclass of its class, and `leave_whitened_space` gives
-its own class back. In between, nobody who holds the object (SAELens' trainers, evaluators, the
-user) can save or fold it in a way that is wrong on raw activations. SAELens and other SAEs are not
+its own class back. In between, no holder of the object (SAELens' trainers, evaluators, the user)
+can save or fold it in a way that is wrong on raw activations. SAELens and other SAEs are not
 changed.
 """
 
@@ -62,7 +62,7 @@ class _WhitenedTrainingSAE(TrainingSAE[Any]):
     sparsity_norms: SparsityNorms | None
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The fast step of the architecture where it has one and takes this step."""
+        """The architecture's fast step if it has one for this input, else SAELens' step."""
         architecture = describe(self.stock_class)
         output = None
         if architecture.fast_step is not None and self.stock_class in architecture.sae_classes:
@@ -91,7 +91,7 @@ class _WhitenedTrainingSAE(TrainingSAE[Any]):
     def fold_activation_whitening(
         self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor
     ) -> None:
-        """Our fold in place of SAELens', whose trainers call this when training is done.
+        """Our fold instead of SAELens'. SAELens' trainers call this when training is done.
 
         Raises:
             FoldError: The matrices are not those that the SAE was trained under, or folding fails.
@@ -137,8 +137,8 @@ def _whitened_class(stock_class: type[TrainingSAE[Any]]) -> type[_WhitenedTraini
     bases = (_WhitenedTrainingSAE, stock_class)
     if not issubclass(stock_class, losses):
         bases = (_WhitenedTrainingSAE, losses, stock_class)
-    # A class made at run time, because its base may be a user's own subclass of a stock class. What
-    # that overrides has to be trained, and isinstance has to hold.
+    # A class made at run time, because its base may be a user's own subclass of a stock class. Its
+    # overrides have to take effect, and isinstance has to hold.
     return type(f"Whitened{stock_class.__name__}", bases, {"stock_class": stock_class})
 
 
@@ -162,7 +162,7 @@ def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None =
 
     Args:
         sae: The SAE.
-        config: How it is going to be whitened, if that is known.
+        config: How it will be whitened, if known.
 
     Raises:
         FoldError: No whitening can be folded into it.
@@ -175,7 +175,7 @@ def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None =
         return
     reason = why_not_foldable(sae)
     if reason is not None:
-        raise FoldError(f"cannot train under whitening, for it could not be folded into {reason}")
+        raise FoldError(f"cannot train under whitening, which cannot be folded into {reason}")
     if "training_forward_pass" in vars(sae):
         raise ValueError(
             "this SAE's training_forward_pass was replaced (torch.compile?) before its trainer was "
@@ -196,7 +196,7 @@ def is_in_whitened_space(sae: TrainingSAE[Any]) -> bool:
 def set_whitening(
     sae: TrainingSAE[Any], whitening: Whitening, trainer: FoldingTrainer | None = None
 ) -> None:
-    """Tell an SAE in whitened space its whitening, which sets the metric of its losses.
+    """Set the whitening of an SAE in whitened space, which is the metric of its losses.
 
     Args:
         sae: An SAE after `enter_whitened_space`.

@@ -873,7 +873,7 @@ def test_what_cannot_be_taken_from_a_checkpoint_is_said(
     assert main([*resume, str(checkpoint), "--architecture", "gated"]) == 2
     assert "the checkpoint is of topk" in capsys.readouterr().err
     assert main([*resume, str(checkpoint.parent)]) == 2
-    assert "no checkpoint of a runner" in capsys.readouterr().err
+    assert "not a checkpoint of a runner" in capsys.readouterr().err
     file = checkpoint / "runner_cfg.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "dataset_path": "https://REDACTED@host/data"}))

@@ -197,7 +197,7 @@ def test_an_encoder_gets_no_loss_and_is_told_why():
     sae = sae_of(384, 512, "bert.encoder.layer.2", context_size=16)
     ids = torch.randint(1000, 20000, (8, 16), generator=torch.Generator().manual_seed(0)).tolist()
     (result,) = evaluate_saes({"sae": sae}, encoder, Dataset.from_dict({"input_ids": ids}))
-    assert "is no causal one" in result["absent"]["ce_loss"]
+    assert "is not causal" in result["absent"]["ce_loss"]
     assert "ce_loss_score" not in result["metrics"]
     assert "kl" not in result["metrics"]
     assert result["n_tokens"] == 8 * 16

@@ -62,7 +62,7 @@ def test_offline_texts_depend_on_the_seed_alone(two_libraries):
 def test_too_few_texts_are_an_error_that_says_how_many(two_libraries):
     with pytest.raises(ValueError, match=r"alpha has \d+ and \d+ texts of code.*fewer than 60"):
         library_texts(60, 0, two_libraries)
-    with pytest.raises(ValueError, match="no package 'no_such_library'"):
+    with pytest.raises(ValueError, match="package 'no_such_library' is not installed"):
         library_texts(1, 0, ["no_such_library"])
 
 

@@ -73,9 +73,9 @@ def test_explained_variance_takes_sequences_and_half_precision() -> None:
 
 
 def test_explained_variance_refuses_what_it_cannot_answer() -> None:
-    with pytest.raises(ValueError, match=r"0 activations without any variance"):
+    with pytest.raises(ValueError, match=r"0 activations have no variance"):
         ExplainedVariance().compute()
-    with pytest.raises(ValueError, match="3 activations without any variance"):
+    with pytest.raises(ValueError, match="3 activations have no variance"):
         explained_variance(torch.ones(3, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="NaN or an infinity"):
         explained_variance(X, X / 0)

@@ -173,7 +173,7 @@ def test_a_checkpoint_in_between_that_fails_does_not_end_training(
     assert torch.equal(found.W_enc, expected.W_enc)
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert errors
-    assert all("could not be saved, training goes on" in error for error in errors)
+    assert all("could not be saved, training continues" in error for error in errors)
     assert len(errors) <= 2  # it is not tried again at every step
 
 

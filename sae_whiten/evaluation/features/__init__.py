@@ -1,1 +1,1 @@
-"""What the latents of SAEs stand for: measured on a model, and shown on one HTML page."""
+"""What the latents of SAEs respond to: measured on a model, and shown on one HTML page."""

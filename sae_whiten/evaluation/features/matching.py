@@ -61,8 +61,8 @@ def nearest(
         if among is not None:
             cosines[:, ~among] = -torch.inf
         if itself is not None:
-            own = itself[start : start + step, None]
-            cosines.scatter_(1, own, -torch.inf)
+            own_indices = itself[start : start + step, None]
+            cosines.scatter_(1, own_indices, -torch.inf)
         best = cosines.topk(k, dim=1)
         indices.append(best.indices)
         values.append(best.values)
@@ -105,7 +105,7 @@ def most_overlapping(
     n_each, n_others = firing.sum(1), others.sum(1)
     by_token = others.T.tocsr()
     step = max(1, _AT_ONCE // max(1, len(n_others)))
-    found = np.zeros(len(n_each), dtype=np.int64)
+    indices = np.zeros(len(n_each), dtype=np.int64)
     overlap = np.zeros(len(n_each))
     starts = range(0, len(n_each), step)
     for start in tqdm(starts, desc=task, disable=task is None, leave=False):
@@ -113,9 +113,9 @@ def most_overlapping(
         row, column = both.coords
         shares = np.zeros(both.shape)
         shares[row, column] = both.data / (n_each[start + row] + n_others[column] - both.data)
-        found[start : start + step] = shares.argmax(1)
+        indices[start : start + step] = shares.argmax(1)
         overlap[start : start + step] = shares.max(1)
-    return found, overlap
+    return indices, overlap
 
 
 def overlaps(firing: csr_array, others: csr_array) -> np.ndarray:

@@ -110,7 +110,7 @@ def measure_features(
         for subject in subjects:
             subject.find_directions()
 
-        found = [
+        results = [
             SAEFeatures(
                 subject.name,
                 subject.facts(),
@@ -133,14 +133,14 @@ def measure_features(
                 subject.collect(batch.tokens, x, batch.kept)
 
     unembedding = None if why_no_logits else Unembedding.of(model)
-    for i, (subject, sae_features) in enumerate(zip(subjects, found, strict=True)):
+    for i, (subject, sae_features) in enumerate(zip(subjects, results, strict=True)):
         latents = subject.described(texts, unembedding)
         if asked is not None:
             asked.add_to(latents, i, texts)
         if matches is not None:
             matches.add_to(latents, i)
         sae_features.latents.update(latents)
-    return Features(found, options, why_no_logits, matching, n_read, reading.context_size)
+    return Features(results, options, why_no_logits, matching, n_read, reading.context_size)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class _Batch:
 def _subjects(
     saes: Mapping[str, SAE[Any]], model: Model, statistics: Mapping[str, ActivationStatistics]
 ) -> list[Subject]:
-    found: list[Subject] = []
+    subjects: list[Subject] = []
     spaces: dict[Any, Space] = {}
     for name, sae in saes.items():
         view = View.of(sae, model.tokenizer)
@@ -166,8 +166,8 @@ def _subjects(
                 f"activations of width {d_in}"
             )
         space = spaces.setdefault((view.hook_name, view.head), Space(given, d_in))
-        found.append(Subject(name, sae, view, space))
-    return found
+        subjects.append(Subject(name, sae, view, space))
+    return subjects
 
 
 def _check_finite(subject: Subject, x: Float[Tensor, "n d"]) -> None:
@@ -189,12 +189,12 @@ def _seen(
 ) -> list[Float[Tensor, "batch seq d"]]:
     hooks = [subject.view.hook_name for subject in subjects]
     _, activations = run(model, tokens, hooks, logits=False)
-    found = []
+    inputs = []
     for subject in subjects:
         x = subject.view.seen(activations[subject.view.hook_name])
         subject.view.check_width(subject.name, subject.sae, x)
-        found.append(x)
-    return found
+        inputs.append(x)
+    return inputs
 
 
 def _why_no_logits(subjects: Sequence[Subject], model: Model, batch: _Batch) -> str | None:
@@ -210,13 +210,13 @@ def _why_no_logits(subjects: Sequence[Subject], model: Model, batch: _Batch) -> 
         return why
     unembedding = Unembedding.of(model)
     if unembedding is None:
-        return "where the model's unembedding is, is not known"
+        return "the model's unembedding could not be located"
     d_model = unembedding.W_U.shape[0]
     for subject in subjects:
         if subject.sae.cfg.d_in != d_model:
             return (
-                f"{subject.view.hook_name} has activations of width {subject.sae.cfg.d_in}, and is "
-                f"not in the residual stream, of width {d_model}, that logits are made from"
+                f"{subject.view.hook_name} has activations of width {subject.sae.cfg.d_in}: it is "
+                f"not in the residual stream, of width {d_model}, that logits are computed from"
             )
     return None
 
@@ -256,17 +256,17 @@ class _AskedText:
         self.ranked: list[list[int]] = []
         for subject, x in zip(subjects, _seen(subjects, model, tokens), strict=True):
             ((_, latents),) = encode_in_parts(subject.sae, x)
-            found = (latents[0] * kept[0, :, None].to(latents)).float().cpu()
-            share = found.abs().amax(0) * latent_scale(subject.sae).cpu()
+            activations = (latents[0] * kept[0, :, None].to(latents)).float().cpu()
+            share = activations.abs().amax(0) * latent_scale(subject.sae).cpu()
             order = share.argsort(descending=True, stable=True)
             self.ranked.append(order[: int((share > 0).sum())].tolist())
-            self._activations.append(found)
+            self._activations.append(activations)
         if not any(self.ranked):
             raise FieldError("text", text, "no latent fires in it")
 
     def add_to(self, latents: Mapping[int, Latent], sae: int, texts: TokenTexts) -> None:
         pieces = tuple(texts.pieces(self._ids))
         for i, latent in latents.items():
-            found = self._activations[sae][:, i]
-            peak = int(found.abs().argmax())
-            latent.in_text = TextPiece(tuple(self._ids), pieces, tuple(found.tolist()), peak)
+            activations = self._activations[sae][:, i]
+            peak = int(activations.abs().argmax())
+            latent.in_text = TextPiece(tuple(self._ids), pieces, tuple(activations.tolist()), peak)

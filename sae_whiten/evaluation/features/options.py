@@ -11,7 +11,7 @@ __all__ = ["FeatureOptions"]
 
 @dataclass(frozen=True)
 class FeatureOptions(SequenceOptions):
-    """Which latents are looked at, and at how many tokens.
+    """Which latents a page shows, and how many tokens are read.
 
     Raises:
         FieldError: A number is out of range, or both `latents` and `text` are given.
@@ -30,14 +30,14 @@ class FeatureOptions(SequenceOptions):
     first"""
 
     n_tokens: int = 65_536
-    """Tokens to read, in two passes; the rarer a latent, the more it takes to see it fire"""
+    """Tokens to read, in two passes; rare latents need more tokens"""
 
     n_texts: int = 10
     """Texts per latent in which it is most active"""
 
     n_random_texts: int = 4
-    """Texts per latent drawn at random from all in which it fires: the most active ones alone can
-    make it look purer than it is"""
+    """Texts per latent drawn at random from all in which it fires: those in which it is most active
+    may make it look more specific than it is"""
 
     window: int = 40
     """Tokens shown of each text"""
@@ -67,13 +67,13 @@ class FeatureOptions(SequenceOptions):
         if self.latents is not None and not self.latents:
             raise FieldError("latents", "", "name at least one latent")
         if self.text is not None and not self.text.strip():
-            raise FieldError("text", repr(self.text), "there is nothing in it")
+            raise FieldError("text", repr(self.text), "the text is empty")
 
     def check_latents(self, d_sae: int) -> None:
-        """Refuse numbers of latents that an SAE of this size does not have.
+        """Refuse latents that an SAE of this size does not have.
 
         Raises:
-            FieldError: Names the first.
+            FieldError: A number is too large or negative; names the first.
         """
         for i in self.latents or ():
             if not 0 <= i < d_sae:

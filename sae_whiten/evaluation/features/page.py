@@ -1,7 +1,7 @@
 """One HTML page of features, with its style, script and figures inside.
 
-It can be read without scripts, loads nothing, and can be sent as it is. The template escapes all
-that comes from data, and the page's security policy allows no script but its own.
+It can be read without scripts, loads nothing, and is one file. The template escapes all data, and
+the page's security policy allows no script but its own.
 """
 
 import base64
@@ -40,12 +40,12 @@ def write_page(
     """Write the page, atomically.
 
     Args:
-        features: What `measure_features` found.
+        features: Result of `measure_features`.
         path: The file.
         source: "model" and "dataset", shown on the page without secrets.
     """
     with atomic_path(path) as partial:
-        # a name that is not valid Unicode must not prevent the page
+        # a name that is not valid Unicode must not make writing fail
         partial.write_text(to_html(features, source), encoding="utf-8", errors="backslashreplace")
 
 
@@ -63,7 +63,7 @@ def to_html(features: Features, source: Mapping[str, Any] | None = None) -> str:
         .render(
             title="Features of " + " and ".join(_brief(sae.name) for sae in features.saes),
             saes=saes,
-            source=_told(source or {}),
+            source=_public_facts(source or {}),
             features=features,
             sections=sections,
             asked=_asked(features),
@@ -149,7 +149,7 @@ def _sae(features: Features, i: int) -> dict[str, Any]:
     return {
         "name": _brief(sae.name),
         "label": _LABELS[i] if len(features.saes) == 2 else "",
-        "facts": _told(facts),
+        "facts": _public_facts(facts),
         "rates": _rates_figure(sae),
     }
 
@@ -203,9 +203,9 @@ def _item(
     cards: Sequence[tuple[int, int]],
     pair: Sequence[tuple[int, int]] | None = None,
 ) -> _Item:
-    made = [_card(features, *which) for which in cards]
+    item_cards = [_card(features, *which) for which in cards]
     before = [which for which in pair or () if which not in cards]
-    lead, latent = made[0], made[0].latent
+    lead, latent = item_cards[0], item_cards[0].latent
     near = latent.by_direction
     order = {
         "number": latent.index,
@@ -217,14 +217,14 @@ def _item(
     at = sorted(
         {
             position
-            for card in made
+            for card in item_cards
             if card.latent.in_text is not None
             for position, value in enumerate(card.latent.in_text.activations)
             if value != 0
         }
     )
     return _Item(
-        made,
+        item_cards,
         _anchor(features, *before[0]) if before else None,
         " ".join(map(str, at)),
         order,
@@ -268,8 +268,8 @@ def _gist(latent: Latent) -> str:
 def _asked(features: Features) -> list[str] | None:
     """The requested text, token by token."""
     texts = (latent.in_text for sae in features.saes for latent in sae.latents.values())
-    found = next((text for text in texts if text is not None), None)
-    return None if found is None else list(found.pieces)
+    text = next((text for text in texts if text is not None), None)
+    return None if text is None else list(text.pieces)
 
 
 def _shaded(text: TextPiece, largest: float) -> tuple[str, list[_Run]]:
@@ -292,7 +292,7 @@ def _shaded(text: TextPiece, largest: float) -> tuple[str, list[_Run]]:
         if value == 0:
             add_plain(_visible(piece))
             continue
-        if piece[:1] == " " and piece.strip():  # a shaded space would look like a mark of its own
+        if piece[:1] == " " and piece.strip():  # a shaded space would look like a separate mark
             add_plain(" ")
             piece = piece[1:]
         level = min(_LEVELS, max(1, math.ceil(_LEVELS * abs(value) / max(largest, 1e-30))))
@@ -335,7 +335,7 @@ def _power(exponent: int) -> str:
 # --- text and numbers
 
 
-def _told(facts: Mapping[str, Any]) -> dict[str, str]:
+def _public_facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """The known facts, without secrets and without paths on this machine."""
     known = {name: value for name, value in redacted(dict(facts)).items() if value is not None}
     return {name: _brief(str(value)) for name, value in known.items()}

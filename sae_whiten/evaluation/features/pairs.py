@@ -44,24 +44,24 @@ class Matches:
         self._by_firing: list[tuple[np.ndarray, np.ndarray]] = []
         same_space = first.space is second.space
         for i, (sae, other) in enumerate((self.saes, self.saes[::-1])):
-            found, overlap = most_overlapping(
-                self._firing[i], self._firing[1 - i], f"Who fires like the latents of {sae.name}"
+            indices, overlap = most_overlapping(
+                self._firing[i], self._firing[1 - i], f"Matching {sae.name} by firing"
             )
             alike = (overlap >= options.match_overlap) & (overlap > 0)
-            same = torch.from_numpy(np.where(alike, found, -1))
+            same = torch.from_numpy(np.where(alike, indices, -1))
             if same_space:
                 near = nearest(
                     sae.whitened,
                     other.whitened,
                     1,
                     among=other.live,
-                    task=f"Who points like the latents of {sae.name}",
+                    task=f"Matching {sae.name} by direction",
                 )
                 parallel = near.values[:, 0] >= options.match_cosine
                 same = torch.where(parallel, near.indices[:, 0], same)
                 self._by_direction.append(near)
             self.same_as.append(torch.where(sae.live, same, -1))
-            self._by_firing.append((found, overlap))
+            self._by_firing.append((indices, overlap))
         if same_space:
             a, b = (chance_cosine(sae.whitened, sae.live, options.seed) for sae in self.saes)
             self.chance = a, b
@@ -84,15 +84,15 @@ class Matches:
 
     def _counterparts(self, sae: int, ours: list[int], theirs: np.ndarray) -> list[Counterpart]:
         shares = overlaps(self._firing[sae][ours], self._firing[1 - sae][theirs])
-        found = [Counterpart(int(j), float(s)) for j, s in zip(theirs, shares, strict=True)]
+        counterparts = [Counterpart(int(j), float(s)) for j, s in zip(theirs, shares, strict=True)]
         if not self._by_direction:
-            return found
+            return counterparts
         a, b = self.saes[sae], self.saes[1 - sae]
         raw = (a.raw[ours] * b.raw[theirs]).sum(1).tolist()
         whitened = (a.whitened[ours] * b.whitened[theirs]).sum(1).tolist()
         return [
             replace(one, cosine=cosine, whitened=white)
-            for one, cosine, white in zip(found, raw, whitened, strict=True)
+            for one, cosine, white in zip(counterparts, raw, whitened, strict=True)
         ]
 
 

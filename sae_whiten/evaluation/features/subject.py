@@ -136,14 +136,14 @@ class Subject:
         if unembedding is not None:
             device = unembedding.W_U.device
             effects = logit_effects(unembedding, self.raw[self.shown].to(device), _N_LOGITS)
-        found = {}
+        latents = {}
         for row, i in enumerate(self.shown.tolist()):
             n_firing = int(self.counts[i])
             top = _texts(collector.top, row, texts, n_texts)
             drawn = _texts(collector.drawn, row, texts)
             others = [text for text in drawn if text not in top]
             raised, lowered = ((), ()) if effects is None else effects[row]
-            found[i] = Latent(
+            latents[i] = Latent(
                 index=i,
                 n_firing=n_firing,
                 largest=float(self.largest[i]),
@@ -161,19 +161,19 @@ class Subject:
                     if cosine > -torch.inf
                 ],
             )
-        return found
+        return latents
 
 
 def _texts(
-    found: TopSequences, row: int, texts: TokenTexts, most: int | None = None
+    sequences: TopSequences, row: int, texts: TokenTexts, most: int | None = None
 ) -> list[TextPiece]:
     """Texts of one latent, without repetitions."""
-    n = int((found.scores[row] > -torch.inf).sum())
+    n = int((sequences.scores[row] > -torch.inf).sum())
     by_tokens: dict[tuple[int, ...], TextPiece] = {}
     for tokens, activations, peak in zip(
-        found.tokens[row, :n].tolist(),
-        found.activations[row, :n].tolist(),
-        found.peaks[row, :n].tolist(),
+        sequences.tokens[row, :n].tolist(),
+        sequences.activations[row, :n].tolist(),
+        sequences.peaks[row, :n].tolist(),
         strict=True,
     ):
         ids = tuple(tokens)

@@ -44,18 +44,18 @@ class TokenTexts:
 
         If a character takes several tokens, the first token has it and the others are empty.
         """
-        found = [self(token) for token in tokens]
+        pieces = [self(token) for token in tokens]
         start = 0
-        while start < len(found):
+        while start < len(pieces):
             stop = start
-            while stop < len(found) and _UNKNOWN in found[stop]:
+            while stop < len(pieces) and _UNKNOWN in pieces[stop]:
                 stop += 1
                 joint = self._decode(tokens[start:stop])
                 if _UNKNOWN not in joint:
-                    found[start:stop] = [joint] + [""] * (stop - start - 1)
+                    pieces[start:stop] = [joint] + [""] * (stop - start - 1)
                     break
             start = max(stop, start + 1)
-        return found
+        return pieces
 
     def _decode(self, tokens: Sequence[int]) -> str:
         if self._tokenizer is None:
@@ -113,16 +113,16 @@ def logit_effects(
         directions: Directions in the residual stream.
         k: Number of tokens raised, and of tokens lowered.
     """
-    found = []
+    by_direction = []
     for rows in directions.split(_ROWS_AT_ONCE):
         effects = unembedding.logits(rows).cpu()
         k = min(k, effects.shape[1])
         raised, lowered = effects.topk(k, dim=1), effects.topk(k, dim=1, largest=False)
-        found += [
+        by_direction += [
             (_pairs(*up), _pairs(*down))
             for up, down in zip(zip(*raised, strict=True), zip(*lowered, strict=True), strict=True)
         ]
-    return found
+    return by_direction
 
 
 def _pairs(values: Tensor, tokens: Tensor) -> list[tuple[int, float]]:
