@@ -12,7 +12,9 @@ is timed in the same rounds.
 Memory. Each trainer runs in a fresh process: the peak during its first steps less what was there
 before it was made, and less the weights and Adam's two averages of them, 12 bytes for each weight.
 Gradients, latents and whatever else a step needs are left. On the CPU it is the process's resident
-memory as Linux counts it, on CUDA PyTorch's allocations.
+memory as Linux counts it. There glibc is told, by MALLOC_MMAP_THRESHOLD_, to return blocks from
+1 MiB when they are freed; by default it keeps up to some 60 MiB, more or less by chance. On CUDA
+it is PyTorch's allocations.
 
 Border (--border). Our trainer with sparse steps over the same with dense ones, by k: where the
 ratio passes 1 it pays to train densely.
@@ -25,6 +27,7 @@ import argparse
 import importlib
 import itertools
 import logging
+import os
 import statistics
 import warnings
 from collections.abc import Callable
@@ -259,6 +262,8 @@ def dictionary_learning_step(
 
 
 def memory_in_process(name: str, args: argparse.Namespace, size: Size) -> float:
+    # read by glibc as a process starts: this one is not changed
+    os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**20), MALLOC_TRIM_THRESHOLD_=str(2**20))
     # what one trainer allocated must not be seen by the next: a process each
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(measure_memory, name, args, size).result()
