@@ -103,7 +103,7 @@ def test_estimation_stops_by_itself_or_says_how_much_is_missing(caplog):
 def test_without_one_activation_there_are_no_statistics(n_sequences, options, tmp_path):
     model, passes = tiny_model(), []
     model.hook_dict[HOOKS[0]].add_perma_hook(lambda tensor, *, hook: passes.append(1))
-    with pytest.raises(ValueError, match="there is not one activation"):
+    with pytest.raises(ValueError, match="a hook has no activations"):
         fit_statistics(
             model,
             tiny_dataset(n_sequences),

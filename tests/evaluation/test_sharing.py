@@ -160,7 +160,7 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_sent(
     with pytest.raises(ValueError, match="not an SAE that SAELens loads"):
         push_saes(find_saes(tmp_path / "broken"), "me/sae")
     for sae_id in ("../other", "/etc"):
-        with pytest.raises(ValueError, match="name of a folder"):
+        with pytest.raises(ValueError, match="a folder's name"):
             find_saes(folder, sae_id)
     with pytest.raises(FileNotFoundError, match=r"no cfg\.json"):
         find_saes(tmp_path / "whitened" / "nowhere")
