@@ -57,8 +57,8 @@ class WhiteningConfig:
     covariance become l^(1 - a). 0 rotates too, for pca."""
 
     loss_space: Literal["original", "whitened"] = "original"
-    """Where the reconstruction error is taken: original (the paper) or whitened (the built-in). This
-    holds for every reconstruction term. Both are scaled such that predicting the mean costs d_in."""
+    """Where reconstruction errors are taken: original (the paper) or whitened (the built-in). This
+    holds for every term of the loss. Both are scaled such that predicting the mean costs d_in."""
 
     sparsity_norms: Literal["whitened", "original"] = "whitened"
     """Where decoder norms are taken that topk ranks and l1 charges by. Those are the ranking of the
