@@ -102,7 +102,7 @@ def main() -> None:
     write_report(records, args.out, settings, targets=comparison.sparsity)
 
 
-def sequences(tokenizer: Any, before: list[int], after: list[int], n_rows: int) -> Dataset:
+def sequences(tokenizer: Any, before: list[int], after: list[int], n_rows: int = 5000) -> Dataset:
     """The source files of the standard library one after the other, cut to the context size."""
     size = CONTEXT_SIZE - len(before) - len(after)
     tokens: list[int] = []

@@ -76,6 +76,7 @@ CONDITIONS: dict[str, WhiteningConfig | None] = {
     "strength-0.75": WhiteningConfig(strength=0.75, loss_space="whitened"),
     "whitened": WhiteningConfig(loss_space="whitened"),
     "original": WhiteningConfig(loss_space="original"),
+    "original-norms": WhiteningConfig(loss_space="original", sparsity_norms="original"),
 }
 
 

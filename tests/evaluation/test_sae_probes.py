@@ -24,6 +24,7 @@ from sae_whiten.evaluation import sae_probes
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.evaluation.model_view import View, text_tokens
 from sae_whiten.evaluation.sae_probes import ProbingTasks, task_auc
+from sae_whiten.evaluation.tokens import Reading
 from tests.support import BYTE_TRANSFORMER
 
 HOOK = "gpt_neox.layers.0"
@@ -62,7 +63,7 @@ def test_figures_are_those_of_their_runner_to_the_digit(model, tmp_path, monkeyp
     monkeypatch.setattr(sae_probes, "SAE_PROBES_K", (1, 16))
     record = evaluated(model, sae, ProbingTasks([TASK]), probe_seeds=2)
     tokens = text_tokens(model.tokenizer, texts_of(TASK), 48, True, keep_end=True)
-    acts = sae_probes._last_tokens([view], model, tokens, 16)[view]
+    acts = sae_probes._last_tokens([view], model, tokens, Reading(48, True, 16))[view]
     folder = tmp_path / "model_activations_ours"
     folder.mkdir()
     torch.save(acts, folder / f"{TASK}_{HOOK}.pt")
@@ -98,7 +99,8 @@ def test_activations_are_those_of_their_runner(model):
     )[HOOK]  # fmt: skip
     tokens = text_tokens(model.tokenizer, texts, 48, True, keep_end=True)
     view = View(HOOK, special=(256,))
-    torch.testing.assert_close(sae_probes._last_tokens([view], model, tokens, 2)[view], theirs)
+    ours = sae_probes._last_tokens([view], model, tokens, Reading(48, True, batch_size=2))[view]
+    torch.testing.assert_close(ours, theirs)
     # of a text that is too long the end is read, as by theirs
     (cut,) = text_tokens(model.tokenizer, texts[2:], 10, True, keep_end=True)
     assert cut == [256, *tokens[2][-9:]]
