@@ -215,7 +215,7 @@ def test_a_causal_model_whose_checkpoint_has_no_head_gets_no_loss():
     tied = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)
     tokenizer: Any = None
     for config, checkpoint, reason in (
-        (head_of_its_own, "GPTNeoXModel", "for its checkpoint is of a GPTNeoXModel"),
+        (head_of_its_own, "GPTNeoXModel", "its checkpoint is of a GPTNeoXModel"),
         (head_of_its_own, "GPTNeoXForCausalLM", None),
         (tied, "GPT2Model", None),
     ):

@@ -209,7 +209,7 @@ def test_what_cannot_be_embedded_is_refused():
     x, _ = clusters(n=20)
     with pytest.raises(ValueError, match="no SAEs"):
         embed()
-    with pytest.raises(ValueError, match="names.* sae, sae"):
+    with pytest.raises(ValueError, match="same name: sae, sae"):
         embed(latents(x), latents(x))
     with pytest.raises(ValueError, match=r"width.* 24 \(sae\), 23 \(b\)"):
         embed(latents(x), latents(x[:, 1:], name="b"))

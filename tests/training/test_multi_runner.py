@@ -366,7 +366,7 @@ def test_the_bar_names_the_worst_hook(monkeypatch):
     required = {name: Requirement(16, None, 0.03, "raise") for name in x}
     estimate_statistics(batches, required)
     assert shown[-1].startswith("slow: held-out excess ")
-    assert shown[-1].endswith("wanted 3.0%")
+    assert shown[-1].endswith("target 3.0%")
 
 
 @pytest.mark.parametrize(
@@ -570,7 +570,7 @@ def test_what_does_not_belong_is_not_resumed(tmp_path):
     (checkpoint,) = tmp_path.glob("*/*")
     resume: dict[str, Any] = {"whitening": None, "resume_from_checkpoint": str(checkpoint)}
 
-    with pytest.raises(FileNotFoundError, match="holds no batch; there are heads, plain, white"):
+    with pytest.raises(FileNotFoundError, match="holds no batch; it has heads, plain, white"):
         runner(*names, "batch", **resume).run()
     with pytest.raises(ValueError, match=r"eps=0\.001 \(now 0\.1\)"):
         other = {"heads": replace(FEW, eps=0.1)}
