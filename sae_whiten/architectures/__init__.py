@@ -1,8 +1,8 @@
 """Architectures: how each is folded, trained under whitening and compared. One file each.
 
 `describe` returns the description of an architecture. `register` adds one of your own. topk_vsae
-and top_afa are not part of SAELens and are added to its registries. `import sae_whiten` does this
-as soon as sae_lens is imported too, in either order.
+and top_afa are not part of SAELens. They are added to SAELens' registries once both sae_whiten and
+sae_lens are imported, in either order.
 """
 
 from sae_lens.registry import register_sae_class, register_sae_training_class

@@ -19,7 +19,7 @@ def dead_latents_loss(
     select: Callable[..., Tensor],
     decode: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, ""]:
-    """Error of the dead latents' reconstruction of the residual.
+    """Error of reconstructing the residual from dead latents.
 
     Examples:
         >>> import torch

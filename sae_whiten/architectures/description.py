@@ -87,7 +87,7 @@ class Architecture:
     Attributes:
         sae_classes: The training and inference classes that this describes. Subclasses share the
             description unless they have their own.
-        not_foldable_because: The reason why no whitening can be folded into it, or None. With a
+        not_foldable_because: Why whitening cannot be folded into the architecture, or None. With a
             reason, the other fields on folding and training are not needed.
         affine_weights: Returns the weights of an SAE that whitening changes. The fold sets each of
             `AffineWeights.parameters()`, by name.
@@ -96,18 +96,18 @@ class Architecture:
         is_transcoder: Whether it reads one hook and writes another. If so, it takes two whitenings,
             and b_dec is never subtracted from its input.
         losses: A subclass of the training class. It measures every reconstruction error by
-            `mse_loss_fn`, and weights sparsity by `sparsity_norms` unless they are None. None if
-            the training class measures every error by `mse_loss_fn` and uses no norms.
-        why_not_original_norms: Returns the reason why `sparsity_norms="original"` has no effect on
-            a training config, or None if it has one.
+            `mse_loss_fn`, and weights sparsity by `sparsity_norms` unless these are None. Use None
+            if the training class measures every error by `mse_loss_fn` and uses no norms.
+        why_not_original_norms: Returns the reason why `sparsity_norms="original"` has no effect
+            with a training config, or None if it has an effect.
         fast_step: Replaces the training step under whitening. Used for the training class itself,
             not for subclasses, since these may override anything.
         sparsity_field: The field of the training config that sets the sparsity, if there is one.
         sparsity_is_exact: Whether `sparsity_field` is the number of active latents. If not,
             `compare` trains SAEs with several values and interpolates metrics at the target L0.
-        scaled_fields: Loss coefficients in the training config, each with a power. The loss grows
-            like this power of the scale of the latents (1 for L1). `compare` reads the coefficients
-            as given for activations of variance 1, and rescales them.
+        scaled_fields: Loss coefficients in the training config, each with an exponent. The loss
+            grows like the scale of the latents to this power (1 for L1). `compare` takes the
+            coefficients as meant for activations of variance 1, and rescales them.
         comparison_options: Returns further fields that `compare` sets.
         required_options: Fields that the user of `compare` has to set.
     """
@@ -129,14 +129,14 @@ class Architecture:
 
 _DESCRIPTIONS: dict[type[Any], Architecture] = {}
 
-# sparsity fields of architectures without a description, with the power as in `scaled_fields`
+# sparsity fields of architectures without a description; exponents as in `scaled_fields`
 _USUAL_FIELDS = {"k": 0, "l1_coefficient": 1, "l0_coefficient": 0}
 
 
 def register(architecture: Architecture) -> None:
-    """Make an architecture known to folding, training and comparing.
+    """Register an architecture for folding, training and comparing.
 
-    The classes themselves have to be registered with SAELens: `sae_lens.register_sae_class` and
+    The classes themselves must be registered with SAELens, by `sae_lens.register_sae_class` and
     `sae_lens.register_sae_training_class`.
 
     Examples:
@@ -157,15 +157,15 @@ def register(architecture: Architecture) -> None:
 
 
 def describe(of: SAE[Any] | type[SAE[Any]] | SAEConfig | str) -> Architecture:
-    """The description of an architecture. One without a registered description is not foldable.
+    """The description of an architecture. Without a registered one, it is not foldable.
 
     Examples:
         >>> describe("topk").sparsity_field
         'k'
 
     Args:
-        of: An SAE, its class, its config, or SAELens' name of the architecture. A name that has a
-            training and an inference class means the training class.
+        of: An SAE, its class, its config, or SAELens' name of the architecture. A name with both
+            a training and an inference class means the training class.
 
     Raises:
         KeyError: SAELens has no architecture of this name.
@@ -184,7 +184,7 @@ def describe(of: SAE[Any] | type[SAE[Any]] | SAEConfig | str) -> Architecture:
 
 
 def _config_fields(cls: type[Any]) -> list[str]:
-    """Field names of the training config of a class; empty if SAELens does not know the class."""
+    """Field names of the training config of a class; empty if SAELens has no such class."""
     for sae_class, config_class in SAE_TRAINING_CLASS_REGISTRY.values():
         if sae_class is cls:
             return [each.name for each in fields(config_class)]

@@ -33,9 +33,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The proof takes activations in parts of this many, because latents need memory
+# Activations per part of the check, because dense latents need memory
 _ROWS = 64
-# It ends early once so many active latents are compared, if errors are within half of tolerance
+# The check ends after this many active latents if errors are within half of the tolerances
 _ENOUGH_ACTIVE = 2048
 
 
@@ -57,7 +57,7 @@ class FoldError(ValueError):
 
 @dataclass(frozen=True)
 class FoldCheck:
-    """Differences between a folded SAE and whitening, original SAE, dewhitening in sequence.
+    """Differences between a folded SAE and the sequence whiten, original SAE, dewhiten.
 
     All norms are Frobenius norms over the compared activations.
 
@@ -68,7 +68,7 @@ class FoldCheck:
 
     Attributes:
         n_activations: Number of compared activations. May be fewer than were given.
-        source: Where they came from, for example "held-out".
+        source: Where the activations came from, for example "held-out".
         pre_activation_error: |difference| / |value| of the pre-activations.
         decoder_error: |difference| / |x - mean| of the two decoders' outputs for the same latents.
         active_set_change: Share of the active latents that are active in only one of the two SAEs.
@@ -108,7 +108,7 @@ class FoldCheck:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What a fold did. `fold_whitening_into_weights` returns one.
+    """What a fold did, as returned by `fold_whitening_into_weights`.
 
     Examples:
         >>> report = FoldReport("topk", "bfloat16", "float32", False, True, {"n_samples": 1000})
@@ -117,8 +117,8 @@ class FoldReport:
 
     Attributes:
         architecture: SAELens' name of the architecture.
-        dtype: Dtype of the weights before.
-        folded_dtype: Dtype of the weights after.
+        dtype: Dtype of the weights before the fold.
+        folded_dtype: Dtype of the weights after the fold.
         apply_b_dec_to_input: The setting before. Afterwards it is True, except for transcoders.
         decoder_norms_folded: Whether the SAE ranked latents by decoder norms. If so, the norms are
             folded too and `rescale_acts_by_decoder_norm` is switched off.
@@ -135,7 +135,7 @@ class FoldReport:
     check: FoldCheck | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report, ready for JSON. Saved SAEs have it in `cfg.metadata.whitening`."""
+        """The report, ready for JSON. Saved SAEs contain it in `cfg.metadata.whitening`."""
         details = {
             "dtype": self.dtype,
             "folded_dtype": self.folded_dtype,
@@ -147,7 +147,7 @@ class FoldReport:
 
 
 def why_not_foldable(sae: SAE[Any] | type[SAE[Any]]) -> str | None:
-    """The reason why no whitening can be folded into an SAE of this class, or None if one can.
+    """Why whitening cannot be folded into an SAE of this class, or None if it can.
 
     A class of your own can state a reason in its attribute `whitening_not_foldable_because`.
 
@@ -177,11 +177,11 @@ def fold_whitening_into_weights(
 ) -> FoldReport:
     """Turn an SAE trained on whitened activations into a plain one for raw activations.
 
-    Afterwards, `sae(x)` equals `whitening.dewhiten(sae(whitening.whiten(x)))` from before, with the
-    same latents. `sae.cfg.normalize_activations` is "none", and `sae.cfg.metadata.whitening` holds
-    the report. The fold is computed in float64 and stored in float32 or better. The SAE is changed
-    in place. If anything fails, it stays as it was. `sae.cfg` is replaced by a changed copy,
-    because another SAE may share it.
+    Afterwards, `sae(x)` has the value that `whitening.dewhiten(sae(whitening.whiten(x)))` had
+    before, with the same latents. `sae.cfg.normalize_activations` is "none", and
+    `sae.cfg.metadata.whitening` holds the report. The fold is computed in float64 and stored in
+    float32 or better. The SAE is changed in place. If anything fails, it stays as it was. `sae.cfg`
+    is replaced by a changed copy, because another SAE may share the config.
 
     Examples:
         >>> from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -240,8 +240,8 @@ def unfold_whitening_from_weights(
 ) -> None:
     """Inverse of `fold_whitening_into_weights`: bring a plain SAE into whitened coordinates.
 
-    For fine-tuning a published SAE under whitening. The SAE need not have been trained under this
-    whitening, or under any. It is changed in place. If anything fails, it stays as it was.
+    Use this to fine-tune a published SAE under whitening. The SAE may have been trained under
+    another whitening or under none. It is changed in place. If anything fails, it stays as it was.
 
     Examples:
         >>> from sae_lens import StandardSAE, StandardSAEConfig
@@ -294,7 +294,7 @@ def folded_copy(
 def _folded(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None
 ) -> tuple[SAE[Any], FoldReport, AffineWeights]:
-    """A folded copy, the report, and the weights of `sae`."""
+    """A folded copy, the report, and the original weights."""
     _require_foldable(sae)
     if sae.cfg.normalize_activations != "covariance_whitening":
         done = sae.cfg.metadata.whitening is not None
@@ -327,7 +327,7 @@ def _require_foldable(sae: SAE[Any]) -> None:
 def _transformed(
     sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None, change: Any
 ) -> tuple[SAE[Any], AffineWeights]:
-    """A copy of `sae` with `change` (fold or unfold) applied to its weights, and these weights."""
+    """A copy of `sae` with `change` (fold or unfold) applied, and the original weights."""
     require_whitening(whitening)
     if output_whitening is not None:
         require_whitening(output_whitening, "output_whitening")
@@ -368,8 +368,8 @@ def _transformed(
 def _copy_with(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
     """A copy of `sae` with new values for the given parameters and its own config.
 
-    The remaining parameters, such as thresholds, get at least the precision of the given ones.
-    Modules are shared.
+    Other parameters, such as thresholds, get at least the precision of the given ones. Modules are
+    shared with `sae`.
     """
     copied = copy.copy(sae)
     dtype = parameters["W_enc"].dtype
@@ -393,7 +393,7 @@ def _copy_with(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
 
 
 def _leave_whitened_space(sae: SAE[Any]) -> None:
-    """Undo what training under whitening attached to an SAE. Its weights must be folded."""
+    """Remove what training under whitening attached to an SAE. Its weights must be folded."""
     leave = getattr(sae, "leave_whitened_space", None)
     if leave is not None:
         leave()
@@ -418,7 +418,7 @@ def _compare(
     activations: Tensor,
     source: str,
 ) -> FoldCheck:
-    """Compare `folded` on raw activations with whitening, `sae`, dewhitening in sequence.
+    """Compare `folded` on raw activations with the sequence whiten, `sae`, dewhiten.
 
     `weights` are those of `sae`.
     """
@@ -428,22 +428,22 @@ def _compare(
             f"got {tuple(activations.shape)}"
         )
     out = output_whitening or whitening
-    # both run in the precision of the folded weights, which holds bfloat16 weights exactly:
+    # both SAEs run in the dtype of the folded weights, which represents bfloat16 weights exactly:
     # bfloat16 rounding in the forward pass is not an error of the fold
     dtype = folded.W_enc.dtype
     x = activations.to(folded.W_enc.device, dtype)
     reference = _copy_with(
         sae, {n: p.data.to(dtype) for n, p in sae._parameters.items() if p is not None}
     )
-    # the activations are flat already, and the copies' reshaping closures would act on `sae`
+    # the activations are flat already, and the copied reshaping closures would act on `sae`
     for copied in (reference, folded):
         copied.turn_off_forward_pass_hook_z_reshaping()
     folded_weights = describe(sae).affine_weights(folded)
 
     eps = torch.finfo(dtype).eps
-    # each map is a product with W or W_inv, which amplifies rounding by the condition number; b_dec
-    # holds the mean of the activations, which need not be that of the statistics, and its rounding
-    # error is relative to their spread
+    # A product with W or W_inv amplifies rounding by the condition number. b_dec contains the mean
+    # of the activations, which may differ from the mean in the statistics. Its rounding error is
+    # taken relative to the spread of the activations.
     mean = max(float(out.mean.norm()), float(folded_weights.b_dec.double().norm()))
     offset = mean / float(out.covariance_eigenvalues.sum().sqrt())
     tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
@@ -451,7 +451,7 @@ def _compare(
     norms = None if weights.decoder_norms is None else weights.decoder_norms.to(dtype)
     sums: dict[str, float] = defaultdict(float)  # sums of squares, and counts
     n_parts = -(-len(x) // _ROWS)
-    # every n-th activation, because neighbours may come from one text
+    # each part takes every n-th activation, because neighbours may come from the same text
     parts = (x[i::n_parts] for i in range(n_parts))
     with full_precision(x.device):
         for rows in parts:
@@ -470,7 +470,7 @@ def _compare(
                 ("reconstruction_error", folded.decode(new_to_decode) + new_skip - output),
             ):
                 sums[name] += float(torch.linalg.vector_norm(value)) ** 2
-            # spread of the activations; that of the output is 0 for an SAE without active latents
+            # spread of the activations, because that of the output is 0 without active latents
             sums["spread"] += len(rows) * float(out.covariance_eigenvalues.sum())
             sums["changed"] += int((active ^ new_active).sum())
             sums["active"] += int((active | new_active).sum())
@@ -517,7 +517,7 @@ def _encode(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sparse_if_few(latents: Tensor) -> Tensor:
-    """The latents, as a sparse tensor if few are active: the check spends most time decoding."""
+    """The latents, sparse if few are active: most of the check's time is spent decoding."""
     few = latents.device.type == "cpu" and latents.count_nonzero() < latents.numel() / 16
     return latents.to_sparse() if few else latents
 

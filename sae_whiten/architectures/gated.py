@@ -1,4 +1,4 @@
-"""gated: gate and magnitudes share one encoder product, which the magnitudes rescale
+"""gated: gate and magnitudes share one encoder product, rescaled for the magnitudes
 (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
 
 from dataclasses import replace
@@ -26,7 +26,7 @@ class GatedLosses(GatedTrainingSAE):
         hidden_pre: Tensor,
         sae_out: Tensor,
     ) -> dict[str, Tensor]:
-        """The L1 penalty and the reconstruction through the gate alone."""
+        """The L1 penalty, and the error of the reconstruction from the gate alone."""
         sae_in = step_input.sae_in
         centred = sae_in.to(self.W_enc.dtype) - self.b_dec * self.cfg.apply_b_dec_to_input
         gate = centred @ self.W_enc + self.b_gate

@@ -1,5 +1,5 @@
-"""jumprelu: latents above a learned threshold, an L0 penalty (Rajamanoharan et al. 2024,
-arXiv 2407.14435).
+"""jumprelu: latents are active above a learned threshold, with an L0 penalty (Rajamanoharan et al.
+2024, arXiv 2407.14435).
 
 The threshold applies to pre-activations. The fold does not change these, so the threshold stays.
 BatchTopK SAEs are saved as JumpReLU SAEs.
@@ -56,8 +56,8 @@ def _why_not_original_norms(cfg: Any) -> str | None:
 
 
 def _comparison_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
-    # SAELens' defaults suit latents of about 1. Their penalty trains the threshold alone, which
-    # hardly moves in a short training.
+    # SAELens' defaults suit latents of about 1. The default penalty trains only the threshold,
+    # which hardly moves in a short training.
     return {
         "jumprelu_sparsity_loss_mode": "tanh",
         "jumprelu_ste_to_input": True,

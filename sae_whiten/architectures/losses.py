@@ -49,7 +49,7 @@ class ReconstructionMetric:
         values, a = whitening.eigenvalues, whitening.strength
         if whitening.config.loss_space == "whitened":
             scale = values.numel() / values.pow(1 - a).sum()
-            # no weights at strength 1, so that the loss is SAELens' own to the bit
+            # no weights at strength 1, so that the loss is bit-identical to SAELens'
             self.weights = None if a == 1 else torch.full_like(values, float(scale))
             self.residual_map = None
         else:
@@ -79,13 +79,13 @@ class ReconstructionMetric:
             dtype = torch.promote_types(preds.dtype, torch.float32)
             return mse(preds.to(dtype), target.to(dtype), reduction="none").mul_(self.weights)
         if self.residual_map is None:
-            dtype = torch.promote_types(preds.dtype, target.dtype)  # PyTorch 2.6 mixes none
+            dtype = torch.promote_types(preds.dtype, target.dtype)  # PyTorch 2.6 needs one dtype
             return mse(preds.to(dtype), target.to(dtype), reduction="none")
         with full_precision(preds.device):
             residual_map = self.residual_map
             dtype = torch.promote_types(preds.dtype, residual_map.dtype)
             error = (preds.to(dtype) - target.to(dtype)) @ residual_map.to(dtype)
-            # to the bit error.square(), whose backward pass makes three copies of error
+            # bit-identical to error.square(), whose backward pass makes three copies of error
             return mse(error, error.new_zeros(()).expand_as(error), reduction="none")
 
 
@@ -111,7 +111,7 @@ class SparsityNorms:
     def __init__(self, whitening: Whitening) -> None:
         gains = whitening.eigenvalues.pow(whitening.strength / 2)
         scale = gains.square().mean().rsqrt()
-        # pca needs no rotation: it preserves lengths
+        # pca needs no rotation, because rotations preserve lengths
         self._map = scale * (gains if whitening.kind == "pca" else whitening.W_inv)
         self._casts: dict[Any, Tensor] = {}
 

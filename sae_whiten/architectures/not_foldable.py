@@ -1,4 +1,4 @@
-"""SAELens' architectures that no whitening can be folded into, and why."""
+"""SAELens' architectures into which whitening cannot be folded, and why."""
 
 from sae_lens import MatchingPursuitSAE, MatchingPursuitTrainingSAE, TemporalSAE
 

@@ -1,9 +1,9 @@
-"""Encoding and decoding over active latents only, for when few are active.
+"""Encoding and decoding over active latents only. This is faster if few latents are active.
 
-Only the encoder needs a dense product, to find the active latents. It runs over some rows at a
-time and keeps only the selected pre-activations. Decoding and both weight gradients are then sums
-over pairs: an input, and a latent that is active in it. For pair i, let v_i be the latent's value,
-x_i the input, g_i the gradient of the pre-activation and G_i that of the reconstruction:
+Only the encoder needs a dense product, to find the active latents. It runs over a block of rows at
+a time and keeps only the selected pre-activations. Decoding and both weight gradients are then sums
+over pairs of an input and a latent that is active in it. For pair i, let v_i be the latent's value,
+x_i the input, g_i the gradient of the pre-activation and G_i the gradient of the reconstruction:
 
     decode                sum_i v_i W_dec[latent_i]        over the pairs of an input
     gradient of W_dec     sum_i v_i G_i                    over the pairs of a latent
@@ -11,7 +11,7 @@ x_i the input, g_i the gradient of the pre-activation and G_i that of the recons
     gradient of v_i       W_dec[latent_i] . G_i
 
 The sums are weighted sums of rows. `torch.nn.functional.embedding_bag` adds in a fixed order, so
-results are reproducible, on CUDA too.
+results are reproducible, also on CUDA.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,9 +39,9 @@ __all__ = [
     "top_k",
 ]
 
-# Rows of pre-activations at a time: enough for a matrix product at full speed
+# Rows of pre-activations per block: enough for a matrix product at full speed
 _ROWS = {"cpu": 512, "cuda": 4096}
-# Latents at a time when the gradient of W_enc is transposed: about a megabyte of sums
+# Latents per block when the gradient of W_enc is transposed: about a megabyte of sums
 _LATENTS = 256
 
 
@@ -112,7 +112,7 @@ class Selection:
     hidden_pre: Float[Tensor, "batch d_sae"] | None
 
 
-# Takes pre-activations, some rows at a time. Returns values, rows (ascending) and latents.
+# Takes pre-activations in blocks of rows. Returns values, rows (ascending) and latents.
 Selector = Callable[[Iterator[Tensor]], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -128,7 +128,8 @@ def select(
 ) -> Selection:
     """Select among the pre-activations (x @ W_enc + b_enc) * scale.
 
-    Under autocast, the product is computed in its dtype. Everything else is in float32 or better.
+    Under autocast, the product is computed in the autocast dtype. Everything else is
+    in float32 or better.
 
     Args:
         x: Shape (batch, d_in), the encoder's input.
@@ -136,7 +137,7 @@ def select(
         b_enc: Shape (d_sae,).
         scale: Shape (d_sae,), such as the norms of the decoder.
         selector: `top_k` or `batch_top_k`.
-        columns: Shape (n_columns,), latents whose pre-activations to return for every input.
+        columns: Shape (n_columns,), latents whose pre-activations are returned for every input.
         keep_hidden_pre: Whether to return all pre-activations.
     """
     of_columns: list[Tensor] = []
@@ -156,7 +157,7 @@ def select(
 
 
 def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor) -> Iterator[Tensor]:
-    """(x @ W_enc + b_enc) * scale, some rows at a time. See `select`."""
+    """(x @ W_enc + b_enc) * scale, one block of rows at a time. See `select`."""
     kind = x.device.type
     dtype = torch.promote_types(W_enc.dtype, torch.float32)
     scale = scale.to(dtype)
@@ -191,7 +192,7 @@ def batch_top_k(n: int, least: Callable[[Tensor], Tensor] | None = None) -> Sele
     Args:
         n: Number to select.
         least: Maps the selected values, shape (m,), to the smallest value to keep, shape (1,).
-            Shape (0,) keeps all.
+            A result of shape (0,) keeps all.
     """
 
     def selector(chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,9 +211,9 @@ def largest(
 ) -> tuple[Float[Tensor, "rows k"], Integer[Tensor, "rows k"]]:
     """`torch.topk(x, k, sorted=False)`, but faster on a CPU if k is much less than the width.
 
-    Columns are grouped. The k largest values are in the k groups with the largest maxima, which are
-    found at the speed of memory. At 8192 columns and k=32, 2048 rows take 37 ms of CPU time instead
-    of 68.
+    Columns are split into groups. The k largest values are in the k groups with the largest maxima.
+    Computing the maxima is limited only by memory bandwidth. With 8192 columns and k=32, 2048 rows
+    take 37 ms of CPU time instead of 68.
 
     Args:
         x: Shape (rows, width).
@@ -292,10 +293,10 @@ def encode(
     """Attach gradients to pre-activations x @ W_enc + b_enc that are already computed.
 
     Args:
-        x: Shape (batch, d_in), the encoder's input; gets no gradient itself.
+        x: Shape (batch, d_in), the encoder's input. It gets no gradient.
         W_enc: Shape (d_in, d_sae).
         b_enc: Shape (d_sae,).
-        b_dec: Shape (d_in,), if it was subtracted to make `x`; else None.
+        b_dec: Shape (d_in,), if `x` is the data minus b_dec; else None.
         values: Shape (n,), pre-activations of `pairs`.
         of_columns: Shape (batch, n_columns), pre-activations of `columns`.
         pairs: The active pairs.
@@ -340,7 +341,7 @@ class _Encoder(torch.autograd.Function):
             of_b[columns] += of_columns.sum(dim=0)
         of_b_dec = None
         if ctx.b_dec_dtype is not None:
-            # cheaper: the sum over the batch comes before the product with W_enc
+            # summing over the batch before the product with W_enc is cheaper
             of_b_dec = -(W_enc @ of_b.to(W_enc.dtype)).to(ctx.b_dec_dtype)
         return (
             None,
@@ -357,7 +358,7 @@ def decode(
     pairs: ActivePairs,
     columns: Integer[Tensor, "n_columns"],
 ) -> tuple[Float[Tensor, "n_bags d_in"], Float[Tensor, "n_columns d_in"]]:
-    """Sums of decoder rows, each times its latent, without a bias.
+    """Sums of decoder rows weighted by their latents, without a bias.
 
     Args:
         values: Shape (n,), the values of the latents of `pairs`.
@@ -366,8 +367,8 @@ def decode(
         columns: Shape (n_columns,), latents without repetition.
 
     Returns:
-        The sums, shape (n_bags, d_in), float32 or better. And the decoder rows of `columns`, whose
-        gradient is added to the gradient of W_dec.
+        The sums, shape (n_bags, d_in), float32 or better, and the decoder rows of `columns`. The
+        gradient of these rows is added to the gradient of W_dec.
     """
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
     values = values.to(dtype)
@@ -403,7 +404,7 @@ class _Decoder(torch.autograd.Function):
 
 
 def _sum_by_latent(table: Tensor, rows: Tensor, weights: Tensor, pairs: ActivePairs) -> Tensor:
-    """Per latent: the weighted sum, over its pairs, of rows of the table."""
+    """For each latent, the weighted sum of table rows over the pairs of the latent."""
     return embedding_bag(
         rows[pairs.order],
         table,
@@ -417,7 +418,7 @@ def _sum_by_latent(table: Tensor, rows: Tensor, weights: Tensor, pairs: ActivePa
 def _sum_by_latent_transposed(
     table: Tensor, rows: Tensor, weights: Tensor, pairs: ActivePairs
 ) -> Tensor:
-    """`_sum_by_latent`, transposed. Works on some latents at a time to stay in a CPU's cache."""
+    """`_sum_by_latent`, transposed. Works on blocks of latents, to stay in the CPU's cache."""
     if table.device.type != "cpu":
         return _sum_by_latent(table, rows, weights, pairs).T.contiguous()
     rows, weights = rows[pairs.order], weights[pairs.order]

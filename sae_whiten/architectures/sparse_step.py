@@ -1,7 +1,7 @@
 """Training steps of topk, abstopk, batchtopk and matryoshka_batchtopk with sparse latents.
 
 Up to rounding, values and gradients are those of SAELens' `training_forward_pass` under this
-package's losses. The sums are in `sparse`. A latent is relu(pre) * norm and is decoded by
+package's losses. `sparse` computes the sums. A latent is relu(pre) * norm and is decoded by
 W_dec / norm. The norms cancel, so they are used for the selection only.
 """
 
@@ -111,7 +111,7 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
 
     Returns:
         The output, or None if the dense step has to run instead: the input, pre-activations or
-        latents are hooked, k is too large for sparse sums to pay, the activation function is
+        latents are hooked, sparse sums are not faster at this k, the activation function is
         unknown, the input needs a gradient or is not 2-dimensional, or the step is being compiled.
     """
     selector = _selector(sae, len(step_input.sae_in))
@@ -183,7 +183,7 @@ def _selector(sae: Any, n_rows: int) -> Selector | None:
 
 
 def can_be_sparse(sae: Any, sae_in: Tensor) -> bool:
-    """Whether nothing forbids a sparse step of an SAE with a k, and it pays. See `sparse_step`."""
+    """Whether a sparse step of an SAE with a k is possible and faster. See `sparse_step`."""
     hooks = (sae.hook_sae_input, sae.hook_sae_acts_pre, sae.hook_sae_acts_post)
     return (
         sparse_pays(sae.activation_fn.k, sae.cfg.d_sae, sae_in.device)
@@ -205,7 +205,7 @@ def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"]:
 
 
 def dead_latents(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
-    """Indices of the latents that AuxK is to revive, ascending."""
+    """Indices of the dead latents that AuxK revives, ascending."""
     dead = step_input.dead_neuron_mask
     if dead is None or sae.cfg.aux_loss_coefficient == 0:
         return torch.empty(0, dtype=torch.long, device=sae.W_dec.device)
@@ -213,7 +213,7 @@ def dead_latents(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dea
 
 
 def _widths(sae: Any) -> list[int]:
-    """Number of latents in each level. Only Matryoshka SAEs have more than one level."""
+    """Number of latents up to each level. Only Matryoshka SAEs have more than one level."""
     if isinstance(sae, MatryoshkaBatchTopKTrainingSAE):
         return sae.cfg.matryoshka_widths
     return [sae.cfg.d_sae]
@@ -284,7 +284,7 @@ def auxk_loss(
 
 
 def computed_later(sae: Any, sae_in: Tensor) -> Callable[[], Tensor]:
-    """A function that computes this step's pre-activations while the weights are unchanged."""
+    """A function that computes this step's pre-activations if the weights are unchanged."""
     weights = list(sae.parameters())
     versions = [weight._version for weight in weights]
 

@@ -1,4 +1,4 @@
-"""standard: ReLU latents, an L1 penalty weighted by decoder norms."""
+"""standard: ReLU latents with an L1 penalty weighted by decoder norms."""
 
 from sae_lens import StandardSAE, StandardTrainingSAE
 from sae_lens.saes.sae import TrainStepInput

@@ -4,7 +4,7 @@ Lee et al., *Evaluating and Designing Sparse Autoencoders by Approximating Quasi
 arXiv 2503.24277. If decoder rows are nearly orthogonal, the norm of a sparse code approximates the
 norm of the vector that it encodes. Let a = ReLU((x - b_dec) @ W_enc). The latents with the largest
 contributions a_j |d_j| are kept. Their number is chosen to bring the norm of the contributions
-closest to |x - b_dec|. The AFA loss reduces the remaining difference of the two norms.
+closest to |x - b_dec|. The AFA loss reduces the remaining difference between the two norms.
 """
 
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
             squared error per dimension as in the paper. The paper tries 1/128 to 1/16; 1/128 does
             poorly. The loss is multiplied by d_in, because SAELens sums the squared error over
             dimensions.
-        afa_form (Literal["consistent", "published"]): The norm with which the loss compares the
+        afa_form (Literal["consistent", "published"]): The norm that the loss compares with the
             norm of the contributions. "consistent": the norm of x - b_dec, as in the selection.
             "published": the norm of x, as in the authors' code. This norm gives b_dec no gradient.
         aux_loss_coefficient (float): Coefficient of the loss that revives dead latents (AuxK).
@@ -133,8 +133,8 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
         dtype (str): Data type for the SAE parameters. Inherited from SAEConfig.
         device (str): Device to place the SAE on. Inherited from SAEConfig.
         apply_b_dec_to_input (bool): Must be True: the target is the norm of x - b_dec.
-        normalize_activations (str): Normalization of the input; covariance_whitening is refused,
-            and "layer_norm" and "constant_norm_rescale" need aux_loss_coefficient=0, as in
+        normalize_activations (str): Normalization of the input. "covariance_whitening" is
+            refused. "layer_norm" and "constant_norm_rescale" need aux_loss_coefficient=0, as in
             SAELens' TopK. Inherited from SAEConfig.
         reshape_activations (Literal["none", "hook_z"]): How to reshape activations. Inherited from
             SAEConfig.
@@ -169,7 +169,7 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
                 "latents would compare reconstructions in normalized units with a residual in the "
                 "model's; set aux_loss_coefficient=0, or normalize with expected_average_only_in"
             )
-        # in cfg.json, for those whom SAELens tells KeyError: 'top_afa'
+        # saved in cfg.json, to explain SAELens' KeyError: 'top_afa' on loading without sae_whiten
         self.metadata.import_before_loading = "sae_whiten"
         super().__post_init__()
 
@@ -179,7 +179,7 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     top_afa in training: decoder rows are directions, kept at norm 1.
 
     A training step adds `afa_loss` (with its coefficient) and the AuxK loss to SAELens' losses.
-    Logging steps have the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
+    Logging steps add the metric `norm_ratio`, the mean of |contributions| / |x - b_dec|.
 
     Examples:
         >>> sae = TopAFATrainingSAE(TopAFATrainingSAEConfig(d_in=16, d_sae=64))
@@ -251,7 +251,7 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
     @override
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
-        """Rows keep norm 1, so only b_dec is rescaled and the latents change their unit."""
+        """Rescale b_dec only. Decoder rows keep norm 1, so the latents change units."""
         self.b_dec.data /= scaling_factor
         self.cfg.normalize_activations = "none"
 
@@ -315,12 +315,12 @@ def _decode(sae: SAE[Any], latents: Tensor, rows: Tensor) -> Tensor:
 def keep_up_to_norm(
     contributions: Float[Tensor, "batch d_sae"], norm: Float[Tensor, "batch"]
 ) -> Float[Tensor, "batch d_sae"]:
-    """Keep as many of the largest contributions as bring their l2 norm closest to `norm`.
+    """Keep the largest contributions, as many as bring their l2 norm closest to `norm`.
 
     At least one is kept. If several numbers of contributions are equally close, the smallest number
-    is taken, so no zeros are kept beyond the first. (Norms are rounded to float32, where the
-    smallest contributions may make no difference.) Only the largest contributions are sorted, in
-    blocks of bounded memory.
+    is taken. A zero is therefore kept only if all contributions are zero. (Norms are rounded to
+    float32, where the smallest contributions may make no difference.) Only the largest
+    contributions are sorted, in blocks of bounded memory.
 
     Examples:
         >>> keep_up_to_norm(torch.tensor([[3.0, 0.1, 4.0]]), torch.tensor([5.0]))
@@ -337,7 +337,7 @@ def keep_up_to_norm(
     kept = torch.zeros_like(contributions)
     n_sorted = d_sae
     if batch > 512:
-        # sort as many as a sample of the rows needs, and a few more
+        # sort as many contributions as a sample of the rows needs, and a few more
         few = slice(None, None, max(batch // 64, -(-batch * d_sae // _BLOCK)))
         some = _sorted(contributions[few], norm[few], d_sae)[1]
         n_sorted = min(d_sae, int(1.2 * int(some.max())) + 8)
@@ -348,7 +348,7 @@ def keep_up_to_norm(
             indices, number, decided = _sorted(contributions[rows], norm[rows], n_sorted)
             rank = torch.arange(n_sorted, device=rows.device)
             chosen = (rank < number[:, None]).to(kept.dtype)
-            # the next round writes undecided rows again
+            # the next round overwrites undecided rows
             kept[rows] = torch.zeros_like(kept[rows]).scatter_(-1, indices, chosen)
             undecided.append(rows[~decided])
         todo = torch.cat(undecided)
@@ -357,14 +357,14 @@ def keep_up_to_norm(
 
 
 def _sorted(contributions: Tensor, norm: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the n largest, how many to keep, and whether this number is final for any n."""
+    """Indices of the n largest, how many to keep, and whether a larger n keeps the same number."""
     largest, indices = contributions.topk(n, dim=-1)
     norms = float32_at_least(largest).square_()
     norms = norms.cumsum_(dim=-1).sqrt_()
     decided = (norms[:, -1] >= norm) | (largest[:, -1] <= 0)
     if n == contributions.shape[-1]:
         decided = torch.ones_like(decided)
-    # argmin takes the first of equal values
+    # argmin returns the first of equal values
     return indices, (norms - norm[:, None]).abs_().argmin(dim=-1) + 1, decided
 
 

@@ -31,7 +31,7 @@ __all__ = ["TOPK", "TopKLosses"]
 
 
 class TopKLosses(TopKTrainingSAE):
-    """Ranking can use original-space norms. The AuxK error is measured like the main one.
+    """Ranking can use original-space norms. The AuxK error is measured like the main error.
 
     Latents are in units of the norms used for ranking. SAELens' decoder expects units of the norms
     in whitened space, so latents are converted before each decoding.
@@ -121,7 +121,7 @@ def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"] | None:
     # set while an SAE is trained with sparsity_norms="original"
     in_original_space = getattr(sae, "sparsity_norms", None)
     if in_original_space is None:
-        # some rows at a time, because the CPU converts all that it is given first
+        # blocks of rows, because on a CPU the whole argument is converted first
         norms = torch.cat(
             [torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in W_dec.split(128)]
         )
@@ -138,7 +138,7 @@ def _why_not_original_norms(cfg: Any) -> str | None:
 
 
 def _batchtopk_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
-    # 0.01, SAELens' default, has not converged after a few hundred steps
+    # with SAELens' default of 0.01, the threshold has not converged after a few hundred steps
     return {"topk_threshold_lr": max(0.01, min(0.05, 20 / max(n_steps, 1)))}
 
 
@@ -153,7 +153,7 @@ TOPK = Architecture(
     sparsity_is_exact=True,
 )
 ABSTOPK = replace(TOPK, sae_classes=(AbsTopKSAE, AbsTopKTrainingSAE), losses=AbsTopKLosses)
-# its threshold is in units of the latents, so the fold leaves it as it is
+# batchtopk's threshold is in units of the latents, so the fold does not change it
 BATCHTOPK = replace(
     TOPK, sae_classes=(BatchTopKTrainingSAE,), comparison_options=_batchtopk_options
 )

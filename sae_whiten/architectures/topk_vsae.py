@@ -1,22 +1,22 @@
 """TopK vSAE: a TopK SAE whose latents are sampled from a Gaussian posterior during training.
 
 Baker & Li, Analysis of Variational Sparse Autoencoders, arXiv 2509.22994. Let x~ be the encoder's
-input and mu = x~ @ W_enc + b_enc. logvar is fixed, or x~ @ W_var + b_var. Training selects the k
+input and mu = x~ @ W_enc + b_enc. logvar is fixed or x~ @ W_var + b_var. Training selects the k
 largest of z = mu + exp(logvar / 2) * noise and decodes them. The loss includes the KL divergence of
 the posterior from a standard normal distribution, averaged over inputs:
 
     0.5 * sum(mu^2 + exp(logvar) - 1 - logvar)
 
-Each SAE has its own stream of noise. Its seed is derived from `torch.initial_seed()` when the SAE
-is created. Seed and position are in the state dict, so a resumed training continues with the same
-noise. Other draws of random numbers do not affect it.
+Each SAE has its own random stream for the noise. Its seed is derived from `torch.initial_seed()`
+when the SAE is created. The seed and the number of draws are in the state dict, so resumed training
+continues with the same noise. Other random draws do not affect the noise.
 
-Outside of training nothing is sampled: `encode` selects the k largest of mu. So the trained SAE is
-a TopK SAE, and is saved as one.
+Outside training, nothing is sampled: `encode` selects the k largest of mu. The trained SAE is
+therefore a TopK SAE and is saved as one.
 
-Latents are in the units of SAELens' TopK SAE. With `rescale_acts_by_decoder_norm`, mu includes the
-norm of the decoder row. A latent therefore cannot evade the prior by a small mu and a large row.
-The authors' code multiplies the mean KL by the mean norm instead.
+Latents have the same units as in SAELens' TopK SAE. With `rescale_acts_by_decoder_norm`, mu
+includes the norm of the decoder row. A latent therefore cannot evade the prior with a small mu and
+a large decoder row. The authors' code instead multiplies the mean KL by the mean norm.
 """
 
 import math
@@ -62,11 +62,10 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
     """
     Configuration class for training a TopKVSAETrainingSAE.
 
-    By the authors' later account, the models of the preprint (arXiv 2509.22994) had
-    variance="none", relu_mean=True and aux_loss_coefficient=0: TopK with a quadratic penalty,
-    without sampling. With sampling, noise changes which latents are selected. A larger variance
-    makes reconstruction worse. The metric selection_overlap shows how much of the selection is
-    chance.
+    According to the authors' later account, the models of the preprint (arXiv 2509.22994) used
+    variance="none", relu_mean=True and aux_loss_coefficient=0: TopK with a quadratic penalty and no
+    sampling. With sampling, noise changes which latents are selected. A larger variance makes
+    reconstruction worse. The metric selection_overlap shows how much of the selection is chance.
 
     Examples:
         >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, kl_coefficient=1e-3)
@@ -75,25 +74,27 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
 
     Args:
         variance (Literal["none", "fixed", "learned"]): "none": nothing is sampled, and the KL
-            divergence is 0.5 * mu^2. "fixed": the same divergence, latents sampled with the log
-            variance initial_logvar. "learned": the log variance is an affine function of the input.
+            divergence is 0.5 * mu^2. "fixed": the same divergence, but latents are sampled with
+            log variance initial_logvar. "learned": the log variance is an affine function of the
+            input.
         kl_coefficient (float): beta, the coefficient of the KL divergence. The divergence is summed
             over latents, as the squared error is summed over d_in.
         kl_warm_up_steps (int): Steps over which the coefficient rises linearly from 0. The paper
             uses a tenth of all steps.
-        kl_over (Literal["all", "selected"]): Latents in the KL divergence. "all": all of them, as
-            in the paper. "selected": those that are selected.
+        kl_over (Literal["all", "selected"]): Latents in the KL divergence. "all": all latents, as
+            in the paper. "selected": only the selected ones.
         initial_logvar (float): Log variance of the posterior, in units of the latents: at the
-            beginning ("learned") or throughout ("fixed"). The authors' code uses 0. For inputs of
-            unit norm, this noise is much larger than the latents. On two small models with inputs
-            of unit norm and beta 1e-4, a learned variance cost 5 to 13 percent of the explained
+            start ("learned") or throughout ("fixed"). The authors' code uses 0. For inputs of unit
+            norm, noise at 0 is much larger than the latents. On two small models with inputs of
+            unit norm and beta 1e-4, a learned variance cost 5 to 13 percent of the explained
             variance at values up to -8, 22 to 64 at -4 and 51 to 91 at -2 (docs/architectures.md).
-            For inputs of norm sqrt(d_in), add log(d_in) for the same relative noise.
-        relu_mean (bool): Whether mu passes a ReLU before sampling and before the KL divergence, as
-            in the authors' code but not in their paper. The saved SAE is of the same kind.
+            For inputs of norm sqrt(d_in), add log(d_in) to get the same relative noise.
+        relu_mean (bool): Whether a ReLU is applied to mu before sampling and before the KL
+            divergence, as in the authors' code but not in their paper. The saved SAE is a TopK SAE
+            either way.
         k (int): Number of latents selected. Inherited from TopKTrainingSAEConfig.
         aux_loss_coefficient (float): Coefficient of the loss that revives dead latents (AuxK).
-            Inherited from TopKTrainingSAEConfig; the default is the paper's.
+            Inherited from TopKTrainingSAEConfig. The default is from the paper.
         use_sparse_activations (bool): Must stay False. Decoding is sparse anyway if k is small.
         rescale_acts_by_decoder_norm (bool): Whether mu is in units of the decoder norms. Inherited
             from TopKTrainingSAEConfig.
@@ -154,7 +155,7 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
-        """The config class of stock TopK: without noise, this SAE is one."""
+        """The config class of SAELens' TopK: without noise, this SAE is a TopK SAE."""
         return get_sae_class("topk")[1]
 
 
@@ -176,7 +177,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     A training step adds `kl_loss` (with its coefficient) to SAELens' losses, and these metrics:
 
-    - `kl`: the divergence in nats per input. With a fixed variance, without its constant part.
+    - `kl`: the divergence in nats per input. With a fixed variance, its constant part is left out.
     - `selection_overlap` (logging steps only): the mean of `selection_overlap` over the batch.
     - `live_fraction` (logging steps only): share of latents that are not dead.
 
@@ -231,7 +232,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Sampled latents in a training step. Otherwise the latents of stock TopK."""
+        """In a training step, sampled latents. Otherwise, the latents of SAELens' TopK."""
         if not self._in_training_step:
             return super().encode_with_hidden_pre(x)
         hidden_pre, mu, logvar = self._posterior_of(x)
@@ -283,10 +284,10 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
     @torch.no_grad()
     def selection_overlap(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch"]:
-        """The overlap of the active latents of two samples of the same input.
+        """How much the active latents of two samples of the same input overlap.
 
-        It is measured as a Jaccard index (intersection over union). It is 1 if the selection does
-        not depend on the noise, and without sampling.
+        The overlap is the Jaccard index (intersection over union). It is 1 without sampling, and
+        if the selection does not depend on the noise.
 
         Examples:
             >>> config = TopKVSAETrainingConfig(d_in=16, d_sae=64, k=4, variance="none")
@@ -297,7 +298,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
             x: Inputs as in training: whitened if the SAE is trained under whitening.
 
         Returns:
-            The index of each input, in [0, 1].
+            The Jaccard index of each input, in [0, 1].
         """
         _, mu, logvar = self._posterior_of(x)
         return _overlap(mu, logvar, self.cfg.k)
@@ -306,7 +307,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     @torch.no_grad()
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
         super().fold_activation_norm_scaling_factor(scaling_factor)
-        # mu is in units of the decoder norms, which have become smaller
+        # mu is in units of the decoder norms, which the fold has made smaller
         shift = -2 * math.log(scaling_factor) if self.cfg.rescale_acts_by_decoder_norm else 0.0
         if self.cfg.variance == "learned":
             self.W_var.data *= scaling_factor
@@ -348,7 +349,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """PyTorch's method, but the state of the noise may be missing from `state_dict`."""
+        """PyTorch's method, except that `state_dict` may lack the state of the noise."""
         return super().load_state_dict({_NOISE: self._noise, **state_dict}, strict, assign)
 
     def _posterior_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | float | None]:
@@ -360,7 +361,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
         W_enc, b_enc = self.W_enc, self.b_enc
         if norms is not None and not is_hooked(self.hook_sae_acts_pre):
-            # cheaper than multiplying a batch of latents, but a hook would see other values
+            # cheaper than scaling a batch of latents, but a hook would see scaled values
             W_enc, b_enc, norms = W_enc * norms, b_enc * norms, None
         hidden_pre = self.hook_sae_acts_pre(_affine(sae_in, W_enc, b_enc, b_dec))
         if norms is not None:
@@ -375,7 +376,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         self, mu: Tensor, logvar: Tensor | float | None, dead: Tensor | None
     ) -> dict[str, Tensor]:
         """The metrics of logging steps, from the posterior of the batch."""
-        # a generator of its own, so that logging does not change the training
+        # a separate generator, so that logging does not change the training
         generator = torch.Generator(mu.device).manual_seed(0)
         overlap = _overlap(mu, logvar, self.cfg.k, generator)
         found = {"selection_overlap": overlap.mean()}
@@ -385,7 +386,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
 
 
 def _noise_seed() -> int:
-    """A seed derived from PyTorch's. PyTorch's itself would repeat the draws of the weights."""
+    """A seed derived from PyTorch's. Reusing PyTorch's would repeat the draws of the weights."""
     return _mixed(torch.initial_seed()) >> 1  # fits int64
 
 
@@ -451,7 +452,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor, b_dec: Tensor | None) -> Tensor:
-    """x @ W + b. With b_dec, x has to be data minus b_dec, where the data need no gradient."""
+    """x @ W + b. With b_dec, x must be data - b_dec, and the data must not need a gradient."""
     if b_dec is None or torch.is_autocast_enabled(x.device.type):
         return x @ W + b
     return _CentredAffine.apply(x.detach(), W, b, b_dec)
@@ -522,16 +523,16 @@ def _overlap(
         active.append(torch.zeros_like(mu, dtype=torch.bool).scatter_(-1, indices, values > 0))
     union = (active[0] | active[1]).sum(dim=-1)
     both = (active[0] & active[1]).sum(dim=-1)
-    # without active latents there is no difference
+    # without active latents, the two samples agree
     return torch.where(union > 0, both / union.clamp(min=1), torch.ones_like(both / union))
 
 
 def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     """A training step under whitening with sums over the selected latents.
 
-    Up to rounding, values and gradients are those of `training_forward_pass`. None if the dense
-    step has to run: for the reasons of `sparse_step.sparse_step`, and with kl_over="all", where all
-    pre-activations have a gradient.
+    Up to rounding, values and gradients are those of `training_forward_pass`. Returns None if the
+    dense step has to run: with kl_over="all", where all pre-activations have a gradient, and for
+    the reasons listed in `sparse_step.sparse_step`.
     """
     cfg: TopKVSAETrainingConfig = sae.cfg
     if cfg.kl_over != "selected" or not can_be_sparse(sae, step_input.sae_in):
@@ -611,8 +612,8 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
 class _SamplingSelector:
     """Selects the k largest sampled latents of every input.
 
-    After the selection, `noise` and `logvar` are those of the selected latents, flat, and
-    `all_logvar` is that of all latents, if it was to be kept.
+    After the selection, `noise` and `logvar` hold the values of the selected latents, flattened.
+    With `keep_logvar`, `all_logvar` holds the log variances of all latents.
     """
 
     def __init__(self, sae: TopKVSAETrainingSAE, x: Tensor, keep_logvar: bool) -> None:
