@@ -1,13 +1,13 @@
 """Measure what topk_vsae and top_afa cost: time per training step, over that of SAELens' topk.
 
-Trainers of all variants stand side by side, topk twice, which shows the noise of the machine. Each
-round gives every one of them a turn, in random order, on the same batches: one
-`trainer.step(next(batches))`, which is what `fit()` does, optimizer included. Per round, each time
-is divided by the mean of the two topk trainers; the median of these ratios, with an interval that
-holds the true median with 95% probability, is what to read. The learning rate is small and the KL
-coefficient smaller, so that what is timed is one state of the SAEs: that after the warm-up.
+Trainers of all variants are kept in memory, topk twice, which shows the noise of the machine. In
+each round every trainer takes one turn, in random order, on the same batches: one
+`trainer.step(next(batches))`, as in `fit()`, optimizer included. Each time is divided by the mean
+of the two topk trainers in the same round. The result is the median of these ratios, with an
+interval that holds the true median with 95% probability. The learning rate is small and the KL
+coefficient smaller, so that the SAEs stay as they are after the warm-up while they are timed.
 
-top_afa is timed at the number of latents that it comes to by itself, which is printed.
+top_afa is timed at the number of active latents that it reaches by itself, which is printed.
 """
 
 import argparse

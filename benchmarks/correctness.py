@@ -1,8 +1,8 @@
-"""What comes out wrong, or right: the sae-lens built-in and this package on the same data.
+"""Compare the correctness of the sae-lens built-in and of this package on the same data.
 
-Every row is measured, in seconds, on synthetic activations like those of language models: a
-covariance of condition 1e6 in a random basis and a mean of 3000 in a few dimensions ("ill"), or
-correlated Gaussian activations of condition about 10 ("friendly").
+Every row takes seconds to measure. Activations are synthetic: either like those of language models,
+with a covariance of condition 1e6 in a random basis and a mean of 3000 in a few dimensions ("ill"),
+or correlated Gaussian activations of condition about 10 ("friendly").
 
     python benchmarks/correctness.py
 """
@@ -35,7 +35,7 @@ from sae_whiten import (
 )
 
 D, D_SAE, K = 64, 256, 8
-# what the built-in does, so that both whiten alike and only the fold is compared
+# as in the built-in: both whiten in the same way, so only the folds are compared
 SAME_TRANSFORM = WhiteningConfig(eps_mode="absolute", loss_space="whitened")
 
 
@@ -98,7 +98,7 @@ def explained_variance(sae: Any, x: Tensor) -> float:
 
 
 def fold(dtype: str, apply_b_dec_to_input: bool) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Relative error of latents, and rows with another active set, after folding."""
+    """After folding: relative error of latents, and rows whose active set has changed."""
     x = ill(2000)
     built_in, ours = whiteners(ill(20000, 1), SAME_TRANSFORM)
     assert built_in.whitening is not None
@@ -127,7 +127,7 @@ def bfloat16_activations() -> tuple[float, float]:
 
 
 def unit(scale: float) -> tuple[float, float]:
-    """|C_z - I|_F / sqrt(d) where the unit of the activations changes."""
+    """|C_z - I|_F / sqrt(d) after the unit of the activations changes."""
     x = friendly(20000) * scale
     built_in, ours = whiteners(x)
 
@@ -190,7 +190,7 @@ def checkpoint_in_the_middle(directory: Path) -> tuple[float, float]:
 def resume_the_final_checkpoint(
     directory: Path,
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Explained variance before, and after resuming the final checkpoint with nothing to do."""
+    """Explained variance before and after resuming the final checkpoint, without further steps."""
     values = []
     for which in ("built-in", "ours"):
         _, sae = trained(which, directory, save_final_checkpoint=True)

@@ -1,25 +1,25 @@
 """Compare the estimation of a whitening with that of the covariance_whitening built into sae-lens.
 
-stream: both read the same activations (Gaussian times the root of an exponential variable, that is,
-heavier tails; condition 1e4, a mean of twice the deviation). The built-in takes 1000 batches of
-4096, as its defaults have it, and as many as ours took; ours ends by itself at 2% excess variance,
-and takes 1000 batches too. Printed are activations consumed, seconds spent (of the CPU where there
-is no GPU; less those of drawing the activations), and the excess variance that the distribution
-itself, whose covariance is known, has under either whitening. Equal whiteness is to be read from
-rows of equal n.
+stream: both read the same activations: Gaussian times the root of an exponential variable, which
+has heavier tails; condition 1e4, mean twice the deviation. The built-in is run with 1000 batches of
+4096, its default, and with as many as ours needed. Ours is run until it stops by itself at 2%
+excess variance, and with 1000 batches. Printed are the activations consumed, the seconds spent
+without drawing activations (CPU time if there is no GPU), and the excess variance of the
+distribution, whose covariance is known, under either whitening. To compare whiteness, compare rows
+of equal n.
 
 update: throughput of an update of the statistics, counted as the 2 n d^2 operations of a full
-product, over that of x.T @ x of the same float64 matrix. Rounds alternate.
+product, divided by that of x.T @ x of the same float64 matrix. Rounds alternate.
 
-memory: peak memory of estimating for 4 SAEs at 4 hooks (SAELens' MultiSAETrainingRunner), above
-that of the same run without whitening; each run is a process of its own. The built-in holds every
-batch of every hook: it is measured at two small numbers of batches, which gives its slope, and
-computed for the 1000 of its defaults.
+memory: peak memory of estimation for 4 SAEs at 4 hooks (SAELens' MultiSAETrainingRunner), above
+that of the same run without whitening. Each run has its own process. The built-in holds every batch
+of every hook. It is measured at two small numbers of batches, which gives its slope; the value for
+its default of 1000 is computed from this.
 
-end-to-end: seconds, of the same kind, of a run of LanguageModelSAERunnerConfig's defaults (2
-million tokens in batches of 4096, 1000 batches for the estimation) at one hook of a transformer
-with random weights, in processes of their own; and what they were spent on: the model, estimation
-(without the model), training steps, mixing and moving activations and the rest.
+end-to-end: seconds, measured in the same way, of a run with LanguageModelSAERunnerConfig's defaults
+(2 million tokens in batches of 4096, 1000 batches for the estimation) at one hook of a transformer
+with random weights. Each run has its own process. The seconds are divided into the model,
+estimation (without the model), training steps, mixing and moving activations, and the rest.
 """
 
 import argparse
@@ -67,11 +67,11 @@ def main() -> None:
 
 
 class Stream(Iterator[Tensor]):
-    """Batches of activations; knows how long drawing them took."""
+    """Batches of activations; also measures the time spent on drawing them."""
 
     def __init__(self, d_in: int, device: str, seed: int) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
-        # large enough for the built-in's absolute eps not to matter
+        # so large that the built-in's absolute eps does not matter
         self.scale = torch.logspace(1, 3, d_in, device=device)
         self.mean = 2 * self.scale
         self.device = device
@@ -81,7 +81,7 @@ class Stream(Iterator[Tensor]):
         begun = clock(self.device)
         shape = (BATCH, len(self.scale))
         x = torch.randn(shape, generator=self.generator, device=self.device)
-        # heavier tails than a Gaussian's, which make estimation harder as they do in models
+        # heavier tails than a Gaussian, which make estimation harder, as in language models
         tail = torch.rand(BATCH, 1, generator=self.generator, device=self.device).log().neg().sqrt()
         x = x * tail * self.scale + self.mean
         self.n += BATCH
@@ -239,7 +239,7 @@ def measure_end_to_end(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Parts:
-    """Seconds that the calls of some methods took, less those of the others within them."""
+    """Seconds spent in the watched methods, each without the watched methods that it calls."""
 
     def __init__(self, device: str) -> None:
         self.seconds: dict[str, float] = {}
@@ -247,7 +247,7 @@ class Parts:
         self._inner = [0.0]
 
     def watch(self, owner: type, method: str, name: str) -> None:
-        """Count the calls of a method under a name."""
+        """Add the time spent in a method to the entry `name`."""
         original = getattr(owner, method)
         self.seconds.setdefault(name, 0.0)
 
@@ -345,7 +345,7 @@ def random_tokens() -> Any:
     from datasets import Dataset
 
     g = torch.Generator().manual_seed(0)
-    # enough for what both consume, so that neither sees anything twice
+    # enough tokens for both, so that neither reads any twice
     tokens = torch.randint(0, 5000, (50_000, 129), generator=g)
     return Dataset.from_dict({"input_ids": tokens.numpy()})
 
@@ -354,7 +354,7 @@ def random_tokens() -> Any:
 
 
 def child(args: argparse.Namespace, name: str, *options: str) -> dict[str, Any]:
-    """Run one part in a process of its own, which prints its result as JSON."""
+    """Run one part in a separate process, which prints its result as JSON."""
     command = [sys.executable, __file__, "--child", name, "--d-in", str(args.d_in)]
     command += ["--device", args.device, "--threads", str(args.threads)]
     command += ["--n-batches", str(args.n_batches), "--n-layers", str(args.n_layers)]
@@ -364,7 +364,7 @@ def child(args: argparse.Namespace, name: str, *options: str) -> dict[str, Any]:
 
 
 def clock(device: str) -> float:
-    """Seconds: of the CPU on a CPU, which others may use too, of the wall where a GPU computes."""
+    """Seconds: CPU time on a CPU, because others may use it too; wall time on a GPU."""
     if device == "cpu":
         return time.process_time()
     torch.cuda.synchronize()

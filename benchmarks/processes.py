@@ -1,4 +1,4 @@
-"""Training in several processes of this machine: speed-up, share of communication.
+"""Training in several processes on this machine: speed-up and share of communication.
 
     python benchmarks/processes.py               # steps alone
     python benchmarks/processes.py --shapes 512,8192,2048,32 --processes 1 2 4 --rounds 5
@@ -8,20 +8,21 @@
     python benchmarks/processes.py --paper       # only the computed table for GPUs
 
 Steps. Every row is TopK under whitening with the loss in the original space: d_in, latents, batch
-of all processes together, k. One process trains with the whole batch, n processes with an n-th
-each, one thread per process. Times are medians over the steps of the slowest process. Communication
-is what a process spends in exchanges, waiting for the others included: on a machine whose cores are
-busy most of it is waiting.
+of all processes together, k. One process trains with the whole batch, n processes with 1/n of it
+each, with one thread per process. Times are medians over the steps of the slowest process.
+Communication is the time in exchanges, including the wait for other processes. On a machine with
+busy cores, most of it is waiting.
 
 Runs. A whole run of `WhiteningTrainingRunner`, estimation and fold included: TopK, 8 d_in latents,
-k = 32, batches of 4096, with activations from a transformer of random weights or from a cache of
-such activations on disk. Clocks start when all processes have loaded model and data, and stop at
-the slowest. CPU seconds are those of all processes. With --apart, two runs that do not know each
-other, in processes of one thread, over the same two runs one after the other with two threads.
+k = 32, batches of 4096, with activations from a transformer with random weights or from a cache of
+such activations on disk. The time runs from when all processes have loaded model and data until the
+slowest is done. CPU seconds are summed over all processes. With --apart, two independent runs at
+the same time, of one thread each, are compared with the same two runs in sequence, of two threads.
 
-Paper. The table adds a ring all-reduce of both weight gradients in float32, 2 (n - 1) / n of their
-bytes per process, to the floating-point operations of a step (six products of the encoder's size,
-which is pessimistic for sparse steps) at an assumed rate. It is computed, not measured.
+Paper. The table is computed, not measured. It adds the time of a ring all-reduce of both weight
+gradients in float32 (2 (n - 1) / n of their bytes per process) to that of the floating-point
+operations of a step at an assumed rate. These are taken as six products of the encoder's size,
+which is pessimistic for sparse steps.
 """
 
 import argparse
@@ -62,8 +63,8 @@ from sae_whiten.estimation.distributed import Processes
 
 SHAPES = ["512,8192,2048,32", "768,12288,4096,32", "2048,16384,1024,64"]
 
-# GPUs on paper: dense TF32 operations per second that a step reaches, bytes per second and
-# direction of one GPU to the others (NVLink 4 within a machine, InfiniBand NDR between machines)
+# assumed GPUs: dense TF32 operations per second that a step reaches; bytes per second, in each
+# direction, from one GPU to others (NVLink 4 within a machine, InfiniBand NDR between machines)
 ASSUMED_FLOPS = 2e14
 LINKS = {8: ("NVLink 4, 450 GB/s", 450e9), 64: ("InfiniBand NDR, 50 GB/s per GPU", 50e9)}
 
@@ -125,7 +126,7 @@ def seconds_of(row: dict[str, Any]) -> float:
 
 
 def in_processes(n: int, function: Callable[..., Any], *arguments: Any) -> list[dict[str, Any]]:
-    """What n processes that train together put into the queue, the last argument of `function`."""
+    """Results of n processes that train together; `function` puts them into its last argument."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
     results = mp.get_context("spawn").SimpleQueue()
     spawn(joined, args=(n, function, *arguments, results), nprocs=n)
@@ -189,7 +190,7 @@ def train(rank: int, n: int, shape: str, n_steps: int, results: Any) -> None:
 
         return call
 
-    # of this object only
+    # on this object only
     processes.sum_ = timed(processes.sum_)  # pyright: ignore[reportAttributeAccessIssue]
     processes.total = timed(processes.total)  # pyright: ignore[reportAttributeAccessIssue]
     trainer.estimate_whitening()
@@ -200,7 +201,7 @@ def train(rank: int, n: int, shape: str, n_steps: int, results: Any) -> None:
         start = time.perf_counter()
         rows: Tensor = next(trainer.stream)
         trainer.step(rows)
-        if step >= 2:  # the first ones allocate
+        if step >= 2:  # the first steps allocate memory
             seconds.append(time.perf_counter() - start)
             communication.append(waited)
     results.put(
@@ -249,7 +250,7 @@ def measure_runs(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_apart(args: argparse.Namespace, source: str, folder: str) -> dict[str, Any]:
-    """Times of one run of two threads, and of two runs of one thread at the same time."""
+    """Times of one run with two threads, and of two simultaneous runs with one thread each."""
     times: dict[str, list[float]] = {"two threads": [], "two runs": []}
     for _ in range(args.rounds):
         for name, n in (("two threads", 1), ("two runs", 2)):
@@ -279,7 +280,7 @@ def hook_of(args: argparse.Namespace) -> str:
 def write_cache(args: argparse.Namespace, folder: str) -> None:
     """Activations of the model for a run, in the format of SAELens' `CacheActivationsRunner`."""
     model, hook = random_model(args.d_in, args.n_layers), hook_of(args)
-    # the buffers in which activations are mixed are filled too: of 64 sequences in each process
+    # the buffers that mix activations must be filled too, with 64 sequences in each process
     n_rows = args.tokens // 128 + 4 * 64 * max(args.processes)
     tokens = torch.randint(0, 5000, (n_rows, 128), generator=torch.Generator().manual_seed(0))
 
@@ -297,7 +298,7 @@ def write_cache(args: argparse.Namespace, folder: str) -> None:
 def run(
     rank: int, n: int, source: str, args: argparse.Namespace, folder: str, results: Any
 ) -> None:
-    """One run of n processes; rank is this one's."""
+    """One run of n processes; `rank` is that of this process."""
     cached: dict[str, Any] = {}
     if source == "cache":
         cached = {"use_cached_activations": True, "cached_activations_path": f"{folder}/cache"}
@@ -321,7 +322,7 @@ def run(
         override_model=random_model(args.d_in, args.n_layers),
         override_dataset=random_tokens(),
     )
-    Processes().total(0.0)  # starts the clocks together
+    Processes().total(0.0)  # synchronises the processes before the clock starts
     exchanges.seconds = 0.0
     start, cpu_start = time.perf_counter(), time.process_time()
     runner.run()
@@ -335,11 +336,11 @@ def run(
 
 
 class Exchanges:
-    """Seconds that this process spends in exchanges from now on."""
+    """Counts the seconds that this process spends in exchanges."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._depth = 0  # exchanges that are parts of others are not counted twice
+        self._depth = 0  # so that an exchange within another one is not counted twice
         for name in (
             "total",
             "gather",

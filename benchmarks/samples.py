@@ -1,9 +1,9 @@
-"""How many activations a whitening needs: what two halves say, and what held-out text shows.
+"""How many activations a whitening needs: the estimate from two halves against held-out text.
 
 Activations of all-MiniLM-L6-v2 (hook bert.encoder.layer.2) on the docstrings of the Python standard
 library, as in `sae-whiten demo`; a third of the sequences is held out. "split half" is the estimate
-at which estimation ends (`WhiteningConfig.tolerance`), "held out" the excess variance of held-out
-activations under the whitening estimated so far, "Gaussian" what d / (n - d) would be.
+that decides when estimation ends (`WhiteningConfig.tolerance`). "held out" is the excess variance
+of held-out activations under the whitening estimated so far. "Gaussian" is d / (n - d).
 
     python benchmarks/samples.py --plot docs/concepts/samples.png
 """
@@ -44,7 +44,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(seed: int) -> Iterator[tuple[float, float, float, float]]:
-    """Activations per dimension, and the excess by two halves, held out, and of Gaussian data."""
+    """Activations per dimension, and excess variance: split half, held out, Gaussian."""
     path = demo_text.find_model()
     model = load_model("AutoModelForCausalLM", str(path), "cpu", hook_names=[HOOK])
     sequences = torch.tensor(demo_text.read_text(path, seed).train)

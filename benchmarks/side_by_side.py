@@ -1,4 +1,4 @@
-"""What benchmarks share that give trainers turns side by side: clocks, memory, data, options."""
+"""Shared by benchmarks that alternate between trainers: clocks, memory, data, options."""
 
 import argparse
 import json
@@ -48,7 +48,7 @@ def make_parser(description: str | None, examples: str) -> argparse.ArgumentPars
 def parse(
     parser: argparse.ArgumentParser, full: Mapping[str, Any], quick: Mapping[str, Any]
 ) -> argparse.Namespace:
-    """The arguments, with defaults for what was not given: `quick` with --quick, else `full`."""
+    """The arguments, with defaults from `quick` if --quick is given, otherwise from `full`."""
     args = parser.parse_args()
     on_cuda = args.device.startswith("cuda")
     if on_cuda and not torch.cuda.is_available():
@@ -65,7 +65,7 @@ def parse(
 
 
 def report(args: argparse.Namespace, measure: Callable[[], Mapping[str, Any]]) -> None:
-    """Measure, print on which machine, and write the measurements if --json asks for it."""
+    """Print the machine, measure, and write the measurements if --json is given."""
     environment = describe_environment(args)
     print("\n".join(f"{name}: {value}" for name, value in environment.items()))
     arguments = vars(args).copy()
@@ -97,7 +97,7 @@ def describe_environment(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load() -> float:
-    """Processes that want to run, on average over the last minute; NaN where it is not known."""
+    """Average number of runnable processes over the last minute; NaN if it is not known."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
@@ -115,7 +115,7 @@ def stepper(trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
 def alternate(
     calls: dict[str, Callable[[], None]], args: argparse.Namespace, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds per call, by name and round; every round calls all of them in another order."""
+    """Seconds per call, by name and round; every round calls all of them, in a random order."""
     order = list(calls)
     clock = clock_of(args)
     shuffle = random.Random(0).shuffle
@@ -134,7 +134,7 @@ def alternate(
 
 
 def clock_of(args: argparse.Namespace) -> Callable[[], float]:
-    """What --clock asks for, in seconds."""
+    """The clock that --clock selects, in seconds."""
     return time.process_time if args.clock == "cpu" else time.perf_counter
 
 
@@ -144,7 +144,7 @@ def synchronize(device: str) -> None:
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
-    """Order statistics between which the median lies with 95% probability, if there are six."""
+    """95% interval of the median, between two order statistics; needs at least six values."""
     ordered, n = sorted(values), len(values)
     below, cut = 0.0, 0
     while (below := below + math.comb(n, cut) / 2**n) <= 0.025:
@@ -163,7 +163,7 @@ def span(values: Iterable[float]) -> str:
 
 
 def reset_peak_memory(device: str) -> float:
-    """Bytes in use now; peaks count from here."""
+    """Reset the peak, and return the bytes in use now."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
@@ -176,7 +176,7 @@ def reset_peak_memory(device: str) -> float:
 
 
 def peak_memory(device: str) -> float:
-    """Bytes at the highest point since `reset_peak_memory`."""
+    """Largest number of bytes in use since `reset_peak_memory`."""
     if device.startswith("cuda"):
         return float(torch.cuda.max_memory_allocated(device))
     try:

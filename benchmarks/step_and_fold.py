@@ -1,27 +1,27 @@
 """Measure what whitening costs: time per training step, and time and peak memory of a fold.
 
-Step. Six trainers of the same SAE stand side by side: no normalisation (twice, which shows the
-noise of the machine), the covariance_whitening built into sae-lens, and ours. Each round gives
-every one of them a turn, in random order, on the same batches: one `trainer.step(next(batches))`,
-which is what `fit()` does, whitening of the batch and optimizer included. Whitenings are estimated
-beforehand. "ours" is as in WhiteningTrainingRunner, whose activations store looks for NaN once per
-pass of the language model; "checked" looks at every batch, as WhiteningTrainer does with a data
-provider of the user's. Per round, each time is divided by the mean of the two unnormalised
-trainers; the median of these ratios, with an interval that holds the true median with 95%
-probability, is what to read. ("none, again" is divided by "none" alone.)
+Step. Six trainers of the same SAE are compared: no normalisation (twice, which shows the noise of
+the machine), the covariance_whitening built into sae-lens, and ours. In each round every trainer
+takes one turn, in random order, on the same batches: one `trainer.step(next(batches))`, as in
+`fit()`, whitening of the batch and optimizer included. Whitenings are estimated beforehand. "ours"
+is as in WhiteningTrainingRunner, whose activations store checks for NaN once per pass of the
+language model. "checked" checks every batch, as WhiteningTrainer does with a user's own data
+provider. Each time is divided by the mean of the two unnormalised trainers in the same round. The
+result is the median of these ratios, with an interval that holds the true median with 95%
+probability. ("none, again" is divided by "none" alone.)
 
-Since a busy machine can hide a percent, the work that whitening adds (checking and whitening the
-batch, and the loss forward and backward) is also timed alone, in the same alternation, less what
-the unnormalised trainer spends on the same calls. On a CPU it is the more exact figure. On CUDA it
-is mostly the time to launch small kernels, which in a step may hide behind large ones, or not:
-there the ratios are what counts.
+The noise of a busy machine can exceed one percent. So the work that whitening adds (checking and
+whitening the batch, and the loss forward and backward) is also timed alone, in the same rounds,
+minus the time of the same calls in the unnormalised trainer. On a CPU this figure is the more
+exact. On CUDA it is mostly the time to launch small kernels, which a step may or may not overlap
+with large ones: there, rely on the ratios.
 
-Fold. Each fold runs in a fresh process, alternating: ours, ours with its proof on up to 1024
-activations as training does it, and the built-in. Weights are float32, the whitening has condition
-1e6 and means of up to 3000. Memory is the peak during the fold less what was there before (the SAE
-and the whitening), divided by the bytes of the weights: on the CPU the process's resident memory as
-Linux counts it, on CUDA PyTorch's allocations. Errors are those of the folded SAE in float32, as a
-user runs it, against the unfolded one in float64: |difference| / |value| of the pre-activations,
+Fold. Each fold runs in a new process. Three alternate: ours, ours with its check on up to 1024
+activations as in training, and the built-in. Weights are float32; the whitening has condition 1e6
+and means of up to 3000. Memory is the peak during the fold minus the memory before it (the SAE and
+the whitening), divided by the bytes of the weights. On the CPU it is the resident memory of the
+process as Linux counts it, on CUDA PyTorch's allocations. Errors compare the folded SAE in float32,
+as a user runs it, with the unfolded one in float64: |difference| / |value| of the pre-activations,
 and |difference| / |x - mean| of the decoder's output.
 """
 
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def benchmark_steps(args: argparse.Namespace, d_in: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    # ten samples per dimension at least, so that no shrinkage comes in
+    # at least ten samples per dimension, so that there is no shrinkage
     n_batches = max(4, math.ceil(10 * d_in / args.batch_size))
     mean, mixing = synthetic_distribution(d_in, condition=1e4)
     pool = [sample(args.batch_size, mean, mixing).float().to(args.device) for _ in range(n_batches)]
@@ -224,7 +224,7 @@ def part(trainer: SAETrainer[Any, Any]) -> Callable[[], None]:
 
 @dataclass
 class Fold:
-    """What one fold took; memory in bytes, NaN where it cannot be read."""
+    """Measurements of one fold; memory in bytes, NaN if it cannot be read."""
 
     seconds: float
     weights: int
@@ -243,7 +243,7 @@ def benchmark_folds(args: argparse.Namespace) -> dict[str, Any]:
         whitening.save(path)
         for i in range(args.fold_rounds):
             for name in FOLDS if i % 2 == 0 else reversed(FOLDS):
-                # peaks of one fold must not be seen by the next: a process each
+                # one process for each, so that the peak of one fold does not affect the next
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
                     folds[name].append(process.submit(measure_fold, name, path, args).result())
     weights = folds["ours"][0].weights
@@ -306,7 +306,7 @@ def measure_fold(name: str, whitening_path: Path, args: argparse.Namespace) -> F
     if name == "ours + proof":
         z = torch.randn(1024, args.fold_d_in, dtype=torch.float64)
         proof = whitening.dewhiten(z).float().to(device)
-    # one small product: what the libraries allocate on first use is not the fold's
+    # one small product first: memory that libraries allocate on first use is not part of the fold
     torch.ones(64, 64, dtype=torch.float64, device=device).matmul(
         torch.ones(64, 64, dtype=torch.float64, device=device)
     )
@@ -341,7 +341,7 @@ def measure_fold(name: str, whitening_path: Path, args: argparse.Namespace) -> F
 def in_float64(
     sae: TrainingSAE[Any], whitening: Whitening, x: Tensor, latents: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Pre-activations of the unfolded SAE and its output for `latents`, for raw activations."""
+    """For raw activations: pre-activations of the unfolded SAE, and its output for `latents`."""
     W_enc, W_dec, b_dec = sae.W_enc.double(), sae.W_dec.double(), sae.b_dec.double()
     assert isinstance(sae.b_enc, Tensor)
     mean, W, W_inv = (t.to(x.device) for t in (whitening.mean, whitening.W, whitening.W_inv))

@@ -1,26 +1,27 @@
 """Measure a training step of a TopK SAE: time, tokens per second and memory, beside other trainers.
 
-Time. Trainers of the same width, number of latents and k stand side by side: SAELens' own without
+Time. Trainers of the same width, number of latents and k are compared: SAELens' own without
 normalisation, ours under whitening (original-space loss; pca, and zca, whose loss takes one more
-product), and, where they are installed, sparsify and dictionary_learning. Each round gives every
-one of them a turn, in random order, on the same activations: one step, forward, backward, clipping
-and Adam included, and for ours and SAELens' all that `fit()` does in a step. Per round, each time
-is divided by that of SAELens; the median of these ratios is what to read, with an interval that
+product), and, if they are installed, sparsify and dictionary_learning. In each round every trainer
+takes one turn, in random order, on the same activations: one step with forward, backward, clipping
+and Adam, and for ours and SAELens' everything that `fit()` does in a step. Each time is divided by
+that of SAELens in the same round. The result is the median of these ratios, with an interval that
 holds the true median with 95% probability. The encoder's product alone, which no trainer avoids,
 is timed in the same rounds.
 
-Memory. Each trainer runs in a fresh process: the peak during its first steps less what was there
-before it was made, and less the weights and Adam's two averages of them, 12 bytes for each weight.
-Gradients, latents and whatever else a step needs are left. On the CPU it is the process's resident
-memory as Linux counts it. There glibc is told, by MALLOC_MMAP_THRESHOLD_, to return blocks from
-1 MiB when they are freed; by default it keeps up to some 60 MiB, more or less by chance. On CUDA
-it is PyTorch's allocations.
+Memory. Each trainer runs in a new process. The figure is the peak during its first steps, minus the
+memory in use before it was made, minus the weights and Adam's two averages of them (12 bytes per
+weight). What remains are gradients, latents and whatever else a step needs. On the CPU it is the
+resident memory of the process as Linux counts it. There MALLOC_MMAP_THRESHOLD_ makes glibc return
+freed blocks of 1 MiB or more; by default it keeps up to some 60 MiB, more or less by chance. On
+CUDA it is PyTorch's allocations.
 
-Border (--border). Our trainer with sparse steps over the same with dense ones, by k: where the
-ratio passes 1 it pays to train densely.
+Border (--border). Time of our trainer with sparse steps divided by that with dense steps, by k.
+Where the ratio exceeds 1, dense training is faster.
 
-The others are not dependencies, and are measured where they can be imported; beside ours, not over
-it: `pip install --target DIR --no-deps eai-sparsify dictionary-learning`, PYTHONPATH=DIR.
+The other trainers are not dependencies, and are measured if they can be imported. Install them
+without replacing ours, and set PYTHONPATH=DIR:
+`pip install --target DIR --no-deps eai-sparsify dictionary-learning`.
 """
 
 import argparse
@@ -70,7 +71,7 @@ AIM_MEMORY = 0.5
 
 @dataclass(frozen=True)
 class Size:
-    """Of one comparison; the aim is a share of SAELens' time."""
+    """Sizes in one comparison; `aim` is a fraction of SAELens' time."""
 
     d_in: int
     d_sae: int
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Settings of this process; those that measure memory need them too."""
+    """Apply settings to this process; processes that measure memory call this too."""
     torch.set_num_threads(args.threads)
     if args.precision == "tf32":
         torch.set_float32_matmul_precision("high")
@@ -153,7 +154,7 @@ def compare(args: argparse.Namespace, size: Size) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Data:
-    """What all trainers are fed, and the statistics of it."""
+    """The activations that all trainers get, and their statistics."""
 
     batches: list[Tensor]
     statistics: ActivationStatistics
@@ -217,7 +218,7 @@ def sae_trainer(
 def sparsify_step(
     module: Any, args: argparse.Namespace, size: Size, batches: Any
 ) -> Callable[[], None]:
-    """The step of sparsify's trainer with Adam in place of its optimizers, which do less."""
+    """The step of sparsify's trainer, with Adam instead of its own optimizers, which do less."""
     config = module.SparseCoderConfig(num_latents=size.d_sae, k=size.k, normalize_decoder=True)
     sae = module.SparseCoder(size.d_in, config, device=args.device, dtype=torch.float32)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
@@ -262,9 +263,9 @@ def dictionary_learning_step(
 
 
 def memory_in_process(name: str, args: argparse.Namespace, size: Size) -> float:
-    # read by glibc as a process starts: this one is not changed
+    # glibc reads these when a process starts, so the current process is not affected
     os.environ.update(MALLOC_MMAP_THRESHOLD_=str(2**20), MALLOC_TRIM_THRESHOLD_=str(2**20))
-    # what one trainer allocated must not be seen by the next: a process each
+    # one process for each, so that memory of one trainer does not affect the next
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(measure_memory, name, args, size).result()
 
@@ -272,12 +273,12 @@ def memory_in_process(name: str, args: argparse.Namespace, size: Size) -> float:
 def measure_memory(name: str, args: argparse.Namespace, size: Size) -> float:
     prepare(args)
     data = Data.of(args, size)
-    # what the libraries allocate on first use is not the step's
+    # memory that libraries allocate on first use is not part of the step
     data.batches[0].T.matmul(data.batches[0])
     before = reset_peak_memory(args.device)
     step = make_step(name, args, size, data)
     assert step is not None
-    # freed memory may stay with the process: the peak counts from before anything was made
+    # freed memory may stay with the process, so the peak is reset before anything is made
     reset_peak_memory(args.device)
     for _ in range(4):
         step()

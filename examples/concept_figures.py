@@ -1,9 +1,9 @@
-"""Draw the figures of docs/concepts, offline: a cloud before and after whitening, and spectra.
+"""Draw the figures of docs/concepts, offline: points before and after whitening, and spectra.
 
     pip install "sae-whiten[demo]"
     python examples/concept_figures.py --out docs/concepts
 
-The cloud is made of two sparse features and a mean. Spectra are of the models and texts of
+The points are made from two sparse features and a mean. The spectra use the models and texts of
 examples/compare_offline.py: the whitening is estimated from one half of the rows, and the spectra
 are those of the other half.
 """

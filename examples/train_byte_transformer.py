@@ -1,10 +1,10 @@
-"""Train a small causal transformer on bytes: the model behind the tests of CE loss and KL.
+"""Train a small causal transformer on bytes: the model for the tests of CE loss and KL.
 
     OMP_NUM_THREADS=1 python examples/train_byte_transformer.py tests/assets/byte-transformer
 
-GPT-NeoX of two layers and width 128; text is the sources of the Python standard library on this
-machine, of which every twentieth module is held out. Nothing is downloaded. The same Python, the
-same PyTorch and the same number of threads give the same weights. Open the result with
+The model is a GPT-NeoX with two layers and width 128. The text is the source of the Python standard
+library on this machine; every twentieth module is held out. Nothing is downloaded. The same Python,
+the same PyTorch and the same number of threads give the same weights. Open the result with
 
     sae_lens.load_model.load_model("AutoModelForCausalLM", "tests/assets/byte-transformer")
 """

@@ -1,7 +1,7 @@
 """Covariance whitening for sparse autoencoders trained with SAELens (arXiv 2511.13981).
 
 Names are imported on first use. Importing sae_lens takes seconds, and statistics and transforms do
-not need it. Once anything imports sae_lens, `sae_whiten.architectures` are in its registries.
+not need it. Importing sae_lens also registers the architectures of `sae_whiten.architectures`.
 """
 
 import importlib
@@ -70,8 +70,8 @@ def _register_architectures(sae_lens: Any) -> None:
     importlib.import_module("sae_whiten.architectures")
 
 
-# SAE.load_from_disk has to know our architectures after `import sae_whiten`, in either order of the
-# imports. SAELens has no entry points for plugins, and importing it here would cost seconds.
+# After `import sae_whiten`, before or after `import sae_lens`, SAE.load_from_disk must find our
+# architectures. SAELens has no entry points for plugins, and importing it here would take seconds.
 wrapt.register_post_import_hook(_register_architectures, "sae_lens")
 
 

@@ -1,4 +1,4 @@
-"""`python -m sae_whiten` is `sae-whiten`."""
+"""`python -m sae_whiten` is the command `sae-whiten`."""
 
 import sys
 

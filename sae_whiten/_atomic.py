@@ -1,4 +1,4 @@
-"""Files and directories that are either whole or absent, whenever a process is killed."""
+"""Files and directories that are either whole or absent, even if a process is killed."""
 
 import contextlib
 import os
@@ -10,34 +10,34 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: what killed processes left behind stays there
+except ImportError:  # Windows: leftovers of killed processes are not removed
     fcntl = None
 
 __all__ = ["atomic_directory", "atomic_files", "atomic_path", "recover"]
 
-# Hidden entries, ".NAME.RANDOM" and one of these: what is being written; what is complete and being
-# moved to its place; what is replaced, until its successor is there. Their writer holds a lock on
-# the first two, which ends with its process.
+# Hidden entries are called ".NAME.RANDOM" plus one of these suffixes. New: still being written.
+# Ready: complete, being moved to its place. Old: being replaced, kept until its successor is there.
+# The writer holds a lock on the first two, which ends with its process.
 _NEW, _READY, _OLD = ".whiten-new", ".whiten-ready", ".whiten-old"
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path, renamed onto `path` when the block succeeds.
+    """Yield a temporary path, which is renamed to `path` when the block succeeds.
 
     A process killed at any moment leaves the old file or the new one, never a part of one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _tidy(path.parent)
-    # in a folder of its own: a lock on the file itself would be lost where a writer replaces it, as
-    # safetensors does, and another process would take it for a leftover
+    # In its own folder, which is locked. A lock on the file itself would be lost if a writer
+    # replaces the file, as safetensors does, and another process would take it for a leftover.
     with _new_directory(path) as folder:
         new = folder / path.name
         new.touch()
         mode = stat.S_IMODE(new.stat().st_mode)
         yield new
-        new.chmod(mode)  # what a writer replaces it with may be for its owner only
+        new.chmod(mode)  # a writer may have replaced it by a file for its owner only
         with new.open("rb") as written:
             os.fsync(written.fileno())
         new.replace(path)
@@ -47,9 +47,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty directory beside `path` that takes its place when the block succeeds.
 
-    For directories that hold nothing else. At no moment is there a half-written one at `path`. One
-    that was there is moved away first, and back if the new one cannot take its place. If the
-    process is killed between the two renames, there is none until `recover` does the second.
+    For directories that hold nothing else. `path` is never half-written. An existing directory is
+    moved away first, and moved back if the new one cannot take its place. If the process is killed
+    between the two renames, `path` is missing until `recover` does the second.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,14 +74,14 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 def atomic_files(path: str | Path, last: str, also_replaced: Iterable[str] = ()) -> Iterator[Path]:
     """Yield an empty directory whose entries are moved into `path` when the block succeeds.
 
-    For directories in which a user may keep other files, which are left alone. The others must mean
-    nothing without the file `last`: it is removed before the first of them is replaced, and moved
-    to its place after them. If the process is killed in between, there is none until `recover`
-    moves the rest.
+    For directories in which a user may keep other files, which are not touched. Readers must treat
+    the new entries as absent without the file `last`. It is removed before the first entry is
+    replaced, and moved to its place after all others. If the process is killed in between, `last`
+    is missing until `recover` moves the rest.
 
     Args:
         path: The directory.
-        last: Name of the file that makes the others complete, as a config does an SAE's weights.
+        last: Name of the file without which the others are useless, such as the config of an SAE.
         also_replaced: Names of entries that are removed if the block does not write them again.
     """
     path = Path(path)
@@ -103,14 +103,14 @@ def atomic_files(path: str | Path, last: str, also_replaced: Iterable[str] = ())
         for name in set(also_replaced) - written:
             _remove(path / name)
         ready = new.with_suffix(_READY)
-        new.rename(ready)  # from here on a killed process has its change finished by the next one
+        new.rename(ready)  # if killed from here on, the next process finishes the change
         _move_in(ready)
 
 
 def recover(path: str | Path) -> None:
-    """Finish what a killed process began to change at `path`, and remove what it left behind.
+    """Finish the change that a killed process began at `path`, and remove its leftovers.
 
-    What processes that are still running are writing is left alone.
+    Entries that running processes are writing are not touched.
     """
     path = Path(path)
     _tidy(path.parent)
@@ -119,9 +119,9 @@ def recover(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _new_directory(path: Path) -> Iterator[Path]:
-    """Create and lock a hidden directory beside `path`; remove what is left of it afterwards.
+    """Create and lock a hidden directory beside `path`; remove it afterwards if it is still there.
 
-    It has the mode that the umask gives it, which cannot be asked for without changing it for all
+    Its mode follows from the umask. The umask itself cannot be read without setting it for all
     threads.
     """
     while True:
@@ -130,7 +130,7 @@ def _new_directory(path: Path) -> Iterator[Path]:
         try:
             lock = _lock(new)
         except (BlockingIOError, FileNotFoundError):
-            continue  # another process took it for a leftover, before it was locked
+            continue  # another process took it for a leftover before it was locked
         if new.exists():
             break
         _release(lock)
@@ -144,7 +144,7 @@ def _new_directory(path: Path) -> Iterator[Path]:
 def _give_usual_modes(folder: Path) -> None:
     """Give the files below `folder` the mode that any new file has.
 
-    safetensors makes its files readable by their owner only: a group could not share an SAE.
+    safetensors makes its files readable by their owner only, so a group could not share an SAE.
     """
     probe = folder / f".{secrets.token_hex(4)}"
     probe.touch()
@@ -156,10 +156,10 @@ def _give_usual_modes(folder: Path) -> None:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds an exclusive lock on `path`; None where there are no locks.
+    """A descriptor that holds an exclusive lock on `path`; None if locks are not supported.
 
     Raises:
-        BlockingIOError: Somebody else holds it.
+        BlockingIOError: Another process holds the lock.
         FileNotFoundError: There is no such entry.
     """
     if fcntl is None:
@@ -170,7 +170,7 @@ def _lock(path: Path) -> int | None:
     except BlockingIOError:
         os.close(descriptor)
         raise
-    except OSError:  # this file system has none
+    except OSError:  # this file system has no locks
         os.close(descriptor)
         return None
     return descriptor
@@ -187,7 +187,7 @@ def _tidy(folder: Path) -> None:
         for entry in folder.glob(f".*{suffix}"):
             try:
                 lock = _lock(entry)
-            except OSError:  # somebody writes it, has removed it, or does not let us
+            except OSError:  # another process writes it or has removed it, or it may not be opened
                 continue
             try:
                 if lock is not None:
@@ -197,15 +197,15 @@ def _tidy(folder: Path) -> None:
 
 
 def _place(entry: Path) -> Path:
-    """What a hidden entry is to become or was."""
+    """The path that a hidden entry is meant for, or had before."""
     name, _, _ = entry.stem.rpartition(".")
     return entry.with_name(name.removeprefix("."))
 
 
 def _move_in(ready: Path) -> None:
-    """Move the entries of `ready` beside it."""
+    """Move the entries of `ready` into the folder that `ready` is in."""
     last = _place(ready)
-    if (ready / last.name).exists():  # otherwise all of them are there
+    if (ready / last.name).exists():  # otherwise all entries are in place
         last.unlink(missing_ok=True)
     for entry in sorted(ready.iterdir(), key=lambda entry: (entry.name == last.name, entry.name)):
         target = ready.with_name(entry.name)
@@ -216,7 +216,7 @@ def _move_in(ready: Path) -> None:
 
 
 def _finish_or_remove(new: Path) -> None:
-    """What was being written is incomplete, unless it was about to replace something."""
+    """Remove an incomplete entry; move it to its place if the old one was already moved away."""
     if new.with_suffix(_OLD).exists() and not _place(new).exists():
         new.rename(_place(new))
     else:
@@ -225,7 +225,7 @@ def _finish_or_remove(new: Path) -> None:
 
 def _restore(old: Path) -> None:
     if old.with_suffix(_NEW).exists():
-        return  # by a process that is still running
+        return  # a process that is still running is replacing it
     if _place(old).exists():
         _remove(old)
     else:

@@ -1,4 +1,4 @@
-"""Refuse what cannot work before anything is loaded, and say which field it was."""
+"""Refuse impossible settings before anything is loaded, with the name of the field."""
 
 import math
 from typing import Any
@@ -11,8 +11,8 @@ class FieldError(ValueError):
 
     Attributes:
         field: Its name in Python, such as "context_size" or "sae.k".
-        value: What it was.
-        problem: Why that cannot work, and what would.
+        value: The value.
+        problem: Why this value cannot work, and which would.
     """
 
     def __init__(self, field: str, value: object, problem: str) -> None:
@@ -23,10 +23,10 @@ class FieldError(ValueError):
 def require_number(
     field: str, value: object, least: float = 1, *, below: float = math.inf, whole: bool = True
 ) -> None:
-    """Refuse what is not a finite number in [least, below), by default an integer from 1 on.
+    """Refuse anything but a finite number in [least, below); by default, a positive integer.
 
     Raises:
-        FieldError: It is not one.
+        FieldError: `value` is not such a number.
     """
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not right or not least <= value < below:  # pyright: ignore[reportOperatorIssue]
@@ -39,7 +39,7 @@ def require_device(field: str, device: str) -> None:
     """Refuse a device that PyTorch cannot use on this machine.
 
     Raises:
-        FieldError: PyTorch cannot put a tensor there; names the devices that it can use.
+        FieldError: PyTorch cannot put a tensor there. The message names the usable devices.
     """
     import torch
 
@@ -60,14 +60,14 @@ def require_device(field: str, device: str) -> None:
 
 
 def require_context(context_size: int, model: Any) -> None:
-    """Refuse sequences longer than a model can read; of models that do not tell, none.
+    """Refuse sequences longer than the model can read; none if its limit is not known.
 
     Args:
         context_size: Tokens per sequence, the beginning-of-sequence token included.
         model: As SAELens loads it: a `HookedTransformer`, or a wrapped model of transformers.
 
     Raises:
-        FieldError: They are longer.
+        FieldError: `context_size` is above the limit.
     """
     longest = _longest_context(model)
     if longest is not None and context_size > longest:

@@ -1,4 +1,4 @@
-"""What changes for as long as a block lasts: environment variables, and what is logged."""
+"""Temporary changes for the length of a block: environment variables and log filters."""
 
 import contextlib
 import logging
@@ -10,7 +10,7 @@ __all__ = ["environment", "without_messages"]
 
 @contextlib.contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Set environment variables, of this process and of those that it starts."""
+    """Set environment variables, for this process and those that it starts."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -25,7 +25,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_messages(logger_name: str, *texts: str) -> Iterator[None]:
-    """Keep back what a logger says of these texts."""
+    """Suppress messages of a logger that contain any of these texts."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return not any(text in record.getMessage() for text in texts)

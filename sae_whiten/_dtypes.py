@@ -8,10 +8,10 @@ __all__ = ["as_float64", "float32_at_least"]
 
 
 def as_float64(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """In float64; on the CPU if it was on MPS, which has no float64."""
+    """`x` in float64; moved to the CPU if it was on MPS, which has no float64."""
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
 
 
 def float32_at_least(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
-    """In float32, or as it is if its dtype is finer."""
+    """`x` in float32, or unchanged if its dtype is finer."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Tensors and JSON in files: written whole or not at all, and checked when they are read."""
+"""Tensors and JSON in files: written atomically, and checked when they are read."""
 
 import contextlib
 import hashlib
@@ -33,7 +33,7 @@ _METADATA_KEY = "sae_whiten"
 
 
 class CorruptFileError(ValueError):
-    """A file is truncated, foreign or was changed after it was written.
+    """A file is truncated, of another kind, or was changed after it was written.
 
     Examples:
         >>> from sae_whiten import Whitening
@@ -48,7 +48,7 @@ def check_writable(path: str | Path) -> None:
     """Refuse a path at which nothing can be written; creates nothing.
 
     Raises:
-        OSError: A file is in the way, or the folder that it would be in refuses new files.
+        OSError: A file is in the way, or the nearest existing folder refuses new files.
     """
     path = Path(path)
     while not path.exists():
@@ -60,10 +60,10 @@ def check_writable(path: str | Path) -> None:
 
 
 def require_empty(path: str | Path) -> None:
-    """Refuse a folder that holds something; it need not exist.
+    """Refuse a folder that is not empty; it need not exist.
 
     Raises:
-        FileExistsError: It does, or is a file.
+        FileExistsError: It is not empty, or is a file.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -88,7 +88,7 @@ def save_tensors(
         path: Where to write.
         kind: What the file holds, for example "activation_statistics".
         tensors: Named tensors, any shapes and dtypes.
-        fields: Everything else; must be serialisable as JSON. What of it is secret is left out.
+        fields: Everything else; must be serialisable as JSON. Secrets are left out.
     """
     fields = redacted(dict(fields))
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -99,11 +99,11 @@ def save_tensors(
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = None) -> None:
-    """Write a JSON file, atomically and without what of it is secret.
+    """Write a JSON file, atomically and without secrets.
 
     Args:
         path: Where to write.
-        content: What JSON can hold; other values become their `str`.
+        content: Values that JSON can hold; others are written as their `str`.
         indent: As for `json.dumps`.
     """
     text = json.dumps(redacted(content), indent=indent, default=str)
@@ -175,11 +175,11 @@ def reading_content(path: str | Path) -> Iterator[None]:
 
 
 def count_field(fields: Mapping[str, Any], name: str, at_least: int = 0) -> int:
-    """A field that is a whole number.
+    """A field that is a whole number >= `at_least`.
 
     Raises:
         KeyError: There is no such field.
-        ValueError: It is not a whole number, or a smaller one.
+        ValueError: It is not such a number.
     """
     value = fields[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
@@ -205,7 +205,7 @@ def number_field(fields: Mapping[str, Any], name: str, low: float, high: float) 
 def tensor_of_shape(
     tensors: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """A tensor of a file, if it is float64, of this shape and finite.
+    """A tensor of a file, which must be float64, of this shape and finite.
 
     Raises:
         KeyError: There is no such tensor.

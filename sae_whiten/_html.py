@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates, which escape all that comes from data."""
+"""HTML pages from Jinja2 templates, with everything that comes from data escaped."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ __all__ = ["template_environment"]
 
 
 def template_environment(package: str, **filters: Callable[..., Any]) -> Environment:
-    """The templates of a package's folder `templates`.
+    """The templates in the folder `templates` of a package.
 
     Args:
-        package: Its full name.
-        filters: By the names that they have in the templates.
+        package: Full name of the package.
+        filters: Jinja2 filters, by their names in the templates.
     """
     environment = Environment(
         loader=PackageLoader(package),

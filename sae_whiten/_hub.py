@@ -1,6 +1,6 @@
 """Statistics on the Hugging Face hub: a repo with one file for each hook.
 
-What is uploaded is only known by `Described` here, so that `ActivationStatistics` can build on it.
+This module knows statistics only as `Described`, because `ActivationStatistics` imports it.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 _SUFFIX = ".safetensors"
 _CARD = "README.md"
-_LONGEST = 200  # of a file name, in bytes: file systems take 255, of which writing needs some
-# what would lead to another folder, or what some file system does not take
+_LONGEST = 200  # bytes of a file name: file systems take 255, and temporary names are longer
+# characters that would lead to another folder, or that some file systems do not accept
 _UNSAFE = re.compile(r'^\.|[/\\:*?"<>|%\x00-\x1f\x7f]')
 
 
 class Described(Protocol):
-    """What the card of a repo says about statistics."""
+    """What the card of a repo needs of statistics."""
 
     d_in: int
     n_samples: int
@@ -45,13 +45,13 @@ class Described(Protocol):
 
 
 def file_name(hook_name: str) -> str:
-    """The name of the file of a hook's statistics: never that of another folder.
+    """The file name for a hook's statistics, which never leads to another folder.
 
-    A hook's name may hold anything, for it comes from a model or from the columns of a dataset.
-    Characters with a meaning for file systems are written as %XX.
+    A hook's name may hold any characters, because it comes from a model or from the columns of a
+    dataset. Characters with a meaning for file systems are written as %XX.
 
     Raises:
-        ValueError: The name is empty or longer than file systems take.
+        ValueError: The name is empty or too long for a file.
 
     Examples:
         >>> file_name("blocks.0.hook_resid_pre"), file_name("../model")
@@ -67,7 +67,7 @@ def file_name(hook_name: str) -> str:
 
 
 def file_names(hook_name: str) -> list[str]:
-    """Where to look for a hook's statistics: names as earlier versions wrote them come last."""
+    """File names under which to look for a hook's statistics; those of earlier versions last."""
     names = [file_name(hook_name)]
     plain = hook_name + _SUFFIX
     leads_out = "\0" in plain or any(
@@ -77,7 +77,7 @@ def file_names(hook_name: str) -> list[str]:
 
 
 def hook_names(file_names: Iterable[str]) -> list[str]:
-    """The hooks that files are of; what is not a file of statistics is passed over."""
+    """The hooks of files of statistics, by file name; other files are ignored."""
     found = (name for name in file_names if name.endswith(_SUFFIX) and "/" not in name)
     return sorted(
         re.sub("%([0-9A-F]{2})", lambda code: chr(int(code[1], 16)), name.removesuffix(_SUFFIX))
@@ -86,10 +86,10 @@ def hook_names(file_names: Iterable[str]) -> list[str]:
 
 
 def repo_and_revision(source: str | Path) -> tuple[str, str | None]:
-    """The repo and the revision that "user/name" or "user/name@revision" means.
+    """The repo and the revision in "user/name" or "user/name@revision".
 
     Raises:
-        FileNotFoundError: It is neither.
+        FileNotFoundError: `source` is neither.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -109,13 +109,13 @@ def download(repo_id: str, hook_name: str | None = None, revision: str | None = 
 
     Args:
         repo_id: "user/name".
-        hook_name: Name of the hook; None if the repo holds but one.
+        hook_name: Name of the hook; None if the repo holds only one.
         revision: Branch, tag or commit; None: the main branch.
 
     Raises:
-        FileNotFoundError: There is no such repo, revision, or hook in it.
+        FileNotFoundError: There is no such repo or revision, or it does not hold the hook.
         ConnectionError: The hub cannot be reached, and the file was not downloaded before.
-        ValueError: `hook_name` is None, and the repo holds several.
+        ValueError: `hook_name` is None, and the repo does not hold exactly one hook.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -133,11 +133,11 @@ def download(repo_id: str, hook_name: str | None = None, revision: str | None = 
         for name in candidates:
             try:
                 path = hf_hub_download(repo_id, name, revision=revision)
-            except LocalEntryNotFoundError:  # an EntryNotFoundError too
+            except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError
                 raise
             except EntryNotFoundError:
                 continue
-            # the path has the commit
+            # the path contains the commit
             logger.info("statistics of %s from the hub: %s", hook_names([name])[0], path)
             return Path(path)
         files = HfApi().list_repo_files(repo_id, revision=revision)
@@ -145,7 +145,7 @@ def download(repo_id: str, hook_name: str | None = None, revision: str | None = 
 
 
 def download_all(repo_id: str, revision: str | None = None) -> Path:
-    """Download the statistics of all hooks; the folder that they are in.
+    """Download the statistics of all hooks, and return the folder that holds them.
 
     Raises:
         FileNotFoundError: There is no such repo or revision.
@@ -168,20 +168,20 @@ def upload(
 ) -> str:
     """Upload statistics in one commit.
 
-    The repo is made if there is none, and gets a README.md if it has none; other files in it stay.
+    A missing repo is created, and a missing README.md is written. Other files in the repo stay.
 
     Args:
-        files: By hook name, the file and what it holds.
+        files: By hook name, the file and the statistics in it.
         repo_id: "user/name".
         private: Whether a new repo is private; None: the default of the account.
-        figure: Of the spectra, for the card; None leaves it out.
+        figure: Figure of the spectra, for the card; None leaves it out.
 
     Returns:
         Address of the commit.
 
     Raises:
-        ValueError: The repo is public and was to be private.
-        OSError: The hub cannot be reached, or refuses: no token, or none with the right to write.
+        ValueError: `private` is True, and the repo exists and is public.
+        OSError: The hub cannot be reached, or refuses: no token, or no write permission.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -202,10 +202,10 @@ def upload(
 
 
 def make_repo(repo_id: str, private: bool | None = None) -> str:
-    """Make a repo unless there is one; its full name.
+    """Create a repo if it does not exist, and return its full name.
 
     Raises:
-        ValueError: It is public and was to be private.
+        ValueError: `private` is True, and the repo exists and is public.
     """
     from huggingface_hub import HfApi
 
@@ -217,14 +217,14 @@ def make_repo(repo_id: str, private: bool | None = None) -> str:
 
 @contextlib.contextmanager
 def writing(repo_id: str, what: str) -> Iterator[None]:
-    """Say in errors of whichever kind what the hub did not take, and what to do.
+    """Turn errors into one that names what the hub did not accept, and what to do.
 
     Raises:
         OSError: An exception other than a ValueError was raised in the block.
     """
     try:
         yield
-    except ValueError:  # among them the hub's own about a malformed name
+    except ValueError:  # among them huggingface_hub's own error for a malformed name
         raise
     except Exception as error:
         raise OSError(
@@ -234,7 +234,7 @@ def writing(repo_id: str, what: str) -> Iterator[None]:
 
 
 def no_such_hook(place: str | Path, hook_name: str | None, files: Iterable[str]) -> str:
-    """What to say where a folder or a repo has other hooks than the one wanted."""
+    """Error message for a folder or a repo that does not hold the requested hook."""
     there = ", ".join(hook_names(files)) or "no hook"
     return f"{place} holds no statistics of {hook_name}; there are those of {there}"
 
@@ -265,7 +265,7 @@ def _reading(repo_id: str, revision: str | None) -> Iterator[None]:
         raise ConnectionError(f"{name} cannot be reached, and is not in the cache") from error
     except (FileNotFoundError, ValueError):
         raise
-    except Exception as error:  # of whichever HTTP client huggingface_hub has
+    except Exception as error:  # its type depends on the HTTP client of huggingface_hub
         raise ConnectionError(f"{name} cannot be read: {_one_line(error)}") from error
 
 
@@ -276,7 +276,7 @@ def _one_line(error: Exception) -> str:
 def statistics_card(
     repo_id: str, by_hook: Mapping[str, Described], figure: str | None = None
 ) -> str:
-    """README of a repo: what it holds, and how to use it; `figure` is the file of the spectra."""
+    """README of a repo: its contents and their use; `figure` is the name of the spectra's file."""
     from huggingface_hub import ModelCardData
 
     header = ModelCardData(library_name="sae-whiten", tags=["sae-whiten"]).to_yaml()
@@ -333,6 +333,6 @@ def _percent(provenance: Mapping[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as the cell of a table in Markdown."""
+    """A value as a cell of a Markdown table."""
     text = value if isinstance(value, str) else json.dumps(value)
     return f"`{text}`".replace("|", "\\|").replace("\n", " ")

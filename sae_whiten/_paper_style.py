@@ -1,4 +1,4 @@
-"""What all figures share: type sizes for one column of a paper, no display, whole files, names."""
+"""Shared by all figures: font sizes for one column of a paper, atomic files, short names."""
 
 import itertools
 import re
@@ -23,13 +23,13 @@ __all__ = [
 ]
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-"""Told apart in black and white."""
+"""Markers that can be distinguished in black and white."""
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def paper_style() -> AbstractContextManager[None]:
-    """matplotlib's settings for a figure, to be left again afterwards.
+    """A context with matplotlib's settings for a figure.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -47,11 +47,11 @@ def paper_style() -> AbstractContextManager[None]:
             "axes.spines.right": False,
             "lines.linewidth": 1.3,
             "savefig.dpi": 300,
-            # text that stays text in a paper
+            # keep text as text, not as curves
             "pdf.fonttype": 42,
             "svg.fonttype": "none",
-            # names of hooks, models and folders are drawn, and a $ in one is no mathematics; text
-            # that is asks for it (parse_math=True)
+            # names of hooks, models and folders are drawn, in which $ does not mean mathematics;
+            # formulas set parse_math=True themselves
             "text.parse_math": False,
         }
     )
@@ -66,8 +66,8 @@ def _matplotlib() -> Any:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches; a column of a paper is about 3.4 wide, a page 7."""
-    # not pyplot, which would choose a display and keep the figure alive
+    """An empty figure; sizes in inches. A column of a paper is about 3.4 wide, a page 7."""
+    # pyplot would choose a display and keep the figure in memory
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -77,7 +77,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure, atomically, in the format of the suffix (.png, .pdf, .svg).
 
     Raises:
-        ValueError: matplotlib does not know the format.
+        ValueError: matplotlib does not support the format.
     """
     path = Path(path)
     _write_powers_plainly(figure)
@@ -86,7 +86,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
 
 
 def _write_powers_plainly(figure: "Figure") -> None:
-    """Label logarithmic axes in Unicode, not in the mathtext that matplotlib takes by default."""
+    """Label logarithmic axes in Unicode, not in mathtext, which is matplotlib's default."""
     from matplotlib.ticker import LogFormatterMathtext, LogFormatterSciNotation
 
     class PlainPowers(LogFormatterSciNotation):
@@ -105,13 +105,13 @@ def _write_powers_plainly(figure: "Figure") -> None:
 
 
 def n_legend_columns(names: Sequence[str], width: float) -> int:
-    """As many as fit side by side in `width` inches, if a letter is as wide as it is on average."""
+    """Number of columns that fit into `width` inches, for letters of average width."""
     column = 0.8 + 0.062 * max(map(len, names), default=0)  # inches
     return max(1, min(len(names), int(width / column)))
 
 
 def common_pattern(names: Sequence[str]) -> tuple[str | None, list[str]]:
-    """What dotted names have in common, as a pattern, and the rest of each.
+    """The common parts of dotted names as a pattern, and the remaining part of each name.
 
     >>> common_pattern(["blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"])
     ('blocks.*.hook_mlp_out', ['0', '1'])
@@ -131,7 +131,7 @@ def common_pattern(names: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def without_common_folders(paths: Sequence[str]) -> list[str]:
-    """Paths without the folders that they all are in.
+    """Paths without the leading folders that all of them share.
 
     >>> without_common_folders(["runs/topk/final", "runs/topk_vsae/final"])
     ['topk/final', 'topk_vsae/final']
@@ -144,6 +144,6 @@ def without_common_folders(paths: Sequence[str]) -> list[str]:
 
 
 def _n_equal(lists: Sequence[Sequence[str]]) -> int:
-    """How many elements all lists begin with."""
+    """Number of leading elements that all lists share."""
     columns = zip(*lists, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))

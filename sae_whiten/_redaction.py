@@ -1,7 +1,7 @@
 """Removal of access tokens and passwords from everything that is written to files.
 
-Settings, provenance, configs and command lines are shared with results. What a model or a dataset
-was loaded with may hold credentials, which nobody means to share.
+Settings, provenance, configs and command lines are shared together with results. The arguments that
+loaded a model or a dataset may hold credentials, which must not be shared.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 __all__ = ["MARK", "redact_attributes", "redacted"]
 
 MARK = "REDACTED"
-"""Stands for what was taken out of a text."""
+"""Replaces each secret in a text."""
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ _SECRET = re.compile(
     r"|passphrase|pwd|credentials?|(proxy_)?authorization|auth|cookie|bearer|signature|sig)$"
 )
 _TOKEN = re.compile(r"(^|_)token$")
-# of a vocabulary: tokens that are no secrets
+# special tokens of a vocabulary, which are not secrets
 _VOCABULARY = re.compile(
     r"(^|_)(bos|eos|pad|unk|sep|cls|mask|separator|special|start|end|stop|image|audio|video|prefix"
     r"|suffix|middle)_token$"
@@ -39,7 +39,7 @@ _VALUE = (
     r"|(?:(?:bearer|basic|token)\s+)?[^\s&'\"\\]+"
     r")"
 )
-# from the beginning of a word on, or long texts would take long
+# matches only from the beginning of a word: otherwise long texts would take long
 _ASSIGNED = re.compile(
     rf"(?<![\w.-])({_NAME})(\\*[\"']?\s*[:=]\s*)({_VALUE})",
     re.IGNORECASE,
@@ -47,7 +47,7 @@ _ASSIGNED = re.compile(
 _FLAG = re.compile(rf"(?<![\w.-])(--{_NAME})(\s+)((?!-){_VALUE})", re.IGNORECASE)
 _BEARER = re.compile(r"\b(bearer\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 _IN_URL = re.compile(r"(\b[a-z][a-z0-9+.-]{0,20}://)[^/\s?#]+@", re.IGNORECASE)
-# what services begin their tokens with
+# tokens recognised by the prefixes that services give them
 _KNOWN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[a-z]_[A-Za-z0-9]{16,}"
     r"|github_pat_\w{16,}|glpat-[\w-]{16,}|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{12,}"
@@ -56,15 +56,15 @@ _KNOWN = re.compile(
 
 
 def redacted(value: T) -> T:
-    """A copy of a value without secrets, or the value itself where there can be none.
+    """A copy of a value without secrets, or the value itself if its type cannot hold any.
 
     Entries of dictionaries under the name of a secret (token, HF_TOKEN, api_key, password,
-    Authorization...) are left out, so that what is read back can be passed on as arguments. In
-    texts, such as command lines and URLs, `MARK` takes the place of secrets. None, True and False
-    are no secrets. Redacting twice changes nothing.
+    Authorization...) are left out, so that the rest can be read back and passed on as arguments. In
+    texts, such as command lines and URLs, `MARK` replaces secrets. None, True and False are not
+    secrets. Redacting twice changes nothing.
 
     Args:
-        value: Anything; dictionaries, lists, tuples and texts are looked into.
+        value: Anything; dictionaries, lists, tuples and texts are searched.
 
     Examples:
         >>> redacted({"revision": "v1", "token": "hf_abc", "headers": {"Authorization": "abc"}})
@@ -76,10 +76,10 @@ def redacted(value: T) -> T:
 
 
 def redact_attributes(config: Any) -> None:
-    """Take the secrets out of an object's attributes, in place; one that is a secret is None.
+    """Remove secrets from an object's attributes, in place; an attribute that is one becomes None.
 
-    For a config or metadata of our own, once what needed the secrets is loaded: whoever writes it
-    later, SAELens or Weights & Biases too, has none to write.
+    For our own configs and metadata, once everything that needed the secrets is loaded. Then
+    nothing that writes them later, SAELens and Weights & Biases included, can write a secret.
     """
     kept = redacted(vars(config))
     for name in vars(config):
@@ -102,13 +102,13 @@ def _redacted(value: Any) -> Any:
                 items[i + 1] = MARK
         if isinstance(value, list):
             return items
-        # a named tuple takes its fields one by one
+        # the constructor of a named tuple takes one argument per field
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 
 
 def _word_of_command(item: Any) -> Any:
-    """An item of a list, which may be --name=value with anything in the value."""
+    """A redacted item of a list, which may be --name=value with any value."""
     if isinstance(item, str) and item.startswith("--"):
         name, is_assigned, _ = item.partition("=")
         if is_assigned and _is_secret_name(name):
@@ -117,7 +117,7 @@ def _word_of_command(item: Any) -> Any:
 
 
 def _comes_before_secret(name: Any, length: int) -> bool:
-    """Whether the next item of a list is a secret: after a flag of a command, or in a pair."""
+    """Whether the next item of a list is a secret: `name` is a flag, or the first of a pair."""
     if not isinstance(name, str):
         return False
     is_pair = length == 2 and _SECRET.search(_words(name)) is not None
@@ -131,7 +131,7 @@ def _holds_secret(name: Any, content: Any) -> bool:
     if _SECRET.search(_words(name)):
         parts = content if isinstance(content, (list, tuple)) else [content]
         return all(isinstance(part, (str, bytes, int, float)) for part in parts)
-    # numbers and lists under "token" are of a vocabulary
+    # numbers and lists under "token" belong to a vocabulary
     return isinstance(content, (str, bytes)) and _is_secret_name(name)
 
 
@@ -142,7 +142,7 @@ def _is_secret_name(name: str) -> bool:
 
 
 def _words(name: str) -> str:
-    """A name in lower case, its words parted by underscores."""
+    """A name in lower case, its words separated by underscores."""
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.lstrip("-"))
     return re.sub(r"[^a-z0-9]+", "_", parted.lower())
 

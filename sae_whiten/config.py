@@ -15,13 +15,14 @@ class WhiteningConfig:
     space of the original activations. `loss_space="whitened", eps_mode="absolute"` is what
     sae-lens >= 6.52 does under the name `covariance_whitening`.
 
-    Comparisons (docs/compromise.md, docs/comparisons.md) gave no setting that is nowhere worse. On
-    a small causal transformer the default explained the most variance and kept cross-entropy best,
-    each setting at its best learning rate. `strength=0.5, loss_space="whitened"` comes nearest: on
-    synthetic activations of condition number 1e2, 1e4 and 1e6 its F1 of known features was .73, .71
-    and .55 (default: .69, .25 and .09), at the explained variance of the default or more. ZCA
-    found fewer features than PCA. eps up to 1e-2 and shrinkage up to 0.01 changed little, more did
-    harm. Whether eps below 1e-3 is better is open (one seed).
+    No setting was best in every comparison (docs/compromise.md, docs/comparisons.md). On a small
+    causal transformer, with each setting at its best learning rate, the default explained the most
+    variance and preserved cross-entropy best. `strength=0.5, loss_space="whitened"` comes nearest
+    to the best of both: on synthetic activations of condition number 1e2, 1e4 and 1e6 its F1 of
+    known features was .73, .71 and .55 (default: .69, .25 and .09), and it explained at least as
+    much variance as the default. ZCA found fewer features than PCA. eps up to 1e-2 and shrinkage up
+    to 0.01 changed little; larger values did harm. Whether eps below 1e-3 is better is open (one
+    seed).
 
     Examples:
         >>> config = WhiteningConfig(kind="zca", loss_space="whitened")
@@ -134,9 +135,9 @@ class WhiteningConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as JSON can hold them."""
+        """The fields, as values that JSON can hold."""
         values = asdict(self)
-        del values["temporary_folder"]  # of this machine, and none of a reader's business
+        del values["temporary_folder"]  # only meaningful on this machine
         return values
 
     @classmethod

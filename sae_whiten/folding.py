@@ -1,25 +1,25 @@
-"""Fold a whitening into the weights of an SAE, and unfold it again: pure algebra.
+"""Fold a whitening into the weights of an SAE, and unfold it again. Only algebra, no data.
 
-In whitened coordinates, with whitenings (mean, W, W_inv) of the input and of the output, an SAE has
-pre-activations and reconstructions
+Let the input and the output each have a whitening (mean, W, W_inv). An SAE in whitened coordinates
+has pre-activations and reconstructions
 
     pre_i  = g_i * (((x - mean_in) @ W_in - s b_dec) @ W_enc)_i + b_i
     x_hat  = (f @ W_dec + b_dec) @ W_inv_out + mean_out
 
-where s is 1 if it subtracts b_dec from its input and 0 otherwise, and g is a gain: exp(r_mag) on
-the magnitude path of a gated SAE, 1 elsewhere. It is equal to the plain SAE with s' = 1 and
+where s is 1 if the SAE subtracts b_dec from its input and 0 otherwise, and g is a gain: exp(r_mag)
+on the magnitude path of a gated SAE, 1 elsewhere. It equals the plain SAE with s' = 1 and
 
     W_enc' = W_in @ W_enc      W_dec' = W_dec @ W_inv_out      b_dec' = b_dec @ W_inv_out + mean_out
     b'     = b + g * ((b_dec' - mean_in) @ W_enc' - s b_dec @ W_enc)
 
 If input and output share one whitening, b' = b for s = 1, and b' = b + g * (b_dec @ W_enc) for
 s = 0. s' = 0 would be possible too, with b' = b - g * (mean @ W_enc'). That is equal in exact
-arithmetic, but float32 loses most of its digits when the mean is large.
+arithmetic, but in float32 most digits are lost when the mean is large.
 
-b_dec' is used as it is stored, rounded. So b' makes up for this rounding, and differs from b by
-rounding errors of the mean even where the formula says b' = b.
+b' is computed from b_dec' as it is stored, that is, rounded, and so compensates for this rounding.
+It then differs from b by rounding errors of the mean even where the formula gives b' = b.
 
-All is computed in float64, a block of latents at a time, and stored in float32 or better.
+Everything is computed in float64, one block of latents at a time, and stored in float32 or better.
 """
 
 from collections.abc import Iterator
@@ -46,13 +46,13 @@ class AffineWeights:
         b_dec: The bias of the decoder.
         encoder_biases: The biases of the encoder, by name.
         subtracts_b_dec: Whether b_dec is subtracted from the input.
-        gains: By the name of a bias: the gain that W_enc is multiplied by on its path, if any.
-        decoder_norms: Norms of decoder rows, if latents are ranked by pre-activation times norm;
-            float64. Whitening would change them, and thereby the ranking. So they are first
-            multiplied into the encoder and divided out of the decoder.
-        W_skip: Of transcoders that add x @ W_skip^T to their output.
-        further_encoders: By the names of a matrix and its bias: other affine maps of the same
-            input, which latents are not ranked by.
+        gains: By name of bias: the gain that multiplies W_enc on the path of this bias, if any.
+        decoder_norms: Norms of the decoder rows, float64, if latents are ranked by pre-activation
+            times norm. Whitening would change these norms, and so the ranking. They are therefore
+            multiplied into the encoder and divided out of the decoder first.
+        W_skip: The skip connection of a transcoder, which adds x @ W_skip^T to its output.
+        further_encoders: Other affine maps of the same input, by the names of matrix and bias.
+            They play no part in the ranking of latents.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -93,7 +93,7 @@ def fold(
     *,
     subtract_b_dec: bool = True,
 ) -> AffineWeights:
-    """The weights that do to activations what `weights` do to whitened activations.
+    """Weights that act on activations as `weights` act on whitened activations.
 
     `weights` are not changed.
 
@@ -111,9 +111,9 @@ def fold(
     Args:
         weights: Weights in whitened coordinates.
         whitening: The whitening of the input.
-        output_whitening: The whitening of the output, if it is not that of the input.
+        output_whitening: The whitening of the output, if it differs from that of the input.
         subtract_b_dec: Whether the plain SAE subtracts b_dec from its input. A transcoder cannot,
-            for its b_dec belongs to the output.
+            because its b_dec belongs to the output.
     """
     out = output_whitening or whitening
     return _change_coordinates(
@@ -134,7 +134,7 @@ def unfold(
     *,
     subtract_b_dec: bool = True,
 ) -> AffineWeights:
-    """The inverse of `fold`: weights in whitened coordinates from those of a plain SAE.
+    """The inverse of `fold`: from the weights of a plain SAE to those in whitened coordinates.
 
     The arguments are those of `fold`.
     """
@@ -159,10 +159,10 @@ def _change_coordinates(
     b_dec: Tensor,
     subtract_b_dec: bool,
 ) -> AffineWeights:
-    """Weights in coordinates y, where the input was (y - origin) @ encoder before.
+    """Weights in new coordinates y of the input, whose old coordinates are (y - origin) @ encoder.
 
-    What was written before, times `decoder`, is in the new coordinates of the output; `b_dec` is
-    given in them already.
+    Multiplication by `decoder` takes the output from old to new coordinates, except for its origin.
+    `b_dec` is already in the new coordinates.
     """
     home, dtype = weights.W_enc.device, torch.promote_types(weights.W_enc.dtype, torch.float32)
     device = torch.device("cpu") if home.type == "mps" else home  # MPS has no float64
@@ -221,7 +221,7 @@ def _change_coordinates(
 def _skip_connection(
     weights: AffineWeights, encoder: Tensor, origin: Tensor, decoder: Tensor, b_dec: Tensor
 ) -> tuple[Tensor | None, Tensor]:
-    """W_skip in the new coordinates, and b_dec less what W_skip makes of the origin."""
+    """W_skip in the new coordinates, and b_dec minus the image of the origin under W_skip."""
     if weights.W_skip is None:
         return None, b_dec
     skip = encoder @ _f64(weights.W_skip, encoder.device).T @ decoder
@@ -231,7 +231,7 @@ def _skip_connection(
 def _blocks(n: int, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Blocks of n latents, each with two temporaries for its weights, flat and not initialised.
 
-    All blocks use the same memory: on a CPU, allocating it anew takes longer than filling it.
+    All blocks share the memory: on a CPU, allocating it again takes longer than filling it.
     """
     memory = torch.empty(2, min(n, _BLOCK) * width, dtype=torch.float64, device=device)
     for start in range(0, n, _BLOCK):

@@ -1,12 +1,12 @@
 """Streaming mean and covariance of activations, in float64.
 
 Chan, Golub & LeVeque, *Updating Formulae and a Pairwise Algorithm for Computing Sample Variances*
-(1979): with n samples of mean m and scatter S = sum (x - m)(x - m)^T, two sets combine to
+(1979). For n samples, let m be the mean and S = sum (x - m)(x - m)^T the scatter. Two sets combine:
 
     m = m_a + (n_b / n) delta,   S = S_a + S_b + (n_a n_b / n) delta delta^T,   delta = m_b - m_a.
 
-Every batch is centred by its own mean before it is multiplied out, so nothing cancels however far
-the activations lie from the origin.
+Every batch is centred by its own mean before the product is taken. So there is no cancellation,
+however far the activations lie from the origin.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from sae_whiten._files import (
 __all__ = ["ActivationStatistics", "NonFiniteActivationsError", "finite_rows"]
 
 _KIND = "activation_statistics"
-_CHUNK = 512  # rows that stay in a CPU's cache between being centred and being multiplied out
+_CHUNK = 512  # rows; few enough to stay in a CPU's cache between centring and product
 
 
 class NonFiniteActivationsError(ValueError):
@@ -51,23 +51,24 @@ class NonFiniteActivationsError(ValueError):
 class ActivationStatistics:
     """Mean and covariance of activations, accumulated batch by batch.
 
-    Memory is O(d_in^2) whatever the number of batches. Batches may be float16, bfloat16, float32 or
-    float64, on any device; the sums are float64, on the CPU, or on the device of CUDA batches (MPS
-    has no float64).
+    Memory is O(d_in^2), independent of the number of batches. Batches may be float16, bfloat16,
+    float32 or float64, on any device. The sums are float64. They are on the GPU if batches are on
+    CUDA, otherwise on the CPU (MPS has no float64).
 
     Args:
         d_in: Width of the activations.
-        on_nonfinite: "raise" refuses a batch that holds a NaN or an infinity and stays as it was;
-            "skip" leaves out the activations concerned and counts them in `n_skipped`.
+        on_nonfinite: "raise": a batch that holds a NaN or an infinity raises an error, and the
+            statistics stay as they were. "skip": the activations concerned are left out, and
+            counted in `n_skipped`.
 
     Attributes:
         d_in: Width of the activations.
         n_samples: Activations seen so far.
         n_skipped: Activations left out because they were not finite.
-        resolution: Machine epsilon of the coarsest dtype among the batches: variance below that of
-            rounding is not information.
-        provenance: Where the activations came from (model, hook, dataset...), saved with the file,
-            but for access tokens and passwords; values must be serialisable as JSON.
+        resolution: Machine epsilon of the coarsest dtype among the batches. Variance smaller than
+            that of rounding errors is not information.
+        provenance: Where the activations came from (model, hook, dataset...). It is saved in the
+            file, without access tokens and passwords. Values must be serialisable as JSON.
 
     Examples:
         >>> statistics = ActivationStatistics(2)
@@ -89,7 +90,7 @@ class ActivationStatistics:
         self.resolution = 0.0
         self.provenance: dict[str, Any] = {}
         self._mean = torch.zeros(d_in, dtype=torch.float64)
-        # only the upper triangle is kept up to date: a rank-n update then costs half
+        # only the upper triangle is updated, which halves the cost of a rank-n update
         self._scatter = torch.zeros(d_in, d_in, dtype=torch.float64)
 
     def __repr__(self) -> str:
@@ -101,7 +102,7 @@ class ActivationStatistics:
 
         Args:
             batch: Shape (n, d_in) or (batch, seq, d_in), any floating dtype, any device.
-            number: What errors are to call the batch; by default, how many came before it.
+            number: Number of the batch in error messages; by default, how many came before it.
 
         Raises:
             ValueError: The last dimension is not `d_in`, or there are not two or three dimensions.
@@ -130,11 +131,11 @@ class ActivationStatistics:
             self._add(chunk, centred[: len(chunk) + 1])
 
     def _add(self, rows: Tensor, centred: Tensor) -> None:
-        """Add rows; `centred` is memory for them in float64, and for one row more."""
+        """Add rows. `centred` is float64 memory for these rows and one more."""
         n = len(rows)
         values = centred[:n].copy_(rows)
         mean = values.mean(0)
-        # the term (n_a n_b / n) delta delta^T enters the product as one more row
+        # one more row of the product gives the term (n_a n_b / n) delta delta^T
         delta = mean - self._mean
         total = self.n_samples + n
         values -= mean
@@ -144,9 +145,9 @@ class ActivationStatistics:
         self.n_samples = total
 
     def merge(self, other: "ActivationStatistics") -> "ActivationStatistics":
-        """Statistics of the activations of both, exactly; neither is changed.
+        """Exact statistics of the activations of both. Neither object is changed.
 
-        Entries of `provenance` on which the two agree are kept.
+        Entries of `provenance` that are equal in both are kept.
 
         Raises:
             ValueError: The widths differ.
@@ -197,13 +198,13 @@ class ActivationStatistics:
             raise ValueError(
                 f"a covariance needs at least 2 activations, got {self.n_samples}{self._skipped()}"
             )
-        # divided on the CPU, for a GPU rounds otherwise
+        # divided on the CPU, because a GPU rounds differently
         upper = self._scatter.cpu().triu() / (self.n_samples - 1)
         return upper + upper.triu(1).T
 
     @property
     def digest(self) -> str:
-        """A checksum of the numbers, to tell whether two files are of the same activations."""
+        """A checksum of the numbers: equal if two files hold the same statistics."""
         sha = hashlib.sha256(str(self.n_samples).encode())
         for tensor in (self._mean, self._scatter.triu()):
             sha.update(tensor.cpu().contiguous().numpy().data)
@@ -221,18 +222,18 @@ class ActivationStatistics:
 
         Raises:
             FileNotFoundError: There is no such file.
-            CorruptFileError: The file is truncated, foreign or was changed, or what it holds are
-                not the mean and the covariance of activations.
+            CorruptFileError: The file is truncated, was changed, or is of another kind, or its
+                content cannot be the mean and covariance of activations.
         """
         tensors, fields = load_tensors(path, _KIND)
         with reading_content(path):
             return cls.from_tensors(tensors, fields)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything there is to save: float64 tensors on the CPU, and fields that JSON can hold.
+        """Everything that is saved: float64 tensors on the CPU, and fields that JSON can hold.
 
-        Tensors that are on the CPU already are not copied. Of "scatter" only the upper triangle
-        counts.
+        Tensors that are on the CPU already are not copied. Only the upper triangle of "scatter" is
+        valid.
         """
         return (
             {"mean": self._mean.cpu(), "scatter": self._scatter.cpu()},
@@ -250,15 +251,15 @@ class ActivationStatistics:
     def from_tensors(
         cls, tensors: dict[str, Tensor], fields: dict[str, Any]
     ) -> "ActivationStatistics":
-        """Inverse of `to_tensors`; the tensors are taken over, not copied.
+        """Inverse of `to_tensors`. The tensors are used as they are, not copied.
 
         Raises:
             KeyError: A field or a tensor is missing.
-            ValueError: A field or a tensor is not what activations could give: of another width, a
-                NaN, a negative count or variance, a correlation beyond 1.
+            ValueError: A field or a tensor is impossible for statistics of activations: a wrong
+                width, a NaN, a negative count or variance, a correlation beyond 1.
         """
         d_in = count_field(fields, "d_in", at_least=1)
-        # looked at before anything of that width is allocated
+        # checked before anything of that width is allocated
         mean = tensor_of_shape(tensors, "mean", (d_in,))
         scatter = tensor_of_shape(tensors, "scatter", (d_in, d_in))
         statistics = cls(d_in)
@@ -277,25 +278,25 @@ class ActivationStatistics:
     def from_hub(
         cls, repo_id: str, hook_name: str | None = None, revision: str | None = None
     ) -> "ActivationStatistics":
-        """Read statistics from a repo of the Hugging Face hub; what was read once is cached.
+        """Read statistics from a repo of the Hugging Face hub. Downloaded files are cached.
 
         Args:
             repo_id: "user/name", a repo with one file for each hook.
-            hook_name: Name of the hook; None if the repo holds but one.
+            hook_name: Name of the hook; None if the repo holds only one.
             revision: Branch, tag or commit; None: the main branch.
 
         Raises:
-            FileNotFoundError: There is no such repo, revision, or hook in it.
+            FileNotFoundError: There is no such repo or revision, or it does not hold the hook.
             ConnectionError: The hub cannot be reached, and the file is not in the cache.
-            ValueError: `hook_name` is None, and the repo holds several.
-            CorruptFileError: The file is truncated, foreign or was changed.
+            ValueError: `hook_name` is None, and the repo does not hold exactly one hook.
+            CorruptFileError: The file is truncated, was changed, or is of another kind.
         """
         return cls.load(_hub.download(repo_id, hook_name, revision))
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
         """Upload to the Hugging Face hub, as the file of the hook that `provenance` names.
 
-        The repo is made if there is none, and gets a README.md if it has none.
+        A missing repo is created, and a missing README.md is written.
 
         Args:
             repo_id: "user/name".
@@ -305,10 +306,10 @@ class ActivationStatistics:
             Address of the commit.
 
         Raises:
-            ValueError: `provenance["hook_name"]` is missing, or the repo is public and was to be
-                private.
-            OSError: The hub cannot be reached, or refuses: no token, or none with the right to
-                write.
+            ValueError: `provenance["hook_name"]` is missing, or `private` is True and the repo
+                exists and is public.
+            OSError: The hub cannot be reached, or refuses: there is no token, or it has no write
+                permission.
         """
         hook_name = self.provenance.get("hook_name")
         if not isinstance(hook_name, str):
@@ -329,17 +330,17 @@ class ActivationStatistics:
 def finite_rows(
     acts: Float[Tensor, "*samples d"], on_nonfinite: Literal["raise", "skip"], name: str
 ) -> tuple[Tensor, int]:
-    """Activations without those that hold a NaN or an infinity, and the number of the latter.
+    """The finite activations, and the number of those with a NaN or an infinity.
 
     Args:
         acts: Shape (..., d).
-        on_nonfinite: "raise" or "skip" them.
-        name: What the error is to call `acts`.
+        on_nonfinite: What happens if there are any: "raise" an error, or "skip" them.
+        name: Name of `acts` in the error.
 
     Raises:
         NonFiniteActivationsError: There is one and `on_nonfinite` is "raise".
     """
-    # the sum is finite where all are, but for overflow, which the full test then clears
+    # a finite sum means that all values are finite; an overflow is cleared by the full test below
     if torch.isfinite(acts.sum(dtype=torch.promote_types(acts.dtype, torch.float32))):
         return acts, 0
     finite = torch.isfinite(acts).all(dim=-1)
@@ -358,7 +359,7 @@ def finite_rows(
 
 
 def _check_scatter(scatter: Tensor, n_samples: int) -> None:
-    """Refuse what cannot be the scatter of `n_samples` activations; O(d_in^2)."""
+    """Refuse a matrix that cannot be the scatter of `n_samples` activations; O(d_in^2)."""
     if n_samples < 2 and scatter.triu().any():
         raise ValueError(f"{n_samples} activations with a variance")
     deviations = scatter.diagonal().clamp(min=0).sqrt()
@@ -375,9 +376,9 @@ def _add_gram(upper: Tensor, rows: Tensor) -> None:
     if upper.device.type != "cpu":
         upper.addmm_(rows.T, rows)
         return
-    # transposed, a C-ordered matrix is a Fortran-ordered one without a copy, and its upper triangle
-    # the lower one; dsyrk does half the operations of a general product
+    # The transpose of a C-ordered matrix is Fortran-ordered, without a copy, and its lower triangle
+    # is the upper one here. dsyrk does half the operations of a general product.
     result = dsyrk(1.0, rows.numpy().T, beta=1.0, c=upper.numpy().T, lower=1, overwrite_c=1)
     if result.ctypes.data != upper.data_ptr():
-        # scipy made a copy: never rely on the update in place without having seen it
+        # scipy made a copy instead of updating in place
         upper.copy_(torch.from_numpy(result.T))

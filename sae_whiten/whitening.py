@@ -1,6 +1,6 @@
 """The whitening transform, derived from the mean and covariance of activations.
 
-With C = E diag(l) E^T the covariance, l~ its regularised eigenvalues and a the strength:
+Let C = E diag(l) E^T be the covariance, l~ its regularised eigenvalues and a the strength. Then:
 
     kind   W (whiten: z = (x - mean) @ W)     W_inv (dewhiten: x = z @ W_inv + mean)
     pca    E diag(l~^(-a/2))                  diag(l~^(a/2)) E^T
@@ -45,8 +45,8 @@ def oas_shrinkage(eigenvalues: Float[Tensor, "d"], n_samples: int) -> float:
     """Oracle approximating shrinkage: the intensity in [0, 1] for a covariance of n samples.
 
     Chen, Wiesel, Eldar & Hero, *Shrinkage Algorithms for MMSE Covariance Estimation* (2010),
-    equation 23, without the terms in 1/d that scikit-learn's `OAS` leaves out too. It needs only
-    d, n, tr(C) and tr(C^2).
+    equation 23, without the terms in 1/d, which scikit-learn's `OAS` leaves out too. Only d, n,
+    tr(C) and tr(C^2) are needed.
 
     Examples:
         >>> eigenvalues = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
@@ -55,7 +55,7 @@ def oas_shrinkage(eigenvalues: Float[Tensor, "d"], n_samples: int) -> float:
 
     Args:
         eigenvalues: Eigenvalues of the covariance, with divisor n.
-        n_samples: Number of samples that the covariance was estimated from.
+        n_samples: Number of samples from which the covariance was estimated.
     """
     d = eigenvalues.numel()
     mean_square = float(eigenvalues.square().sum()) / d**2
@@ -68,8 +68,8 @@ def oas_shrinkage(eigenvalues: Float[Tensor, "d"], n_samples: int) -> float:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute float32 products in float32 on `device`, whatever the caller has set for speed.
 
-    Autocast and TensorFloat-32 keep 8 and 11 bits of each factor. Where the mean is large, that is
-    less than activations have left once it is subtracted.
+    Autocast keeps 8 bits of each factor, TensorFloat-32 keeps 11. Activations have more bits than
+    that, even after a large mean is subtracted.
 
     Examples:
         >>> x = torch.ones(2, 2)
@@ -117,9 +117,9 @@ class Whitening:
         eigenvalues: Regularised eigenvalues of the covariance, one per whitened direction, in the
             ascending order of `covariance_eigenvalues`.
         covariance_eigenvalues: The eigenvalues before regularisation, ascending.
-        config: The configuration that the transform was derived with.
+        config: The configuration from which the transform was derived.
         shrinkage: The intensity of the shrinkage that was applied.
-        n_samples: Number of activations behind the statistics.
+        n_samples: Number of activations in the statistics.
     """
 
     mean: Float64[Tensor, "d_in"]
@@ -146,7 +146,7 @@ class Whitening:
 
         Raises:
             ValueError: There are fewer than two samples, all activations are the same, or a
-                direction without variance would be divided by zero (eps = 0, absolute).
+                direction has no variance and eps is 0 ("absolute"): this would divide by zero.
         """
         config = config or WhiteningConfig()
         n, d = stats.n_samples, stats.d_in
@@ -167,7 +167,7 @@ class Whitening:
             eigenvalues = eigenvalues + config.eps * average
             if shrinkage == 0:
                 eigenvalues = torch.where(null, eigenvalues.maximum(average), eigenvalues)
-            # eigenvectors are defined up to sign: choose it, so that two estimates agree
+            # eigenvectors are defined up to sign: fix the sign, so that two estimates agree
             largest = basis.abs().argmax(dim=0, keepdim=True)
             basis = basis * basis.gather(0, largest).sign()
         if config.strength > 0 and not eigenvalues.min() > 0:
@@ -213,24 +213,24 @@ class Whitening:
 
     @property
     def matrix(self) -> Float64[Tensor, "d_in d_in"]:
-        """`W`, as SAELens' `ActivationWhitening` calls it."""
+        """`W`, under the name that SAELens' `ActivationWhitening` uses."""
         return self.W
 
     @property
     def inverse_matrix(self) -> Float64[Tensor, "d_in d_in"]:
-        """`W_inv`, as SAELens' `ActivationWhitening` calls it."""
+        """`W_inv`, under the name that SAELens' `ActivationWhitening` uses."""
         return self.W_inv
 
     @property
     def condition_number(self) -> float:
-        """Condition number of W; for strength 1, the square root of the covariance's."""
+        """Condition number of W: that of the regularised covariance to the power strength / 2."""
         ratio = self.eigenvalues.max() / self.eigenvalues.min()
         return float(ratio ** (self.strength / 2))
 
     def whiten(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """z = (x - mean) @ W.
 
-        Computed in float32 or better, whatever the dtype of `x`, also under autocast and where
+        Computed in float32 or better for any dtype of `x`, even under autocast or if
         TensorFloat-32 is allowed.
 
         Args:
@@ -246,7 +246,7 @@ class Whitening:
         W, mean, mean_rest = self._cast("W", x)
         with full_precision(x.device):
             rows = x.reshape(-1, self.d_in).to(W.dtype) - mean
-            # the mean was rounded to the dtype; mean_rest is what the rounding changes in z
+            # the mean was rounded to the dtype; mean_rest corrects z for this rounding
             return torch.addmm(mean_rest, rows, W).reshape(x.shape).to(x.dtype)
 
     def dewhiten(self, z: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
@@ -259,14 +259,14 @@ class Whitening:
 
     @property
     def digest(self) -> str:
-        """Checksum of the transform. Weights in whitened coordinates are saved with it."""
+        """Checksum of the transform. It is saved with weights in whitened coordinates."""
         sha = hashlib.sha256()
         for tensor in (self.mean, self.W, self.W_inv):
             sha.update(tensor.contiguous().numpy().data)
         return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: the whole of it, or nothing."""
+        """Write one safetensors file, atomically."""
         tensors, fields = self._content()
         save_tensors(path, _KIND, tensors, fields)
 
@@ -295,7 +295,7 @@ class Whitening:
         return whitening
 
     def summary(self) -> dict[str, Any]:
-        """What the metadata of an SAE say about its whitening; can be written as JSON."""
+        """The entry on whitening in the metadata of an SAE; can be written as JSON."""
         return {
             "method": "covariance_whitening (arXiv 2511.13981)",
             "config": self.config.to_dict(),
@@ -321,7 +321,7 @@ class Whitening:
         return tensors, fields
 
     def _check_inverse(self) -> None:
-        """Check on one vector that the matrices are each other's inverse: O(d_in^2)."""
+        """Check on one vector that the two matrices are inverse to each other; O(d_in^2)."""
         vector = torch.linspace(1, 2, self.d_in, dtype=torch.float64)
         whitened = vector @ self.W
         error = (whitened @ self.W_inv - vector).norm()
@@ -338,7 +338,7 @@ class Whitening:
             )
 
     def _cast(self, matrix: Literal["W", "W_inv"], x: Tensor) -> tuple[Tensor, ...]:
-        """A matrix, mean and -(mean - rounded mean) @ W, in the dtype and on the device of `x`."""
+        """`matrix`, mean and -(mean - rounded mean) @ W, at least float32, on the device of `x`."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         key = (matrix, x.device, dtype)
         if key not in self._casts:
@@ -351,7 +351,7 @@ class Whitening:
 
 
 def require_whitening(value: object, name: str = "whitening") -> None:
-    """Refuse what is no whitening, such as the statistics that one is derived from.
+    """Refuse anything but a `Whitening`, for example the statistics from which one is derived.
 
     Examples:
         >>> require_whitening(ActivationStatistics(2))
@@ -360,7 +360,7 @@ def require_whitening(value: object, name: str = "whitening") -> None:
         TypeError: whitening must be a sae_whiten.Whitening, got ActivationStatistics: derive one...
 
     Raises:
-        TypeError: It is none.
+        TypeError: `value` is not a `Whitening`.
     """
     if not isinstance(value, Whitening):
         raise TypeError(
@@ -372,11 +372,11 @@ def require_whitening(value: object, name: str = "whitening") -> None:
 def _without_information(
     stats: ActivationStatistics, eigenvalues: Float64[Tensor, "d"], basis: Float64[Tensor, "d d"]
 ) -> Bool[Tensor, "d"]:
-    """Directions with no more variance than rounding explains.
+    """Directions whose variance is no larger than rounding errors can explain.
 
-    Two roundings count. That of the activations: rounding x_i once adds a variance of at most
-    (resolution x_i)^2 / 12, and a model rounds several times, here taken to be twelve. And that of
-    the eigenvalues, as in the usual definition of numerical rank.
+    Two kinds of rounding count. The first is that of the activations. Rounding x_i once adds a
+    variance of at most (resolution x_i)^2 / 12. A model rounds several times, here assumed to be
+    twelve. The second is that of the eigenvalues, as in the usual definition of numerical rank.
     """
     mean_square = stats.covariance.diagonal() + stats.mean.square()
     of_activations = stats.resolution**2 * (mean_square @ basis.square())
@@ -388,7 +388,7 @@ def _shrinkage(config: WhiteningConfig, eigenvalues: Tensor, n: int, d: int) -> 
     few = n < _FEW_SAMPLES_PER_DIMENSION * d
     automatic = few and config.shrinkage is None and config.eps_mode == "relative"
     if config.shrinkage == "oas" or automatic:
-        # the formula is for the covariance with divisor n, ours has n - 1
+        # the formula takes the covariance with divisor n, but ours has divisor n - 1
         intensity = oas_shrinkage(eigenvalues * ((n - 1) / n), n)
     else:
         intensity = float(config.shrinkage or 0.0)

@@ -14,15 +14,15 @@ from typing import Any
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
-_PATIENCE = 120  # seconds without a word from it
+_PATIENCE = 120  # seconds to wait for a message of the browser
 
 
 class Page:
     """A page in the browser.
 
     Attributes:
-        requests: Addresses that anything asked for.
-        complaints: What the browser wrote into its log: errors of scripts, what a policy forbade.
+        requests: All addresses that the page requested.
+        complaints: Log messages of the browser: script errors and violations of a policy.
     """
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
@@ -38,7 +38,7 @@ class Page:
 
     def open(self, path: Path, fragment: str = "", *, scripts: bool = True) -> None:
         self._call("Emulation.setScriptExecutionDisabled", value=not scripts)
-        # another fragment of the same page alone would load nothing
+        # if only the fragment changed, nothing would be loaded
         for url in ("about:blank", path.resolve().as_uri() + fragment):
             self._loaded = False
             self._call("Page.navigate", url=url)
@@ -46,7 +46,7 @@ class Page:
                 self._read()
 
     def shape(self, width: int, height: int = 900, *, dark: bool = False) -> None:
-        """Set the size of the window, and which colours its user prefers."""
+        """Set the size of the window, and the preferred colour scheme."""
         self._call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -66,7 +66,7 @@ class Page:
         self._call("Input.insertText", text=text)
 
     def value(self, expression: str) -> Any:
-        """What an expression comes to; also where the page's own scripts are off."""
+        """The value of an expression; works even if the page's own scripts are off."""
         found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
@@ -110,9 +110,9 @@ class Page:
 
 @contextmanager
 def browser() -> Iterator[Page]:
-    """A page of a browser that ends with the block."""
+    """A page in a browser that is closed when the block ends."""
     assert CHROMIUM is not None
-    # the browser reads from its descriptor 3 and writes to 4
+    # the browser reads from its file descriptor 3 and writes to 4
     read_here, write_there = os.pipe()
     read_there, write_here = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:

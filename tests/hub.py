@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: as much of its HTTP interface as huggingface_hub needs."""
+"""A local Hugging Face hub, with the part of its HTTP interface that huggingface_hub needs."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class FakeHub:
-    """Repos as folders, user/name/revision, under `root`; all that is asked of it in `requests`."""
+    """Repos are folders user/name/revision under `root`. `requests` lists all requests."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -21,11 +21,11 @@ class FakeHub:
         self.requests: list[str] = []
 
     def folder(self, repo_id: str, revision: str = "main") -> Path:
-        """What a revision of a repo holds."""
+        """The folder with the files of a revision."""
         return self.root / repo_id / revision
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], Any]:
-        """Status, headers, and a body: bytes of a file or what is sent as JSON."""
+        """Status, headers and body; the body is the bytes of a file, or is sent as JSON."""
         self.requests.append(f"{method} {path}")
         parts = path.partition("?")[0].strip("/").split("/")
         if parts == ["api", "repos", "create"]:
@@ -98,7 +98,7 @@ def _sha1(content: bytes) -> str:
 
 @contextmanager
 def serving(hub: FakeHub) -> Iterator[str]:
-    """Serve a hub; yields its address."""
+    """Serve a hub and yield its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def _handle(self) -> None:

@@ -1,7 +1,7 @@
-"""Processes of their own, without the seconds that importing SAELens takes in every new one.
+"""Separate processes that need not import SAELens again, which takes seconds.
 
-A server imports SAELens, and nothing of ours, once for all tests; processes are forks of it.
-Run-time checks of types, which pytest turns on here, are off in them.
+A server imports SAELens once for all tests, and nothing of ours. Processes are forks of the server.
+In them the run-time type checks, which pytest turns on, are off.
 """
 
 import multiprocessing
@@ -12,21 +12,21 @@ import tempfile
 import textwrap
 from pathlib import Path
 
-# elsewhere than on Linux, what SAELens imports may not survive a fork
+# outside Linux, libraries that SAELens imports may not survive a fork
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
     CONTEXT.set_forkserver_preload(["sae_lens"])
 
 
 def run_code(code: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run code, as `python -c` does, in a process of its own.
+    """Run code in a separate process, as `python -c` does.
 
     Args:
-        code: May be indented.
-        arguments: Are in `sys.argv[1:]`.
+        code: Python code; may be indented.
+        arguments: The contents of `sys.argv[1:]`.
 
     Returns:
-        Exit status, negative for a signal, and what was written to stdout and stderr.
+        Exit status (negative for a signal), stdout and stderr.
     """
     with tempfile.TemporaryDirectory() as folder:
         process = CONTEXT.Process(target=_run, args=(textwrap.dedent(code), arguments, folder))

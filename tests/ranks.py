@@ -1,4 +1,4 @@
-"""Processes on this machine that talk through gloo, for tests of what is distributed."""
+"""Processes on this machine connected through gloo, for tests of distributed code."""
 
 import datetime
 import os
@@ -29,12 +29,12 @@ def run_ranks(
         function: Importable from a module; its result must be picklable.
         args: Further arguments.
         n: Number of processes.
-        timeout: Seconds after which a collective that nobody joins fails.
-        deadline: Seconds after which all are killed.
-        join: Otherwise they know of each other only from what torchrun sets in the environment.
+        timeout: Seconds after which a collective fails if other processes do not join it.
+        deadline: Seconds after which all processes are killed.
+        join: Whether to form the group. Otherwise only the variables that torchrun sets are set.
 
     Returns:
-        By rank: the result, or the exception as text, or None where the process died.
+        By rank: the result, the exception as text, or None if the process died.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -79,7 +79,7 @@ def _main(
 
     sae_whiten.estimation.distributed.TIMEOUT = datetime.timedelta(seconds=timeout)
     if join:
-        # that long, for processes do not start at the same time
+        # longer than `timeout`, because processes do not start at the same time
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     try:
         found = function(rank, *args)

@@ -1,8 +1,8 @@
-"""Small SAEs, their training, and an independent statement of what they have to compute.
+"""Small SAEs, their training, and an independent reference for their output.
 
-Folded SAEs are compared with `Reference`, which computes in float64 what an SAE in whitened
-coordinates does, in units of the rounding errors that float32 makes at most. "Stock" is the
-`covariance_whitening` that sae-lens ships (>= 6.52).
+`Reference` computes an SAE in whitened coordinates in float64. Folded SAEs are compared with it;
+the difference is measured in units of the largest rounding error of float32. "Stock" is the
+`covariance_whitening` of sae-lens (>= 6.52).
 """
 
 import copy
@@ -48,7 +48,7 @@ FEATURES = torch.randn(32, D_IN, generator=seeded(0)) * torch.logspace(-1, 1, D_
 
 
 def batches(seed: int = 0, scale: float = 1.0, rows: int = BATCH) -> Iterator[Tensor]:
-    """Endless activations, (rows, 16): three of 32 features at a time, anisotropic, mean 5."""
+    """Endless batches, (rows, 16): 3 of 32 features active on average, anisotropic, offset 5."""
     generator = seeded(seed)
     while True:
         active = torch.rand(rows, 32, generator=generator) < 3 / 32
@@ -62,7 +62,7 @@ def activations(n: int, seed: int = 1000, scale: float = 1.0) -> Tensor:
 
 
 def large_means(n: int, start: int = 0) -> Tensor:
-    """As in language models: covariance of condition 1e6, and four dimensions with mean 3000."""
+    """Like language models: covariance of condition 1e6, and four dimensions with mean 3000."""
     return nasty(8192, D_IN)[start : start + n]
 
 
@@ -82,7 +82,7 @@ def topk_sae(cfg: TopKTrainingSAEConfig | None = None, seed: int = 1) -> TopKTra
 
 
 def randomised(sae: Any, seed: int = 3) -> Any:
-    """With biases as large as pre-activations, for a zero hides every mistake made with it."""
+    """`sae` with biases as large as pre-activations, because a zero would hide any mistake."""
     generator = seeded(seed)
     for name, parameter in sae.named_parameters():
         if name.startswith("b_") or name == "W_skip":
@@ -103,14 +103,14 @@ def trainer_config(n_steps: int = 40, **changes: Any) -> SAETrainerConfig:
         "train_batch_size_samples": BATCH,
         "lr": 1e-2,
         "lr_end": 1e-2,
-        # of sae-lens' own estimate only
+        # only for sae-lens' own estimate
         "n_batches_for_norm_estimate": 25,
     }
     return SAETrainerConfig(**{**options, **changes})
 
 
 def run_by_hand(trainer: SAETrainer[Any, Any], n_steps: int) -> None:
-    """The training loop of `fit()` without its end: the SAE stays in whitened coordinates."""
+    """The training loop of `fit()` without the final fold: weights stay in whitened coordinates."""
     if isinstance(trainer, WhiteningTrainer):
         trainer.estimate_whitening()
     elif trainer.activation_scaler.whitening is None:
@@ -137,7 +137,7 @@ def state(sae: Any) -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Equal to the bit."""
+    """Whether both are equal to the bit."""
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
     )
@@ -145,7 +145,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @torch.no_grad()
 def explained_variance(sae: Any, x: Tensor) -> float:
-    """On raw activations, with no scaler between."""
+    """Explained variance on raw activations, without a scaler."""
     error, centred = (x - sae(x)).double(), x.double() - x.double().mean(0)
     return 1 - float(error.square().sum() / centred.square().sum())
 
@@ -155,13 +155,14 @@ class Reference:
     """An SAE in whitened coordinates between whitening and dewhitening, in float64.
 
     Attributes:
-        weights: Its state dict.
-        input: Has `mean`, `matrix` and `inverse_matrix`: ours and those of sae-lens do.
-        output: The same for what it writes.
-        subtracts_b_dec: Whether b_dec is subtracted from its input.
-        rescales: Whether its latents are ranked by pre-activation times decoder norm.
-        k: Of the k largest pre-activations only the positive ones are active.
-        threshold: Without k, pre-activations above it are active.
+        weights: State dict of the SAE.
+        input: Whitening of the input, ours or that of sae-lens: both have `mean`, `matrix` and
+            `inverse_matrix`.
+        output: Whitening of the output.
+        subtracts_b_dec: Whether b_dec is subtracted from the input.
+        rescales: Whether latents are ranked by pre-activation times decoder norm.
+        k: With k, those of the k largest pre-activations that are positive are active.
+        threshold: Without k, pre-activations above the threshold are active.
     """
 
     weights: dict[str, Tensor]
@@ -177,7 +178,7 @@ class Reference:
         architecture = sae.cfg.architecture()
         threshold = torch.tensor(0.0)
         if architecture == "batchtopk":
-            # saved as a JumpReLU SAE, in the precision of its weights
+            # saved as a JumpReLU SAE, whose threshold has the dtype of the weights
             threshold = sae.topk_threshold.to(torch.float32)
         elif "jumprelu" in architecture:
             threshold = sae.threshold
@@ -216,13 +217,13 @@ class Reference:
             z = z + (x.double() - self.input.mean) @ self.input.matrix @ w["W_skip"].T
         return z @ self.output.inverse_matrix + self.output.mean
 
-    # Rounding errors of a plain SAE. A product of length n in float32 is off by at most n UNIT
-    # times the product of the absolute values, in whatever order it is summed (Higham, Accuracy and
-    # Stability of Numerical Algorithms, 3.5). Every weight is rounded once, so is the centred
-    # input, and a bias is added: six roundings more, and one for their products.
+    # Rounding errors of a plain SAE. The error of a product of length n in float32 is at most
+    # n UNIT times the product of the absolute values, for any order of summation (Higham, Accuracy
+    # and Stability of Numerical Algorithms, 3.5). Every weight is rounded once, so is the centred
+    # input, and a bias is added: six more roundings, and one for their products.
 
     def pre_activation_rounding(self, x: Tensor) -> Tensor:
-        """Bound for SAEs with the weights of smallest rounding error, which subtract b_dec."""
+        """Bound for SAEs that subtract b_dec, the form with the smallest rounding error."""
         w, whitening = self.weights, self.input
         W_enc = whitening.matrix @ w["W_enc"] * self.norms
         if "W_skip" in w or self.weights["b_dec"].shape != whitening.mean.shape:
@@ -234,7 +235,7 @@ class Reference:
         return (x.shape[1] + 7) * UNIT * (centred.abs() @ W_enc.abs() + bias.abs())
 
     def transcoder_pre_activation_rounding(self, x: Tensor) -> Tensor:
-        """Bound for transcoders: b_dec lives in another space, so the mean is in b_enc."""
+        """Bound for transcoders: their b_dec is in the output space, so b_enc holds the mean."""
         W_enc = self.input.matrix @ self.weights["W_enc"]
         bias = self.weights["b_enc"] - self.input.mean @ W_enc
         return (x.shape[1] + 7) * UNIT * (x.double().abs() @ W_enc.abs() + bias.abs())
@@ -255,10 +256,10 @@ class Reference:
 
 @torch.no_grad()
 def rounding_units(plain: Any, reference: Reference, x: Tensor) -> float:
-    """Largest deviation of a plain SAE from the reference, 1 being what rounding explains.
+    """Largest deviation of a plain SAE from the reference; rounding explains up to 1.
 
-    Infinite if a latent is active in one of them only although its pre-activation lies farther from
-    the level where that changes than rounding can carry it.
+    Infinite if a latent is active in only one of them, although its pre-activation is farther from
+    the activation level than rounding explains.
     """
     captured: list[Tensor] = []
     handle = plain.hook_sae_acts_pre.register_forward_hook(lambda *args: captured.append(args[-1]))
@@ -290,7 +291,7 @@ def rounding_units(plain: Any, reference: Reference, x: Tensor) -> float:
 
 
 def active_set_change(plain: Any, reference: Reference, x: Tensor) -> float:
-    """Share of rows with other active latents than the reference has."""
+    """Share of rows in which the active latents differ from those of the reference."""
     pre = reference.pre_activations(x)
     active = pre > reference.level(pre)
     return float((active != (plain.encode(x) != 0)).any(dim=1).double().mean())
@@ -350,7 +351,7 @@ def finite(sae: Any) -> bool:
 
 
 def refused(fold: Callable[[], object], sae: Any, message: str) -> None:
-    """Fold, expect a FoldError, and find the SAE as it was."""
+    """Check that folding raises a FoldError and leaves the SAE unchanged."""
     before, cfg = state(sae), copy.deepcopy(sae.cfg.to_dict())
     with pytest.raises(FoldError, match=message):
         fold()

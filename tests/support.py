@@ -1,4 +1,4 @@
-"""Data, SAEs and models that the tests share."""
+"""Data, SAEs and models that tests share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ BYTE_TRANSFORMER = ROOT / "tests" / "assets" / "byte-transformer"
 
 @contextmanager
 def without_type_checks() -> Iterator[None]:
-    """Let wrong shapes and dtypes through to the errors that users see."""
+    """Turn off jaxtyping's checks, so that wrong shapes and dtypes reach our own errors."""
     jaxtyping_config.update("jaxtyping_disable", True)
     try:
         yield
@@ -41,14 +41,14 @@ ARCHITECTURES = (
 
 
 def friendly(n: int, d: int, seed: int = 0) -> Tensor:
-    """Correlated Gaussian activations, condition about 10, mean of the size of the deviation."""
+    """Correlated Gaussian activations, condition about 10, mean about as large as the deviation."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.eye(d) + 0.3 * torch.randn(d, d, generator=g) / d**0.5
     return torch.randn(n, d, generator=g) @ mix + torch.randn(d, generator=g)
 
 
 def nasty(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Covariance of condition 1e6 in a random basis, and a few dimensions with a mean of 3000."""
+    """Covariance of condition 1e6 in a random basis, and up to four dimensions with mean 3000."""
     g = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))[0]
     x = torch.randn(n, d, generator=g, dtype=torch.float64)
@@ -67,7 +67,7 @@ def whitening_of(x: Tensor, config: WhiteningConfig | None = None) -> Whitening:
 def training_sae(
     architecture: str, d_in: int = 32, d_sae: int = 128, seed: int = 0, **options: Any
 ) -> TrainingSAE[Any]:
-    """A training SAE with random weights, none of which is left at zero."""
+    """A training SAE with random weights and biases, none of them zero."""
     config: dict[str, Any] = {
         "architecture": architecture,
         "d_in": d_in,
@@ -86,13 +86,13 @@ def training_sae(
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif name == "threshold":
                 parameter.fill_(0.05)
-            elif name == "W_dec":  # norms that differ, which matters to TopK's ranking
+            elif name == "W_dec":  # different norms, because TopK may rank by them
                 parameter.mul_(0.5 + 2 * torch.rand_like(parameter[:, :1]))
     return sae
 
 
 def tiny_model(seed: int = 0) -> HookedTransformer:
-    """A transformer of two layers and width 32 with random weights."""
+    """A transformer with two layers, width 32 and random weights."""
     torch.manual_seed(seed)
     return HookedTransformer(
         HookedTransformerConfig(
