@@ -50,8 +50,8 @@ class WhiteningConfig:
     shrinkage: float | Literal["oas"] | None = None
     """Intensity in [0, 1], or oas; none: oas below 10 samples per dimension, else none. The
     covariance is shrunk toward its mean eigenvalue. "oas" is of Chen et al. 2010, Shrinkage
-    Algorithms for MMSE Covariance Estimation. Where None takes it, which is only with
-    eps_mode="relative", there is a warning."""
+    Algorithms for MMSE Covariance Estimation. None uses it only with eps_mode="relative", and
+    warns."""
 
     strength: float = 1.0
     """1 whitens, 0 only centres, between: partial whitening. The exponent a: eigenvalues l of the

@@ -125,7 +125,7 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
             dimensions.
         afa_form (Literal["consistent", "published"]): The norm that the loss compares with the
             norm of the contributions. "consistent": the norm of x - b_dec, as in the selection.
-            "published": the norm of x, as in the authors' code. This norm gives b_dec no gradient.
+            "published": the norm of x, as in the authors' code. Neither passes a gradient to b_dec.
         aux_loss_coefficient (float): Coefficient of the loss that revives dead latents (AuxK).
         decoder_init_norm (float | None): Must be 1: decoder rows are kept at norm 1.
         d_in (int): Input dimension. Inherited from SAEConfig.
