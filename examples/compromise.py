@@ -44,7 +44,7 @@ from sae_whiten.lenses.synthetic.options import SyntheticDataConfig
 
 DOSES = (1e2, 1e4, 1e6)
 LEARNING_RATES = (1e-3, 3e-3)
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 D_SAE, K, BATCH, STEPS = 256, 6, 512, 3000
 N_HELD_OUT = 20_000
 CHANGE_AT = 0.7  # share of the steps
