@@ -265,11 +265,7 @@ class Parts:
 
 
 def run_end_to_end(args: argparse.Namespace) -> dict[str, float]:
-    from sae_lens import (
-        LanguageModelSAERunnerConfig,
-        LanguageModelSAETrainingRunner,
-        TopKTrainingSAEConfig,
-    )
+    from sae_lens import LanguageModelSAETrainingRunner
     from sae_lens.training.activation_scaler import ActivationScaler
     from sae_lens.training.activations_store import ActivationsStore
     from sae_lens.training.sae_trainer import SAETrainer
@@ -282,20 +278,7 @@ def run_end_to_end(args: argparse.Namespace) -> dict[str, float]:
     parts.watch(WhiteningTrainer, "estimate_whitening", "estimation")
     parts.watch(SAETrainer, "step", "steps")
 
-    cfg = LanguageModelSAERunnerConfig(
-        sae=TopKTrainingSAEConfig(
-            d_in=args.d_in,
-            d_sae=8 * args.d_in,
-            k=32,
-            normalize_activations="covariance_whitening",
-        ),
-        hook_name=f"blocks.{args.n_layers - 1}.hook_resid_post",
-        training_tokens=args.training_tokens,
-        n_batches_for_norm_estimate=args.n_batches,
-        output_path=None,
-        verbose=False,
-        **common(args),
-    )
+    cfg = whole_run(args, args.training_tokens, n_batches_for_norm_estimate=args.n_batches)
     model = random_model(args.d_in, args.n_layers).to(args.device)
     runner_class: Any = (
         WhiteningTrainingRunner if args.child.endswith("ours") else LanguageModelSAETrainingRunner
@@ -321,6 +304,30 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_path": None,
         "logger": LoggingConfig(log_to_wandb=False),
     }
+
+
+def last_hook(args: argparse.Namespace) -> str:
+    return f"blocks.{args.n_layers - 1}.hook_resid_post"
+
+
+def whole_run(args: argparse.Namespace, n_tokens: int, **options: Any) -> Any:
+    """The config of a whole run on the last layer of the random model."""
+    from sae_lens import LanguageModelSAERunnerConfig, TopKTrainingSAEConfig
+
+    return LanguageModelSAERunnerConfig(
+        sae=TopKTrainingSAEConfig(
+            d_in=args.d_in,
+            d_sae=8 * args.d_in,
+            k=32,
+            normalize_activations="covariance_whitening",
+        ),
+        hook_name=last_hook(args),
+        training_tokens=n_tokens,
+        output_path=None,
+        verbose=False,
+        **common(args),
+        **options,
+    )
 
 
 def random_model(d_in: int, n_layers: int) -> Any:

@@ -41,9 +41,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from datasets import Array2D, Dataset, Features
-from estimation import common, random_model, random_tokens
+from estimation import last_hook, random_model, random_tokens, whole_run
 from sae_lens import (
-    LanguageModelSAERunnerConfig,
     LoggingConfig,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
@@ -272,14 +271,10 @@ def alone(_: int, n_threads: int, function: Callable[..., Any], *arguments: Any)
     function(0, 1, *arguments)
 
 
-def hook_of(args: argparse.Namespace) -> str:
-    return f"blocks.{args.n_layers - 1}.hook_resid_post"
-
-
 @torch.no_grad()
 def write_cache(args: argparse.Namespace, folder: str) -> None:
     """Activations of the model for a run, in the format of SAELens' `CacheActivationsRunner`."""
-    model, hook = random_model(args.d_in, args.n_layers), hook_of(args)
+    model, hook = random_model(args.d_in, args.n_layers), last_hook(args)
     # the buffers that mix activations must be filled too, with 64 sequences in each process
     n_rows = args.tokens // 128 + 4 * 64 * max(args.processes)
     tokens = torch.randint(0, 5000, (n_rows, 128), generator=torch.Generator().manual_seed(0))
@@ -302,20 +297,7 @@ def run(
     cached: dict[str, Any] = {}
     if source == "cache":
         cached = {"use_cached_activations": True, "cached_activations_path": f"{folder}/cache"}
-    cfg = LanguageModelSAERunnerConfig(
-        sae=TopKTrainingSAEConfig(
-            d_in=args.d_in,
-            d_sae=8 * args.d_in,
-            k=32,
-            normalize_activations="covariance_whitening",
-        ),
-        hook_name=hook_of(args),
-        training_tokens=args.tokens,
-        output_path=None,
-        verbose=False,
-        **cached,
-        **common(argparse.Namespace(device="cpu")),
-    )
+    cfg = whole_run(argparse.Namespace(**vars(args), device="cpu"), args.tokens, **cached)
     exchanges = Exchanges()
     runner = WhiteningTrainingRunner(
         cfg,
