@@ -81,7 +81,7 @@ def compare(
     Returns:
         A record per SAE: that of `evaluate_saes`, with architecture, condition, sparsity or
         coefficient, seed and learning rate. With several seeds also `across_seeds`, the agreement
-        of their dictionaries.
+        of their dictionaries and of their firing.
 
     Raises:
         ValueError: `out` holds a comparison with other settings; or one of those that
@@ -176,7 +176,7 @@ def compare(
                 lr = rates.get((arm.architecture, arm.condition), comparison.lr)
                 records.append({**measured, **dataclasses.asdict(arm), "seed": seed, "lr": lr})
             write_json_lines(out / _RESULTS, records)
-    add_stability(records, out, comparison.hook_name)
+    add_stability(records, out, comparison, model, held_out)
     write_json_lines(out / _RESULTS, records)
     records = _of_seeds(records, comparison)
     _warn_of_unmatched_l0(comparison, records)

@@ -4,24 +4,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from sae_lens import SAE
+from sae_lens.config import HfDataset
+from transformer_lens import HookedRootModule
 
+from sae_whiten.comparison.plan import Comparison
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.catalogue import (
+    FIRING_AGREEMENT,
+    FIRING_AGREEMENT_NULL,
     STABILITY,
     STABILITY_NULL,
     STABILITY_RAW,
     STABILITY_RAW_NULL,
 )
+from sae_whiten.evaluation.firing import firing_agreement, held_out_firing
+from sae_whiten.evaluation.options import SequenceOptions
 from sae_whiten.evaluation.stability import stability
+from sae_whiten.evaluation.tokens import Reading
 from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.training.checkpoint import is_complete_sae
 from sae_whiten.whitening import Whitening
 
 __all__ = ["add_stability"]
 
 
-def add_stability(records: Sequence[dict[str, Any]], out: Path, hook_name: str) -> None:
+def add_stability(
+    records: Sequence[dict[str, Any]],
+    out: Path,
+    comparison: Comparison,
+    model: HookedRootModule,
+    held_out: HfDataset,
+) -> None:
     """Write `across_seeds` into the records of SAEs that were trained with several seeds.
 
     Existing results are kept. SAEs that are no longer on disk for all seeds are skipped.
@@ -29,7 +44,9 @@ def add_stability(records: Sequence[dict[str, Any]], out: Path, hook_name: str) 
     Args:
         records: Records of all seeds of a comparison.
         out: Folder of the comparison, with the SAEs and the statistics.
-        hook_name: Hook of the comparison.
+        comparison: The comparison.
+        model: On which the SAEs were trained.
+        held_out: Rows that the SAEs were not trained on.
     """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -37,24 +54,47 @@ def add_stability(records: Sequence[dict[str, Any]], out: Path, hook_name: str) 
     whitening: Whitening | None = None
     for name, group in by_name.items():
         seeds = [record["seed"] for record in group]
-        known = all(record.get("compared_seeds") == seeds for record in group)
-        paths = [out / "saes" / f"seed-{s}" / name / "sae_weights.safetensors" for s in seeds]
-        if len(seeds) < 2 or known or not all(path.is_file() for path in paths):
+        folders = [out / "saes" / f"seed-{seed}" / name for seed in seeds]
+        known = all(
+            record.get("compared_seeds") == seeds
+            # earlier versions compared the dictionaries alone
+            and FIRING_AGREEMENT.key in record["across_seeds"]
+            for record in group
+        )
+        if len(seeds) < 2 or known or not all(map(is_complete_sae, folders)):
             continue
         if whitening is None:
-            statistics = ActivationStatistics.load(statistics_file(out / "statistics", hook_name))
-            whitening = Whitening.from_statistics(statistics, WhiteningConfig())
-        agreements = stability([_decoder(path) for path in paths], whitening)
-        for record, agreement in zip(group, agreements, strict=True):
+            path = statistics_file(out / "statistics", comparison.hook_name)
+            whitening = Whitening.from_statistics(
+                ActivationStatistics.load(path), WhiteningConfig()
+            )
+        saes = {
+            str(seed): SAE.load_from_disk(folder, device=comparison.device)
+            for seed, folder in zip(seeds, folders, strict=True)
+        }
+        options = SequenceOptions(
+            context_size=comparison.context_size,
+            batch_size_prompts=comparison.store_batch_size_prompts,
+        )
+        firing = held_out_firing(
+            saes,
+            model,
+            held_out,
+            comparison.held_out_sequences * comparison.context_size,
+            Reading.of(saes, model, options),
+        )
+        for record, dictionary, on_tokens in zip(
+            group,
+            stability([sae.W_dec for sae in saes.values()], whitening),
+            firing_agreement(list(firing.values())),
+            strict=True,
+        ):
             record["compared_seeds"] = seeds
             record["across_seeds"] = {
-                STABILITY.key: agreement.whitened,
-                STABILITY_NULL.key: agreement.whitened_null,
-                STABILITY_RAW.key: agreement.raw,
-                STABILITY_RAW_NULL.key: agreement.raw_null,
+                STABILITY.key: dictionary.whitened,
+                STABILITY_NULL.key: dictionary.whitened_null,
+                STABILITY_RAW.key: dictionary.raw,
+                STABILITY_RAW_NULL.key: dictionary.raw_null,
+                FIRING_AGREEMENT.key: on_tokens.value,
+                FIRING_AGREEMENT_NULL.key: on_tokens.null,
             }
-
-
-def _decoder(path: Path) -> Any:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("W_dec")

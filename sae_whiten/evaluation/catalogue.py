@@ -26,6 +26,8 @@ __all__ = [
     "DEAD_LATENTS",
     "EXPLAINED_VARIANCE",
     "EXPLAINED_VARIANCE_OF_LOSS",
+    "FIRING_AGREEMENT",
+    "FIRING_AGREEMENT_NULL",
     "KL",
     "K_VALUES",
     "L0",
@@ -207,6 +209,10 @@ STABILITY_RAW = _of_others("stability_raw", "stability over seeds, raw cosines")
 STABILITY_RAW_NULL = _of_others(
     "stability_raw_null", "stability of random dictionaries, raw cosines"
 )
+FIRING_AGREEMENT = _of_others("firing_agreement", "agreement of firing over seeds", better=1)
+FIRING_AGREEMENT_NULL = _of_others(
+    "firing_agreement_null", "agreement of firing with permuted tokens"
+)
 
 
 # --- on labelled texts
@@ -315,6 +321,8 @@ METRICS = (
     STABILITY_NULL,
     STABILITY_RAW,
     STABILITY_RAW_NULL,
+    FIRING_AGREEMENT,
+    FIRING_AGREEMENT_NULL,
 )
 """All metrics in the order of the records. Those of `attribute_metrics` follow in a record."""
 

@@ -92,6 +92,19 @@ def test_dictionaries_of_several_seeds_are_compared_in_whitened_coordinates(fini
     assert shown.spread("original", "stability").mean == pytest.approx(expected)
 
 
+def test_firing_of_several_seeds_is_compared_also_after_an_earlier_version(finished):
+    out, records = finished
+    agreements = {r["name"]: r["across_seeds"]["firing_agreement"] for r in records}
+    assert all(0 < agreement < 1 for agreement in agreements.values())
+    assert all(0 < r["across_seeds"]["firing_agreement_null"] < 1 for r in records)
+    earlier = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    for record in earlier:
+        del record["across_seeds"]["firing_agreement"]
+    (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in earlier))
+    again = {r["name"]: r["across_seeds"]["firing_agreement"] for r in run(out)}
+    assert again == agreements
+
+
 def test_what_does_not_go_together_is_left_out_and_said(finished, caplog):
     out, _ = finished
     with caplog.at_level(logging.WARNING, "sae_whiten"):
