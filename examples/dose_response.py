@@ -18,7 +18,7 @@ SAE. Several runs can work at the same time, each with its own conditions
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig, WhiteningTrainer
-from sae_whiten.comparison.paired import bootstrap_difference, measurement_noise
+from sae_whiten.comparison.paired import (
+    bootstrap_difference,
+    interpolate_at,
+    measurement_noise,
+)
+from sae_whiten.comparison.sweeps import lacking_coefficient
 from sae_whiten.estimation.forecast import BASELINE, Difference, Outcome
 from sae_whiten.estimation.inspection import describe_statistics
 
@@ -43,7 +48,12 @@ N_HELD_OUT, N_TASKS, N_ROWS, N_TRAIN = 100_000, 20, 1000, 768
 MAX_TOKENS = 64  # of a text
 PROBE_KS, PROBE_SEEDS = (1, 2, 4, 8, 16), (42, 43)
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-RESULTS = {"topk": "results.jsonl", "batchtopk": "results-batchtopk.jsonl"}
+RESULTS = {
+    "topk": "results.jsonl",
+    "batchtopk": "results-batchtopk.jsonl",
+    "standard": "results-standard.jsonl",
+}
+STANDARD_RATE, FIRST_COEFFICIENT = 1e-3, 3.0  # of standard SAEs, whose L0 a sweep brings to K
 
 
 @dataclass(frozen=True)
@@ -248,9 +258,11 @@ def run(out: Path, conditions: list[str], architecture: str = "topk") -> None:
     results = out / RESULTS[architecture]
     done = {record["key"]: record for record in (*read(out / RESULTS["topk"]), *read(results))}
     mapped, x = None, torch.empty(0)
-    for kind, dose, condition, seed, lr in plan(done, conditions, architecture):
+    for kind, dose, condition, seed, lr, coefficient in plan(done, conditions, architecture):
         prefix = "" if architecture == "topk" else f"{architecture}/"
         key = f"{prefix}{kind}/{dose.name}/{condition}/{seed}/{lr:g}"
+        if coefficient is not None:
+            key += f"/{coefficient:g}"
         if key in done:
             continue
         torch.manual_seed(seed)
@@ -259,7 +271,7 @@ def run(out: Path, conditions: list[str], architecture: str = "topk") -> None:
             x = mapped.all(np.load(out / "train.npy", mmap_mode="r"))
         n = SWEEP_TOKENS if kind == "sweep" else TOKENS
         started = time.process_time()
-        sae = train(x, condition, n, lr, seed, architecture)
+        sae = train(x, condition, n, lr, seed, architecture, coefficient)
         record = {
             "key": key,
             "kind": kind,
@@ -269,6 +281,7 @@ def run(out: Path, conditions: list[str], architecture: str = "topk") -> None:
             "condition": condition,
             "seed": seed,
             "lr": lr,
+            "coefficient": coefficient,
             "n_tokens": n,
             "cpu_seconds": time.process_time() - started,
             **measure(sae, mapped, out, [] if kind == "sweep" else tasks),
@@ -286,28 +299,56 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 def plan(
     done: dict[str, Any], conditions: list[str], architecture: str
-) -> Iterator[tuple[str, Dose, str, int, float]]:
+) -> Iterator[tuple[str, Dose, str, int, float, float | None]]:
     """Sweeps of the learning rate at the three main doses, then all conditions, seed by seed.
 
-    Architectures other than TopK are trained at the main doses alone.
+    Architectures other than TopK are trained at the main doses alone, standard ones with the
+    coefficients that bring L0 close to K on both sides.
     """
     if architecture != "topk":
         for seed in range(5):
-            for dose in MAIN:
+            for dose in MAIN[::-1]:
                 for condition in conditions:
-                    yield "main", dose, condition, seed, best_lr(done, dose, condition)
+                    if architecture == "batchtopk":
+                        lr = best_lr(done, dose, condition)
+                        yield "main", dose, condition, seed, lr, None
+                        continue
+                    while (lacking := next_coefficient(done, dose, condition, seed)) is not None:
+                        yield "main", dose, condition, seed, STANDARD_RATE, lacking
         return
     for dose in MAIN:
         for condition in conditions:
             for lr in LEARNING_RATES:
-                yield "sweep", dose, condition, 0, lr
+                yield "sweep", dose, condition, 0, lr, None
     rounds = [
         (MAIN, 0), (FURTHER, 0), (MAIN, 1), (MAIN, 2), (FURTHER, 1), (MAIN, 3), (MAIN, 4),
     ]  # fmt: skip
     for doses, seed in rounds:
         for dose in doses:
             for condition in conditions:
-                yield "main", dose, condition, seed, best_lr(done, dose, condition)
+                yield "main", dose, condition, seed, best_lr(done, dose, condition), None
+
+
+def next_coefficient(done: dict[str, Any], dose: Dose, condition: str, seed: int) -> float | None:
+    """The next coefficient of a sweep of standard SAEs; None if its L0 encloses K."""
+    l0_of = {
+        r["coefficient"]: r["l0"] for r in standard_sweep(done.values(), dose.name, condition, seed)
+    }
+    if not l0_of:
+        return FIRST_COEFFICIENT
+    return lacking_coefficient(list(l0_of), [[l0] for l0 in l0_of.values()], K)
+
+
+def standard_sweep(
+    records: Iterable[dict[str, Any]], dose: str, condition: str, seed: int
+) -> list[dict[str, Any]]:
+    """The records of standard SAEs of one dose, condition and seed."""
+    wanted = (dose, condition, seed)
+    return [
+        r
+        for r in records
+        if r.get("coefficient") is not None and (r["dose"], r["condition"], r["seed"]) == wanted
+    ]
 
 
 def best_lr(done: dict[str, Any], dose: Dose, condition: str) -> float:
@@ -327,9 +368,15 @@ def best_lr(done: dict[str, Any], dose: Dose, condition: str) -> float:
 
 
 def train(
-    x: Tensor, condition: str, n_tokens: int, lr: float, seed: int, architecture: str = "topk"
+    x: Tensor,
+    condition: str,
+    n_tokens: int,
+    lr: float,
+    seed: int,
+    architecture: str = "topk",
+    coefficient: float | None = None,
 ) -> Any:
-    """An SAE of activations x, shape (n, d), folded."""
+    """An SAE of activations x, shape (n, d), folded. Standard SAEs need a coefficient."""
 
     def batches() -> Iterator[Tensor]:
         order = np.random.default_rng(seed).permutation(len(x))
@@ -337,16 +384,19 @@ def train(
             for start in range(0, len(order) - BATCH + 1, BATCH):
                 yield x[torch.from_numpy(order[start : start + BATCH])]
 
+    n_steps = n_tokens // BATCH
+    sparsity: dict[str, Any] = {"k": K}
+    if coefficient is not None:
+        sparsity = {"l1_coefficient": coefficient, "l1_warm_up_steps": n_steps // 20}
     sae = TrainingSAE.from_dict(
         {
             "architecture": architecture,
             "d_in": D_IN,
             "d_sae": D_SAE,
-            "k": K,
+            **sparsity,
             "normalize_activations": "covariance_whitening",
         }
     )
-    n_steps = n_tokens // BATCH
     cfg = SAETrainerConfig(
         total_training_samples=n_steps * BATCH,
         train_batch_size_samples=BATCH,
@@ -514,10 +564,35 @@ def report(out: Path, docs: Path) -> None:
     )
     sweep.columns = [f"{names[value]} at {lr:g}" for value, lr in sweep]
     write_table(docs / "sweep.md", sweep.reset_index())
+    write_standard(read(out / RESULTS["standard"]), docs / "standard.md")
     draw(frame, doses, docs / "curves.png")
     described = json.loads((out / "doses.json").read_text())
     (docs / "curve.json").write_text(json.dumps(curve(records, described), indent=1) + "\n")
     print((docs / "table.md").read_text())
+
+
+def write_standard(records: list[dict[str, Any]], path: Path) -> None:
+    """Standard SAEs at an L0 of K, interpolated in sweeps of the coefficient, mean over seeds."""
+    import pandas as pd
+
+    rows = []
+    for dose, condition in dict.fromkeys((r["dose"], r["condition"]) for r in records):
+        seeds = {r["seed"] for r in records if (r["dose"], r["condition"]) == (dose, condition)}
+        sweeps = [standard_sweep(records, dose, condition, seed) for seed in sorted(seeds)]
+        values = {
+            "EV": lambda r: r["explained_variance"],
+            "EV, map undone": lambda r: r["explained_variance_undone"],
+            f"dead of {D_SAE}": lambda r: r["dead_latents"],
+            "AUC": lambda r: aucs(r).mean(),
+        }
+        row: dict[str, Any] = {"dose": dose, "condition": condition, "seeds": len(seeds)}
+        row["SAEs"] = sum(map(len, sweeps))
+        for name, value in values.items():
+            at_k = [interpolate_at([r["l0"] for r in s], [*map(value, s)], K) for s in sweeps]
+            row[name] = float(np.mean(at_k))
+        rows.append(row)
+    if rows:
+        write_table(path, pd.DataFrame(rows))
 
 
 def curve(
