@@ -71,8 +71,8 @@ def read_weights(sae: SAE[Any], *biases: str) -> AffineWeights:
 
 def _charges_no_norms(cfg: SAEConfig) -> str:
     return (
-        f"{cfg.architecture()} does not charge latents by the norms of their decoder rows "
-        "(jumprelu does with jumprelu_sparsity_loss_mode='tanh')"
+        f"the sparsity of {cfg.architecture()} does not depend on decoder norms (that of jumprelu "
+        "does with jumprelu_sparsity_loss_mode='tanh')"
     )
 
 

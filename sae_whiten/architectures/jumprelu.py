@@ -50,7 +50,7 @@ def _why_not_original_norms(cfg: Any) -> str | None:
     if cfg.jumprelu_sparsity_loss_mode == "tanh":
         return None
     return (
-        "jumprelu does not charge latents by the norms of their decoder rows unless "
+        "the sparsity of jumprelu does not depend on decoder norms unless "
         "jumprelu_sparsity_loss_mode='tanh'"
     )
 

@@ -213,7 +213,7 @@ def test_copies_are_folded_with_the_norms_of_the_sae():
 @pytest.mark.parametrize(
     ("architecture", "options", "match"),
     [
-        ("jumprelu", {}, "jumprelu does not charge latents by the norms"),
+        ("jumprelu", {}, "the sparsity of jumprelu does not depend on decoder norms"),
         ("topk", {"rescale_acts_by_decoder_norm": False}, "rescale_acts_by_decoder_norm=False"),
     ],
 )
