@@ -1,6 +1,7 @@
 """Evaluation of SAEs on a model: every figure against a plain computation or SAELens' own."""
 
 import copy
+import dataclasses
 import json
 import random
 from functools import partial
@@ -307,6 +308,13 @@ def test_what_is_spliced_in_is_the_reconstruction_where_it_counts_and_nowhere_el
             assert torch.equal(gone[:, :, others], acts[:, :, others])
 
 
+def test_context_and_bos_are_those_that_the_saes_were_trained_with(model, text):
+    saes = {"long": sae_of(), "short": sae_of(context_size=32)}
+    assert [r["context_size"] for r in evaluate_saes(saes, model, text, n_tokens=64)] == [32, 32]
+    (record,) = evaluate_saes({"unknown": sae_of(prepend_bos=None)}, model, text, n_tokens=64)
+    assert record["prepend_bos"] is True
+
+
 def test_a_dataset_that_ends_early_is_used_to_its_end(model, text, caplog):
     few = Dataset.from_dict({"input_ids": text["input_ids"][:5]})
     (result,) = evaluate_saes({"sae": sae_of()}, model, few, n_tokens=10_000, batch_size_prompts=4)
@@ -540,6 +548,17 @@ def test_numbers_that_leave_nothing_to_evaluate_are_refused(model, text, options
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}: must be"):
         evaluate_saes({"sae": sae_of()}, model, text, **options)
+
+
+def test_what_the_model_cannot_read_is_refused(model, text):
+    with pytest.raises(ValueError, match="context_size=99999: the model reads at most"):
+        evaluate_saes({"sae": sae_of()}, model, text, context_size=99999)
+    texts = labelled()
+    empty = dataclasses.replace(texts.train, texts=("", *texts.train.texts[1:]))
+    with pytest.raises(ValueError, match="only special tokens"):
+        sae = sae_of(prepend_bos=True)
+        texts = dataclasses.replace(texts, train=empty)
+        evaluate_saes({"sae": sae}, model, text, texts, n_tokens=64)
 
 
 # --- the command

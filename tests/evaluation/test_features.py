@@ -199,6 +199,7 @@ def test_latents_by_number_and_a_dead_one(dataset):
     ("options", "field"),
     [
         ({"n_latents": 0}, "n_latents"),
+        ({"batch_size_prompts": 0}, "batch_size_prompts"),
         ({"n_random_texts": -1}, "n_random_texts"),
         ({"window": 2.5}, "window"),
         ({"match_cosine": 1.5}, "match_cosine"),
@@ -222,6 +223,10 @@ def test_what_cannot_be_measured_is_refused(dataset):
     with pytest.raises(ValueError, match="statistics of blocks.1.hook_resid_pre are of width 8"):
         wrong = {HOOK: ActivationStatistics(8)}
         measure_features({"a": tiny_sae()}, tiny_model(), dataset, statistics=wrong)
+    with pytest.raises(FieldError, match="context_size=99999: the model reads at most"):
+        measure_features(
+            {"a": tiny_sae()}, tiny_model(), dataset, FeatureOptions(context_size=99999)
+        )
     broken = tiny_model()
     broken.W_E.data[5] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
