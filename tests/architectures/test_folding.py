@@ -326,6 +326,32 @@ def test_a_failed_fold_leaves_the_sae_as_it_was(broken, monkeypatch):
         assert torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("data", [friendly, nasty])
+def test_the_proof_sees_the_decoder_rows_of_latents_that_fire_nowhere(
+    architecture, data, monkeypatch
+):
+    from sae_whiten.architectures import folding as adapter
+
+    x = data(N, D)
+    sae = training_sae(architecture, D, 64)
+    sae.W_enc.data[:, 5] = 0  # biases are 0 too
+    right = copy.deepcopy(sae)
+    check = fold_whitening_into_weights(right, whitening_of(x), activations=x).check
+    assert check is not None
+    assert check.wrong_decoder_rows == 0
+
+    def without_a_row(weights, *args, **options):
+        new = fold(weights, *args, **options)
+        new.W_dec[5] = 0
+        return new
+
+    fold = adapter.fold
+    monkeypatch.setattr(adapter, "fold", without_a_row)
+    with pytest.raises(FoldError, match="decoder rows that differ 1"):
+        fold_whitening_into_weights(sae, whitening_of(x), activations=x)
+
+
 def test_a_clear_proof_ends_early_and_no_fold_is_refused_without_all_activations(monkeypatch):
     from sae_whiten.architectures import folding as adapter
 
