@@ -481,10 +481,10 @@ def _compare(
             sums["changed"] += int((active ^ new_active).sum())
             sums["active"] += int((active | new_active).sum())
             sums["rows"] += len(rows)
-            check = _check_of(sums, source, tolerance, wrong_rows)
-            if sums["active"] >= _ENOUGH_ACTIVE and _is_clear(check):
+            so_far = _check_of(sums, source, tolerance, wrong_rows)
+            if sums["active"] >= _ENOUGH_ACTIVE and _is_clear(so_far):
                 break
-    return check
+    return _check_of(sums, source, tolerance, wrong_rows)
 
 
 def _wrong_decoder_rows(weights: AffineWeights, folded: AffineWeights, out: Whitening) -> int:
@@ -492,8 +492,8 @@ def _wrong_decoder_rows(weights: AffineWeights, folded: AffineWeights, out: Whit
 
     Both sides are multiplied by one random vector, which shows any row that differs.
     """
-    home, dtype, d = folded.W_dec.device, folded.W_dec.dtype, out.d_in
-    v = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    home, dtype = folded.W_dec.device, folded.W_dec.dtype
+    v = torch.randn(out.d_in, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     moved = out.W_inv.cpu() @ v
     v, moved = v.to(dtype).to(home), moved.to(dtype).to(home)
     old = weights.W_dec.to(dtype)
@@ -502,8 +502,8 @@ def _wrong_decoder_rows(weights: AffineWeights, folded: AffineWeights, out: Whit
         norms = weights.decoder_norms.to(dtype).to(home)
         expected, size = expected / norms, size / norms
     size += torch.linalg.vector_norm(folded.W_dec, dim=1) * v.norm()
-    # rounding errors of the d terms of a product add up like a random walk
-    tolerance = 8 * torch.finfo(dtype).eps * d**0.5 * size
+    # the terms of a product have random signs, so their errors add up to about eps |row| |v|
+    tolerance = 8 * torch.finfo(dtype).eps * size
     # not "error > tolerance", which a NaN passes
     return int((~((folded.W_dec @ v - expected).abs() <= tolerance)).sum())
 
