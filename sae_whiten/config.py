@@ -16,13 +16,13 @@ class WhiteningConfig:
     sae-lens >= 6.52 does under the name `covariance_whitening`.
 
     No setting was best in every comparison (docs/compromise.md, docs/comparisons.md). On a small
-    causal transformer, with each setting at its best learning rate, the default explained the most
-    variance and preserved cross-entropy best. `strength=0.5, loss_space="whitened"` comes nearest
-    to the best of both: on synthetic activations of condition number 1e2, 1e4 and 1e6 its F1 of
-    known features was .73, .71 and .55 (default: .69, .25 and .09), and it explained at least as
-    much variance as the default. ZCA found fewer features than PCA. eps up to 1e-2 and shrinkage up
-    to 0.01 changed little; larger values did harm. Whether eps below 1e-3 is better is open (one
-    seed).
+    causal transformer, with each setting at its best learning rate, the default explained more
+    variance and preserved cross-entropy better than no whitening. `strength=0.5,
+    loss_space="whitened"` comes nearest to the best of both: on synthetic activations of condition
+    number 1e2, 1e4 and 1e6 its F1 of known features was .73, .71 and .55 (default: .69, .25 and
+    .09), and it explained as much variance as the default or more. ZCA found fewer features than
+    PCA. eps up to 1e-2 and shrinkage up to 0.01 changed little; larger values did harm. Whether eps
+    below 1e-3 is better is open (one seed).
 
     Examples:
         >>> config = WhiteningConfig(kind="zca", loss_space="whitened")

@@ -161,6 +161,13 @@ class Whitening:
         shrinkage = _shrinkage(config, raw, n, d)
         eigenvalues = (1 - shrinkage) * raw + shrinkage * average
         if config.eps_mode == "absolute":
+            # not "<= 0": the sign of an eigenvalue that should be 0 is one of rounding
+            n_null = int((raw <= _eigenvalue_rounding(raw)).sum())
+            if config.strength > 0 and config.eps == 0 and shrinkage == 0 and n_null:
+                raise ValueError(
+                    f"{n_null} directions have no variance and eps=0: whitening would divide by "
+                    "zero. Use eps > 0."
+                )
             eigenvalues = eigenvalues + config.eps
         else:
             null = _without_information(stats, raw, basis)
@@ -170,11 +177,6 @@ class Whitening:
             # eigenvectors are defined up to sign: fix the sign, so that two estimates agree
             largest = basis.abs().argmax(dim=0, keepdim=True)
             basis = basis * basis.gather(0, largest).sign()
-        if config.strength > 0 and not eigenvalues.min() > 0:
-            raise ValueError(
-                f"{int((eigenvalues <= 0).sum())} directions have no variance and eps=0: "
-                "whitening would divide by zero. Use eps > 0."
-            )
         scale = eigenvalues ** (config.strength / 2)
         W, W_inv = basis / scale, scale[:, None] * basis.T
         if config.kind == "zca":
@@ -380,8 +382,12 @@ def _without_information(
     """
     mean_square = stats.covariance.diagonal() + stats.mean.square()
     of_activations = stats.resolution**2 * (mean_square @ basis.square())
-    of_eigenvalues = stats.d_in * torch.finfo(torch.float64).eps * eigenvalues[-1]
-    return eigenvalues <= of_activations + of_eigenvalues
+    return eigenvalues <= of_activations + _eigenvalue_rounding(eigenvalues)
+
+
+def _eigenvalue_rounding(eigenvalues: Float64[Tensor, "d"]) -> Float64[Tensor, ""]:
+    """Rounding error of eigenvalues in ascending order, as in the definition of numerical rank."""
+    return len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues[-1]
 
 
 def _shrinkage(config: WhiteningConfig, eigenvalues: Tensor, n: int, d: int) -> float:

@@ -18,6 +18,7 @@ __all__ = [
     "add_saes_arguments",
     "load_saes",
     "model_and_dataset",
+    "require_source",
 ]
 
 logger = logging.getLogger("sae_whiten")
@@ -94,6 +95,16 @@ def _load_sae(path: str, device: str) -> "SAE[Any]":
             f"{path} is neither a folder with an SAE (there is no cfg.json) nor release/sae_id"
         )
     return SAE.from_pretrained(release, sae_id, device=device)
+
+
+def require_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> None:
+    """Refuse, before anything is loaded, SAEs and flags that do not name model and dataset.
+
+    Raises:
+        ValueError: The metadata of the SAEs differ, or lack an entry.
+    """
+    _model_source(args, saes)
+    _dataset_path(args, saes)
 
 
 def model_and_dataset(

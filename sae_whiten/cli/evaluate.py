@@ -19,6 +19,7 @@ from sae_whiten.cli._saes import (
     add_saes_arguments,
     load_saes,
     model_and_dataset,
+    require_source,
 )
 from sae_whiten.evaluation.options import EvaluationOptions
 
@@ -59,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     options = options_from(args, EvaluationOptions)
     check_writable(args.out)
     saes = load_saes(args.saes, args.device)
+    require_source(args, saes)
     labels = probed_texts(args, args.seed)
     model, dataset, source = model_and_dataset(args, saes, args.context_size)
     names = {name: source[name] for name in ("model_name", "dataset_path", "dataset_split")}

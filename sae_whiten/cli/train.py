@@ -175,6 +175,7 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
     runner_fields = dataclasses.fields(sae_lens.LanguageModelSAERunnerConfig)
     runner_flags = {field.name for field in runner_fields}
     arguments = [_as_saelens_spells(argument, runner_flags) for argument in arguments]
+    _refuse_abbreviations(arguments)
     _require_positive(arguments)
     given, saved = arguments, _settings_of_checkpoint(arguments)
     if saved is not None:
@@ -209,6 +210,21 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
             "which trains under covariance_whitening. Leave the flag out, or train with SAELens."
         )
     return cfg
+
+
+def _refuse_abbreviations(arguments: Sequence[str]) -> None:
+    """Refuse abbreviations of the flags that are read before SAELens parses them.
+
+    SAELens' parser takes an abbreviated `--architecture` and then trains its default architecture.
+
+    Raises:
+        ValueError: A flag is abbreviated.
+    """
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        for name in ("--architecture", "--normalize_activations", "--resume_from_checkpoint"):
+            if len(flag) > 2 and name.startswith(flag) and flag != name:
+                raise ValueError(f"{flag}: unknown flag. If {name} is meant, write it in full.")
 
 
 def _settings_of_checkpoint(arguments: Sequence[str]) -> dict[str, Any] | None:

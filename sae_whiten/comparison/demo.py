@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae_whiten._checks import require_number
+from sae_whiten._checks import FieldError, require_number
 from sae_whiten._contexts import environment, without_messages
 from sae_whiten.comparison.demo_text import DemoError, find_model, read_text
 
@@ -67,9 +67,14 @@ class DemoOptions:
     how much of the results is chance."""
 
     def __post_init__(self) -> None:
-        require_number("tokens", self.tokens, _BATCH_SIZE)
+        require_number("tokens", self.tokens)
         require_number("d_sae", self.d_sae)
-        require_number("k", self.k, below=self.d_sae + 1)
+        require_number("k", self.k)
+        if self.tokens < _BATCH_SIZE:
+            raise FieldError("tokens", self.tokens, f"must be at least one batch, {_BATCH_SIZE}")
+        if self.k > self.d_sae:
+            problem = f"not more latents can be active than there are (d_sae={self.d_sae})"
+            raise FieldError("k", self.k, problem)
 
 
 @dataclass(frozen=True)

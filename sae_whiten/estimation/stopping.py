@@ -246,10 +246,10 @@ class _Hook:
                 adaptive = samples_for_inflation(inflation, n, required.tolerance)
             about = max(about, adaptive)
         needs = f"about {about}" if required.tolerance is not None else str(about)
+        fewer = f", or set WhiteningConfig(n_samples=...) to at most {n}" if n > 1 else ""
         raise ValueError(
             f"{self._prefix}the data provider ended after {n} activations in {self._n_batches} "
-            f"batches; estimating the whitening needs {needs}. Provide more data, or set "
-            f"WhiteningConfig(n_samples=...) to at most {n}."
+            f"batches; estimating the whitening needs {needs}. Provide more data{fewer}."
         )
 
     def warn_if_too_few(self) -> None:

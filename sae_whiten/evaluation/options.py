@@ -7,12 +7,12 @@ from sae_whiten._checks import require_number
 __all__ = ["EvaluationOptions", "SequenceOptions"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SequenceOptions:
     """How the dataset is cut into sequences and batches for the model.
 
     Raises:
-        FieldError: A size is below 1.
+        FieldError: A size is out of range.
     """
 
     context_size: int | None = None
@@ -26,11 +26,12 @@ class SequenceOptions:
 
     def __post_init__(self) -> None:
         if self.context_size is not None:
-            require_number("context_size", self.context_size)
+            # the loss of a model is that of predicting a token from another
+            require_number("context_size", self.context_size, 2)
         require_number("batch_size_prompts", self.batch_size_prompts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationOptions(SequenceOptions):
     """What SAEs are evaluated on, and how they are probed.
 
@@ -53,8 +54,5 @@ class EvaluationOptions(SequenceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.context_size is not None:
-            # a token is predicted from another
-            require_number("context_size", self.context_size, 2)
         require_number("n_tokens", self.n_tokens)
         require_number("probe_seeds", self.probe_seeds)

@@ -131,7 +131,10 @@ def _pooled(
             for view in dict.fromkeys(views.values()):
                 x, kept = view.seen(activations[view.hook_name]), view.kept(ids)
                 if not bool(kept.any(1).all()):
-                    raise ValueError("a text has only special tokens: leave such texts out")
+                    raise ValueError(
+                        "a text has only special tokens, or none at positions that the SAE reads: "
+                        "leave such texts out"
+                    )
                 if view not in residuals:
                     residuals[view] = np.empty((len(tokens), x.shape[-1]), np.float32)
                 residuals[view][indices] = mean_over_tokens(x, kept)

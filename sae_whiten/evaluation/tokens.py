@@ -39,8 +39,8 @@ class Reading:
 
     @classmethod
     def of(cls, saes: Mapping[str, SAE[Any]], model: Model, options: SequenceOptions) -> "Reading":
-        """The options. Where they are None: the smallest context_size in the SAEs' metadata, and
-        the prepend_bos of all.
+        """The options. Where they are None: the smallest context_size in the SAEs' metadata
+        (128 if none has it), and the prepend_bos of all.
 
         Raises:
             ValueError: An SAE cannot be evaluated on the model, or they were trained with different

@@ -409,7 +409,10 @@ def test_values_of_another_type(
         (["--whitening.epsilon=1"], "unknown flag --whitening.epsilon=1; there are"),
         (["--normalize_activations", "none"], "--normalize_activations none contradicts"),
         (["--sae.normalize_activations=layer_norm"], "layer_norm contradicts"),
-        (["--normalize_act", "none"], "none contradicts"),
+        (["--normalize_act", "none"], "If --normalize_activations is meant, write it in full"),
+        # SAELens would take it, and train its default architecture
+        (["--arch", "gated"], "--arch: unknown flag. If --architecture is meant"),
+        (["--resume=checkpoint"], "--resume: unknown flag"),
         (["--no_such_flag", "3"], "unrecognized arguments: --no_such_flag 3"),
         (["--trainig-tokens", "3"], "did you mean --training_tokens?"),
         (["--lr", "fast"], "invalid float value: 'fast'"),

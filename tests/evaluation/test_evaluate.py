@@ -421,15 +421,21 @@ def test_an_auc_is_the_mean_over_tasks_of_the_mean_over_seeds():
 
 def test_texts_begin_with_bos_if_the_sae_was_trained_so_and_it_does_not_count(model, text):
     texts = labelled()
-    saes = sae_of(), sae_of(prepend_bos=True), sae_of(prepend_bos=True, seqpos_slice=[1, None])
-    a, b, c = (evaluate_saes({"": sae}, model, text, texts, n_tokens=64)[0] for sae in saes)
+    saes = [
+        sae_of(),
+        sae_of(prepend_bos=True),
+        sae_of(prepend_bos=True, seqpos_slice=[1, None]),
+        sae_of(prepend_bos=True, exclude_special_tokens=False),
+    ]
     probing = [
         {key: value for key, value in record["metrics"].items() if "prob" in key}
-        for record in (a, b, c)
+        for sae in saes
+        for record in evaluate_saes({"": sae}, model, text, texts, n_tokens=64)
     ]
     assert len(probing[0]) > 20
     assert probing[1] != probing[0]
     assert probing[2] == probing[1]
+    assert probing[3] != probing[1]  # here BOS counts
 
 
 def test_units_of_the_latents_do_not_matter(model, text):
@@ -562,6 +568,13 @@ def test_what_the_model_cannot_read_is_refused(model, text):
 
 
 # --- the command
+
+
+def test_the_command_asks_for_the_model_before_it_reads_texts(tmp_path, capsys):
+    sae_of(model_name=None).save_model(tmp_path / "sae")
+    arguments = ["evaluate", str(tmp_path / "sae"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--labels-dataset", "/nowhere"]) == 2
+    assert "give --model-name" in capsys.readouterr().err
 
 
 def test_the_command_writes_results_and_table(tmp_path, text, capsys):

@@ -9,7 +9,7 @@ from sae_whiten.evaluation.options import SequenceOptions
 __all__ = ["FeatureOptions"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FeatureOptions(SequenceOptions):
     """Which latents a page shows, and how many tokens are read.
 
