@@ -690,7 +690,7 @@ def draw(frame: Any, doses: list[str], path: Path) -> None:
             own = frame[frame["condition"] == condition].groupby("dose")[name]
             at = [k for k, dose in enumerate(shown) if dose.name in own.groups]
             names = [shown[k].name for k in at]
-            x = [k + 0.15 * (i - (len(present) - 1) / 2) for k in at]
+            x = [k + 0.1 * (i - (len(present) - 1) / 2) for k in at]
             low, high = own.min()[names], own.max()[names]
             axis.vlines(x, low, high, color=colours[condition], alpha=0.6)
             axis.plot(
@@ -708,8 +708,7 @@ def label(dose: Dose) -> str:
     """What a dose is called in a figure."""
     if dose.gamma is None:
         return "natural"
-    parts = [f"{dose.decades:g} decades"] * (dose.decades > 0)
-    return "\n".join([*parts, *[f"mean {dose.gamma:g} sd"] * (dose.gamma > 0)])
+    return f"{dose.decades:g} dec.\n{dose.gamma:g} sd"
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{time.monotonic() - started:.0f} seconds. Files are in {args.out}{os.sep}")
     for path, content in (
         ("demo.png", "the figure: spectra, dead latents, probing"),
-        ("tame, anisotropic", "the SAEs, by condition; each has its whitening in sae_whiten/"),
+        ("tame, anisotropic", "the SAEs, by condition; a whitening is in its SAE's sae_whiten/"),
         ("evaluate_saes.py", "the evaluation above, with sae_lens alone"),
     ):
         print(f"  {path:17}  {content}")

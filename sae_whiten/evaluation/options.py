@@ -56,3 +56,4 @@ class EvaluationOptions(SequenceOptions):
         super().__post_init__()
         require_number("n_tokens", self.n_tokens)
         require_number("probe_seeds", self.probe_seeds)
+        require_number("seed", self.seed, 0)

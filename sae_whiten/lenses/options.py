@@ -58,6 +58,7 @@ class LatentOptions(SequenceOptions):
         require_number("n_tokens", self.n_tokens)
         require_number("max_latents", self.max_latents)
         require_number("perplexity", self.perplexity, whole=False)
+        require_number("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,4 @@ class LandscapeConfig:
             raise FieldError("activity", self.activity, "a probability above 0")
         if not 0 < self.ratio < math.inf:
             raise FieldError("ratio", self.ratio, "a positive number")
+        require_number("seed", self.seed, 0)

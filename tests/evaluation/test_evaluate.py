@@ -548,7 +548,7 @@ def test_saes_that_were_trained_on_different_tokens_are_not_compared(model, text
 
 
 @pytest.mark.parametrize(
-    "options", [{"n_tokens": 0}, {"batch_size_prompts": 0}, {"context_size": 1}]
+    "options", [{"n_tokens": 0}, {"batch_size_prompts": 0}, {"context_size": 1}, {"seed": -1}]
 )
 def test_numbers_that_leave_nothing_to_evaluate_are_refused(model, text, options):
     ((name, value),) = options.items()

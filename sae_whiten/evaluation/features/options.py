@@ -56,7 +56,8 @@ class FeatureOptions(SequenceOptions):
         super().__post_init__()
         for name in ("n_latents", "n_tokens", "n_texts", "window"):
             require_number(name, getattr(self, name))
-        require_number("n_random_texts", self.n_random_texts, 0)
+        for name in ("n_random_texts", "seed"):
+            require_number(name, getattr(self, name), 0)
         for name in ("match_cosine", "match_overlap"):
             value = getattr(self, name)
             require_number(name, value, 0, whole=False)
