@@ -39,9 +39,9 @@ SETTINGS = {
 
 LIMITS = (
     "(TopK SAEs of one hook of all-MiniLM-L6-v2, made more and more anisotropic, after 2 million\n"
-    "tokens. On a causal transformer of bytes the forecast was wrong about dead latents, and after\n"
-    "fewer tokens about explained variance: docs/dose-response.md. sae-whiten compare measures it\n"
-    "on your hook.)"
+    "tokens. On a causal transformer of bytes the forecast was wrong about dead latents, and\n"
+    "after fewer tokens about explained variance: docs/dose-response.md. sae-whiten compare\n"
+    "measures it on your hook.)"
 )
 """Where the forecast comes from, and that it has failed."""
 
