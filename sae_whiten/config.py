@@ -15,14 +15,14 @@ class WhiteningConfig:
     space of the original activations. `loss_space="whitened", eps_mode="absolute"` is what
     sae-lens >= 6.52 does under the name `covariance_whitening`.
 
-    No setting was best in every comparison (docs/compromise.md, docs/comparisons.md). On a small
-    causal transformer, with each setting at its best learning rate, the default explained more
-    variance and preserved cross-entropy better than no whitening. `strength=0.5,
-    loss_space="whitened"` comes nearest to the best of both: on synthetic activations of condition
-    number 1e2, 1e4 and 1e6 its F1 of known features was .73, .71 and .55 (default: .69, .25 and
-    .09), and it explained as much variance as the default or more. ZCA found fewer features than
-    PCA. eps up to 1e-2 and shrinkage up to 0.01 changed little; larger values did harm. Whether eps
-    below 1e-3 is better is open (one seed).
+    No setting was best in every comparison (docs/compromise.md, docs/comparisons.md). Nearest to it
+    comes `strength=0.5, loss_space="whitened"`: on synthetic activations of condition number 1e2,
+    1e4 and 1e6 its F1 of known features was .73, .71 and .55 (default: .69, .25 and .09), and it
+    explained as much variance as the default or more. In two of three hooks of a small causal
+    transformer it was as good as the default too; in its last layer it kept cross-entropy less
+    well, and so did the default against no whitening. ZCA found fewer features than PCA. eps up to
+    1e-2 and shrinkage up to 0.01 changed little; larger values did harm. Whether eps below 1e-3 is
+    better is open (one seed).
 
     Examples:
         >>> config = WhiteningConfig(kind="zca", loss_space="whitened")
