@@ -176,8 +176,8 @@ def compare(
                 lr = rates.get((arm.architecture, arm.condition), comparison.lr)
                 records.append({**measured, **dataclasses.asdict(arm), "seed": seed, "lr": lr})
             write_json_lines(out / _RESULTS, records)
-    add_stability(records, out, comparison, model, held_out)
-    write_json_lines(out / _RESULTS, records)
+    for _ in add_stability(records, out, comparison, model, held_out):
+        write_json_lines(out / _RESULTS, records)
     records = _of_seeds(records, comparison)
     _warn_of_unmatched_l0(comparison, records)
     return records

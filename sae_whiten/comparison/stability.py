@@ -1,6 +1,6 @@
 """Agreement of the SAEs of a comparison over its seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,13 @@ def add_stability(
     comparison: Comparison,
     model: HookedRootModule,
     held_out: HfDataset,
-) -> None:
+) -> Iterator[None]:
     """Write `across_seeds` into the records of SAEs that were trained with several seeds.
 
     Existing results are kept. SAEs that are no longer on disk for all seeds are skipped.
+
+    Yields:
+        After the SAEs of one name, so that the records can be saved: wide ones take minutes.
 
     Args:
         records: Records of all seeds of a comparison.
@@ -98,3 +101,4 @@ def add_stability(
                 FIRING_AGREEMENT.key: on_tokens.value,
                 FIRING_AGREEMENT_NULL.key: on_tokens.null,
             }
+        yield

@@ -113,10 +113,18 @@ def _matched(a: Firing, b: Firing) -> float:
 
 
 def _correlations(a: Firing, b: Firing) -> Float[ndarray, "d_sae d_sae"]:
-    """Correlation over tokens of each latent of a with each of b; 0 if one of them never varies."""
+    """Correlation over tokens of each latent of a with each of b; 0 if one of them never varies.
+
+    In float32, as matrices of wide SAEs fill the memory; computed in float64, some rows at a time.
+    """
     n = a.shape[0]
     rates = [matrix.sum(0) / n for matrix in (a, b)]
-    together = a.T.astype(np.int32) @ b.astype(np.int32)
-    covariance = together.toarray() / n - np.outer(*rates)
-    deviations = np.outer(*(np.sqrt(rate * (1 - rate)) for rate in rates))
-    return np.divide(covariance, deviations, out=np.zeros_like(covariance), where=deviations > 0)
+    deviations = [np.sqrt(rate * (1 - rate)) for rate in rates]
+    factors = [np.divide(1, sd, out=np.zeros_like(sd), where=sd > 0) for sd in deviations]
+    # numbers of tokens at which both fire
+    found = (a.T.astype(np.float32) @ b.astype(np.float32)).toarray()
+    for start in range(0, len(found), 1024):
+        rows = slice(start, start + 1024)
+        covariance = found[rows] / n - np.outer(rates[0][rows], rates[1])
+        found[rows] = covariance * np.outer(factors[0][rows], factors[1])
+    return found

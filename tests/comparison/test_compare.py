@@ -231,7 +231,7 @@ def test_a_sweep_is_trained_on_until_the_wanted_l0_lies_between_neighbours(tmp_p
     for name, stand_in in (
         ("train_arms", train),
         ("evaluate_saes", evaluate),
-        ("add_stability", lambda *_: None),
+        ("add_stability", lambda *_: ()),
         ("_estimate_statistics", lambda *_: None),
         ("SAE.load_from_disk", lambda *_, **__: None),
     ):

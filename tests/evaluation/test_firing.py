@@ -23,7 +23,7 @@ def test_latents_that_fire_together_in_another_order_agree_wholly():
     second = first[:, np.random.default_rng(1).permutation(40)]
     a, b = firing_agreement([first, second])
     assert a == b
-    assert a.value == pytest.approx(1, abs=1e-12)
+    assert a.value == pytest.approx(1, abs=1e-6)
     assert a.null < 0.1
 
 
@@ -45,15 +45,15 @@ def test_agreement_is_the_best_matching_of_correlations_over_the_other_seeds():
             for order in itertools.permutations(range(5))
         )
 
-    assert found[0].value == pytest.approx((best(0, 1) + best(0, 2)) / 2, abs=1e-12)
-    assert found[1].value == pytest.approx((best(0, 1) + best(1, 2)) / 2, abs=1e-12)
+    assert found[0].value == pytest.approx((best(0, 1) + best(0, 2)) / 2, abs=1e-6)
+    assert found[1].value == pytest.approx((best(0, 1) + best(1, 2)) / 2, abs=1e-6)
 
 
 def test_latents_that_never_or_always_fire_count_as_zero():
     first = random_firing(0, d_sae=4).toarray()
     first[:, 0], first[:, 1] = False, True
     (a, _) = firing_agreement([csr_array(first), csr_array(first)])
-    assert a.value == pytest.approx(0.5, abs=1e-12)
+    assert a.value == pytest.approx(0.5, abs=1e-6)
 
 
 def test_what_has_nothing_to_agree_with_is_refused():
