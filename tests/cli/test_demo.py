@@ -13,6 +13,7 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 
 from sae_whiten import ActivationStatistics, Whitening
+from sae_whiten._checks import FieldError
 from sae_whiten.cli import main
 from sae_whiten.comparison import demo as job
 from sae_whiten.comparison import demo_text
@@ -117,3 +118,10 @@ def test_on_a_real_singular_covariance_the_fold_is_exact_and_nothing_is_blown_up
     whitened = torch.linalg.eigvalsh(statistics.covariance)
     assert whitened[-1] < 10
     assert (whitened[1:] > 0.1).all()
+
+
+def test_options_that_cannot_work_are_refused_with_the_reason() -> None:
+    with pytest.raises(FieldError, match=r"not more latents can be active than .* \(d_sae=16\)"):
+        job.DemoOptions(d_sae=16)
+    with pytest.raises(FieldError, match="tokens=100: must be at least one batch, 512"):
+        job.DemoOptions(tokens=100)

@@ -209,6 +209,8 @@ def test_latents_by_number_and_a_dead_one(dataset):
     ],
 )
 def test_options_that_cannot_work_are_refused(options, field):
+    with pytest.raises(TypeError):
+        FeatureOptions(30)  # pyright: ignore[reportCallIssue]
     with pytest.raises(FieldError) as raised:
         FeatureOptions(**options)
     assert raised.value.field == field
