@@ -244,6 +244,10 @@ def test_a_source_that_ends_too_early_is_told_how_much_was_needed() -> None:
     needed = re.search(r"needs about (\d+)", str(caught.value))
     assert needed is not None
     assert 192 < int(needed.group(1)) < 4000
+    assert "n_samples=...) to at most 192" in str(caught.value)
+    # no number of samples would do
+    with pytest.raises(ValueError, match=r"0 activations .* Provide more data\.$"):
+        WhiteningTrainer(trainer_config(), topk_sae(), iter(())).fit()
 
 
 def test_a_source_that_ends_in_training_is_told_how_much_was_needed() -> None:
