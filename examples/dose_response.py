@@ -302,8 +302,8 @@ def plan(
 ) -> Iterator[tuple[str, Dose, str, int, float, float | None]]:
     """Sweeps of the learning rate at the three main doses, then all conditions, seed by seed.
 
-    Architectures other than TopK are trained at the main doses alone, standard ones with the
-    coefficients that bring L0 close to K on both sides.
+    Architectures other than TopK are trained at the main doses alone, the strongest first: standard
+    ones at one learning rate, with coefficients that bring L0 close to K on both sides.
     """
     if architecture != "topk":
         for seed in range(5):
@@ -530,8 +530,9 @@ def report(out: Path, docs: Path) -> None:
     frame: Any = pd.DataFrame(runs).rename(columns=names)
     for name in aucs:
         frame[name] = frame[name].map(np.mean)
+    frame["AUC"] = frame[aucs].mean(axis=1)
     groups = frame.groupby(["dose", "condition"], sort=False)
-    table = groups[[*names.values(), *aucs]].mean()
+    table = groups[[*names.values(), *aucs, "AUC"]].mean()
     table.insert(0, "lr", groups["lr"].first())
     table.insert(0, "seeds", groups["seed"].count())
     order = [(d, c) for d in doses for c in CONDITIONS if (d, c) in table.index]
@@ -575,16 +576,16 @@ def write_standard(records: list[dict[str, Any]], path: Path) -> None:
     """Standard SAEs at an L0 of K, interpolated in sweeps of the coefficient, mean over seeds."""
     import pandas as pd
 
+    values: dict[str, Callable[[dict[str, Any]], float]] = {
+        "EV": lambda r: r["explained_variance"],
+        "EV, map undone": lambda r: r["explained_variance_undone"],
+        f"dead of {D_SAE}": lambda r: r["dead_latents"],
+        "AUC": lambda r: aucs(r).mean(),
+    }
     rows = []
     for dose, condition in dict.fromkeys((r["dose"], r["condition"]) for r in records):
         seeds = {r["seed"] for r in records if (r["dose"], r["condition"]) == (dose, condition)}
         sweeps = [standard_sweep(records, dose, condition, seed) for seed in sorted(seeds)]
-        values = {
-            "EV": lambda r: r["explained_variance"],
-            "EV, map undone": lambda r: r["explained_variance_undone"],
-            f"dead of {D_SAE}": lambda r: r["dead_latents"],
-            "AUC": lambda r: aucs(r).mean(),
-        }
         row: dict[str, Any] = {"dose": dose, "condition": condition, "seeds": len(seeds)}
         row["SAEs"] = sum(map(len, sweeps))
         for name, value in values.items():

@@ -146,7 +146,8 @@ class Whitening:
 
         Raises:
             ValueError: There are fewer than two samples, all activations are the same, or a
-                direction has no variance and eps is 0 ("absolute"): this would divide by zero.
+                direction has no variance beyond rounding errors and eps is 0 ("absolute"): this
+                would divide by zero.
         """
         config = config or WhiteningConfig()
         n, d = stats.n_samples, stats.d_in
@@ -165,8 +166,8 @@ class Whitening:
             n_null = int((raw <= _eigenvalue_rounding(raw)).sum())
             if config.strength > 0 and config.eps == 0 and shrinkage == 0 and n_null:
                 raise ValueError(
-                    f"{n_null} directions have no variance and eps=0: whitening would divide by "
-                    "zero. Use eps > 0."
+                    f"{n_null} directions have no variance beyond rounding errors, and eps=0: "
+                    "whitening would divide by zero. Use eps > 0."
                 )
             eigenvalues = eigenvalues + config.eps
         else:

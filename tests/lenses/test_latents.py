@@ -495,6 +495,7 @@ def test_no_file_of_others_is_overwritten(tmp_path, capsys):
 
 
 def test_numbers_that_mean_nothing_are_refused_at_once(tmp_path, capsys):
-    for flag in ("--n-tokens", "--context-size", "--max-latents", "--batch-size-prompts"):
+    least = {"--n-tokens": 1, "--context-size": 2, "--max-latents": 1, "--batch-size-prompts": 1}
+    for flag, at_least in least.items():
         assert main(["latents", "sae", "--out", str(tmp_path / "a.png"), flag, "0"]) == 2
-        assert re.search(f"{flag}.* at least [12]", capsys.readouterr().err)
+        assert re.search(f"{flag}.* at least {at_least}", capsys.readouterr().err)

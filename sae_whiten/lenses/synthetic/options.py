@@ -61,8 +61,8 @@ class SyntheticDataConfig:
     """Variance of each dimension of noise, in units of the average direction's."""
 
     n_nuisance: int = 0
-    """Rank of dense Gaussian activity within the features' dimensions; it has half of the variance
-    there."""
+    """Rank of dense Gaussian activity within the features' dimensions. By default it has half of
+    the variance there."""
 
     nuisance_share: float = 0.5
     """Share of the variance in the features' dimensions that is dense activity."""
