@@ -18,9 +18,10 @@ def random_firing(seed: int, n: int = 3000, d_sae: int = 40, rate: float = 0.05)
     return csr_array(np.random.default_rng(seed).random((n, d_sae)) < rate)
 
 
-def test_latents_that_fire_together_in_another_order_agree_wholly():
-    first = random_firing(0)
-    second = first[:, np.random.default_rng(1).permutation(40)]
+@pytest.mark.parametrize("d_sae", [40, 1030])  # correlations of 1024 latents at a time
+def test_latents_that_fire_together_in_another_order_agree_wholly(d_sae):
+    first = random_firing(0, d_sae=d_sae)
+    second = first[:, np.random.default_rng(1).permutation(d_sae)]
     a, b = firing_agreement([first, second])
     assert a == b
     assert a.value == pytest.approx(1, abs=1e-6)

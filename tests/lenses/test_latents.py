@@ -495,7 +495,11 @@ def test_no_file_of_others_is_overwritten(tmp_path, capsys):
 
 
 def test_numbers_that_mean_nothing_are_refused_at_once(tmp_path, capsys):
-    least = {"--n-tokens": 1, "--context-size": 2, "--max-latents": 1, "--batch-size-prompts": 1}
+    least = {
+        "--n-tokens": 1, "--context-size": 2, "--max-latents": 1, "--batch-size-prompts": 1,
+        "--seed": 0,
+    }  # fmt: skip
     for flag, at_least in least.items():
-        assert main(["latents", "sae", "--out", str(tmp_path / "a.png"), flag, "0"]) == 2
+        command = ["latents", "sae", "--out", str(tmp_path / "a.png"), f"{flag}={at_least - 1}"]
+        assert main(command) == 2
         assert re.search(f"{flag}.* at least {at_least}", capsys.readouterr().err)
