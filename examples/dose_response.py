@@ -520,19 +520,19 @@ def report(out: Path, docs: Path) -> None:
         for k in PROBE_KS:
             # by task, the mean over the seeds of the probes
             record[f"AUC {k}"] = [float(np.mean(task[str(k)])) for task in record["auc"].values()]
+        record["AUC"] = aucs(record).tolist()
     docs.mkdir(parents=True, exist_ok=True)
     names = {
         "explained_variance": "EV",
         "explained_variance_undone": "EV, map undone",
         "dead_latents": f"dead of {D_SAE}",
     }
-    aucs = [f"AUC {k}" for k in PROBE_KS]
+    probed = [*(f"AUC {k}" for k in PROBE_KS), "AUC"]
     frame: Any = pd.DataFrame(runs).rename(columns=names)
-    for name in aucs:
+    for name in probed:
         frame[name] = frame[name].map(np.mean)
-    frame["AUC"] = frame[aucs].mean(axis=1)
     groups = frame.groupby(["dose", "condition"], sort=False)
-    table = groups[[*names.values(), *aucs, "AUC"]].mean()
+    table = groups[[*names.values(), *probed]].mean()
     table.insert(0, "lr", groups["lr"].first())
     table.insert(0, "seeds", groups["seed"].count())
     order = [(d, c) for d in doses for c in CONDITIONS if (d, c) in table.index]
@@ -548,7 +548,7 @@ def report(out: Path, docs: Path) -> None:
         if condition == BASELINE or not seeds:
             continue
         row: dict[str, Any] = {"dose": dose, "condition": condition, "seeds": len(seeds)}
-        for name in aucs:
+        for name in probed:
             a, b = (np.array([found[seed][name] for seed in seeds]) for found in (own, base))
             d = bootstrap_difference(a, b)
             row[name] = f"{d.mean:+.3f}"
@@ -621,6 +621,9 @@ def curve(
             outcome = Outcome(
                 seeds=len(own),
                 explained_variance=round(np.mean([r["explained_variance"] for r in of]), 5),
+                explained_variance_undone=round(
+                    np.mean([r["explained_variance_undone"] for r in of]), 5
+                ),
                 dead=round(np.mean([r["dead_latents"] for r in of]) / D_SAE, 5),
                 auc=round(np.mean([aucs(r) for r in of]), 5),
                 over={},

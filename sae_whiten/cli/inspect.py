@@ -15,12 +15,16 @@ unit variance after whitening; shrinkage: its intensity; oas: the intensity that
 activations, without null directions: mean, min and max of its eigenvalues (1 at best), and its
 distance |C - I|/sqrt(d) from the identity.
 
-The third table is a forecast: results of SAEs on the activations nearest to yours in |mean|/std and
-participation ratio, among those of one experiment (TopK, k=32, 2048 latents, 2 million tokens of
-MiniLM made more and more anisotropic). distance: to them, in powers of ten; above 0.5, nothing
-similar was measured. recommended: the simplest setting that no other improves on. a -> b: a without
-whitening (SAELens' expected_average_only_in), b with the recommended setting. To measure on your
-own model, use sae-whiten compare.
+The third table is a forecast: the activations nearest to yours in |mean|/std and participation
+ratio, among those of one experiment (TopK, k=32, 2048 latents, 2 million tokens of MiniLM made more
+and more anisotropic by an invertible map). distance: to them, in powers of ten; above 0.5, nothing
+similar was measured. recommended: the simplest setting that no other improves on, by AUC of probes
+or else by dead latents.
+
+The last table is what became of the SAEs there, under each setting. no whitening: SAELens'
+expected_average_only_in. map undone: explained variance of MiniLM's own activations, in which
+directions that the map made small count as before. The recommendation does not look at it: if
+features of small variance matter to you, do. To measure on your own model, use sae-whiten compare.
 """
 
 import argparse
@@ -167,23 +171,29 @@ def _print_whitening(rows: dict[str, dict[str, Any]], config: Any) -> None:
 
 
 def _print_forecast(rows: dict[str, dict[str, Any]]) -> None:
-    from sae_whiten.estimation.forecast import LIMITS
+    from sae_whiten.estimation.forecast import LIMITS, SETTINGS
 
     width = max(map(len, rows))
-    print("\nforecast: results of SAEs on the nearest activations that were measured")
-    print(
-        f"{'':{width}}  {'nearest':<21}{'distance':>9}{'seeds':>6}{'dead latents':>17}"
-        f"{'expl. variance':>17}{'AUC of probes':>17}  recommended"
-    )
-    for name, row in rows.items():
-        forecast = row["forecast"]
-        columns = "".join(
-            f"{first:>7.{digits}} -> {last:<6.{digits}}" if forecast["known"] else f"{'-':>17}"
-            for key, digits in (("dead", "1%"), ("explained_variance", "3f"), ("auc", "3f"))
-            for first, last in [forecast[key]]
-        )
+    print("\nforecast: the nearest activations on which SAEs were measured")
+    print(f"{'':{width}}  {'nearest':<21}{'distance':>9}  recommended")
+    forecasts = {name: row["forecast"] for name, row in rows.items()}
+    for name, forecast in forecasts.items():
         print(
             f"{name:{width}}  {forecast['dose']:<21}{forecast['distance']:>9.2f}"
-            f"{forecast['seeds']:>6}{columns}  {forecast['advice']}"
+            f"  {forecast['advice']}"
         )
-    print(LIMITS)
+    outcomes = {f["dose"]: f["outcomes"] for f in forecasts.values() if f["known"]}
+    width = max(map(len, SETTINGS.values()))
+    for dose, settings in outcomes.items():
+        print(
+            f"\n{f'SAEs at {dose}':{width}}{'seeds':>7}{'dead latents':>14}"
+            f"{'expl. variance':>16}{'map undone':>12}{'AUC of probes':>15}"
+        )
+        for name, found in settings.items():
+            undone = found["explained_variance_undone"]
+            print(
+                f"{SETTINGS[name]:{width}}{found['seeds']:>7}{found['dead']:>14.1%}"
+                f"{found['explained_variance']:>16.3f}"
+                f"{'below 0' if undone < 0 else f'{undone:.3f}':>12}{found['auc']:>15.3f}"
+            )
+    print(f"\n{LIMITS}")

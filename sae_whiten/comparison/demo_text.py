@@ -17,7 +17,7 @@ CONTEXT_SIZE = 128
 SEQUENCES_PER_BATCH = 16
 
 _SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_REMEDY = 'pip install "sae-whiten[demo]"'
+_REMEDY = 'pip install "sae-whiten[demo]" (in a clone: pip install ".[demo]")'
 _N_HELD_OUT = 15 * SEQUENCES_PER_BATCH  # sequences; about 80 tokens for each dimension
 
 

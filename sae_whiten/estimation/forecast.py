@@ -85,6 +85,8 @@ class Outcome:
     Attributes:
         seeds: Number of SAEs.
         explained_variance: Of held-out activations.
+        explained_variance_undone: The same after undoing the map that made the activations
+            anisotropic: directions that it made small count as they did before.
         dead: Share of latents that fire at no held-out activation.
         auc: Test AUC of probes on 1 to 16 latents, mean over their numbers and all tasks.
         over: Difference in `auc` from other conditions, by their names.
@@ -92,6 +94,7 @@ class Outcome:
 
     seeds: int
     explained_variance: float
+    explained_variance_undone: float
     dead: float
     auc: float
     over: dict[str, Difference]
@@ -168,17 +171,17 @@ class Forecast:
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        best, base = (self.dose.outcomes[name] for name in (self.dose.best, BASELINE))
         return {
             "dose": self.dose.name,
             "distance": self.distance,
             "known": self.known,
             "advice": self.advice,
             "condition": self.dose.best if self.known else None,
-            "seeds": best.seeds,
-            "dead": [base.dead, best.dead],
-            "explained_variance": [base.explained_variance, best.explained_variance],
-            "auc": [base.auc, best.auc],
+            "outcomes": {
+                name: {k: v for k, v in vars(outcome).items() if k != "over"}
+                for name in SETTINGS
+                if (outcome := self.dose.outcomes.get(name)) is not None
+            },
         }
 
 

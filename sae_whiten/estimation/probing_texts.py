@@ -50,7 +50,8 @@ def task_names() -> list[str]:
         from sae_probes.utils_data import get_numbered_binary_tags  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{error}; probing with sae-probes needs: pip install "sae-whiten[probes]"'
+            f'{error}; probing with sae-probes needs: pip install "sae-whiten[probes]" '
+            '(in a clone: pip install ".[probes]")'
         ) from error
     return get_numbered_binary_tags()
 

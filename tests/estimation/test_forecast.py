@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def outcome(dead: float, **over: tuple[float, float, float]) -> Outcome:
     """Of 3 seeds; differences as (mean, low, high), with a noise of 0.01."""
     differences = {name: Difference(*values, 0.01) for name, values in over.items()}
-    return Outcome(3, 0.8, dead, 0.7, differences)
+    return Outcome(3, 0.8, 0.5, dead, 0.7, differences)
 
 
 def dose(mean: float, share: float, centred: Outcome, original: Outcome, dead=0.5) -> Dose:
@@ -103,8 +103,10 @@ def test_the_evidence_in_the_package_is_what_the_published_runs_give(monkeypatch
     for found, wanted in zip(packaged, computed, strict=True):
         assert found["outcomes"].keys() == wanted["outcomes"].keys()
         for name, of in found["outcomes"].items():
-            assert of["auc"] == pytest.approx(wanted["outcomes"][name]["auc"], abs=1e-4)
-            assert of["dead"] == pytest.approx(wanted["outcomes"][name]["dead"], abs=1e-4)
+            for figure in ("seeds", "auc", "dead", "explained_variance"):
+                assert of[figure] == pytest.approx(wanted["outcomes"][name][figure], abs=1e-4)
+            undone = wanted["outcomes"][name]["explained_variance_undone"]
+            assert of["explained_variance_undone"] == pytest.approx(undone, rel=1e-4)
             for other, difference in of["over"].items():
                 assert difference == pytest.approx(
                     wanted["outcomes"][name]["over"][other], abs=1e-4
@@ -122,7 +124,47 @@ def test_inspect_prints_the_forecast_and_gives_it_as_json(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["a hook"]["forecast"]
     assert found["dose"] == "natural"
     assert found["known"]
+    natural = next(dose for dose in module.evidence() if dose.name == "natural")
+    assert list(found["outcomes"]) == list(module.SETTINGS)  # a row for each
+    of_half = natural.outcomes["strength-0.5"]
+    assert found["outcomes"]["strength-0.5"] == {
+        "seeds": of_half.seeds,
+        "explained_variance": of_half.explained_variance,
+        "explained_variance_undone": of_half.explained_variance_undone,
+        "dead": of_half.dead,
+        "auc": of_half.auc,
+    }
     assert main(["inspect", str(tmp_path)]) == 0
-    table = capsys.readouterr().out.split("forecast")[1]
-    assert "natural" in table
-    assert found["advice"] in table
+    nearest, table = capsys.readouterr().out.split("forecast")[1].split("SAEs at natural")
+    assert "natural" in nearest
+    assert found["advice"] in nearest
+    row = next(line for line in table.splitlines() if "strength=0.5" in line)
+    assert row.split()[-5:] == [
+        str(of_half.seeds), f"{of_half.dead:.1%}", f"{of_half.explained_variance:.3f}",
+        f"{of_half.explained_variance_undone:.3f}", f"{of_half.auc:.3f}",
+    ]  # fmt: skip
+
+
+def test_what_is_far_from_all_doses_is_shown_without_outcomes(tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+    statistics = ActivationStatistics(8)
+    statistics.update(torch.randn(500, 8, generator=generator) + 1000)
+    statistics.save(tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.split("forecast")[1]
+    assert "not measured; at the nearest dose:" in printed
+    assert "SAEs at" not in printed
+
+
+def test_explained_variance_below_zero_has_no_digits(tmp_path, capsys, monkeypatch):
+    far_below = Outcome(3, 0.8, -132.0, 0.1, 0.7, {})
+    monkeypatch.setattr(
+        module, "evidence", lambda: (Dose("a dose", 0.3, 0.3, {BASELINE: far_below}),)
+    )
+    statistics = ActivationStatistics(8)
+    statistics.update(torch.randn(500, 8, generator=torch.Generator().manual_seed(0)))
+    statistics.save(tmp_path / "a.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.split("SAEs at a dose")[1]
+    assert "below 0" in table
+    assert "132" not in table
