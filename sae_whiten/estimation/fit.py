@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,26 +118,7 @@ def fit_statistics(
     """
     config = dataclasses.replace(config or FitConfig(), **options)
     processes = Processes()
-    reading = config.reading()
-    if cached_activations is not None:
-        if model is not None or dataset is not None:
-            raise ValueError("give a model and a dataset, or cached_activations, not both")
-        for name in ("hook_head_index", "seqpos_slice"):
-            if reading[name] != getattr(FitConfig, name):
-                raise ValueError(
-                    f"{name} cannot be applied to cached_activations, which are taken as they are: "
-                    "leave it out"
-                )
-        record: dict[str, Any] = {"cached_activations": str(cached_activations)}
-        open_source = partial(CachedActivations, cached_activations, hook_names)
-    elif model is None or dataset is None:
-        raise ValueError("give a model and a dataset, or cached_activations")
-    else:
-        record = {name: reading[name] for name in decisive_fields() if name in reading}
-        record |= _describe(model)
-        if isinstance(dataset, str):
-            record |= {"dataset_path": dataset, "split": config.split}
-        open_source = partial(ModelActivations, model, dataset, hook_names, **reading)
+    open_source, record = _source_and_record(model, dataset, cached_activations, hook_names, config)
     source: ActivationSource = processes.together(
         lambda: open_source(
             exclude_special_tokens=config.exclude_special_tokens,
@@ -149,17 +130,7 @@ def fit_statistics(
     if is_first:
         logger.info("%d hooks: %s", len(source.hook_names), _listed(source.hook_names))
     if out is not None:
-        check_writable(out)
-        for name in source.hook_names:
-            statistics_file(out, name)  # fails now, not after hours, if a name cannot be a file
-        beside = hooks_beside(out, source.hook_names)
-        if beside and is_first:
-            logger.warning(
-                "%s already holds statistics of %d other hooks, which are not changed: %s",
-                out,
-                len(beside),
-                _listed(beside),
-            )
+        _check_folder(out, source.hook_names, warn=is_first)
     record |= {"exclude_special_tokens": config.exclude_special_tokens, **(provenance or {})}
     # as it will be saved: without secrets, tuples as lists; values that JSON cannot hold fail here,
     # not after hours of work
@@ -196,6 +167,50 @@ def fit_statistics(
         processes.together(save)  # all results are on disk before the progress is deleted
         shutil.rmtree(Path(out) / PROGRESS_DIR, ignore_errors=True)
     return by_hook
+
+
+def _source_and_record(
+    model: Model | None,
+    dataset: HfDataset | str | None,
+    cached_activations: str | Path | None,
+    hook_names: str | Sequence[str],
+    config: FitConfig,
+) -> tuple[Callable[..., ActivationSource], dict[str, Any]]:
+    """Where activations come from, and the entries of the provenance that say so."""
+    reading = config.reading()
+    if cached_activations is not None:
+        if model is not None or dataset is not None:
+            raise ValueError("give a model and a dataset, or cached_activations, not both")
+        for name in ("hook_head_index", "seqpos_slice"):
+            if reading[name] != getattr(FitConfig, name):
+                raise ValueError(
+                    f"{name} cannot be applied to cached_activations, which are taken as they are: "
+                    "leave it out"
+                )
+        record = {"cached_activations": str(cached_activations)}
+        return partial(CachedActivations, cached_activations, hook_names), record
+    if model is None or dataset is None:
+        raise ValueError("give a model and a dataset, or cached_activations")
+    record = {name: reading[name] for name in decisive_fields() if name in reading}
+    record |= _describe(model)
+    if isinstance(dataset, str):
+        record |= {"dataset_path": dataset, "split": config.split}
+    return partial(ModelActivations, model, dataset, hook_names, **reading), record
+
+
+def _check_folder(out: str | Path, hook_names: Sequence[str], warn: bool) -> None:
+    """Fail now, not after hours, if the statistics could not be written."""
+    check_writable(out)
+    for name in hook_names:
+        statistics_file(out, name)  # fails if the name cannot be that of a file
+    beside = hooks_beside(out, hook_names)
+    if beside and warn:
+        logger.warning(
+            "%s already holds statistics of %d other hooks, which are not changed: %s",
+            out,
+            len(beside),
+            _listed(beside),
+        )
 
 
 def _listed(names: Sequence[str]) -> str:
