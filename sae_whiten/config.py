@@ -43,9 +43,10 @@ class WhiteningConfig:
 
     eps_mode: Literal["relative", "absolute"] = "relative"
     """Unit of eps: the mean eigenvalue, or none (the sae-lens built-in). With "relative" the result
-    does not depend on the unit of the activations. Directions in which there is only rounding error
-    get the gain of an average direction, not the largest of all. "absolute" adds eps itself and
-    leaves the signs of the eigenvectors as the eigensolver returns them, like the built-in."""
+    does not depend on the unit of the activations (with strength 1; see there). Directions in which
+    there is only rounding error get the gain of an average direction, not the largest of all.
+    "absolute" adds eps itself and leaves the signs of the eigenvectors as the eigensolver returns
+    them, like the built-in."""
 
     shrinkage: float | Literal["oas"] | None = None
     """Intensity in [0, 1], or oas; none: oas below 10 samples per dimension, else none. The
@@ -55,7 +56,8 @@ class WhiteningConfig:
 
     strength: float = 1.0
     """1 whitens, 0 only centres, between: partial whitening. The exponent a: eigenvalues l of the
-    covariance become l^(1 - a). 0 rotates too, for pca."""
+    covariance become l^(1 - a). 0 rotates too, for pca. Below 1, whitened activations keep a part
+    of the unit: sparsity coefficients have to be found at each hook anew."""
 
     loss_space: Literal["original", "whitened"] = "original"
     """Where reconstruction errors are taken: original (the paper) or whitened (the built-in). This

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +33,15 @@ from sae_whiten._files import (
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["Whitening", "full_precision", "oas_shrinkage", "require_whitening"]
+__all__ = ["TRANSFORM_FIELDS", "Whitening", "full_precision", "oas_shrinkage", "require_whitening"]
 
 logger = logging.getLogger(__name__)
 
 _KIND = "whitening"
+
+TRANSFORM_FIELDS = ("kind", "eps", "eps_mode", "shrinkage", "strength")
+"""Fields of `WhiteningConfig` that the transform depends on, given the statistics."""
+
 _FEW_SAMPLES_PER_DIMENSION = 10
 
 
@@ -130,7 +134,7 @@ class Whitening:
     config: WhiteningConfig
     shrinkage: float
     n_samples: int
-    _casts: dict[Any, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    _casts: dict[Any, tuple[Tensor, ...]] = field(init=False, default_factory=dict, repr=False)
 
     @classmethod
     def from_statistics(
@@ -173,7 +177,8 @@ class Whitening:
         else:
             null = _without_information(stats, raw, basis)
             eigenvalues = eigenvalues + config.eps * average
-            if shrinkage == 0:
+            # n <= d samples leave null directions in any data, and shrinkage is the remedy
+            if shrinkage == 0 or n > d:
                 eigenvalues = torch.where(null, eigenvalues.maximum(average), eigenvalues)
             # eigenvectors are defined up to sign: fix the sign, so that two estimates agree
             largest = basis.abs().argmax(dim=0, keepdim=True)
@@ -225,6 +230,12 @@ class Whitening:
         return self.W_inv
 
     @property
+    def root_mean_square(self) -> float:
+        """Root mean square of whitened activations over dimensions: about 1 with strength 1."""
+        variances = self.covariance_eigenvalues / self.eigenvalues**self.strength
+        return float(variances.mean().sqrt())
+
+    @property
     def condition_number(self) -> float:
         """Condition number of W: that of the regularised covariance to the power strength / 2."""
         ratio = self.eigenvalues.max() / self.eigenvalues.min()
@@ -259,6 +270,26 @@ class Whitening:
         with full_precision(z.device):
             rows = z.reshape(-1, self.d_in).to(W_inv.dtype)
             return torch.addmm(mean, rows, W_inv).reshape(z.shape).to(z.dtype)
+
+    def with_config(self, config: WhiteningConfig) -> "Whitening":
+        """The same transform with another config, which may differ in fields without effect on it:
+        all but kind, eps, eps_mode, shrinkage and strength.
+
+        Raises:
+            ValueError: It differs in another field.
+        """
+        if config == self.config:
+            return self
+        for name in TRANSFORM_FIELDS:
+            own, other = getattr(self.config, name), getattr(config, name)
+            if own != other:
+                raise ValueError(
+                    f"the whitening was derived with {name}={own!r}, and {name}={other!r} is asked "
+                    "for: derive it again with Whitening.from_statistics"
+                )
+        whitening = replace(self, config=config)
+        whitening._casts.update(self._casts)
+        return whitening
 
     @property
     def digest(self) -> str:

@@ -1,5 +1,6 @@
 import logging
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -455,7 +456,8 @@ def test_constant_dimensions_are_not_blown_up(kind: Any) -> None:
     assert torch.allclose(ours.W @ ours.W_inv, torch.eye(D_IN, dtype=torch.float64), atol=1e-12)
 
 
-def test_directions_without_variance_are_not_blown_up() -> None:
+@pytest.mark.parametrize("shrinkage", [None, 1e-6, "oas"])
+def test_directions_without_variance_are_not_blown_up(shrinkage: Any) -> None:
     """Behind a LayerNorm every activation sums to 0, but for float32 rounding."""
     x = torch.randn(4096, D_IN, generator=seeded(4)) * torch.logspace(-1, 1, D_IN)
     x = torch.nn.functional.layer_norm(x, (D_IN,))
@@ -463,6 +465,32 @@ def test_directions_without_variance_are_not_blown_up() -> None:
     variances = x.double().var(dim=0)
     assert (x.double() @ step).var() < null_tolerance(D_IN) * variances.max()
     assert (step @ estimated_by_stock(x).matrix).norm() > 31 / float(variances.mean()) ** 0.5
-    gain = float((step @ whitening_of(x).W).norm())
+    gain = float((step @ whitening_of(x, WhiteningConfig(shrinkage=shrinkage)).W).norm())
     # of rounding, the other directions are 1e-6 into it at most
     assert gain == pytest.approx(float(variances.mean()) ** -0.5, rel=1e-4)
+
+
+def test_a_whitening_with_another_mean_uses_it() -> None:
+    x = activations(200)
+    whitening = whitening_of(x)
+    whitening.whiten(x)
+    moved = replace(whitening, mean=whitening.mean + 1)
+    assert torch.allclose(moved.whiten(x + 1), whitening.whiten(x), atol=1e-3)
+
+
+def test_another_config_is_taken_where_it_changes_nothing() -> None:
+    whitening = whitening_of(activations(200))
+    other = whitening.with_config(WhiteningConfig(loss_space="whitened"))
+    assert other.config.loss_space == "whitened"
+    assert other.digest == whitening.digest
+    with pytest.raises(ValueError, match="derived with kind='pca', and kind='zca' is asked for"):
+        whitening.with_config(WhiteningConfig(kind="zca"))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("unit", [0.01, 100.0])
+def test_root_mean_square_is_that_of_whitened_activations(strength: float, unit: float) -> None:
+    x = unit * activations(500).double()
+    whitening = whitening_of(x, WhiteningConfig(strength=strength))
+    measured = float(whitening.whiten(x).var(dim=0).mean().sqrt())
+    assert whitening.root_mean_square == pytest.approx(measured, rel=1e-9)

@@ -155,6 +155,7 @@ def estimate_statistics(
             or one is not finite and `on_nonfinite` is "raise".
     """
     hooks = {name: _Hook(name, requirement) for name, requirement in required.items()}
+    repeated = _Repeated(next(iter(required)))
     with tqdm(desc="Estimating whitening", unit=" tokens", leave=False) as bar:
         while waiting := [hook for hook in hooks.values() if not hook.done]:
             try:
@@ -162,6 +163,10 @@ def estimate_statistics(
             except StopIteration:
                 for hook in waiting:
                     hook.end_of_data()
+                break
+            if repeated(batch):
+                for hook in waiting:
+                    hook.data_repeat()
                 break
             for hook in waiting:
                 with naming(hook.name):
@@ -179,6 +184,29 @@ def estimate_statistics(
     return statistics
 
 
+class _Repeated:
+    """Whether a batch is the first one again, as `itertools.cycle` gives it.
+
+    Activations that are counted again make statistics no better, and split halves that hold the
+    same ones agree.
+
+    Args:
+        hook_name: The hook whose activations are compared.
+    """
+
+    def __init__(self, hook_name: str) -> None:
+        self._hook_name = hook_name
+        self._first: Tensor | None = None
+
+    def __call__(self, batch: Mapping[str, Float[Tensor, "..."]]) -> bool:
+        acts = batch[self._hook_name]
+        if self._first is None or self._first.numel() == 0:
+            self._first = acts.clone()  # a provider may write the next one into the same memory
+            return False
+        # a single activation can occur twice in a text
+        return acts.numel() > acts.shape[-1] and torch.equal(acts, self._first)
+
+
 class _Hook:
     """The estimation of one hook."""
 
@@ -191,6 +219,7 @@ class _Hook:
         self._rule = StoppingRule(required)
         self._n_batches = self._n_empty = self._n_filled = 0
         self._prefix = f"{name}: " if name else ""
+        self._ended = ""
 
     def update(self, batch: Float[Tensor, "..."]) -> None:
         halves = self.halves
@@ -252,25 +281,30 @@ class _Hook:
             f"batches; estimating the whitening needs {needs}. Provide more data{fewer}."
         )
 
+    def data_repeat(self) -> None:
+        """Accept the samples so far, because those that follow are the same."""
+        self._ended = f"the data provider repeats its first {self._n_batches} batches"
+        self.done = True
+
     def warn_if_too_few(self) -> None:
         n, wanted = self.halves.n_samples, self.required.n_samples
         tolerance = self.required.tolerance
+        if self._n_filled == self.required.max_batches:
+            self._ended = f"n_batches_for_norm_estimate={self._n_filled} was reached"
         if wanted is not None and n < wanted:
             logger.warning(
-                "%swhitening estimated from %d activations instead of %d: "
-                "n_batches_for_norm_estimate=%d was reached",
+                "%swhitening estimated from %d activations instead of %d: %s",
                 self._prefix,
                 n,
                 wanted,
-                self._n_filled,
+                self._ended,
             )
         elif tolerance is not None and self._look() > tolerance:
-            ended = self._n_filled == self.required.max_batches
             logger.warning(
                 "%s%s%s",
                 self._prefix,
                 too_inaccurate(self._look(), n, tolerance),
-                f"; n_batches_for_norm_estimate={self._n_filled} was reached" if ended else "",
+                f"; {self._ended}" if self._ended else "",
             )
         if self.halves.n_skipped:
             logger.warning(

@@ -77,6 +77,7 @@ def token_batches(
         "seqpos_slice": (None,),
         "disable_concat_sequences": bool(common_setting(saes, "disable_concat_sequences", False)),
         "sequence_separator_token": common_setting(saes, "sequence_separator_token", "bos"),
+        "use_chat_formatting": bool(common_setting(saes, "use_chat_formatting", False)),
     }
     with warnings.catch_warnings():
         # warnings that the dataset is not tokenized, or has longer sequences

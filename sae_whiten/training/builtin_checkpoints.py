@@ -375,6 +375,7 @@ def model_activations(
         seqpos_slice=tuple(metadata.seqpos_slice or (None,)),
         disable_concat_sequences=bool(metadata.disable_concat_sequences),
         sequence_separator_token=metadata.sequence_separator_token,
+        use_chat_formatting=bool(metadata.use_chat_formatting),
     )
     return _first_activations(source, sae.cfg.d_in, n)
 

@@ -59,6 +59,7 @@ __all__ = [
     "check_settings",
     "check_trainer_state",
     "folder_of_its_own",
+    "inference_form",
     "is_complete_sae",
     "loadable_folder",
     "own_part",
@@ -280,6 +281,20 @@ def check_runner_settings(path: str | Path, cfg: Mapping[str, Any]) -> None:
     """
     both = (runner_settings(path), cfg)
     check_settings(path, *({k: v for k, v in c.items() if k not in _OF_THE_SAES} for c in both))
+
+
+def inference_form(sae: TrainingSAE[Any]) -> SAE[Any]:
+    """The SAE that SAELens saves for inference: the same object, or one of another architecture.
+
+    A BatchTopK SAE becomes a JumpReLU SAE with the threshold that was found in training.
+    """
+    if sae.cfg.get_inference_config_class().architecture() == sae.cfg.architecture():
+        return sae
+    saved = SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    weights = {name: value.clone() for name, value in sae.state_dict().items()}
+    sae.process_state_dict_for_saving_inference(weights)
+    saved.load_state_dict(weights)
+    return saved.to(sae.device)
 
 
 def save_training_form(sae: TrainingSAE[Any], path: Path) -> tuple[Path, Path]:

@@ -193,12 +193,15 @@ def figures_of_all(own: Mapping[str, Any], stream: SharedStream) -> dict[str, An
     return dict(zip(own, stream.processes.sum_(values * stream.share).tolist(), strict=True))
 
 
-def share_training(sae: TrainingSAE[Any], stream: SharedStream) -> None:
+def share_training(sae: TrainingSAE[Any], stream: SharedStream) -> Callable[[], None]:
     """Give all processes the weights of process 0, and from now on the gradients of all rows.
 
     Args:
         sae: The SAE, with the same shapes in every process.
         stream: Knows which part of a batch this process has.
+
+    Returns:
+        Ends the sharing: the SAE computes on its own rows alone again.
     """
     processes = stream.processes
     with torch.no_grad():
@@ -209,10 +212,17 @@ def share_training(sae: TrainingSAE[Any], stream: SharedStream) -> None:
         assert parameter.grad is not None
         processes.sum_(parameter.grad.mul_(stream.share))
 
-    if isinstance(sae.activation_fn, BatchTopK):
-        sae.activation_fn = SharedBatchTopK(sae.activation_fn.k, stream)
-    for parameter in sae.parameters():
-        parameter.register_post_accumulate_grad_hook(average)
+    own = sae.activation_fn
+    if isinstance(own, BatchTopK):
+        sae.activation_fn = SharedBatchTopK(own.k, stream)
+    hooks = [p.register_post_accumulate_grad_hook(average) for p in sae.parameters()]
+
+    def end() -> None:
+        sae.activation_fn = own
+        for hook in hooks:
+            hook.remove()
+
+    return end
 
 
 def shared_step(

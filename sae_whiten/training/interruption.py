@@ -83,6 +83,7 @@ def interruptible(trainer: InterruptibleTrainer[Any], continue_with: str) -> Ite
             error.__traceback__ = None
         finally:
             stream.stop_is_handled = False
+            stream.forget_stop()
     if signum == signal.SIGTERM:
         raise SystemExit(128 + signal.SIGTERM) from None
     raise KeyboardInterrupt from None

@@ -40,14 +40,12 @@ from sae_whiten.training.interruption import going_on_without_checkpoint
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.trainer import WhiteningTrainer, after_step, losses_are_due
-from sae_whiten.training.training_sae import is_in_whitened_space, plain_copy
-from sae_whiten.whitening import Whitening
+from sae_whiten.training.training_sae import is_in_whitened_space, plain_copy, require_basis
+from sae_whiten.whitening import TRANSFORM_FIELDS, Whitening
 
 __all__ = ["WhiteningMultiSAETrainer"]
 
 logger = logging.getLogger(__name__)
-
-_SAME_WHITENING = ("kind", "eps", "eps_mode", "shrinkage", "strength")
 
 
 class WhiteningMultiSAETrainer(MultiSAETrainer):
@@ -142,10 +140,15 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             ValueError: The data ended too early, or an activation is not finite.
         """
         self.estimate_whitenings()
-        for name, sae in self.saes.items():
-            if isinstance(self.stream, SharedStream) and name not in self.whitened:
-                share_training(sae, self.stream)
-        saes = super().fit()
+        plain = [sae for name, sae in self.saes.items() if name not in self.whitened]
+        shared = []
+        if isinstance(self.stream, SharedStream):
+            shared = [share_training(sae, self.stream) for sae in plain]
+        try:
+            saes = super().fit()
+        finally:
+            for end_sharing in shared:
+                end_sharing()
         self._held_out = None
         for trainer in self.whitened.values():
             trainer.forget_weights_before_fold()
@@ -160,6 +163,8 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         """
         waiting = {n: t for n, t in self.whitened.items() if t.scaler.whitening is None}
         given = {n: t for n, t in waiting.items() if t.scaler.config.statistics is not None}
+        for name in waiting.keys() - given.keys():
+            require_basis(self.saes[name], None)
         for name, statistics in self._load_statistics(given).items():
             waiting[name].scaler.statistics = statistics
         estimated = self._estimate_statistics([n for n in waiting if n not in given])
@@ -172,12 +177,12 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             key = (
                 hook_name,
                 id(scaler.statistics),
-                *(getattr(scaler.config, field) for field in _SAME_WHITENING),
+                *(getattr(scaler.config, field) for field in TRANSFORM_FIELDS),
             )
             if key not in known:
                 with naming(hook_name):
                     known[key] = Whitening.from_statistics(scaler.statistics, scaler.config)
-            scaler.whitening = _with_config(known[key], scaler.config)
+            scaler.whitening = known[key].with_config(scaler.config)
         for trainer in self.whitened.values():
             trainer.estimate_whitening()  # the whitening exists: this only sets it up
 
@@ -363,7 +368,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             assert trainer.whitening is not None
             hook_name, loaded = self.hook_names[name], trainer.scaler.statistics
             shared = whitenings.setdefault(trainer.whitening.digest, trainer.whitening)
-            trainer.scaler.whitening = _with_config(shared, trainer.whitening.config)
+            trainer.scaler.whitening = shared.with_config(trainer.whitening.config)
             trainer.whitening = trainer.scaler.whitening
             if loaded is not None:
                 # of one file, or of the first n samples at one hook
@@ -465,8 +470,3 @@ class _PlainOfSeveral(SAETrainer[Any, Any]):
     ) -> None:
         if self._stream.processes.rank == 0:
             super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
-
-
-def _with_config(whitening: Whitening, config: WhiteningConfig) -> Whitening:
-    """The same whitening with another config, which differs only in fields without effect on it."""
-    return whitening if whitening.config == config else replace(whitening, config=config)

@@ -84,6 +84,10 @@ class ActivationStream(Iterator[Tensor]):
         """Make the next call for a batch raise `StopRequested` instead; safe in signal handlers."""
         self._stop = True
 
+    def forget_stop(self) -> None:
+        """Serve batches again after a stop."""
+        self._stop = False
+
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
         """Delay requests to stop until the end of the block."""

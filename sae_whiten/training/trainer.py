@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
@@ -33,9 +34,11 @@ from torch import Tensor
 
 from sae_whiten._dtypes import float32_at_least
 from sae_whiten._redaction import redact_attributes
+from sae_whiten.architectures.description import describe
 from sae_whiten.architectures.folding import FoldError, fold_whitening_into_weights
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
+from sae_whiten.estimation.stopping import flatten_heads
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.checkpoint import (
     STATISTICS_FILENAME,
@@ -43,6 +46,7 @@ from sae_whiten.training.checkpoint import (
     check_checkpoint,
     check_settings,
     check_trainer_state,
+    inference_form,
     read_progress,
     read_training_weights,
     save_progress,
@@ -65,12 +69,14 @@ from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
 from sae_whiten.training.training_sae import (
     enter_whitened_space,
+    forget_basis,
     is_in_whitened_space,
     leave_whitened_space,
     plain_copy,
+    require_basis,
     set_whitening,
 )
-from sae_whiten.whitening import Whitening
+from sae_whiten.whitening import TRANSFORM_FIELDS, Whitening
 
 __all__ = ["WhiteningTrainer", "after_step", "losses_are_due"]
 
@@ -79,6 +85,8 @@ logger = logging.getLogger(__name__)
 _FOLDED = "the SAE is trained and folded already"
 _KEEP_RESUMABLE = "save_final_checkpoint=True writes a checkpoint that can be"
 _N_CHECK = 512  # activations to prove the fold on
+_OF_THE_TRAINING = (*TRANSFORM_FIELDS, "loss_space", "sparsity_norms")
+_FAR_FROM_ONE = 4.0  # heavy tails explain less
 
 
 class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
@@ -180,6 +188,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._start_from_folded, self._train_as = start_from_folded, train_as
         self._before_fold: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._explained_variance: float | None = None
+        self._l0: float | None = None
+        self._end_sharing: Callable[[], None] | None = None
         # the same objects under SAELens' names
         self.activation_scaler = self.scaler = CovarianceWhiteningScaler(whitening)
         if not isinstance(data_provider, ActivationStream):
@@ -256,6 +266,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             self.scaler.whitening = Whitening.from_statistics(statistics, config)
             self.scaler.statistics = statistics
         if self.scaler.whitening is None:
+            require_basis(self.sae, None)
             self.scaler.estimate_whitening(
                 d_in=self.sae.cfg.d_in,
                 data_provider=self.stream.lookahead(),
@@ -275,12 +286,42 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             raise ValueError(
                 f"the whitening is of width {whitening.d_in}, the SAE of width {self.sae.cfg.d_in}"
             )
+        if self._given_config is not None:
+            # the scaler's whitening may have been set by the caller
+            whitening = whitening.with_config(
+                replace(
+                    whitening.config,
+                    **{name: getattr(self._given_config, name) for name in _OF_THE_TRAINING},
+                )
+            )
+            self.whitening = self.scaler.whitening = whitening
         if self._start_from_folded and self.n_training_steps == 0:
             unfold_for_training(self.sae, whitening, self._train_as)
         self._start_from_folded = False
         set_whitening(self.sae, whitening, trainer=self)
+        self._warn_of_the_unit(whitening)
         if isinstance(self.stream, SharedStream):
-            share_training(self.sae, self.stream)
+            self._share_no_more()
+            self._end_sharing = share_training(self.sae, self.stream)
+
+    def _share_no_more(self) -> None:
+        if self._end_sharing is not None:
+            self._end_sharing()
+            self._end_sharing = None
+
+    def _warn_of_the_unit(self, whitening: Whitening) -> None:
+        """With strength below 1, whitened activations keep a part of the activations' unit."""
+        size, cfg = whitening.root_mean_square, self.sae.cfg
+        coefficients = [name for name in describe(self.sae).scaled_fields if hasattr(cfg, name)]
+        if coefficients and not 1 / _FAR_FROM_ONE < size < _FAR_FROM_ONE:
+            logger.warning(
+                "with strength=%g whitened activations have a root mean square of %.2g, not 1, and "
+                "%s acts on latents of that size: find it by a sweep at this hook, and do not take "
+                "it over from another",
+                whitening.strength,
+                size,
+                " and ".join(coefficients),
+            )
 
     def step(self, batch: Tensor) -> TrainStepOutput:
         """SAELens' training step; with several processes, on all parts of the batch.
@@ -290,14 +331,47 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         """
         if self.whitening is None:
             self.estimate_whitening()
+        if self.n_training_steps == 0:
+            self._check_first_batch(batch)
         if isinstance(self.stream, SharedStream):
-            return shared_step(self, self.stream, super().step, batch)
-        return super().step(batch)
+            output = shared_step(self, self.stream, super().step, batch)
+        else:
+            output = super().step(batch)
+        # SAELens counts train_batch_size_samples, whatever the batch has
+        self.n_frac_active_samples += self._n_rows(batch) - self.cfg.train_batch_size_samples
+        return output
+
+    def _n_rows(self, batch: Tensor) -> int:
+        """Rows of a batch, of all processes."""
+        return self.stream.n_rows if isinstance(self.stream, SharedStream) else len(batch)
+
+    def _check_first_batch(self, batch: Tensor) -> None:
+        """Warn of batches of another size than planned, and of a whitening of other activations."""
+        planned, n_rows = self.cfg.train_batch_size_samples, self._n_rows(batch)
+        if n_rows != planned and self.stream.n_skipped == 0:
+            logger.warning(
+                "the data provider yields batches of %d activations, and train_batch_size_samples "
+                "is %d: there will be more or fewer steps than schedules and checkpoints count on",
+                n_rows,
+                planned,
+            )
+        whitening = self.whitening
+        assert whitening is not None
+        rows = whitening.whiten(float32_at_least(flatten_heads(batch, whitening.d_in)))
+        size = rows.square().mean().sqrt().item() / whitening.root_mean_square
+        if not 1 / _FAR_FROM_ONE < size < _FAR_FROM_ONE:
+            logger.warning(
+                "the first batch has %.2g times the size that the whitening expects of whitened "
+                "activations: its statistics seem to be of other activations (another model, "
+                "checkpoint or hook?)",
+                size,
+            )
 
     def fold(self) -> None:
         """Fold and prove the fold; called by SAELens' `fit` once the training loop is done."""
         whitening = self.whitening
         assert whitening is not None
+        self._share_no_more()
         if self.cfg.save_final_checkpoint:
             # the final checkpoint can be resumed too, and that needs the unfolded weights
             weights = {name: value.clone() for name, value in self.sae.state_dict().items()}
@@ -319,7 +393,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             raise
         leave_whitened_space(self.sae)
         if activations is not None:
-            self._explained_variance = _explained_variance(self.sae, activations)
+            self._explained_variance, self._l0 = _quality(self.sae, activations)
         if report.check is None:
             logger.warning("the fold could not be checked: there are no activations")
         else:
@@ -339,6 +413,11 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata
         metadata.explained_variance = self._explained_variance
+        if self._l0 is not None and metadata.l0 is not None:
+            logger.info(
+                "L0 %.1f in training; as saved, with a threshold, %.1f", metadata.l0, self._l0
+            )
+            metadata.l0 = self._l0
         if self._explained_variance is not None and metadata.l0 is not None:
             logger.info(
                 "trained: explained variance %.3f, L0 %.1f, %d of %d latents dead",
@@ -540,6 +619,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self.sae.to(self.cfg.device)
         super().load_trainer_state(directory)
         self.sae.load_state_dict(weights)
+        forget_basis(self.sae)
         self.scaler.config, self.scaler.statistics = config, saved.statistics
         self.whitening = self.scaler.whitening
         self._start_from_folded = False
@@ -611,9 +691,16 @@ def _fuse(optimizer: torch.optim.Adam, device: str) -> None:
 
 
 @torch.no_grad()
-def _explained_variance(sae: TrainingSAE[Any], activations: Tensor) -> float | None:
-    """Share of the variance of activations, shape (n, d_in), that a plain SAE explains."""
+def _quality(
+    sae: TrainingSAE[Any], activations: Float[Tensor, "n d_in"]
+) -> tuple[float | None, float | None]:
+    """Share of the variance of activations that a plain SAE explains in the form that is saved for
+    inference; and its L0 there, if that form is of another architecture."""
     activations = float32_at_least(activations.to(sae.device))
-    error = (sae(activations) - activations).square().sum().item()
+    saved, l0 = inference_form(sae), None
+    latents = saved.encode(activations)
+    if saved is not sae:
+        l0 = (latents != 0).sum(dim=-1).float().mean().item()
+    error = (saved.decode(latents) - activations).square().sum().item()
     total = (activations - activations.mean(dim=0)).square().sum().item()
-    return None if total == 0 else 1 - error / total
+    return (None if total == 0 else 1 - error / total), l0

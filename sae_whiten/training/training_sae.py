@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from numpy.typing import NDArray
 from sae_lens import TrainingSAE
+from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import T_TRAINING_SAE, TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
 
@@ -31,13 +32,16 @@ from sae_whiten.training.checkpoint import (
     save_training_form,
     save_training_weights,
 )
+from sae_whiten.training.data_parallel import SharedBatchTopK
 from sae_whiten.whitening import Whitening
 
 __all__ = [
     "enter_whitened_space",
+    "forget_basis",
     "is_in_whitened_space",
     "leave_whitened_space",
     "plain_copy",
+    "require_basis",
     "set_whitening",
 ]
 
@@ -128,6 +132,8 @@ def plain_copy(sae: T_TRAINING_SAE, whitening: Whitening) -> T_TRAINING_SAE:
     """A folded copy of an SAE in whitened space: a stock SAE for raw activations."""
     folded: Any  # of the stock class, of which the SAE's own is a subclass
     folded, _ = folded_copy(sae, whitening)
+    if isinstance(folded.activation_fn, SharedBatchTopK):
+        folded.activation_fn = BatchTopK(folded.activation_fn.k)  # whoever holds it may be alone
     return folded
 
 
@@ -136,10 +142,31 @@ def _whitened_class(stock_class: type[TrainingSAE[Any]]) -> type[_WhitenedTraini
     losses = describe(stock_class).losses or TrainingSAE
     bases = (_WhitenedTrainingSAE, stock_class)
     if not issubclass(stock_class, losses):
+        _check_overrides(stock_class, losses)
         bases = (_WhitenedTrainingSAE, losses, stock_class)
     # A class made at run time, because its base may be a user's own subclass of a stock class. Its
     # overrides have to take effect, and isinstance has to hold.
     return type(f"Whitened{stock_class.__name__}", bases, {"stock_class": stock_class})
+
+
+def _check_overrides(own_class: type[TrainingSAE[Any]], losses: type[TrainingSAE[Any]]) -> None:
+    """Refuse a user's subclass with a method that `losses` would replace.
+
+    Raises:
+        ValueError: There is one.
+    """
+    known = next(c for c in own_class.__mro__ if issubclass(losses, c))
+    by_user = {name for c in own_class.__mro__ if not issubclass(known, c) for name in vars(c)}
+    for name, method in vars(losses).items():
+        # a method that calls super() has a cell "__class__", and calls the user's
+        code = getattr(method, "__code__", None)
+        if name in by_user and code is not None and "__class__" not in code.co_freevars:
+            raise ValueError(
+                f"{own_class.__name__}.{name} would have no effect: under whitening "
+                f"{losses.__name__}.{name} takes its place, to measure errors in the space of the "
+                f"loss. Register {own_class.__name__} as an architecture of its own, with losses "
+                "that do both (sae_whiten.architectures.register)"
+            )
 
 
 def enter_whitened_space(sae: TrainingSAE[Any], config: WhiteningConfig | None = None) -> None:
@@ -208,12 +235,41 @@ def set_whitening(
     """
     assert isinstance(sae, _WhitenedTrainingSAE)
     _check_sparsity_norms(sae, whitening.config)
+    require_basis(sae, whitening)
     sae.whitening = whitening
     # weak, because SAEs are copied, and their trainers hold what cannot be copied
     sae.trainer = None if trainer is None else weakref.ref(trainer)
     sae.mse_loss_fn = ReconstructionMetric(whitening, sae.device)
     by_original = whitening.config.sparsity_norms == "original"
     sae.sparsity_norms = SparsityNorms(whitening) if by_original else None
+
+
+def require_basis(sae: TrainingSAE[Any], whitening: Whitening | None) -> None:
+    """Check that an SAE's weights are not in the coordinates of another whitening.
+
+    Args:
+        sae: An SAE after `enter_whitened_space`.
+        whitening: What it is going to be trained under; None if that is yet to be estimated.
+
+    Raises:
+        ValueError: It was trained under another whitening, and is not folded yet.
+    """
+    own = sae.whitening if isinstance(sae, _WhitenedTrainingSAE) else None
+    if own is None or own is whitening:
+        return
+    if whitening is None or whitening.digest != own.digest:
+        raise ValueError(
+            "this SAE has been trained under another whitening, which is not folded into it: its "
+            "weights belong to that basis. Resume its training from a checkpoint; or fold it with "
+            "fold_whitening_into_weights(sae, sae.whitening) and train on with "
+            "start_from_folded=True; or begin with a new SAE"
+        )
+
+
+def forget_basis(sae: TrainingSAE[Any]) -> None:
+    """For an SAE that was given other weights: its next whitening is their basis."""
+    assert isinstance(sae, _WhitenedTrainingSAE)
+    sae.whitening = None
 
 
 def _check_sparsity_norms(sae: TrainingSAE[Any], config: WhiteningConfig) -> None:

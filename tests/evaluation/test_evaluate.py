@@ -16,10 +16,17 @@ from sae_lens import SAE, ActivationsStore, StandardSAE, StandardSAEConfig
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.load_model import HookedProxyLM, load_model
 from sae_lens.training.activation_scaler import ActivationScaler
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTNeoXConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    PreTrainedTokenizerFast,
+)
 
 from sae_whiten import fold_whitening_into_weights, unfold_whitening_from_weights
 from sae_whiten.cli import main
@@ -42,6 +49,7 @@ from sae_whiten.evaluation.probing import (
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
+from sae_whiten.evaluation.tokens import Reading, token_batches
 from tests.support import BYTE_TRANSFORMER, ROOT, tiny_dataset, tiny_model, whitening_of
 
 HOOK = "gpt_neox.layers.0"
@@ -634,3 +642,32 @@ def test_saes_of_the_hub_are_named_by_release_and_id(monkeypatch, capsys, releas
     assert main(["evaluate", f"{release}/{sae_id}", "--out", "never"]) == 2
     assert asked == [(release, sae_id)]
     assert "no network" in capsys.readouterr().err
+
+
+def test_texts_are_read_in_the_chat_template_that_an_sae_was_trained_on():
+    words = {word: i for i, word in enumerate(["[BOS]", "<user>", "</user>", "yes", "no"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[BOS]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "[BOS]")
+    model = tiny_model()
+    model.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template="{% for m in messages %}<user> {{ m['content'] }} </user> {% endfor %}",
+        **special,
+    )
+    model.cfg.tokenizer_prepends_bos = False
+    saes = {}
+    for templated in (True, False):
+        sae = StandardSAE(StandardSAEConfig(d_in=model.cfg.d_model, d_sae=8))
+        sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+        sae.cfg.metadata.use_chat_formatting = templated
+        saes[templated] = {"sae": sae}
+    texts = Dataset.from_dict({"text": ["yes no yes no"] * 40})
+    reading = Reading(context_size=8, prepend_bos=True, batch_size=4)
+    found = {
+        templated: torch.cat([*token_batches(saes[templated], model, texts, 64, reading, "")])
+        for templated in saes
+    }
+    is_template = {t: (tokens == 1) | (tokens == 2) for t, tokens in found.items()}
+    assert is_template[True].any()
+    assert not is_template[False].any()

@@ -54,8 +54,14 @@ def trained(architecture: str, rank: int, world_size: int) -> dict[str, Tensor]:
     trainer = WhiteningTrainer(cfg, sae, batches(rank, world_size))
     trainer.scaler.whitening = whitening_of(friendly(2000, D_IN), WhiteningConfig())
     folded = trainer.fit()
+    found = dict(folded.state_dict())
+    if "batchtopk" in architecture:
+        # computed by each process alone
+        found["active"] = (folded.encode(friendly(96, D_IN)) != 0).sum()
+    hooks = [p._post_accumulate_grad_hooks for p in folded.parameters()]
     return {
-        **folded.state_dict(),
+        **found,
+        "hooks": torch.tensor(sum(len(some or {}) for some in hooks)),
         "scores": trainer.act_freq_scores,
         "passes": trainer.n_forward_passes_since_fired,
         "n": torch.tensor(trainer.n_training_samples),
@@ -180,6 +186,9 @@ def test_two_processes_train_what_one_does(ranks: list[Any], architecture: str):
         assert torch.equal(first[name], second[name]), name
         difference = (first[name] - expected).abs().max()
         assert difference <= rounding * expected.abs().max(), name
+    assert alone["hooks"] == 0
+    if "batchtopk" in architecture:
+        assert alone["active"] == 8 * 96
 
 
 def test_a_runner_in_two_processes_resumes_to_the_bit(ranks: list[Any], tmp_path: Path):

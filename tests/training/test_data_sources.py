@@ -191,6 +191,37 @@ def test_a_source_that_yields_nothing_any_more_is_an_error(nothing: Tensor, n_go
         trainer.fit()
 
 
+@pytest.mark.parametrize("n_samples", [None, 1000])
+def test_activations_that_are_repeated_are_counted_once(n_samples: int | None, caplog: Any) -> None:
+    """An odd number of batches: of the second round, the halves get each other's batches."""
+    x = activations(5 * BATCH)
+    scaler = CovarianceWhiteningScaler(WhiteningConfig(n_samples=n_samples))
+    scaler.estimate_whitening(D_IN, itertools.cycle(x.split(BATCH)))
+    assert scaler.statistics is not None
+    assert scaler.statistics.n_samples == len(x)
+    assert scaler.whitening is not None
+    assert torch.allclose(scaler.whitening.W, whitening_of(x).W, rtol=1e-6)
+    assert "the data provider repeats its first 5 batches" in caplog.text
+
+
+def test_batches_read_while_looking_for_repeats_are_trained_on() -> None:
+    x = activations(5 * BATCH)
+    trainer = WhiteningTrainer(trainer_config(), topk_sae(), itertools.cycle(x.split(BATCH)))
+    trainer.estimate_whitening()
+    served = [next(trainer.stream) for _ in range(12)]
+    for batch, expected in zip(served, itertools.cycle(x.split(BATCH)), strict=False):
+        assert torch.equal(batch, expected)
+
+
+def test_the_same_token_twice_is_no_repeat() -> None:
+    x = activations(2000)
+    tokens = [x[0], *x]
+    scaler = CovarianceWhiteningScaler(WhiteningConfig(n_samples=2000))
+    scaler.estimate_whitening(D_IN, (token[None] for token in tokens))
+    assert scaler.statistics is not None
+    assert scaler.statistics.n_samples == 2000
+
+
 def test_training_does_not_depend_on_the_unit() -> None:
     """At 1/1024 of the unit, where scaling is exact, every weight is that at 1, to the bit."""
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from sae_lens import (
     SAE,
+    GatedTrainingSAE,
+    GatedTrainingSAEConfig,
     LoggingConfig,
     MatchingPursuitTrainingSAE,
     MatchingPursuitTrainingSAEConfig,
@@ -36,7 +38,7 @@ from sae_whiten import (
 )
 from sae_whiten.training.checkpoint import TRAINING_STATE_DIR, loadable_folder
 from sae_whiten.training.stream import ActivationStream, DataExhaustedError, StopRequested
-from tests.support import ARCHITECTURES, friendly, nasty, training_sae
+from tests.support import ARCHITECTURES, friendly, nasty, training_sae, whitening_of
 
 D, BATCH, STEPS = 16, 64, 30
 BUILT_IN = WhiteningConfig(loss_space="whitened", eps_mode="absolute", eps=1e-3)
@@ -710,6 +712,157 @@ def test_a_trainer_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_bit(tm
     resumed.load_trainer_state(checkpoint)
     assert resumed.stream.n_served == n_served
     assert equal(state(resumed.fit()), expected)
+
+
+def test_a_stopped_trainer_goes_on_when_fit_is_called_again(tmp_path):
+    whitening = WhiteningConfig(n_samples=10 * BATCH)
+    expected = state(fit(whitening=whitening)[0])
+
+    def stopping() -> Iterator[Tensor]:
+        for i, batch in enumerate(batches()):
+            if i == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    trainer = WhiteningTrainer(
+        trainer_config(checkpoint_path=str(tmp_path)),
+        training_sae("topk", D, 64),
+        stopping(),
+        whitening,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert equal(state(trainer.fit()), expected)
+
+
+def test_an_sae_of_an_unfinished_trainer_is_not_trained_on_in_another_basis(tmp_path):
+    sae = training_sae("topk", D, 64)
+    first = WhiteningTrainer(trainer_config(), sae, batches(n=20))
+    with pytest.raises(DataExhaustedError):
+        first.fit()
+    first.save_checkpoint("unfinished", base_path=tmp_path)
+    weights = state(sae)
+
+    second = WhiteningTrainer(trainer_config(), sae, batches(seed=1))
+    with pytest.raises(ValueError, match="trained under another whitening"):
+        second.fit()
+    second = WhiteningTrainer(trainer_config(), sae, batches(seed=1))
+    second.scaler.whitening = whitening_of(next(batches(seed=1)))
+    with pytest.raises(ValueError, match="trained under another whitening"):
+        second.fit()
+    assert equal(state(sae), weights)
+
+    # under its own it goes on, and so it does with the weights of a checkpoint
+    second = WhiteningTrainer(trainer_config(), sae, batches(seed=1))
+    second.scaler.whitening = first.whitening
+    second.fit()
+    used = training_sae("topk", D, 64)
+    other = WhiteningTrainer(trainer_config(), used, batches(n=20, seed=2))
+    with pytest.raises(DataExhaustedError):
+        other.fit()
+    resumed = WhiteningTrainer(trainer_config(), used, batches(seed=1))
+    resumed.load_trainer_state(tmp_path / "unfinished")
+    resumed.fit()
+
+
+def test_the_config_decides_the_loss_under_a_whitening_that_was_set_by_hand():
+    x = torch.cat([batch for _, batch in zip(range(10), batches(seed=3), strict=False)])
+    config = WhiteningConfig(loss_space="whitened")
+
+    def trained(whitening: WhiteningConfig) -> dict[str, Tensor]:
+        trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches(), config)
+        trainer.scaler.whitening = whitening_of(x, whitening)
+        return state(trainer.fit())
+
+    assert equal(trained(WhiteningConfig(loss_space="original")), trained(config))
+    with pytest.raises(ValueError, match="kind='zca', and kind='pca' is asked for"):
+        trained(WhiteningConfig(kind="zca"))
+
+
+def test_a_whitening_of_other_activations_is_warned_about(caplog):
+    config = WhiteningConfig(n_samples=1000)
+    right = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches(), config)
+    right.fit()
+    assert "other activations" not in caplog.text
+    wrong = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches(), config)
+    assert right.whitening is not None
+    wrong.scaler.whitening = replace(right.whitening, mean=right.whitening.mean + 1000)
+    wrong.fit()
+    assert "its statistics seem to be of other activations" in caplog.text
+
+
+def test_l0_is_counted_over_the_rows_that_batches_have(caplog):
+    def of_half_the_size() -> Iterator[Tensor]:
+        for batch in batches():
+            yield from batch.split(BATCH // 2)
+
+    sae, _ = fit(training_sae("topk", D, 64), data=of_half_the_size())
+    assert sae.cfg.metadata.l0 == pytest.approx(fit()[0].cfg.metadata.l0, rel=0.05)
+    assert "batches of 32 activations, and train_batch_size_samples is 64" in caplog.text
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka_batchtopk"])
+def test_metadata_are_of_the_sae_that_is_saved(architecture, tmp_path, monkeypatch):
+    held_out = []
+    original = ActivationStream.held_out_or_last
+
+    def seen(self: ActivationStream) -> tuple[Tensor | None, str]:
+        held_out.append(original(self)[0])
+        return held_out[-1], "held-out"
+
+    monkeypatch.setattr(ActivationStream, "held_out_or_last", seen)
+    sae, _ = fit(training_sae(architecture, D, 64))
+    sae.save_inference_model(tmp_path)
+    saved = SAE.load_from_disk(tmp_path)
+    (x,) = held_out
+    latents = saved.encode(x)
+    error = (saved.decode(latents) - x).double().square().sum()
+    total = (x - x.mean(0)).double().square().sum()
+    metadata = saved.cfg.metadata
+    assert metadata.explained_variance == pytest.approx(float(1 - error / total), abs=1e-4)
+    if architecture != "topk":
+        assert metadata.l0 == float((latents != 0).sum() / len(x))
+
+
+class WithAPenalty(GatedTrainingSAE):
+    def calculate_aux_loss(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+        losses = super().calculate_aux_loss(*args, **options)
+        return {**losses, "penalty": self.W_dec.square().mean()}
+
+
+class WithAnEncoder(GatedTrainingSAE):
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        acts, hidden = super().encode_with_hidden_pre(x)
+        return 0.5 * acts, hidden
+
+
+def test_a_subclass_whose_loss_would_be_replaced_is_refused():
+    cfg = GatedTrainingSAEConfig(d_in=D, d_sae=64, normalize_activations="covariance_whitening")
+    with pytest.raises(ValueError, match=r"WithAPenalty\.calculate_aux_loss would have no effect"):
+        WhiteningTrainer(trainer_config(), WithAPenalty(cfg), batches())
+    WhiteningTrainer(trainer_config(), WithAnEncoder(cfg), batches())  # has an effect
+
+
+@pytest.mark.parametrize(
+    ("architecture", "strength", "unit", "warned"),
+    [
+        ("standard", 0.5, 1e4, True),
+        ("standard", 0.5, 1e-4, True),
+        ("standard", 1.0, 1e4, False),
+        ("topk", 0.5, 1e4, False),  # has no coefficient
+    ],
+)
+def test_with_less_strength_a_coefficient_depends_on_the_unit(
+    architecture, strength, unit, warned, caplog
+):
+    trainer = WhiteningTrainer(
+        trainer_config(),
+        training_sae(architecture, D, 64),
+        (unit * batch for batch in batches(data=friendly)),
+        WhiteningConfig(strength=strength, loss_space="whitened"),
+    )
+    trainer.estimate_whitening()
+    assert ("find it by a sweep at this hook" in caplog.text) == warned
 
 
 def test_stopping_in_an_evaluation_waits_for_its_end(monkeypatch):
