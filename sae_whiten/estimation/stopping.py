@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -155,7 +155,7 @@ def estimate_statistics(
             or one is not finite and `on_nonfinite` is "raise".
     """
     hooks = {name: _Hook(name, requirement) for name, requirement in required.items()}
-    repeated = _Repeated(next(iter(required)))
+    repeated = _Repeated(required)
     with tqdm(desc="Estimating whitening", unit=" tokens", leave=False) as bar:
         while waiting := [hook for hook in hooks.values() if not hook.done]:
             try:
@@ -191,20 +191,24 @@ class _Repeated:
     same ones agree.
 
     Args:
-        hook_name: The hook whose activations are compared.
+        hook_names: The hooks whose activations are compared.
     """
 
-    def __init__(self, hook_name: str) -> None:
-        self._hook_name = hook_name
-        self._first: Tensor | None = None
+    def __init__(self, hook_names: Iterable[str]) -> None:
+        self._hook_names = list(hook_names)
+        self._first: list[Tensor] = []
 
     def __call__(self, batch: Mapping[str, Float[Tensor, "..."]]) -> bool:
-        acts = batch[self._hook_name]
-        if self._first is None or self._first.numel() == 0:
-            self._first = acts.clone()  # a provider may write the next one into the same memory
+        now = [batch[name] for name in self._hook_names]
+        if not any(map(torch.numel, self._first)):
+            # copies: a provider may write the next batch into the same memory
+            self._first = [acts.clone() for acts in now]
             return False
         # a single activation can occur twice in a text
-        return acts.numel() > acts.shape[-1] and torch.equal(acts, self._first)
+        return all(
+            acts.numel() > acts.shape[-1] and torch.equal(acts, first)
+            for acts, first in zip(now, self._first, strict=True)
+        )
 
 
 class _Hook:

@@ -18,7 +18,7 @@ from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import T_TRAINING_SAE, TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
 
-from sae_whiten.architectures.description import describe
+from sae_whiten.architectures.description import Architecture, describe
 from sae_whiten.architectures.folding import (
     FoldError,
     fold_whitening_into_weights,
@@ -139,33 +139,36 @@ def plain_copy(sae: T_TRAINING_SAE, whitening: Whitening) -> T_TRAINING_SAE:
 
 @functools.cache
 def _whitened_class(stock_class: type[TrainingSAE[Any]]) -> type[_WhitenedTrainingSAE]:
-    losses = describe(stock_class).losses or TrainingSAE
+    architecture = describe(stock_class)
+    losses = architecture.losses or TrainingSAE
     bases = (_WhitenedTrainingSAE, stock_class)
     if not issubclass(stock_class, losses):
-        _check_overrides(stock_class, losses)
+        _check_overrides(stock_class, architecture)
         bases = (_WhitenedTrainingSAE, losses, stock_class)
     # A class made at run time, because its base may be a user's own subclass of a stock class. Its
     # overrides have to take effect, and isinstance has to hold.
     return type(f"Whitened{stock_class.__name__}", bases, {"stock_class": stock_class})
 
 
-def _check_overrides(own_class: type[TrainingSAE[Any]], losses: type[TrainingSAE[Any]]) -> None:
-    """Refuse a user's subclass with a method that `losses` would replace.
+def _check_overrides(own_class: type[TrainingSAE[Any]], architecture: Architecture) -> None:
+    """Refuse a subclass of a described class with a method that the losses would replace.
 
     Raises:
         ValueError: There is one.
     """
-    known = next(c for c in own_class.__mro__ if issubclass(losses, c))
-    by_user = {name for c in own_class.__mro__ if not issubclass(known, c) for name in vars(c)}
+    described = next(c for c in own_class.__mro__ if c in architecture.sae_classes)
+    below = own_class.__mro__[: own_class.__mro__.index(described)]
+    overrides = {name for c in below for name in vars(c)}
+    losses = architecture.losses
     for name, method in vars(losses).items():
-        # a method that calls super() has a cell "__class__", and calls the user's
+        # a method that calls super() has a cell "__class__", and calls the subclass's
         code = getattr(method, "__code__", None)
-        if name in by_user and code is not None and "__class__" not in code.co_freevars:
+        if name in overrides and code is not None and "__class__" not in code.co_freevars:
             raise ValueError(
-                f"{own_class.__name__}.{name} would have no effect: under whitening "
-                f"{losses.__name__}.{name} takes its place, to measure errors in the space of the "
-                f"loss. Register {own_class.__name__} as an architecture of its own, with losses "
-                "that do both (sae_whiten.architectures.register)"
+                f"{own_class.__name__}.{name} would have no effect: under whitening it is replaced "
+                "by one that measures errors in the space of the loss. Register "
+                f"{own_class.__name__} as an architecture of its own, with losses that do both "
+                "(sae_whiten.architectures.register)"
             )
 
 

@@ -348,7 +348,7 @@ def test_a_stream_that_ends_says_for_which_hook_and_how_much_was_missing():
 
 
 def test_a_hook_without_variance_is_named():
-    batches = iter([{"a": torch.ones(100, 4), "b": torch.randn(100, 4)}] * 10)
+    batches = ({"a": torch.ones(100, 4), "b": torch.randn(100, 4)} for _ in range(10))
     required = {name: Requirement(4, None, 0.02, "raise") for name in ("a", "b")}
     with pytest.raises(ValueError, match="a: all activations are the same"):
         estimate_statistics(batches, required)
