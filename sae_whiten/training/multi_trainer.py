@@ -367,8 +367,10 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         for name, trainer in self.whitened.items():
             assert trainer.whitening is not None
             hook_name, loaded = self.hook_names[name], trainer.scaler.statistics
-            shared = whitenings.setdefault(trainer.whitening.digest, trainer.whitening)
-            trainer.scaler.whitening = shared.with_config(trainer.whitening.config)
+            own = trainer.whitening
+            derived_by = [getattr(own.config, field) for field in TRANSFORM_FIELDS]
+            shared = whitenings.setdefault((own.digest, *derived_by), own)
+            trainer.scaler.whitening = shared.with_config(own.config)
             trainer.whitening = trainer.scaler.whitening
             if loaded is not None:
                 # of one file, or of the first n samples at one hook

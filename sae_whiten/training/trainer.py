@@ -316,8 +316,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if coefficients and not 1 / _FAR_FROM_ONE < size < _FAR_FROM_ONE:
             logger.warning(
                 "with strength=%g whitened activations have a root mean square of %.2g, not 1, and "
-                "%s acts on latents of that size: find it by a sweep at this hook, and do not take "
-                "it over from another",
+                "%s acts on latents of that size. sae-whiten compare rescales it; elsewhere, find "
+                "it by a sweep at this hook",
                 whitening.strength,
                 size,
                 " and ".join(coefficients),

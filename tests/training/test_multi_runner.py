@@ -293,6 +293,23 @@ def test_another_transform_is_another_whitening_of_the_same_statistics():
     assert made.saes["more"].cfg.metadata.whitening["config"]["loss_space"] == "whitened"
 
 
+def test_equal_transforms_of_different_configs_are_resumed(tmp_path):
+    """With enough samples, no shrinkage asked for and a shrinkage of 0 come to the same."""
+    many = replace(FEW, n_samples=700)
+    configs = {"white": many, "batch": replace(many, shrinkage=0.0)}
+    options = {"checkpoint_path": str(tmp_path), "n_checkpoints": 1}
+    made = runner("white", "batch", whitening=configs, **options)
+    made.run()
+    whitenings = made.trainer.whitenings
+    assert whitenings["white"].digest == whitenings["batch"].digest
+    checkpoint = next(path for path in tmp_path.rglob("*") if (path / "white").is_dir())
+    resumed = runner(
+        "white", "batch", whitening=configs, resume_from_checkpoint=str(checkpoint), **options
+    )
+    assert_equal(states(resumed.run()), states(made.saes))
+    assert {n: w.config for n, w in resumed.trainer.whitenings.items()} == configs
+
+
 def test_each_hook_takes_the_samples_that_the_most_demanding_config_there_needs():
     configs = {
         "white": WhiteningConfig(n_samples=700),

@@ -862,7 +862,7 @@ def test_with_less_strength_a_coefficient_depends_on_the_unit(
         WhiteningConfig(strength=strength, loss_space="whitened"),
     )
     trainer.estimate_whitening()
-    assert ("find it by a sweep at this hook" in caplog.text) == warned
+    assert ("it by a sweep at this hook" in caplog.text) == warned
 
 
 def test_stopping_in_an_evaluation_waits_for_its_end(monkeypatch):
