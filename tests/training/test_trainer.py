@@ -22,6 +22,7 @@ from sae_lens import (
     TopKTrainingSAEConfig,
 )
 from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
@@ -36,8 +37,11 @@ from sae_whiten import (
     WhiteningTrainer,
     fold_whitening_into_weights,
 )
+from sae_whiten.estimation.distributed import Processes
 from sae_whiten.training.checkpoint import TRAINING_STATE_DIR, loadable_folder
+from sae_whiten.training.data_parallel import SharedBatchTopK, SharedStream
 from sae_whiten.training.stream import ActivationStream, DataExhaustedError, StopRequested
+from sae_whiten.training.training_sae import enter_whitened_space, plain_copy, set_whitening
 from tests.support import ARCHITECTURES, friendly, nasty, training_sae, whitening_of
 
 D, BATCH, STEPS = 16, 64, 30
@@ -822,6 +826,18 @@ def test_metadata_are_of_the_sae_that_is_saved(architecture, tmp_path, monkeypat
     assert metadata.explained_variance == pytest.approx(float(1 - error / total), abs=1e-4)
     if architecture != "topk":
         assert metadata.l0 == float((latents != 0).sum() / len(x))
+
+
+def test_a_copy_of_an_sae_of_several_processes_selects_alone():
+    sae: Any = training_sae("batchtopk", D, 64)
+    enter_whitened_space(sae)
+    set_whitening(sae, whitening_of(next(batches())))
+    sae.activation_fn = SharedBatchTopK(8, SharedStream(Processes(alone=True), batches(), D))
+    assert sae.whitening is not None
+    copied: Any = plain_copy(sae, sae.whitening)
+    assert type(copied.activation_fn) is BatchTopK
+    assert copied.activation_fn.k == 8
+    assert isinstance(sae.activation_fn, SharedBatchTopK)
 
 
 class WithAPenalty(GatedTrainingSAE):
