@@ -378,7 +378,7 @@ def _copy_with(sae: SAE[Any], parameters: dict[str, Tensor]) -> SAE[Any]:
     """
     copied = copy.copy(sae)
     dtype = parameters["W_enc"].dtype
-    copied._buffers = dict(sae._buffers)
+    copied._buffers, copied._modules = dict(sae._buffers), dict(sae._modules)
     copied._parameters = {
         name: None
         if value is None

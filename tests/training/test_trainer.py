@@ -776,7 +776,9 @@ def test_the_config_decides_the_loss_under_a_whitening_that_was_set_by_hand():
     def trained(whitening: WhiteningConfig) -> dict[str, Tensor]:
         trainer = WhiteningTrainer(trainer_config(), training_sae("topk", D, 64), batches(), config)
         trainer.scaler.whitening = whitening_of(x, whitening)
-        return state(trainer.fit())
+        sae = trainer.fit()
+        assert sae.cfg.metadata.whitening["config"]["loss_space"] == "whitened"
+        return state(sae)
 
     assert equal(trained(WhiteningConfig(loss_space="original")), trained(config))
     with pytest.raises(ValueError, match="kind='zca', and kind='pca' is asked for"):
@@ -832,7 +834,7 @@ def test_a_copy_of_an_sae_of_several_processes_selects_alone():
     sae: Any = training_sae("batchtopk", D, 64)
     enter_whitened_space(sae)
     set_whitening(sae, whitening_of(next(batches())))
-    sae.activation_fn = SharedBatchTopK(8, SharedStream(Processes(alone=True), batches(), D))
+    sae.activation_fn = SharedBatchTopK(8.0, SharedStream(Processes(alone=True), batches(), d_in=D))
     assert sae.whitening is not None
     copied: Any = plain_copy(sae, sae.whitening)
     assert type(copied.activation_fn) is BatchTopK
