@@ -137,7 +137,8 @@ def estimate_statistics(
     """Mean and covariance at every hook, from the first batches of a stream.
 
     Each hook uses only the batches that it requires, so its statistics do not depend on the other
-    hooks. The stream is read until all have enough.
+    hooks. The stream is read until all have enough, or until it repeats its first batch:
+    activations are counted once.
 
     Args:
         batches: Yields activations by hook, each of shape (n, d_in), (batch, seq, d_in) or

@@ -44,7 +44,7 @@ class CovarianceWhiteningScaler(ActivationScaler):
     Attributes:
         config: How to whiten.
         whitening: The transform, once it is estimated or loaded. Setting it first skips the
-            estimation.
+            estimation; a trainer refuses one that was not derived as `config` says.
         statistics: The statistics that `whitening` was derived from, if this scaler estimated them.
     """
 
