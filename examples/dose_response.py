@@ -424,20 +424,26 @@ def train(
         factor = 1.0
         if condition == "expected_average_only_in":
             factor = math.sqrt(D_IN) / float(x[:50_000].norm(dim=1).mean())
-        trainer.scaler.whitening = scaled_identity(factor)
+        trainer.scaler.whitening = scaled_identity(factor, x[:50_000])
     return trainer.fit()
 
 
-def scaled_identity(factor: float) -> Whitening:
-    """The whitening that multiplies by a factor and moves nothing."""
-    statistics = ActivationStatistics.from_tensors(
-        {
-            "mean": torch.zeros(D_IN, dtype=torch.float64),
-            "scatter": torch.eye(D_IN, dtype=torch.float64) * (10**6 - 1) / factor**2,
-        },
-        {**ActivationStatistics(D_IN).to_tensors()[1], "n_samples": 10**6, "n_batches": 1},
+def scaled_identity(factor: float, x: Tensor) -> Whitening:
+    """The whitening of activations x, shape (n, d), that multiplies by a factor alone."""
+    eye = torch.eye(D_IN, dtype=torch.float64)
+    return Whitening(
+        mean=torch.zeros(D_IN, dtype=torch.float64),
+        W=eye * factor,
+        W_inv=eye / factor,
+        eigenvalues=torch.full((D_IN,), factor**-2, dtype=torch.float64),
+        # about zero, because the mean stays
+        covariance_eigenvalues=torch.full(
+            (D_IN,), float(x.double().square().mean()), dtype=torch.float64
+        ),
+        config=WhiteningConfig(kind="zca", eps=0.0),
+        shrinkage=0.0,
+        n_samples=len(x),
     )
-    return Whitening.from_statistics(statistics, WhiteningConfig(kind="zca", eps=0.0))
 
 
 @torch.no_grad()
