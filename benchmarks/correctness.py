@@ -35,6 +35,7 @@ from sae_whiten import (
 )
 
 D, D_SAE, K = 64, 256, 8
+BATCH, STEPS = 128, 400
 # as in the built-in: both whiten in the same way, so only the folds are compared
 SAME_TRANSFORM = WhiteningConfig(eps_mode="absolute", loss_space="whitened")
 
@@ -57,7 +58,7 @@ def friendly(n: int, seed: int = 0) -> Tensor:
 
 
 def batches(data: Any) -> Iterator[Tensor]:
-    return (data(128, seed) for seed in itertools.count())
+    return (data(BATCH, seed) for seed in itertools.count())
 
 
 def new_sae(**options: Any) -> TrainingSAE[Any]:
@@ -162,26 +163,24 @@ def constant_dimension() -> tuple[float, float]:
     return gains[0], gains[1]
 
 
-def trained(which: str, directory: Path, **options: Any) -> tuple[Any, Any]:
+def new_trainer(which: str, **options: Any) -> Any:
     config = SAETrainerConfig(
-        total_training_samples=128 * 400,
-        train_batch_size_samples=128,
+        total_training_samples=BATCH * STEPS,
+        train_batch_size_samples=BATCH,
         lr=3e-3,
         lr_end=3e-3,
         n_batches_for_norm_estimate=50,
-        checkpoint_path=str(directory / which),
         **options,
     )
     make = WhiteningTrainer if which == "ours" else SAETrainer
-    trainer = make(config, new_sae(), batches(ill))
-    return trainer, trainer.fit()
+    return make(config, new_sae(), batches(ill))
 
 
 def checkpoint_in_the_middle(directory: Path) -> tuple[float, float]:
     """Explained variance of a mid-training checkpoint opened with SAE.load_from_disk."""
     values = []
     for which in ("built-in", "ours"):
-        trained(which, directory, n_checkpoints=1)
+        new_trainer(which, checkpoint_path=str(directory / which), n_checkpoints=1).fit()
         (path,) = (directory / which).iterdir()
         values.append(explained_variance(SAE.load_from_disk(path), ill(5000, -1)))
     return values[0], values[1]
@@ -193,17 +192,11 @@ def resume_the_final_checkpoint(
     """Explained variance before and after resuming the final checkpoint, without further steps."""
     values = []
     for which in ("built-in", "ours"):
-        _, sae = trained(which, directory, save_final_checkpoint=True)
-        values.append(explained_variance(sae, ill(5000, -1)))
+        folder = str(directory / which)
+        trainer = new_trainer(which, checkpoint_path=folder, save_final_checkpoint=True)
+        values.append(explained_variance(trainer.fit(), ill(5000, -1)))
         (path,) = (directory / which).iterdir()
-        config = SAETrainerConfig(
-            total_training_samples=128 * 400,
-            train_batch_size_samples=128,
-            lr_end=3e-3,
-            n_batches_for_norm_estimate=50,
-        )
-        make = WhiteningTrainer if which == "ours" else SAETrainer
-        trainer = make(config, new_sae(), batches(ill))
+        trainer = new_trainer(which)
         trainer.load_trainer_state(path)
         if which == "built-in":
             trainer.sae.load_weights_from_checkpoint(path)
