@@ -348,9 +348,10 @@ def naming(hook_name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not hook_name:
-            raise
-        raise type(error)(f"{hook_name}: {error}") from error
+        if hook_name:
+            # the same error, because a subclass may take other arguments than a message
+            error.args = (f"{hook_name}: {error}",)
+        raise
 
 
 def flatten_heads(acts: Float[Tensor, "..."], d_in: int) -> Float[Tensor, "..."]:

@@ -190,6 +190,7 @@ RELIED_ON: tuple[Method | Attribute, ...] = (
     ),
     Attribute(TrainingSAE, "mse_loss_fn"),
     Attribute(MatryoshkaBatchTopKTrainingSAE, "mse_loss_fn"),
+    Attribute(TopKTrainingSAE, "activation_fn"),
     Method(
         TopKTrainingSAE,
         "calculate_topk_aux_loss",

@@ -10,6 +10,7 @@ import pytest
 import sae_lens
 import torch
 from sae_lens import llm_sae_training_runner
+from sae_lens.load_model import HookedProxyLM
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
@@ -22,8 +23,9 @@ from sae_whiten.training._saelens import RELIED_ON, Attribute, Method, check_sae
 from sae_whiten.training.training_sae import _whitened_class
 
 # names that both packages happen to have
-_COINCIDENCES = {"_kl"}
+_COINCIDENCES = {"_", "_fingerprint", "_kl", "_sae"}
 _PARSER = "_parse_cfg_args"  # of the command line, which looks for it itself
+_HOOKS = "_names_filter"  # an argument of a model of transformers, which takes any other silently
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,10 @@ def test_saelens_has_and_uses_what_we_rely_on(relied_on: Method | Attribute) -> 
 
 def test_saelens_has_the_parser_of_its_command_line() -> None:
     assert [*inspect.signature(getattr(llm_sae_training_runner, _PARSER)).parameters] == ["args"]
+
+
+def test_saelens_ends_the_pass_of_a_model_of_transformers_after_the_last_hook() -> None:
+    assert _HOOKS in inspect.signature(HookedProxyLM.forward).parameters
 
 
 def _our_training_classes() -> list[type]:
@@ -81,8 +87,8 @@ def test_every_method_that_we_override_is_listed() -> None:
 
 
 def _private_names(package: Any) -> set[str]:
-    """Attributes, functions and imports whose names start with one underscore, in the files of a
-    package that import SAELens."""
+    """Names that start with one underscore, in the files of a package that import SAELens: of
+    attributes, functions, their arguments and imports, also as strings."""
     names: set[str] = set()
     for file in Path(package.__file__).parent.rglob("*.py"):
         source = file.read_text(encoding="utf-8")
@@ -93,6 +99,10 @@ def _private_names(package: Any) -> set[str]:
                 names.add(node.attr)
             elif isinstance(node, ast.FunctionDef):
                 names.add(node.name)
+            elif isinstance(node, (ast.arg, ast.keyword)) and node.arg is not None:
+                names.add(node.arg)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value if node.value.isidentifier() else "")
             elif isinstance(node, ast.ImportFrom):
                 names |= {alias.name for alias in node.names}
     return {name for name in names if name.startswith("_") and not name.startswith("__")}
@@ -101,7 +111,7 @@ def _private_names(package: Any) -> set[str]:
 def test_every_private_name_that_we_share_with_saelens_is_listed() -> None:
     shared = _private_names(sae_whiten) & _private_names(sae_lens)
     of_torch = {name for name in shared if hasattr(torch.nn.Module(), name)}
-    listed = {each.name for each in RELIED_ON} | {_PARSER}
+    listed = {each.name for each in RELIED_ON} | {_PARSER, _HOOKS}
     assert shared - of_torch - _COINCIDENCES <= listed
     assert {n for n in listed if n.startswith("_")} <= shared
 
