@@ -97,8 +97,11 @@ def train_arms(
         output_path=str(out / "saes" / f"seed-{seed}"),
     )
     steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()]
-    if steps:
-        cfg.resume_from_checkpoint = str(checkpoints / str(max(steps)))
+    last = checkpoints / str(max(steps, default=0))
+    if all((last / name).is_dir() for name in saes):
+        cfg.resume_from_checkpoint = str(last)
+    elif steps:  # of other SAEs, which were finished when the comparison was killed
+        shutil.rmtree(checkpoints, ignore_errors=True)
     # the order in which SAELens mixes activations comes from torch's generator
     torch.manual_seed(seed)
     _LockstepRunner(

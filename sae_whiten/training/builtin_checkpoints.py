@@ -436,6 +436,15 @@ def _plain_sae(
         summary = report.to_dict()
     else:
         plain = _made_plain(sae, whitening, recognised)
+        if recognised == "folded-twice" and hasattr(plain, "topk_threshold"):
+            if activations is None:
+                raise FieldError(
+                    "activations",
+                    None,
+                    "the weights are folded-twice, and their threshold was found on activations "
+                    "of another scale: it has to be found again, on activations",
+                )
+            _find_threshold(plain, activations)
         summary = {"fold": {"check": None}}
         summary |= {} if whitening is None else whitening.summary()
     if diagnosis is not None:
@@ -525,14 +534,36 @@ def _estimated(activations: Float[Tensor, "n d_in"]) -> Whitening:
 
 
 @torch.no_grad()
+def _find_threshold(sae: Any, activations: Float[Tensor, "n d_in"]) -> None:
+    """Set the threshold of a BatchTopK SAE as training does: the mean over batches of the least
+    active value."""
+    copied = _for_flat_activations(sae)
+    latents = (copied.encode(rows) for rows in _batches(activations, copied))
+    least = [acts[acts > 0].min().double() for acts in latents if (acts > 0).any()]
+    if least:
+        sae.topk_threshold.copy_(torch.stack(least).mean())
+
+
+def _for_flat_activations(sae: SAE[Any]) -> SAE[Any]:
+    """A copy in float32 or better that takes activations of shape (n, d_in) at any hook."""
+    copied = copy.deepcopy(sae)
+    copied.to(dtype=torch.promote_types(sae.dtype, torch.float32))
+    copied.turn_off_forward_pass_hook_z_reshaping()
+    return copied
+
+
+def _batches(
+    activations: Float[Tensor, "n d_in"], sae: SAE[Any]
+) -> tuple[Float[Tensor, "_ d_in"], ...]:
+    return activations.to(sae.device, sae.dtype).split(256)
+
+
+@torch.no_grad()
 def _explained_variance(sae: SAE[Any], activations: Float[Tensor, "n d_in"]) -> float:
     """1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2."""
-    dtype = torch.promote_types(sae.dtype, torch.float32)
-    sae = copy.deepcopy(sae)
-    sae.to(dtype=dtype)
-    sae.turn_off_forward_pass_hook_z_reshaping()
+    sae = _for_flat_activations(sae)
     residual = 0.0
-    for rows in activations.to(sae.device, dtype).split(256):
+    for rows in _batches(activations, sae):
         residual += float((rows - sae.decode(sae.encode(rows))).double().square().sum())
     spread = activations.double() - activations.double().mean(0)
     return 1 - residual / float(spread.square().sum())

@@ -207,8 +207,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
 
     def _set_sae_metadata(self) -> None:
         super()._set_sae_metadata()
-        for name in self.whitening_configs:
-            record_reading(self.saes[name], self.cfg)
+        for sae in self.saes.values():
+            record_reading(sae, self.cfg)
 
     def _save_runner_checkpoint_files(self, checkpoint_path: Path | None) -> None:
         add_runner_files(self, checkpoint_path)
@@ -291,10 +291,19 @@ def _check_overrides(
         other = seen.setdefault(id(sae), name)
         if other != name:
             raise ValueError(f"override_saes: {other} and {name} are the same object")
-        if name in cfg.saes and sae.cfg.d_in != cfg.saes[name].d_in:
+        in_config = cfg.saes.get(name, sae.cfg)
+        if sae.cfg.d_in != in_config.d_in:
             raise ValueError(
-                f"override_saes: {name} is of width {sae.cfg.d_in}, and of {cfg.saes[name].d_in} "
+                f"override_saes: {name} is of width {sae.cfg.d_in}, and of {in_config.d_in} "
                 "in the config"
+            )
+        if sae.cfg.normalize_activations != in_config.normalize_activations:
+            raise ValueError(
+                f"override_saes: {name} has "
+                f"normalize_activations={sae.cfg.normalize_activations!r}, and "
+                f"{in_config.normalize_activations!r} in the config: set both alike. A finished "
+                "SAE is continued under whitening by WhiteningTrainingRunner, with "
+                "from_pretrained_path"
             )
 
 

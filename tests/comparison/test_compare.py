@@ -557,6 +557,18 @@ def test_what_is_left_after_a_kill_while_saving_is_trained_on_the_same_data(tmp_
         assert_same_saes(tmp_path / name / seed, tmp_path / "whole" / seed)
 
 
+def test_checkpoints_of_finished_saes_do_not_stop_a_comparison(tmp_path):
+    # left by a kill after the SAEs of another learning rate or coefficient were saved
+    left = tmp_path / "checkpoints" / "seed-0" / "512" / "topk-original-k8"
+    left.mkdir(parents=True)
+    comparison = dataclasses.replace(
+        SMALL, conditions=("centred",), architectures=("topk",), seeds=(0,), training_tokens=768
+    )
+    (record,) = run(tmp_path, comparison)
+    assert record["name"] == "topk-centred-k8"
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("file", ["cfg.json", "sae_weights.safetensors"])
 def test_an_sae_that_is_not_whole_is_trained_again(finished, tmp_path, file):
     out, records = finished

@@ -523,6 +523,8 @@ def test_a_terminal_shows_a_line_for_each_condition_and_what_differs() -> None:
     assert "than none" in tested
     assert "3 seeds" in tested
     assert "not measured" in dash
+    killed = terminal_text(summarise([*RECORDS, record("half", 0, **half[0])])).splitlines()
+    assert killed[4].split()[:5] == ["half", "0.800", "(1", "of", "3)"]
     two = terminal_text(summarise([run for run in RECORDS if run["seed"] < 2]))
     assert "worse" not in two
     assert two.endswith("2 seeds: nothing is tested, and any of these differences may be chance.")

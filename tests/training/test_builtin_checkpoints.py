@@ -179,13 +179,37 @@ def test_a_plain_sae_with_a_whitening_beside_it_is_told_from_one_that_is_not(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_second_fold_of_a_resumed_run_is_undone(architecture: str, tmp_path: Path) -> None:
     run = checkpoints(architecture)
-    done = fold_builtin_checkpoint(run.twice, tmp_path / "sae", whitening=run.resumed)
+    x = next(activations(seed=3)) if "batchtopk" in architecture else None  # for the threshold
+    done = fold_builtin_checkpoint(
+        run.twice, tmp_path / "sae", whitening=run.resumed, activations=x
+    )
     assert (done.state, done.given) == ("folded-twice", False)
-    sae = SAE.load_from_disk(tmp_path / "sae")
-    TrainingSAE.load_from_disk(run.final).save_inference_model(str(tmp_path / "once"))
-    once = explained_variance(SAE.load_from_disk(tmp_path / "once"))
+    # the forms of training: BatchTopK takes k latents there, and needs no threshold
+    once = explained_variance(TrainingSAE.load_from_disk(run.final))
     # SAELens moved decoder norms to the encoder again, which are known as well as the covariance
-    assert explained_variance(sae) == pytest.approx(once, abs=0.02)
+    assert explained_variance(done.sae) == pytest.approx(once, abs=0.02)
+    # what is saved has as many
+    saved = explained_variance(SAE.load_from_disk(tmp_path / "sae"))
+    assert saved == pytest.approx(once, abs=0.05)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_the_threshold_of_a_resumed_run_is_found_again(architecture: str, tmp_path: Path) -> None:
+    run = checkpoints(architecture)
+    sae: Any = TrainingSAE.load_from_disk(run.twice)
+    sae.topk_threshold.mul_(20)  # the resumed run finds it on whitened inputs of a plain encoder
+    sae.save_model(tmp_path / "twice")
+    with pytest.raises(FieldError, match="activations"):
+        fold_builtin_checkpoint(tmp_path / "twice", tmp_path / "sae", whitening=run.resumed)
+    assert not (tmp_path / "sae").exists()
+    fold_builtin_checkpoint(
+        tmp_path / "twice",
+        tmp_path / "sae",
+        whitening=run.resumed,
+        activations=next(activations(seed=3)),
+    )
+    l0 = (SAE.load_from_disk(tmp_path / "sae").encode(next(activations(seed=2))) > 0).sum(1)
+    assert float(l0.float().mean()) == pytest.approx(8, rel=0.25)
 
 
 @pytest.mark.parametrize("flag", [True, False])

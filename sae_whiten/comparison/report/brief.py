@@ -49,7 +49,9 @@ def _terminal_cell(group: Group, condition: str, baseline: str, metric: Metric) 
     if difference is not None and difference.significant:
         verdict = "better" if difference.mean * metric.better > 0 else "worse"
     # equally wide, so that the numbers stand below each other
-    return f"{number(group.spread(condition, metric.key).mean, metric.decimals)} {verdict:6}"
+    spread, n_seeds = group.spread(condition, metric.key), len(group.seeds)
+    known = f" ({spread.n} of {n_seeds})" if 0 < spread.n < n_seeds else ""
+    return f"{number(spread.mean, metric.decimals)}{known} {verdict:6}"
 
 
 def _what_was_tested(comparison: Summary) -> str:
