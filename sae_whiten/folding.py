@@ -225,7 +225,8 @@ def _skip_connection(
     if weights.W_skip is None:
         return None, b_dec
     skip = encoder @ _f64(weights.W_skip, encoder.device).T @ decoder
-    return skip.T, b_dec - origin @ skip
+    # contiguous, because SAELens saves no other tensors
+    return skip.T.contiguous(), b_dec - origin @ skip
 
 
 def _blocks(n: int, width: int, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -451,6 +451,10 @@ def _compare(
     # taken relative to the spread of the activations.
     mean = max(float(out.mean.norm()), float(folded_weights.b_dec.double().norm()))
     offset = mean / float(out.covariance_eigenvalues.sum().sqrt())
+    if describe(sae).is_transcoder:
+        # It subtracts no b_dec, so the product with W amplifies rounding of the input's mean, too.
+        spread = float(whitening.covariance_eigenvalues.sum().sqrt())
+        offset += whitening.condition_number * float(whitening.mean.norm()) / spread
     tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
 
     norms = None if weights.decoder_norms is None else weights.decoder_norms.to(dtype)

@@ -27,6 +27,8 @@ from sae_whiten import (
     fold_whitening_into_weights,
     unfold_whitening_from_weights,
 )
+from sae_whiten.architectures import folding
+from sae_whiten.folding import fold
 from tests.support import (
     ARCHITECTURES,
     friendly,
@@ -191,6 +193,29 @@ def test_a_published_sae_can_be_unfolded_under_any_whitening():
     assert relative(whitening.dewhiten(sae(whitening.whiten(x))), expected) < 1e-9
     with pytest.raises(FoldError, match="must be plain"):
         unfold_whitening_from_weights(sae, whitening)
+
+
+@pytest.mark.parametrize("cls", [Transcoder, SkipTranscoder])
+def test_transcoders_of_inputs_with_large_means_are_folded_and_saved(cls, tmp_path, monkeypatch):
+    x, y = nasty(N, 16), friendly(N, 12, seed=1)
+    w_in, w_out = whitening_of(x), whitening_of(y)
+    config = TranscoderConfig if cls is Transcoder else SkipTranscoderConfig
+    size = {"d_in": 16, "d_sae": 64, "d_out": 12}
+    sae = cls(
+        config(**size, apply_b_dec_to_input=False, normalize_activations="covariance_whitening")
+    )
+    wrong = copy.deepcopy(sae)
+    fold_whitening_into_weights(sae, w_in, w_out, activations=x)
+    sae.save_model(tmp_path)
+    loaded = cls.load_from_disk(tmp_path)
+    assert torch.equal(loaded(x), sae(x))
+    # the proof still refuses a fold with a mean that is one standard deviation away
+    other = whitening_of(x + x.std(0))
+    monkeypatch.setattr(
+        folding, "fold", lambda weights, _, out, **options: fold(weights, other, out, **options)
+    )
+    with pytest.raises(FoldError, match="failed its proof"):
+        fold_whitening_into_weights(wrong, w_in, w_out, activations=x)
 
 
 @pytest.mark.parametrize("cls", [Transcoder, SkipTranscoder])
