@@ -114,7 +114,11 @@ def fold(
         output_whitening: The whitening of the output, if it differs from that of the input.
         subtract_b_dec: Whether the plain SAE subtracts b_dec from its input. A transcoder cannot,
             because its b_dec belongs to the output.
+
+    Raises:
+        ValueError: The weights do not map the width of `whitening` to that of the output.
     """
+    _check_widths(weights, whitening, output_whitening)
     out = output_whitening or whitening
     return _change_coordinates(
         weights,
@@ -136,8 +140,9 @@ def unfold(
 ) -> AffineWeights:
     """The inverse of `fold`: from the weights of a plain SAE to those in whitened coordinates.
 
-    The arguments are those of `fold`.
+    The arguments and errors are those of `fold`.
     """
+    _check_widths(weights, whitening, output_whitening)
     out = output_whitening or whitening
     return _change_coordinates(
         weights,
@@ -216,6 +221,16 @@ def _change_coordinates(
         W_skip=None if W_skip is None else W_skip.to(home, dtype),
         further_encoders=further,
     )
+
+
+def _check_widths(weights: AffineWeights, whitening: Whitening, out: Whitening | None) -> None:
+    d_in, d_out = weights.W_enc.shape[0], weights.W_dec.shape[1]
+    of_out = (out or whitening).d_in
+    if (d_in, d_out) != (whitening.d_in, of_out):
+        raise ValueError(
+            f"the weights map {d_in} to {d_out} dimensions, the whitenings given are of width "
+            f"{whitening.d_in} (input) and {of_out} (output)"
+        )
 
 
 def _skip_connection(

@@ -65,6 +65,7 @@ class ActivationStatistics:
         d_in: Width of the activations.
         n_samples: Activations seen so far.
         n_skipped: Activations left out because they were not finite.
+        n_batches: Batches seen so far.
         resolution: Machine epsilon of the coarsest dtype among the batches. Variance smaller than
             that of rounding errors is not information.
         provenance: Where the activations came from (model, hook, dataset...). It is saved in the
@@ -105,7 +106,8 @@ class ActivationStatistics:
             number: Number of the batch in error messages; by default, how many came before it.
 
         Raises:
-            ValueError: The last dimension is not `d_in`, or there are not two or three dimensions.
+            ValueError: The last dimension is not `d_in`, there are not two or three dimensions, or
+                the dtype is not floating.
             NonFiniteActivationsError: A value is NaN or infinite and `on_nonfinite` is "raise".
         """
         if not batch.is_floating_point():

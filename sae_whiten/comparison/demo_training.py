@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae_whiten import WhiteningTrainer
 from sae_whiten.comparison.conditions import CONDITIONS
+from sae_whiten.estimation.folders import OWN_DIR, WHITENING_FILENAME
 from sae_whiten.evaluation.metrics import ExplainedVariance, LatentActivity, dead_latents
 
 __all__ = ["quality", "train_sae"]
@@ -91,7 +92,7 @@ def train_sae(
         with _without_info_messages("sae_whiten"):
             trainer.fit().save_inference_model(path)
         assert trainer.whitening is not None  # it was estimated
-        trainer.whitening.save(path / "sae_whiten" / "whitening.safetensors")
+        trainer.whitening.save(path / OWN_DIR / WHITENING_FILENAME)
     return SAE.load_from_disk(path)
 
 

@@ -302,10 +302,8 @@ class _Fit:
             return {}
         union: dict[str, SplitHalfStatistics] = {}
         for name in names:
-            halves = self.statistics[name]
-            union[name] = SplitHalfStatistics(halves.d_in, self.config.on_nonfinite)
-            first, second = map(self.processes.union, halves.halves)
-            union[name].halves = (first, second)
+            first, second = map(self.processes.union, self.statistics[name].halves)
+            union[name] = SplitHalfStatistics.of(first, second)
         names_here = names[self.processes.rank :: self.processes.world_size]
 
         def inflations() -> dict[str, float]:

@@ -15,6 +15,9 @@ from sae_whiten.estimation.figures import plot_eigenvalues
 from sae_whiten.statistics import ActivationStatistics
 
 __all__ = [
+    "OWN_DIR",
+    "STATISTICS_FILENAME",
+    "WHITENING_FILENAME",
     "find_all_statistics",
     "find_statistics",
     "hooks_beside",
@@ -23,8 +26,14 @@ __all__ = [
     "write_upload",
 ]
 
+OWN_DIR = "sae_whiten"
+"""The folder beside an SAE in which a training run writes what readers of the SAE do not need."""
+
+STATISTICS_FILENAME = "activation_statistics.safetensors"
+WHITENING_FILENAME = "whitening.safetensors"
+
 # where a training run writes its statistics, and where earlier releases wrote them
-_OF_A_RUN = ("sae_whiten/activation_statistics.safetensors", "activation_statistics.safetensors")
+_OF_A_RUN = (f"{OWN_DIR}/{STATISTICS_FILENAME}", STATISTICS_FILENAME)
 
 
 def statistics_file(directory: str | Path, hook_name: str) -> Path:

@@ -182,6 +182,4 @@ def _halves(
         for i, fields in enumerate(halves)
     )
     first.on_nonfinite = second.on_nonfinite = on_nonfinite
-    statistics = SplitHalfStatistics(first.d_in, on_nonfinite)
-    statistics.halves = (first, second)
-    return statistics
+    return SplitHalfStatistics.of(first, second)

@@ -38,6 +38,13 @@ class SplitHalfStatistics:
             ActivationStatistics(d_in, on_nonfinite),
         )
 
+    @classmethod
+    def of(cls, first: ActivationStatistics, second: ActivationStatistics) -> "SplitHalfStatistics":
+        """The statistics whose halves are these two objects; both are changed by `update`."""
+        statistics = cls.__new__(cls)
+        statistics.d_in, statistics.halves = first.d_in, (first, second)
+        return statistics
+
     @property
     def n_samples(self) -> int:
         """Activations seen so far."""

@@ -20,8 +20,8 @@ from sae_whiten._files import require_empty
 from sae_whiten._hub import cell, make_repo, writing
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.figures import plot_eigenvalues
+from sae_whiten.estimation.folders import OWN_DIR, WHITENING_FILENAME
 from sae_whiten.estimation.spectrum import spectrum_summary
-from sae_whiten.training.checkpoint import OWN_DIR, WHITENING_FILENAME
 from sae_whiten.whitening import Whitening
 
 __all__ = ["find_saes", "model_card", "push_saes", "write_upload"]

@@ -45,15 +45,13 @@ from torch import Tensor
 from sae_whiten._atomic import atomic_directory, atomic_files, recover
 from sae_whiten._files import CorruptFileError, load_tensors, save_tensors, write_json
 from sae_whiten.estimation.distributed import Processes
+from sae_whiten.estimation.folders import OWN_DIR, STATISTICS_FILENAME, WHITENING_FILENAME
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.whitening import Whitening
 
 __all__ = [
     "INFERENCE_DIR",
-    "OWN_DIR",
-    "STATISTICS_FILENAME",
     "TRAINING_STATE_DIR",
-    "WHITENING_FILENAME",
     "check_checkpoint",
     "check_runner_settings",
     "check_settings",
@@ -82,9 +80,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INFERENCE_DIR = "inference"
-OWN_DIR = "sae_whiten"
-STATISTICS_FILENAME = "activation_statistics.safetensors"
-WHITENING_FILENAME = "whitening.safetensors"
 # what resuming needs, under names that SAELens does not open
 TRAINING_STATE_DIR = "whitened_training_state"
 _WEIGHTS_FILENAME = "training_weights.safetensors"

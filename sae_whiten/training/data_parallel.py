@@ -18,7 +18,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sae_lens.saes.batchtopk_sae import BatchTopK
@@ -65,8 +65,15 @@ class SharedStream(ActivationStream):
         share: Part of them that this process has.
     """
 
-    def __init__(self, processes: Processes, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        processes: Processes,
+        source: Iterator[Tensor],
+        d_in: int,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        n_wanted: int | None = None,
+    ) -> None:
+        super().__init__(source, d_in, on_nonfinite, n_wanted)
         self.processes = processes
         self.n_rows, self.share = 0, 1.0
         self._returned: Tensor | None = None
@@ -132,15 +139,20 @@ class SharedStream(ActivationStream):
         return batch, lambda: False
 
 
-def open_stream(*args: Any, **options: Any) -> ActivationStream:
+def open_stream(
+    source: Iterator[Tensor],
+    d_in: int,
+    on_nonfinite: Literal["raise", "skip"] = "raise",
+    n_wanted: int | None = None,
+) -> ActivationStream:
     """An `ActivationStream` for a process that trains alone, a `SharedStream` for one of several.
 
     Arguments are those of `ActivationStream`.
     """
     processes = Processes()
     if processes.world_size == 1:
-        return ActivationStream(*args, **options)
-    return SharedStream(processes, *args, **options)
+        return ActivationStream(source, d_in, on_nonfinite, n_wanted)
+    return SharedStream(processes, source, d_in, on_nonfinite, n_wanted)
 
 
 def take_share(store: ActivationsStore, processes: Processes) -> None:

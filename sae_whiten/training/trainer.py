@@ -37,11 +37,11 @@ from sae_whiten._redaction import redact_attributes
 from sae_whiten.architectures.description import describe
 from sae_whiten.architectures.folding import FoldError, fold_whitening_into_weights
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.folders import STATISTICS_FILENAME
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.estimation.stopping import flatten_heads
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.checkpoint import (
-    STATISTICS_FILENAME,
     TRAINING_STATE_DIR,
     check_checkpoint,
     check_settings,

@@ -146,6 +146,7 @@ def test_transcoders_are_folded_with_two_whitenings(classes: Any) -> None:
     fold_whitening_into_weights(sae, whitening, out)
     assert rounding_units(sae, reference, x) <= 1
     assert sae.cfg.normalize_activations == "none"
+    assert sae.cfg.apply_b_dec_to_input is False
 
 
 @pytest.mark.parametrize("classes", TRANSCODERS, ids=lambda classes: classes[0].__name__)

@@ -28,7 +28,8 @@ from sae_whiten import (
     unfold_whitening_from_weights,
 )
 from sae_whiten.architectures import folding
-from sae_whiten.folding import fold
+from sae_whiten.architectures.description import describe
+from sae_whiten.folding import fold, unfold
 from tests.support import (
     ARCHITECTURES,
     friendly,
@@ -200,7 +201,7 @@ def test_transcoders_of_inputs_with_large_means_are_folded_and_saved(cls, tmp_pa
     x, y = nasty(N, 16), friendly(N, 12, seed=1)
     w_in, w_out = whitening_of(x), whitening_of(y)
     config = TranscoderConfig if cls is Transcoder else SkipTranscoderConfig
-    size = {"d_in": 16, "d_sae": 64, "d_out": 12}
+    size: dict[str, Any] = {"d_in": 16, "d_sae": 64, "d_out": 12}
     sae = cls(
         config(**size, apply_b_dec_to_input=False, normalize_activations="covariance_whitening")
     )
@@ -219,7 +220,7 @@ def test_transcoders_of_inputs_with_large_means_are_folded_and_saved(cls, tmp_pa
 
 
 @pytest.mark.parametrize("cls", [Transcoder, SkipTranscoder])
-def test_transcoders_take_two_whitenings(cls):
+def test_a_transcoder_that_cannot_be_folded_stays_as_it_was(cls):
     x = friendly(N, 16).double()
     y = nasty(N, 24, dtype=torch.float64)
     w_in, w_out = whitening_of(x), whitening_of(y)
@@ -237,16 +238,21 @@ def test_transcoders_take_two_whitenings(cls):
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    expected = sae((x - w_in.mean) @ w_in.W) @ w_out.W_inv + w_out.mean
     before = copy.deepcopy(sae.state_dict())
     with pytest.raises(FoldError, match="output_whitening"):
         fold_whitening_into_weights(sae, w_in)
     with pytest.raises(FoldError, match="width"):
         fold_whitening_into_weights(sae, w_out, w_in)
     assert all(torch.equal(before[name], value) for name, value in sae.state_dict().items())
-    fold_whitening_into_weights(sae, w_in, w_out)
-    assert relative(sae(x), expected) < 1e-11
-    assert sae.cfg.apply_b_dec_to_input is False
+
+
+@pytest.mark.parametrize("change", [fold, unfold])
+def test_weights_of_other_widths_than_the_whitenings_are_refused(change):
+    weights = describe("standard").affine_weights(training_sae("standard", 16))
+    narrow, wide = whitening_of(friendly(N, 16)), whitening_of(friendly(N, 24))
+    for whitenings in ((wide, None), (narrow, wide), (wide, narrow)):
+        with pytest.raises(ValueError, match="map 16 to 16 dimensions.* 24"):
+            change(weights, *whitenings)
 
 
 def test_the_decoder_bias_is_stored_in_float32_and_the_encoder_makes_up_for_its_rounding():

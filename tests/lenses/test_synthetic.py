@@ -133,8 +133,9 @@ def test_a_few_coefficients_come_to_the_l0_wanted(scale, slope, start):
         assert scores in rows
     if matched:
         assert scores["l0"] == pytest.approx(6, rel=0.02)
+    if matched and len(tried) < 8:
         # linear in log L0 between two L0 that are near: not far off
-        assert scores["score"] == pytest.approx(7, rel=0.05) or len(tried) == 8
+        assert scores["score"] == pytest.approx(7, rel=0.05)
 
 
 def test_scores_between_two_runs_are_interpolated_in_log_l0():

@@ -26,6 +26,7 @@ from sae_whiten import CorruptFileError, FoldError
 from sae_whiten._checks import FieldError
 from sae_whiten.cli import main
 from sae_whiten.training.builtin_checkpoints import (
+    STATES,
     UnclearStateError,
     cached_activations,
     diagnose,
@@ -385,6 +386,12 @@ def test_nothing_of_an_earlier_sae_stays_beside_the_new_one(tmp_path: Path) -> N
 
 
 # --- sae-whiten fold
+
+
+def test_the_command_offers_all_states() -> None:
+    from sae_whiten.cli import fold  # it lists them itself, so that --help need not import torch
+
+    assert fold._STATES == STATES
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -286,16 +286,14 @@ def test_a_source_that_ends_in_training_is_told_how_much_was_needed() -> None:
         SAETrainer(trainer_config(40), topk_sae(), itertools.islice(batches(), 55)).fit()
     sae = topk_sae()
     trainer = WhiteningTrainer(trainer_config(40), sae, itertools.islice(batches(), 30))
-    with pytest.raises(ValueError, match="ended after") as raised:
+    with pytest.raises(
+        ValueError, match=r"ended after 30 batches, before training, which needs 40:"
+    ):
         trainer.fit()
     # nothing is lost
     expected = WhiteningTrainer(trainer_config(), topk_sae(), batches())
     run_by_hand(expected, 30)
     assert same(state(sae), state(expected.sae))
-    # had, and needed: in batches or in activations
-    message = str(raised.value)
-    assert "30" in message or str(30 * BATCH) in message
-    assert "40" in message or str(40 * BATCH) in message
 
 
 def test_a_width_that_divides_the_size_is_an_error() -> None:

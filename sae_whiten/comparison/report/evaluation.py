@@ -35,6 +35,7 @@ def evaluation_table(records: Sequence[Mapping[str, Any]], *, others: bool = Tru
 
 
 def evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """The tables of an evaluation, without figures; records and errors as above."""
     saes = _named_metrics(records)
     keys = list(dict.fromkeys(key for _, metrics in saes for key in metrics))
     shown = [metric for metric in MAIN_METRICS if metric.key in keys]
@@ -103,9 +104,8 @@ def _named_metrics(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, dict
     return saes
 
 
-def evaluation_figures(
-    records: Sequence[Mapping[str, Any]],
-) -> list[Drawing]:
+def evaluation_figures(records: Sequence[Mapping[str, Any]]) -> list[Drawing]:
+    """Metrics of every SAE against L0; no figure if there are too many SAEs to name."""
     saes = _named_metrics(records)
     if len(saes) > _MOST_NAMES_IN_A_FIGURE:
         return []
