@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
     from sae_whiten.lenses.latents.embedding import LatentSpace
-    from sae_whiten.lenses.latents.measure import Firing
+    from sae_whiten.lenses.latents.measure import FiringRates
 
 EPILOG = """\
 examples:
@@ -104,7 +104,7 @@ def _check_overwritable(coordinates: Path) -> None:
 
 def _firing(
     args: argparse.Namespace, saes: "dict[str, SAE[Any]]", options: LatentOptions
-) -> "tuple[dict[str, Firing], dict[str, Any]]":
+) -> "tuple[dict[str, FiringRates], dict[str, Any]]":
     """The firing of the latents by SAE, and its provenance."""
     from sae_whiten.lenses.latents.measure import measure_firing
 

@@ -25,9 +25,9 @@ from sae_whiten.evaluation.model_view import View, encode_in_parts, run
 from sae_whiten.evaluation.saes import flat_heads
 from sae_whiten.evaluation.tokens import Reading, token_batches
 
-__all__ = ["Firing", "FiringAgreement", "firing_agreement", "held_out_firing"]
+__all__ = ["FiringAgreement", "FiringMatrix", "firing_agreement", "held_out_firing"]
 
-Firing: TypeAlias = Any
+FiringMatrix: TypeAlias = Any
 """A `scipy.sparse.csr_array`, shape (n, d_sae), bool: on which of n tokens each latent fires. Any,
 because scipy has no annotations."""
 
@@ -48,7 +48,7 @@ class FiringAgreement(NamedTuple):
 @torch.no_grad()
 def held_out_firing(
     saes: Mapping[str, SAE[Any]], model: Model, dataset: HfDataset, n_tokens: int, reading: Reading
-) -> dict[str, Firing]:
+) -> dict[str, FiringMatrix]:
     """On which tokens each latent fires. A latent fires where it is not zero.
 
     Args:
@@ -63,7 +63,7 @@ def held_out_firing(
     """
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     hooks = {view.hook_name for view in views.values()}
-    parts: dict[str, list[Firing]] = {name: [] for name in saes}
+    parts: dict[str, list[FiringMatrix]] = {name: [] for name in saes}
     with flat_heads(saes.values()):
         for tokens in token_batches(
             saes, model, dataset, n_tokens, reading, "Comparing the firing of seeds"
@@ -78,7 +78,7 @@ def held_out_firing(
     return {name: csr_array(vstack(some)) for name, some in parts.items()}
 
 
-def firing_agreement(firing: Sequence[Firing]) -> list[FiringAgreement]:
+def firing_agreement(firing: Sequence[FiringMatrix]) -> list[FiringAgreement]:
     """Agreement of the firing of each SAE with that of all others.
 
     Args:
@@ -106,13 +106,13 @@ def firing_agreement(firing: Sequence[Firing]) -> list[FiringAgreement]:
     return [FiringAgreement(float(total / (n - 1)), null) for total in agreement.sum(1)]
 
 
-def _matched(a: Firing, b: Firing) -> float:
+def _matched(a: FiringMatrix, b: FiringMatrix) -> float:
     """Mean correlation of latents that are matched one to one such that its sum is largest."""
     correlations = _correlations(a, b)
     return float(correlations[linear_sum_assignment(correlations, maximize=True)].mean())
 
 
-def _correlations(a: Firing, b: Firing) -> Float[ndarray, "d_sae d_sae"]:
+def _correlations(a: FiringMatrix, b: FiringMatrix) -> Float[ndarray, "d_sae d_sae"]:
     """Correlation over tokens of each latent of a with each of b; 0 if one of them never varies.
 
     In float32, as matrices of wide SAEs fill the memory; computed in float64, some rows at a time.

@@ -28,7 +28,7 @@ from sae_whiten.lenses.latents.embedding import (
 )
 from sae_whiten.lenses.latents.figure import plot_latent_space
 from sae_whiten.lenses.latents.measure import (
-    Firing,
+    FiringRates,
     latent_space,
     measure_firing,
 )
@@ -428,7 +428,7 @@ def test_decoders_share_a_space_if_hook_head_and_model_are_the_same():
     rates[3] = 0
     for sae in saes.values():
         sae.W_dec.data[2] = 0
-    found = latent_space(saes, {name: Firing(rates.numpy()) for name in saes})
+    found = latent_space(saes, {name: FiringRates(rates.numpy()) for name in saes})
     spaces = [m.space for m in found.maps]
     assert spaces[0] == spaces[1]
     assert len(set(spaces)) == 4
@@ -436,7 +436,7 @@ def test_decoders_share_a_space_if_hook_head_and_model_are_the_same():
         assert m.without_direction.tolist() == [2]
         assert m.latents[m.dead].tolist() == [3]
     with pytest.raises(ValueError, match="a: no activations"):
-        firing = {name: Firing(rates.numpy()) for name in saes}
+        firing = {name: FiringRates(rates.numpy()) for name in saes}
         latent_space(saes, firing, LatentOptions(of="activations"))
 
 

@@ -25,11 +25,11 @@ from sae_whiten.lenses.latents.embedding import (
 )
 from sae_whiten.lenses.options import LatentOptions
 
-__all__ = ["Firing", "latent_space", "measure_firing"]
+__all__ = ["FiringRates", "latent_space", "measure_firing"]
 
 
 @dataclass(frozen=True, eq=False)
-class Firing:
+class FiringRates:
     """When the latents of an SAE are active.
 
     Attributes:
@@ -54,7 +54,7 @@ def measure_firing(
     model: Model,
     dataset: HfDataset | str,
     options: LatentOptions | None = None,
-) -> dict[str, Firing]:
+) -> dict[str, FiringRates]:
     """When the latents of SAEs are active on a model, in one pass over the tokens for all of them.
 
     Args:
@@ -99,7 +99,7 @@ def measure_firing(
         if n == 0:
             raise ValueError(f"{name}: no token counts; all are special or outside seqpos_slice")
         i = selections.index((view.seqpos_slice, view.special))
-        firing[name] = Firing(
+        firing[name] = FiringRates(
             activity[name].firing_rates.numpy(),
             n,
             f"{n} tokens" + (f", selection {i + 1}" if len(selections) > 1 else ""),
@@ -110,7 +110,7 @@ def measure_firing(
 
 def latent_space(
     saes: Mapping[str, SAE[Any]],
-    firing: Mapping[str, Firing],
+    firing: Mapping[str, FiringRates],
     options: LatentOptions | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> LatentSpace:
