@@ -21,6 +21,8 @@ __all__ = [
     "count_field",
     "load_tensors",
     "number_field",
+    "read_json",
+    "read_json_lines",
     "reading_content",
     "require_empty",
     "save_tensors",
@@ -116,6 +118,54 @@ def write_json_lines(path: str | Path, records: Iterable[Any]) -> None:
     lines = (json.dumps(redacted(record), default=str) + "\n" for record in records)
     with atomic_path(path) as partial:
         partial.write_text("".join(lines))
+
+
+def read_json(path: str | Path, remedy: str = "restore it from a copy") -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        remedy: What can be done if it is damaged, for the message.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CorruptFileError: It is not JSON. The message has the file, the line and the remedy.
+    """
+    return _parsed(Path(path).read_bytes(), path, 1, remedy)
+
+
+def read_json_lines(
+    path: str | Path, remedy: str = "restore the file from a copy"
+) -> list[dict[str, Any]]:
+    """Read records that `write_json_lines` wrote, a JSON object in every line.
+
+    Args:
+        path: The file.
+        remedy: As for `read_json`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CorruptFileError: A line is not a JSON object, also if it was cut off. The message has the
+            file, the line and the remedy.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        record = _parsed(line, path, number, remedy)
+        if not isinstance(record, dict):
+            raise CorruptFileError(f"{path}, line {number} is not a JSON object; {remedy}")
+        records.append(record)
+    return records
+
+
+def _parsed(content: bytes, path: str | Path, number: int, remedy: str) -> Any:
+    """The JSON value in a part of a file that begins at the line of this number."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        number, problem = number + content.count(b"\n", 0, error.start), "not UTF-8"
+    except json.JSONDecodeError as error:
+        number, problem = number + error.lineno - 1, f"{error.msg} at column {error.colno}"
+    raise CorruptFileError(f"{path}, line {number} is damaged ({problem}); {remedy}")
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -13,7 +13,14 @@ import pytest
 
 from sae_whiten import _atomic
 from sae_whiten._atomic import atomic_directory, atomic_files, atomic_path, recover
-from sae_whiten._files import check_writable
+from sae_whiten._files import (
+    CorruptFileError,
+    check_writable,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_json_lines,
+)
 
 _CHANGES = ("mkdir", "rename", "replace", "rmdir", "touch", "unlink", "write_text")
 
@@ -295,3 +302,42 @@ def test_a_writer_that_replaces_the_file_keeps_its_place_and_its_mode(tmp_path: 
     assert (tmp_path / "first").read_text() == "whole"
     assert (tmp_path / "first").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert sorted(p.name for p in tmp_path.iterdir()) == ["first", "plain", "second"]
+
+
+def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
+    records = [{"name": "ü\u2028"}, {"l0": 2.5, "sparsity": None}]  # U+2028 ends a line, too
+    write_json(tmp_path / "file.json", records, indent=1)
+    write_json_lines(tmp_path / "file.jsonl", records)
+    assert read_json(tmp_path / "file.json") == read_json_lines(tmp_path / "file.jsonl") == records
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b'{"l0": 1}\n{"l0": 2', 2),  # cut off
+        (b'{"l0": 1}\n\n{"l0": 2}\n', 2),
+        (b"\0\0\0\0", 1),
+        (b'{"l0": 1}\n{"l0": "\xff"}\n', 2),
+        (b'{"l0": 1}\n{"l0": 2}\n[3]\n', 3),
+    ],
+)
+def test_a_damaged_line_is_named_with_its_file_and_a_remedy(
+    tmp_path: Path, content: bytes, line: int
+) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(CorruptFileError, match=rf"results.jsonl, line {line} .*; delete the line"):
+        read_json_lines(path, "delete the line")
+
+
+def test_damaged_json_is_named_with_its_line_and_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    for content, where in (
+        (b"", "line 1 is damaged (Expecting value at column 1)"),
+        (b'{\n "lr": 1,\n "se', "line 3 is damaged (Unterminated string starting at at column 2)"),
+        (b'{\n "lr": "\xff"}', "line 2 is damaged (not UTF-8)"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CorruptFileError) as caught:
+            read_json(path)
+        assert str(caught.value) == f"{path}, {where}; restore it from a copy"

@@ -10,7 +10,6 @@ finished, repeat it with more --seeds or another --sparsity: it trains only what
 """
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -78,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Load model and data, compare, print the main metrics and write the report."""
     from sae_lens.load_model import load_model
 
-    from sae_whiten._files import check_writable
+    from sae_whiten._files import check_writable, read_json
     from sae_whiten._redaction import redacted
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
@@ -108,9 +107,9 @@ def run(args: argparse.Namespace) -> int:
         labels=labels,
     )
     page = write_feature_page(comparison, records, model, dataset, args.out, args.dataset_path)
-    settings = json.loads((args.out / "settings.json").read_text())
+    settings = read_json(args.out / "settings.json")
     if (args.out / SCORES_FILE).is_file():
-        settings["learning_rates_found"] = json.loads((args.out / SCORES_FILE).read_text())
+        settings["learning_rates_found"] = read_json(args.out / SCORES_FILE)
     settings["command"] = shlex.join(redacted(["sae-whiten", *sys.argv[1:]]))
     print(terminal_text(summarise(records, settings["sparsity"])))
     write_report(records, args.out, settings, targets=settings["sparsity"])

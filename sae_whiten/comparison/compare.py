@@ -19,7 +19,7 @@ from sae_lens.config import HfDataset
 from transformer_lens import HookedRootModule
 
 from sae_whiten._checks import require_context
-from sae_whiten._files import write_json, write_json_lines
+from sae_whiten._files import read_json, read_json_lines, write_json, write_json_lines
 from sae_whiten._redaction import redacted
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import (
@@ -86,6 +86,7 @@ def compare(
     Raises:
         ValueError: `out` holds a comparison with other settings; or one of those that
             `WhiteningMultiSAETrainingRunner` and `evaluate_saes` raise.
+        CorruptFileError: A file in `out` is damaged; the message says what to do.
     """
     out = Path(out)
     names: dict[str, Any] = {
@@ -238,7 +239,8 @@ def _write_settings(out: Path, settings: dict[str, Any]) -> None:
             "rows": settings["rows"],
             "activations": settings["activations"],
         }
-        before = {**defaults, **redacted(json.loads(path.read_text()))}
+        remedy = "restore it from a copy, or delete it if the options are still those of before"
+        before = {**defaults, **redacted(read_json(path, remedy))}
         if same_activations(before["activations"], settings["activations"]):
             settings["activations"] = before["activations"]
         in_training = any((out / "checkpoints").glob("*/*"))
@@ -291,4 +293,5 @@ def _estimate_statistics(
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    remedy = "restore the file from a copy, or delete the line: its SAE is then evaluated again"
+    return read_json_lines(path, remedy)

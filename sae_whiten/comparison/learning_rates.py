@@ -1,7 +1,6 @@
 """The best learning rate of every architecture and condition, by a short training at each rate."""
 
 import dataclasses
-import json
 import logging
 import math
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 from sae_lens import SAE
 from transformer_lens import HookedRootModule
 
-from sae_whiten._files import write_json
+from sae_whiten._files import read_json, write_json
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import shuffled
 from sae_whiten.comparison.lockstep import train_arms
@@ -81,7 +80,7 @@ def best_learning_rates(
                 of_rates[f"{lr:g}"] = None if math.isnan(score) else score
         write_json(path, scores, indent=1)
         shutil.rmtree(out / "learning-rates", ignore_errors=True)
-    scores = json.loads(path.read_text())
+    scores = read_json(path, "restore it from a copy, or delete it: the rates are then tried again")
     best = {}
     for architecture, condition in _pairs(comparison):
         known = {
@@ -141,7 +140,7 @@ def _train_briefly(
     folder = out / "learning-rates" / f"{lr:g}"
     path = folder / "results.json"
     if path.is_file():
-        return json.loads(path.read_text())
+        return read_json(path, "delete it: its SAEs are then evaluated again")
     seed = comparison.seeds[0]
     brief = dataclasses.replace(
         comparison,

@@ -16,7 +16,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
-from sae_whiten._files import require_empty
+from sae_whiten._files import read_json, require_empty
 from sae_whiten._hub import cell, make_repo, writing
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.figures import plot_eigenvalues
@@ -41,11 +41,12 @@ def find_saes(path: str | Path, sae_id: str | None = None) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: There is no SAE.
+        CorruptFileError: The config of the SAE is damaged.
         ValueError: `sae_id` is given for several SAEs, or is not a relative path below the repo.
     """
     path = Path(path)
     if (path / SAE_CFG_FILENAME).is_file():
-        metadata = json.loads((path / SAE_CFG_FILENAME).read_text()).get("metadata") or {}
+        metadata = read_json(path / SAE_CFG_FILENAME).get("metadata") or {}
         name = str(sae_id or metadata.get("hook_name") or path.resolve().name)
         inner = PurePosixPath(name)
         if inner.is_absolute() or ".." in inner.parts or "\\" in name:
@@ -85,7 +86,7 @@ def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> 
                 shutil.copyfile(folder / name, target / sae_id / name)
         for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME):
             if (folder / name).is_file():
-                content = redacted(json.loads((folder / name).read_text()))
+                content = redacted(read_json(folder / name))
                 (target / sae_id / name).write_text(json.dumps(content))
         (target / sae_id / _CARD).write_text(cards[sae_id])
     header = "\n".join(["---", "library_name: saelens", "tags:", *(f"- {t}" for t in _TAGS), "---"])
@@ -204,7 +205,7 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
 def _training_facts(folder: Path) -> dict[str, Any]:
     """Facts from the training run's settings, if their file is in the folder of the SAE."""
     file = folder / RUNNER_CFG_FILENAME
-    settings = json.loads(file.read_text()) if file.is_file() else {}
+    settings = read_json(file) if file.is_file() else {}
     return {
         "tokens in a batch": settings.get("train_batch_size_tokens"),
         "learning rate": settings.get("lr"),

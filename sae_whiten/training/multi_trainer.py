@@ -1,6 +1,5 @@
 """SAELens' trainer of several SAEs, some or all of them under whitening."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from sae_lens.util import path_or_tmp_dir
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_whiten._files import read_json
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.provenance import load_statistics, provenance_of
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics, naming
@@ -335,7 +335,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
                 f"it has {', '.join(present) or 'none'}"
             )
         for name, sae in self.saes.items():
-            saved = json.loads((path / name / SAE_CFG_FILENAME).read_text())
+            saved = read_json(path / name / SAE_CFG_FILENAME, "resume from another checkpoint")
             for field in ("hook_name", "hook_head_index"):
                 was, now = saved["metadata"].get(field), getattr(sae.cfg.metadata, field)
                 if was != now:

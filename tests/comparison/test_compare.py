@@ -13,7 +13,7 @@ from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 
-from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig
+from sae_whiten import ActivationStatistics, CorruptFileError, Whitening, WhiteningConfig
 from sae_whiten.architectures.losses import ReconstructionMetric
 from sae_whiten.comparison.compare import compare
 from sae_whiten.comparison.conditions import CONDITIONS
@@ -395,6 +395,38 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
     out, _ = finished
     with pytest.raises(ValueError, match=r"holds a comparison with lr=0.001 \(now 0.01\)"):
         run(out, dataclasses.replace(SMALL, lr=0.01))
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("results.jsonl", "line 3 is damaged .* delete the line: its SAE is then evaluated again"),
+        ("settings.json", "line 3 is damaged .* delete it if the options are"),
+        ("learning_rates.json", "line 3 is damaged .* the rates are then tried again"),
+        ("learning-rates/0.001/results.json", "line 3 is damaged .* are then evaluated again"),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_do(finished, tmp_path, file, remedy):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out, ignore=shutil.ignore_patterns("saes"))
+    comparison = SMALL
+    if file.startswith("learning"):
+        (out / "results.jsonl").unlink()
+        (out / "settings.json").unlink()
+        comparison = dataclasses.replace(SMALL, learning_rates=(1e-3,))
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
+    (out / file).write_text("{}\n" * 2 + '{"name": ' if file == "results.jsonl" else '{\n\n"a')
+    with pytest.raises(CorruptFileError, match=f"{file}, {remedy}"):
+        run(out, comparison)
+
+
+def test_an_sae_whose_damaged_record_was_deleted_is_evaluated_again(finished, tmp_path):
+    folder, records = finished
+    out = shutil.copytree(folder, tmp_path / "out")
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(lines[:3] + lines[4:]))
+    again = {(r["name"], r["seed"]): r["metrics"] for r in run(out)}
+    assert again == {(r["name"], r["seed"]): r["metrics"] for r in records}
 
 
 def test_seeds_are_not_added_on_another_dataset_or_model(finished):
