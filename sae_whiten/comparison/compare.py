@@ -16,7 +16,6 @@ from typing import Any
 
 from sae_lens import SAE
 from sae_lens.config import HfDataset
-from transformer_lens import HookedRootModule
 
 from sae_whiten._checks import require_context
 from sae_whiten._files import read_json, read_json_lines, write_json, write_json_lines
@@ -36,6 +35,7 @@ from sae_whiten.comparison.stability import add_stability
 from sae_whiten.comparison.sweeps import adapted_arms
 from sae_whiten.estimation.fit import fit_statistics
 from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.evaluation.sae_probes import ProbingTasks
@@ -52,7 +52,7 @@ _MAY_DIFFER = ("device", "left_out", "sweep_rounds")
 
 def compare(
     comparison: Comparison,
-    model: HookedRootModule,
+    model: Model,
     dataset: HfDataset,
     out: str | Path,
     *,
@@ -267,7 +267,7 @@ def _write_settings(out: Path, settings: dict[str, Any]) -> None:
 
 def _estimate_statistics(
     comparison: Comparison,
-    model: HookedRootModule,
+    model: Model,
     dataset: Any,
     out: Path,
     names: Mapping[str, Any],

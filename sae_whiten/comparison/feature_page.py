@@ -8,7 +8,6 @@ from typing import Any
 
 from sae_lens import SAE
 from sae_lens.config import HfDataset
-from transformer_lens import HookedRootModule
 
 from sae_whiten.comparison.data import divide_rows
 from sae_whiten.comparison.plan import Comparison
@@ -16,6 +15,7 @@ from sae_whiten.comparison.report.page import FEATURE_PAGE
 from sae_whiten.comparison.report.paper import WHITENED
 from sae_whiten.comparison.summary import BASELINES
 from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.features.measure import measure_features
 from sae_whiten.evaluation.features.options import FeatureOptions
 from sae_whiten.evaluation.features.page import write_page
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 def write_feature_page(
     comparison: Comparison,
     records: Sequence[Mapping[str, Any]],
-    model: HookedRootModule,
+    model: Model,
     dataset: HfDataset,
     out: str | Path,
     dataset_path: str,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
-from transformer_lens import HookedRootModule
 
 from sae_whiten._files import read_json, write_json
 from sae_whiten.comparison.conditions import CONDITIONS
@@ -17,6 +16,7 @@ from sae_whiten.comparison.data import shuffled
 from sae_whiten.comparison.lockstep import train_arms
 from sae_whiten.comparison.paired import interpolate_at
 from sae_whiten.comparison.plan import Arm, Comparison, arms
+from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.catalogue import EXPLAINED_VARIANCE, EXPLAINED_VARIANCE_OF_LOSS
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.statistics import ActivationStatistics
@@ -35,7 +35,7 @@ _SHORTENING = 8  # each rate is tried with this fraction of the training tokens,
 
 def best_learning_rates(
     comparison: Comparison,
-    model: HookedRootModule,
+    model: Model,
     training_rows: Any,
     held_out: Any,
     out: Path,
@@ -129,7 +129,7 @@ def loss_spaces(arms: Sequence[Arm], statistics: Path) -> dict[str, Whitening]:
 def _train_briefly(
     comparison: Comparison,
     lr: float,
-    model: HookedRootModule,
+    model: Model,
     training_rows: Any,
     held_out: Any,
     out: Path,

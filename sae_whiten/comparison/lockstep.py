@@ -12,11 +12,11 @@ import torch
 from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
-from transformer_lens import HookedRootModule
 
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
 from sae_whiten.config import WhiteningConfig
+from sae_whiten.estimation.sources import Model
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.multi_runner import WhiteningMultiSAETrainingRunner
 
@@ -35,7 +35,7 @@ def train_arms(
     comparison: Comparison,
     untrained: Sequence[Arm],
     seed: int,
-    model: HookedRootModule,
+    model: Model,
     dataset: Any,
     out: Path,
     names: Mapping[str, Any],

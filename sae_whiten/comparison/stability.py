@@ -6,11 +6,11 @@ from typing import Any
 
 from sae_lens import SAE
 from sae_lens.config import HfDataset
-from transformer_lens import HookedRootModule
 
 from sae_whiten.comparison.plan import Comparison
 from sae_whiten.config import WhiteningConfig
 from sae_whiten.estimation.folders import statistics_file
+from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.catalogue import (
     FIRING_AGREEMENT,
     FIRING_AGREEMENT_NULL,
@@ -34,7 +34,7 @@ def add_stability(
     records: Sequence[dict[str, Any]],
     out: Path,
     comparison: Comparison,
-    model: HookedRootModule,
+    model: Model,
     held_out: HfDataset,
 ) -> Iterator[None]:
     """Write `across_seeds` into the records of SAEs that were trained with several seeds.

@@ -12,6 +12,8 @@ import torch
 from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_whiten import ActivationStatistics, CorruptFileError, Whitening, WhiteningConfig
 from sae_whiten.architectures.losses import ReconstructionMetric
@@ -27,7 +29,7 @@ from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.metrics import explained_variance
 from sae_whiten.evaluation.stability import mean_max_cosine
 from sae_whiten.training import runner_parts
-from tests.support import tiny_dataset, tiny_model
+from tests.support import BYTE_TRANSFORMER, tiny_dataset, tiny_model
 
 SMALL = Comparison(
     hook_name="blocks.1.hook_resid_pre",
@@ -103,6 +105,28 @@ def test_firing_of_several_seeds_is_compared_also_after_an_earlier_version(finis
     (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in earlier))
     again = {r["name"]: r["across_seeds"]["firing_agreement"] for r in run(out)}
     assert again == agreements
+
+
+def test_a_bridge_of_transformer_lens_serves_as_the_model(tmp_path):
+    model = TransformerBridge.boot_transformers(
+        "EleutherAI/pythia-14m",
+        hf_model=AutoModelForCausalLM.from_pretrained(BYTE_TRANSFORMER),
+        tokenizer=AutoTokenizer.from_pretrained(BYTE_TRANSFORMER),
+        device="cpu",
+    )
+    comparison = dataclasses.replace(
+        SMALL,
+        hook_name="blocks.0.hook_resid_post",
+        conditions=("none", "half"),
+        architectures=("topk",),
+        training_tokens=128 * 4,
+        prepend_bos=False,
+    )
+    records = compare(comparison, model, tiny_dataset(600), tmp_path, model_name="tiny")
+    assert len(records) == 2 * 2
+    assert all("firing_agreement" in record["across_seeds"] for record in records)
+    page = write_feature_page(comparison, records, model, tiny_dataset(600), tmp_path, "tokens")
+    assert page is not None
 
 
 def test_what_does_not_go_together_is_left_out_and_said(finished, caplog):
