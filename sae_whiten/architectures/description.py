@@ -24,7 +24,7 @@ from sae_lens.saes.sae import (
 
 from sae_whiten.folding import AffineWeights
 
-__all__ = ["Architecture", "ComparisonOptions", "FastStep", "describe", "read_weights", "register"]
+__all__ = ["Architecture", "CompareDefaults", "FastStep", "describe", "read_weights", "register"]
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class FastStep(Protocol):
 
 
 @runtime_checkable
-class ComparisonOptions(Protocol):
+class CompareDefaults(Protocol):
     """Fields of the training config that `compare` sets because SAELens' defaults do not fit."""
 
     def __call__(self, *, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Architecture:
         scaled_fields: Loss coefficients in the training config, each with an exponent. The loss
             grows like the scale of the latents to this power (1 for L1). `compare` takes the
             coefficients as meant for activations of variance 1, and rescales them.
-        comparison_options: Returns further fields that `compare` sets.
+        compare_defaults: Returns further fields that `compare` sets.
         required_options: Fields that the user of `compare` has to set.
     """
 
@@ -123,7 +123,7 @@ class Architecture:
     sparsity_field: str | None = None
     sparsity_is_exact: bool = False
     scaled_fields: Mapping[str, int] = field(default_factory=dict)
-    comparison_options: ComparisonOptions = _no_options
+    compare_defaults: CompareDefaults = _no_options
     required_options: tuple[str, ...] = ()
 
 

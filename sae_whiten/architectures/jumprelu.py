@@ -75,6 +75,6 @@ register(
         why_not_original_norms=_why_not_original_norms,
         sparsity_field="l0_coefficient",
         scaled_fields={"l0_coefficient": 0},
-        comparison_options=_comparison_options,
+        compare_defaults=_comparison_options,
     )
 )

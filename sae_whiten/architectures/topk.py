@@ -154,8 +154,6 @@ TOPK = Architecture(
 )
 ABSTOPK = replace(TOPK, sae_classes=(AbsTopKSAE, AbsTopKTrainingSAE), losses=AbsTopKLosses)
 # batchtopk's threshold is in units of the latents, so the fold does not change it
-BATCHTOPK = replace(
-    TOPK, sae_classes=(BatchTopKTrainingSAE,), comparison_options=_batchtopk_options
-)
+BATCHTOPK = replace(TOPK, sae_classes=(BatchTopKTrainingSAE,), compare_defaults=_batchtopk_options)
 for _each in (TOPK, ABSTOPK, BATCHTOPK):
     register(_each)

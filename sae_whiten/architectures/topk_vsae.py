@@ -684,6 +684,6 @@ register(
         fast_step=_sparse_step,
         why_not_original_norms=_why_not_original_norms,
         scaled_fields={"kl_coefficient": 2},
-        comparison_options=_comparison_options,
+        compare_defaults=_comparison_options,
     )
 )

@@ -246,7 +246,7 @@ def sae_config(
         "d_sae": comparison.d_sae or 8 * d_in,
         "normalize_activations": "covariance_whitening" if arm.is_whitened else arm.condition,
         "device": comparison.device,
-        **described.comparison_options(seen=seen, loss=loss, n_steps=comparison.n_steps),
+        **described.compare_defaults(seen=seen, loss=loss, n_steps=comparison.n_steps),
         **copy.deepcopy(dict(comparison.sae_options.get(arm.architecture, {}))),
     }
     field = described.sparsity_field
