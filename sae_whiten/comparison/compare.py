@@ -10,7 +10,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sae_whiten.comparison.data import (
 from sae_whiten.comparison.learning_rates import best_learning_rates, loss_spaces
 from sae_whiten.comparison.lockstep import train_arms
 from sae_whiten.comparison.plan import Arm, Comparison, arms
+from sae_whiten.comparison.setting import Setting
 from sae_whiten.comparison.stability import add_stability
 from sae_whiten.comparison.sweeps import adapted_arms
 from sae_whiten.estimation.fit import fit_statistics
@@ -89,109 +91,114 @@ def compare(
         CorruptFileError: A file in `out` is damaged; the message says what to do.
     """
     out = Path(out)
-    names: dict[str, Any] = {
-        "model_name": model_name,
-        "model_class_name": model_class_name,
-        "model_from_pretrained_kwargs": dict(model_from_pretrained_kwargs or {}),
-    }
-    settings = {
-        **dataclasses.asdict(comparison),
-        **names,
-        "dataset_path": dataset_path,
-        "labels": None if labels is None else dict(labels.source),
-        "conditions": {
-            name: None if (config := CONDITIONS[name].whitening) is None else config.to_dict()
-            for name in comparison.conditions
-        },
-        "left_out": comparison.left_out,
-    }
     n_held_out, context_size = comparison.held_out_sequences, comparison.context_size
     require_context(context_size, model)
-    settings["rows"] = describe_rows(dataset, n_held_out)
+    rows = describe_rows(dataset, n_held_out)
     held_out, training_rows = divide_rows(dataset, n_held_out, context_size)
-    settings["activations"] = describe_activations(
-        model,
-        held_out,
-        comparison.hook_name,
-        context_size=context_size,
-        prepend_bos=comparison.prepend_bos,
+    setting = Setting(
+        comparison=comparison,
+        model=model,
+        training_rows=training_rows,
+        held_out=held_out,
+        labels=labels,
+        model_names={
+            "model_name": model_name,
+            "model_class_name": model_class_name,
+            "model_from_pretrained_kwargs": dict(model_from_pretrained_kwargs or {}),
+        },
+        dataset_path=dataset_path,
+        out=out,
+        statistics=statistics_file(out / "statistics", comparison.hook_name),
     )
-    _write_settings(out, settings)
-    for architecture, reasons in comparison.left_out.items():
-        for reason in dict.fromkeys(reasons.values()):
-            under = ", ".join(name for name, other in reasons.items() if other == reason)
-            logger.warning("%s is left out under %s: %s", architecture, under, reason)
-    _estimate_statistics(comparison, model, training_rows, out, names)
-    statistics = statistics_file(out / "statistics", comparison.hook_name)
-    training_names = {**names, "dataset_path": dataset_path}
-    rates: dict[tuple[str, str], float] = {}
-    if comparison.learning_rates:
-        rates = best_learning_rates(
-            comparison, model, training_rows, held_out, out, training_names, statistics
-        )
+    _write_settings(out, _settings(setting, rows))
+    _warn_of_left_out(comparison)
+    _estimate_statistics(setting)
+    rates = best_learning_rates(setting) if comparison.learning_rates else {}
     records = _read(out / _RESULTS)
+    save = partial(write_json_lines, out / _RESULTS, records)
     planned = arms(comparison)
     # coefficients that an earlier call added to the sweeps, for all seeds
     planned += [arm for arm in map(_arm, records) if arm not in planned]
-    for sweep_round in range(1 + comparison.sweep_rounds):
-        if sweep_round:
-            planned = adapted_arms(comparison, _of_seeds(records, comparison))
-        by_name = {arm.name: arm for arm in planned}
-        for seed in comparison.seeds if by_name else ():
-            done = {record["name"] for record in records if record["seed"] == seed}
-            missing = [name for name in by_name if name not in done]
-            if not missing:
-                continue
-            folder = out / "saes" / f"seed-{seed}"
-            untrained = [by_name[n] for n in missing if not is_complete_sae(folder / n)]
-            for lr, together in _by_rate(untrained, rates, comparison.lr).items():
-                logger.info("training %d SAEs with seed %d", len(together), seed)
-                train_arms(
-                    dataclasses.replace(comparison, lr=lr),
-                    together,
-                    seed,
-                    model,
-                    shuffled(training_rows, seed),
-                    out,
-                    training_names,
-                    statistics,
-                )
-            logger.info("evaluating the SAEs of seed %d", seed)
-            saes = {
-                name: SAE.load_from_disk(folder / name, device=comparison.device)
-                for name in missing
-            }
-            for measured in evaluate_saes(
-                saes,
-                model,
-                held_out,
-                labels,
-                n_tokens=n_held_out * context_size,
-                context_size=context_size,
-                batch_size_prompts=comparison.store_batch_size_prompts,
-                probe_seeds=comparison.probe_seeds,
-                tpp_and_scr=comparison.tpp_and_scr,
-                spaces=loss_spaces([by_name[name] for name in missing], statistics),
-            ):
-                arm = by_name[measured["name"]]
-                lr = rates.get((arm.architecture, arm.condition), comparison.lr)
-                records.append({**measured, **dataclasses.asdict(arm), "seed": seed, "lr": lr})
-            write_json_lines(out / _RESULTS, records)
-    for _ in add_stability(records, out, comparison, model, held_out):
-        write_json_lines(out / _RESULTS, records)
+    _train_and_evaluate(setting, planned, rates, records, save)
+    for _ in range(comparison.sweep_rounds):
+        added = adapted_arms(comparison, _of_seeds(records, comparison))
+        _train_and_evaluate(setting, added, rates, records, save)
+    for _ in add_stability(records, setting):
+        save()
     records = _of_seeds(records, comparison)
     _warn_of_unmatched_l0(comparison, records)
     return records
 
 
-def _by_rate(
-    untrained: Sequence[Arm], rates: Mapping[tuple[str, str], float], lr: float
-) -> dict[float, list[Arm]]:
-    """SAEs by learning rate. SAEs of the same rate are trained together."""
+def _train_and_evaluate(
+    setting: Setting,
+    planned: Sequence[Arm],
+    rates: Mapping[tuple[str, str], float],
+    records: list[dict[str, Any]],
+    save: Callable[[], None],
+) -> None:
+    """Append the records of planned SAEs that have none, and save after every seed.
+
+    Args:
+        setting: The comparison, its model and its folder.
+        planned: SAEs to train with every seed.
+        rates: Learning rates other than that of the comparison, by architecture and condition.
+        records: Of the SAEs evaluated so far.
+        save: Writes the records.
+    """
+    by_name = {arm.name: arm for arm in planned}
+    for seed in setting.comparison.seeds:
+        done = {record["name"] for record in records if record["seed"] == seed}
+        missing = [arm for name, arm in by_name.items() if name not in done]
+        if missing:
+            _train(setting, missing, seed, rates)
+            records += _evaluate(setting, missing, seed, rates)
+            save()
+
+
+def _train(
+    setting: Setting, missing: Sequence[Arm], seed: int, rates: Mapping[tuple[str, str], float]
+) -> None:
+    """Train the SAEs of one seed that are not on disk. SAEs of one rate are trained together."""
     by_rate: dict[float, list[Arm]] = {}
-    for arm in untrained:
-        by_rate.setdefault(rates.get((arm.architecture, arm.condition), lr), []).append(arm)
-    return by_rate
+    for arm in missing:
+        if not is_complete_sae(setting.saes(seed) / arm.name):
+            by_rate.setdefault(_rate(setting, arm, rates), []).append(arm)
+    for lr, together in by_rate.items():
+        logger.info("training %d SAEs with seed %d", len(together), seed)
+        comparison = dataclasses.replace(setting.comparison, lr=lr)
+        train_arms(dataclasses.replace(setting, comparison=comparison), together, seed)
+
+
+def _evaluate(
+    setting: Setting, missing: Sequence[Arm], seed: int, rates: Mapping[tuple[str, str], float]
+) -> list[dict[str, Any]]:
+    """Records of trained SAEs of one seed."""
+    logger.info("evaluating the SAEs of seed %d", seed)
+    comparison, folder = setting.comparison, setting.saes(seed)
+    saes = {
+        arm.name: SAE.load_from_disk(folder / arm.name, device=comparison.device) for arm in missing
+    }
+    measured = evaluate_saes(
+        saes,
+        setting.model,
+        setting.held_out,
+        setting.labels,
+        n_tokens=comparison.held_out_sequences * comparison.context_size,
+        context_size=comparison.context_size,
+        batch_size_prompts=comparison.store_batch_size_prompts,
+        probe_seeds=comparison.probe_seeds,
+        tpp_and_scr=comparison.tpp_and_scr,
+        spaces=loss_spaces(missing, setting.statistics),
+    )
+    return [
+        {**record, **dataclasses.asdict(arm), "seed": seed, "lr": _rate(setting, arm, rates)}
+        for arm, record in zip(missing, measured, strict=True)
+    ]
+
+
+def _rate(setting: Setting, arm: Arm, rates: Mapping[tuple[str, str], float]) -> float:
+    return rates.get((arm.architecture, arm.condition), setting.comparison.lr)
 
 
 def _arm(record: Mapping[str, Any]) -> Arm:
@@ -200,6 +207,14 @@ def _arm(record: Mapping[str, Any]) -> Arm:
 
 def _of_seeds(records: Sequence[dict[str, Any]], comparison: Comparison) -> list[dict[str, Any]]:
     return [record for record in records if record["seed"] in comparison.seeds]
+
+
+def _warn_of_left_out(comparison: Comparison) -> None:
+    """Say which architectures cannot be trained under which conditions, and why."""
+    for architecture, reasons in comparison.left_out.items():
+        for reason in dict.fromkeys(reasons.values()):
+            under = ", ".join(name for name, other in reasons.items() if other == reason)
+            logger.warning("%s is left out under %s: %s", architecture, under, reason)
 
 
 def _warn_of_unmatched_l0(comparison: Comparison, records: Sequence[Mapping[str, Any]]) -> None:
@@ -223,6 +238,35 @@ def _warn_of_unmatched_l0(comparison: Comparison, records: Sequence[Mapping[str,
                 k[-1],
                 " and ".join(map(str, sorted(suggested))),
             )
+
+
+def _settings(setting: Setting, rows: str) -> dict[str, Any]:
+    """What `settings.json` holds.
+
+    Args:
+        setting: The comparison, its model and its rows.
+        rows: Fingerprint of the dataset.
+    """
+    comparison = setting.comparison
+    return {
+        **dataclasses.asdict(comparison),
+        **setting.model_names,
+        "dataset_path": setting.dataset_path,
+        "labels": None if setting.labels is None else dict(setting.labels.source),
+        "conditions": {
+            name: None if (config := CONDITIONS[name].whitening) is None else config.to_dict()
+            for name in comparison.conditions
+        },
+        "left_out": comparison.left_out,
+        "rows": rows,
+        "activations": describe_activations(
+            setting.model,
+            setting.held_out,
+            comparison.hook_name,
+            context_size=comparison.context_size,
+            prepend_bos=comparison.prepend_bos,
+        ),
+    }
 
 
 def _write_settings(out: Path, settings: dict[str, Any]) -> None:
@@ -265,28 +309,23 @@ def _write_settings(out: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings, indent=1)
 
 
-def _estimate_statistics(
-    comparison: Comparison,
-    model: Model,
-    dataset: Any,
-    out: Path,
-    names: Mapping[str, Any],
-) -> None:
+def _estimate_statistics(setting: Setting) -> None:
     """Write the statistics for the whitening of all SAEs, unless they exist."""
-    if statistics_file(out / "statistics", comparison.hook_name).is_file():
+    comparison = setting.comparison
+    if setting.statistics.is_file():
         return
     fit_statistics(
-        model,
+        setting.model,
         # shuffled, because texts of one source follow each other
-        shuffled(dataset, 0),
+        shuffled(setting.training_rows, 0),
         comparison.hook_name,
-        out=out / "statistics",
+        out=setting.out / "statistics",
         tolerance=comparison.tolerance,
         context_size=comparison.context_size,
         batch_size_prompts=comparison.store_batch_size_prompts,
         prepend_bos=comparison.prepend_bos,
         exclude_special_tokens=comparison.exclude_special_tokens,
-        provenance=names,
+        provenance=setting.model_names,
     )
 
 

@@ -12,11 +12,10 @@ from sae_lens import SAE
 
 from sae_whiten._files import read_json, write_json
 from sae_whiten.comparison.conditions import CONDITIONS
-from sae_whiten.comparison.data import shuffled
 from sae_whiten.comparison.lockstep import train_arms
 from sae_whiten.comparison.paired import interpolate_at
 from sae_whiten.comparison.plan import Arm, Comparison, arms
-from sae_whiten.estimation.sources import Model
+from sae_whiten.comparison.setting import Setting
 from sae_whiten.evaluation.catalogue import EXPLAINED_VARIANCE, EXPLAINED_VARIANCE_OF_LOSS
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.statistics import ActivationStatistics
@@ -33,15 +32,7 @@ SCORES_FILE = "learning_rates.json"
 _SHORTENING = 8  # each rate is tried with this fraction of the training tokens, 1 / 8
 
 
-def best_learning_rates(
-    comparison: Comparison,
-    model: Model,
-    training_rows: Any,
-    held_out: Any,
-    out: Path,
-    names: Mapping[str, Any],
-    statistics: Path,
-) -> dict[tuple[str, str], float]:
+def best_learning_rates(setting: Setting) -> dict[tuple[str, str], float]:
     """Train every architecture and condition briefly at each rate, and return the best rates.
 
     Each rate is tried with the first seed, an eighth of the training and the middle sparsity, on
@@ -49,25 +40,17 @@ def best_learning_rates(
     of the loss. Sweeps of coefficients are compared at the same L0.
 
     Args:
-        comparison: With `learning_rates`.
-        model: As SAELens loads it.
-        training_rows: Rows to train on.
-        held_out: Rows to evaluate on.
-        out: Folder of the comparison. Receives `learning_rates.json`; if that exists, nothing is
-            trained.
-        names: As for `train_arms`.
-        statistics: File of the statistics.
+        setting: A comparison with `learning_rates`. Its folder receives `learning_rates.json`; if
+            that exists, nothing is trained.
 
     Returns:
         The rate by architecture and condition.
     """
-    path = out / SCORES_FILE
+    comparison, path = setting.comparison, setting.out / SCORES_FILE
     if not path.is_file():
         scores: dict[str, dict[str, dict[str, float | None]]] = {}
         for lr in comparison.learning_rates:
-            records = _train_briefly(
-                comparison, lr, model, training_rows, held_out, out, names, statistics
-            )
+            records = _train_briefly(setting, lr)
             target = _middle(comparison.sparsity)
             for architecture, condition in _pairs(comparison):
                 of_pair = [
@@ -79,7 +62,7 @@ def best_learning_rates(
                 of_rates = scores.setdefault(architecture, {}).setdefault(condition, {})
                 of_rates[f"{lr:g}"] = None if math.isnan(score) else score
         write_json(path, scores, indent=1)
-        shutil.rmtree(out / "learning-rates", ignore_errors=True)
+        shutil.rmtree(setting.out / "learning-rates", ignore_errors=True)
     scores = read_json(path, "restore it from a copy, or delete it: the rates are then tried again")
     best = {}
     for architecture, condition in _pairs(comparison):
@@ -126,23 +109,14 @@ def loss_spaces(arms: Sequence[Arm], statistics: Path) -> dict[str, Whitening]:
     return spaces
 
 
-def _train_briefly(
-    comparison: Comparison,
-    lr: float,
-    model: Model,
-    training_rows: Any,
-    held_out: Any,
-    out: Path,
-    names: Mapping[str, Any],
-    statistics: Path,
-) -> list[dict[str, Any]]:
+def _train_briefly(setting: Setting, lr: float) -> list[dict[str, Any]]:
     """Train all architectures and conditions briefly at one rate, and return their records."""
-    folder = out / "learning-rates" / f"{lr:g}"
+    comparison, folder = setting.comparison, setting.out / "learning-rates" / f"{lr:g}"
     path = folder / "results.json"
     if path.is_file():
         return read_json(path, "delete it: its SAEs are then evaluated again")
     seed = comparison.seeds[0]
-    brief = dataclasses.replace(
+    shortened = dataclasses.replace(
         comparison,
         lr=lr,
         learning_rates=(),
@@ -151,22 +125,21 @@ def _train_briefly(
             comparison.train_batch_size_tokens, comparison.training_tokens // _SHORTENING
         ),
     )
-    planned = {arm.name: arm for arm in arms(brief)}
-    saes = folder / "saes" / f"seed-{seed}"
+    brief = dataclasses.replace(setting, comparison=shortened, out=folder)
+    planned = {arm.name: arm for arm in arms(shortened)}
+    saes = brief.saes(seed)
     untrained = [arm for name, arm in planned.items() if not is_complete_sae(saes / name)]
     if untrained:
         logger.info("trying learning rate %g", lr)
-        train_arms(
-            brief, untrained, seed, model, shuffled(training_rows, seed), folder, names, statistics
-        )
+        train_arms(brief, untrained, seed)
     records = evaluate_saes(
         {name: SAE.load_from_disk(saes / name, device=comparison.device) for name in planned},
-        model,
-        held_out,
+        setting.model,
+        setting.held_out,
         n_tokens=comparison.held_out_sequences * comparison.context_size,
         context_size=comparison.context_size,
         batch_size_prompts=comparison.store_batch_size_prompts,
-        spaces=loss_spaces(list(planned.values()), statistics),
+        spaces=loss_spaces(list(planned.values()), setting.statistics),
     )
     kept = [{**dataclasses.asdict(planned[r["name"]]), "metrics": r["metrics"]} for r in records]
     write_json(path, kept)

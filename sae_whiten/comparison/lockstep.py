@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -14,9 +13,10 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 
 from sae_whiten.comparison.conditions import CONDITIONS
+from sae_whiten.comparison.data import shuffled
 from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
+from sae_whiten.comparison.setting import Setting
 from sae_whiten.config import WhiteningConfig
-from sae_whiten.estimation.sources import Model
 from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.multi_runner import WhiteningMultiSAETrainingRunner
 
@@ -31,32 +31,19 @@ class _LockstepRunner(WhiteningMultiSAETrainingRunner):
     _needs_whitening = False
 
 
-def train_arms(
-    comparison: Comparison,
-    untrained: Sequence[Arm],
-    seed: int,
-    model: Model,
-    dataset: Any,
-    out: Path,
-    names: Mapping[str, Any],
-    statistics: Path,
-) -> None:
+def train_arms(setting: Setting, untrained: Sequence[Arm], seed: int) -> None:
     """Train SAEs of one seed, or continue from their last checkpoint.
 
     The result of each does not depend on which others are trained with it.
 
     Args:
-        comparison: The comparison that they belong to.
+        setting: The comparison that they belong to, its model and its folder.
         untrained: The SAEs to train.
-        seed: Seed of the weights and of the order in which activations are mixed.
-        model: As SAELens loads it.
-        dataset: Rows to train on, in the order of this seed.
-        out: Folder that receives the SAEs in `saes/seed-...`, and meanwhile their checkpoints.
-        names: model_name, model_class_name, model_from_pretrained_kwargs and dataset_path for the
-            metadata of the SAEs.
-        statistics: File of the statistics that they are whitened with.
+        seed: Seed of the weights, of the order of the rows and of that in which activations are
+            mixed.
     """
-    activation_statistics = ActivationStatistics.load(statistics)
+    comparison, dataset = setting.comparison, shuffled(setting.training_rows, seed)
+    activation_statistics = ActivationStatistics.load(setting.statistics)
     saes: dict[str, TrainingSAE[Any]] = {}
     whitening: dict[str, WhiteningConfig] = {}
     for arm in _with_the_same_data(comparison, untrained):
@@ -66,12 +53,13 @@ def train_arms(
         saes[arm.name] = sae_class(sae_config(comparison, arm, activation_statistics))
         config = CONDITIONS[arm.condition].whitening
         if config is not None:
-            whitening[arm.name] = dataclasses.replace(config, statistics=str(statistics))
-    checkpoints = out / "checkpoints" / f"seed-{seed}"
+            whitening[arm.name] = dataclasses.replace(config, statistics=str(setting.statistics))
+    checkpoints = setting.out / "checkpoints" / f"seed-{seed}"
     cfg = MultiSAETrainingRunnerConfig(
         saes={name: sae.cfg for name, sae in saes.items()},
         hook_names=comparison.hook_name,
-        **names,
+        **setting.model_names,
+        dataset_path=setting.dataset_path,
         streaming=isinstance(dataset, datasets.IterableDataset),
         context_size=comparison.context_size,
         prepend_bos=comparison.prepend_bos,
@@ -94,7 +82,7 @@ def train_arms(
         logger=LoggingConfig(log_to_wandb=False, wandb_id=f"seed-{seed}"),
         n_checkpoints=2,
         checkpoint_path=str(checkpoints.parent),
-        output_path=str(out / "saes" / f"seed-{seed}"),
+        output_path=str(setting.saes(seed)),
     )
     steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()]
     last = checkpoints / str(max(steps, default=0))
@@ -105,7 +93,7 @@ def train_arms(
     # the order in which SAELens mixes activations comes from torch's generator
     torch.manual_seed(seed)
     _LockstepRunner(
-        cfg, whitening, override_dataset=dataset, override_model=model, override_saes=saes
+        cfg, whitening, override_dataset=dataset, override_model=setting.model, override_saes=saes
     ).run()
     shutil.rmtree(checkpoints, ignore_errors=True)  # the SAEs are saved, and checkpoints are large
 

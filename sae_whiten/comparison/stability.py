@@ -1,16 +1,12 @@
 """Agreement of the SAEs of a comparison over its seeds."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
-from sae_lens.config import HfDataset
 
-from sae_whiten.comparison.plan import Comparison
+from sae_whiten.comparison.setting import Setting
 from sae_whiten.config import WhiteningConfig
-from sae_whiten.estimation.folders import statistics_file
-from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.catalogue import (
     FIRING_AGREEMENT,
     FIRING_AGREEMENT_NULL,
@@ -30,13 +26,7 @@ from sae_whiten.whitening import Whitening
 __all__ = ["add_stability"]
 
 
-def add_stability(
-    records: Sequence[dict[str, Any]],
-    out: Path,
-    comparison: Comparison,
-    model: Model,
-    held_out: HfDataset,
-) -> Iterator[None]:
+def add_stability(records: Sequence[dict[str, Any]], setting: Setting) -> Iterator[None]:
     """Write `across_seeds` into the records of SAEs that were trained with several seeds.
 
     Existing results are kept. SAEs that are no longer on disk for all seeds are skipped.
@@ -46,18 +36,16 @@ def add_stability(
 
     Args:
         records: Records of all seeds of a comparison.
-        out: Folder of the comparison, with the SAEs and the statistics.
-        comparison: The comparison.
-        model: On which the SAEs were trained.
-        held_out: Rows that the SAEs were not trained on.
+        setting: The comparison, its model and its folder with the SAEs and the statistics.
     """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         by_name.setdefault(record["name"], []).append(record)
+    comparison = setting.comparison
     whitening: Whitening | None = None
     for name, group in by_name.items():
         seeds = [record["seed"] for record in group]
-        folders = [out / "saes" / f"seed-{seed}" / name for seed in seeds]
+        folders = [setting.saes(seed) / name for seed in seeds]
         known = all(
             record.get("compared_seeds") == seeds
             # earlier versions compared the dictionaries alone
@@ -67,10 +55,8 @@ def add_stability(
         if len(seeds) < 2 or known or not all(map(is_complete_sae, folders)):
             continue
         if whitening is None:
-            path = statistics_file(out / "statistics", comparison.hook_name)
-            whitening = Whitening.from_statistics(
-                ActivationStatistics.load(path), WhiteningConfig()
-            )
+            statistics = ActivationStatistics.load(setting.statistics)
+            whitening = Whitening.from_statistics(statistics, WhiteningConfig())
         saes = {
             str(seed): SAE.load_from_disk(folder, device=comparison.device)
             for seed, folder in zip(seeds, folders, strict=True)
@@ -81,10 +67,10 @@ def add_stability(
         )
         firing = held_out_firing(
             saes,
-            model,
-            held_out,
+            setting.model,
+            setting.held_out,
             comparison.held_out_sequences * comparison.context_size,
-            Reading.of(saes, model, options),
+            Reading.of(saes, setting.model, options),
         )
         for record, dictionary, on_tokens in zip(
             group,

@@ -242,7 +242,7 @@ def test_conditions_share_initial_weights_and_data_and_seeds_do_not(tmp_path, mo
 def test_a_sweep_is_trained_on_until_the_wanted_l0_lies_between_neighbours(tmp_path, monkeypatch):
     trained: list[tuple[int, list[str]]] = []
 
-    def train(comparison, untrained, seed, *rest):
+    def train(setting, untrained, seed):
         trained.append((seed, [arm.name for arm in untrained]))
 
     def evaluate(saes, *rest, **options):
