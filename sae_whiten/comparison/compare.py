@@ -123,8 +123,7 @@ def compare(
     for _ in range(comparison.sweep_rounds):
         added = adapted_arms(comparison, _of_seeds(records, comparison))
         _train_and_evaluate(setting, added, rates, records, save)
-    for _ in add_stability(records, setting):
-        save()
+    add_stability(records, setting, save)
     records = _of_seeds(records, comparison)
     _warn_of_unmatched_l0(comparison, records)
     return records

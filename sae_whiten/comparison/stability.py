@@ -1,6 +1,6 @@
 """Agreement of the SAEs of a comparison over its seeds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sae_lens import SAE
@@ -26,17 +26,17 @@ from sae_whiten.whitening import Whitening
 __all__ = ["add_stability"]
 
 
-def add_stability(records: Sequence[dict[str, Any]], setting: Setting) -> Iterator[None]:
+def add_stability(
+    records: Sequence[dict[str, Any]], setting: Setting, save: Callable[[], None]
+) -> None:
     """Write `across_seeds` into the records of SAEs that were trained with several seeds.
 
     Existing results are kept. SAEs that are no longer on disk for all seeds are skipped.
 
-    Yields:
-        After the SAEs of one name, so that the records can be saved: wide ones take minutes.
-
     Args:
         records: Records of all seeds of a comparison.
         setting: The comparison, its model and its folder with the SAEs and the statistics.
+        save: Writes the records. Called after the SAEs of each name: wide ones take minutes.
     """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -87,4 +87,4 @@ def add_stability(records: Sequence[dict[str, Any]], setting: Setting) -> Iterat
                 FIRING_AGREEMENT.key: on_tokens.value,
                 FIRING_AGREEMENT_NULL.key: on_tokens.null,
             }
-        yield
+        save()

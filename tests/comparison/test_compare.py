@@ -27,7 +27,7 @@ from sae_whiten.comparison.summary import summarise
 from sae_whiten.comparison.sweeps import lacking_coefficient
 from sae_whiten.estimation.folders import statistics_file
 from sae_whiten.evaluation.metrics import explained_variance
-from sae_whiten.evaluation.stability import mean_max_cosine
+from sae_whiten.evaluation.stability import mean_max_cosine, stability
 from sae_whiten.training import runner_parts
 from tests.support import BYTE_TRANSFORMER, tiny_dataset, tiny_model
 
@@ -105,6 +105,29 @@ def test_firing_of_several_seeds_is_compared_also_after_an_earlier_version(finis
     (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in earlier))
     again = {r["name"]: r["across_seeds"]["firing_agreement"] for r in run(out)}
     assert again == agreements
+
+
+def test_agreement_over_seeds_is_saved_after_each_name(finished, tmp_path, monkeypatch):
+    folder, records = finished
+    out = shutil.copytree(folder, tmp_path / "out")
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    for record in lines:
+        del record["compared_seeds"], record["across_seeds"]
+    (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    compared = []
+
+    def die_at_the_third(*arguments):
+        compared.append(arguments)
+        if len(compared) == 3:
+            raise Killed
+        return stability(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("sae_whiten.comparison.stability.stability", die_at_the_third)
+        run(out)
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert len({r["name"] for r in lines if "across_seeds" in r}) == 2
+    assert [r["across_seeds"] for r in run(out)] == [r["across_seeds"] for r in records]
 
 
 def test_a_bridge_of_transformer_lens_serves_as_the_model(tmp_path):
@@ -255,7 +278,7 @@ def test_a_sweep_is_trained_on_until_the_wanted_l0_lies_between_neighbours(tmp_p
     for name, stand_in in (
         ("train_arms", train),
         ("evaluate_saes", evaluate),
-        ("add_stability", lambda *_: ()),
+        ("add_stability", lambda *_: None),
         ("_estimate_statistics", lambda *_: None),
         ("SAE.load_from_disk", lambda *_, **__: None),
     ):
