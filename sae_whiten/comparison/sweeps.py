@@ -8,6 +8,8 @@ from sae_whiten.comparison.plan import Arm, Comparison, arms
 
 __all__ = ["adapted_arms", "lacking_coefficient"]
 
+# coarser than lenses/synthetic/experiment.py: here a coefficient costs an SAE of every seed, and
+# there are only a few rounds
 _CLOSE = 2.0  # interpolation is between neighbours whose L0 differ by at most this factor
 _STEP = 4.0  # factor by which a sweep is extended beyond its ends
 

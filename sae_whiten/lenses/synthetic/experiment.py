@@ -26,8 +26,10 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from sae_lens.util import temporary_seed
 
+from sae_whiten.architectures import describe
 from sae_whiten.architectures.folding import fold_whitening_into_weights
 from sae_whiten.comparison.conditions import Condition
+from sae_whiten.comparison.paired import interpolate_at
 from sae_whiten.evaluation.metrics import dead_latents, explained_variance, firing_rates
 from sae_whiten.lenses.synthetic import _workers
 from sae_whiten.lenses.synthetic.data import SyntheticActivations
@@ -57,14 +59,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _N_HELD_OUT = 20_000
-# with SAELens' defaults only the threshold gets gradients, and a short training hardly moves it
-_JUMPRELU = {
-    "jumprelu_sparsity_loss_mode": "tanh",
-    "jumprelu_ste_to_input": True,
-    "jumprelu_bandwidth": 2.0,
-    "jumprelu_init_threshold": 0.1,
-    "pre_act_loss_coefficient": 3e-6,
-}
+# finer than comparison/sweeps.py: here a coefficient costs one small training, and each is chosen
+# after the one before
 _FACTOR = 3.0  # between coefficients, until two of them enclose the target L0
 _CLOSE = 1.5  # ratio of two L0 between which scores may be interpolated
 _MAX_TRIES = 8
@@ -129,7 +125,8 @@ def _trained(
     elif "topk" in run.architecture:
         options = {"k": run.k}
     if run.architecture == "jumprelu":
-        options |= _JUMPRELU
+        # as `compare` for activations of variance 1; the others keep SAELens' defaults
+        options |= describe("jumprelu").compare_defaults(seen=1.0, loss=1.0, n_steps=run.steps)
     normalize_activations = "covariance_whitening" if condition.whitening else run.condition
     sae = TrainingSAE.from_dict(
         {
@@ -252,14 +249,13 @@ def at_l0(rows: Sequence[Mapping[str, float]], target: float) -> tuple[dict[str,
     def distance(row: Mapping[str, float]) -> float:
         return abs(math.log(max(row["l0"], 1e-6) / target))
 
-    above = min((r for r in rows if r["l0"] > target), key=distance, default=None)
-    below = min((r for r in rows if r["l0"] <= target), key=distance, default=None)
     nearest = min(rows, key=distance)
-    hit = _hits(nearest["l0"], target)
-    if hit or above is None or below is None or below["l0"] == 0:
-        return dict(nearest), hit
-    weight = math.log(target / below["l0"]) / math.log(above["l0"] / below["l0"])
-    scores = {key: below[key] + weight * (above[key] - below[key]) for key in below}
+    if _hits(nearest["l0"], target):
+        return dict(nearest), True
+    l0s = [float(row["l0"]) for row in rows]
+    scores = {key: interpolate_at(l0s, [float(r[key]) for r in rows], target) for key in nearest}
+    if math.isnan(scores["l0"]):  # the target is outside
+        return dict(nearest), False
     return {**scores, "l0": target}, True
 
 
