@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sae_whiten._atomic import atomic_path
     from sae_whiten._checks import require_number
-    from sae_whiten.lenses.synthetic.experiment import grid, markdown_table, run_all, summarise
+    from sae_whiten.lenses.synthetic.experiment import grid, markdown_table, run_all, summarise_runs
     from sae_whiten.lenses.synthetic.figure import plot_recovery
 
     for name in ("seeds", "jobs"):
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     runs = grid(args.architectures, args.conditions, range(args.seeds), template)
     with tqdm(total=len(runs), desc="Comparing", unit="run") as bar:
         rows = run_all(runs, args.out / "results.jsonl", args.device, args.jobs, bar.update)
-    summaries = summarise(rows)
+    summaries = summarise_runs(rows)
     table = markdown_table(summaries)
     with atomic_path(args.out / "results.md") as partial:
         partial.write_text(table)

@@ -24,7 +24,7 @@ from sae_whiten.lenses.synthetic.experiment import (
     read_rows,
     run_all,
     run_one,
-    summarise,
+    summarise_runs,
 )
 from sae_whiten.lenses.synthetic.options import (
     CHANCE,
@@ -212,7 +212,7 @@ def test_a_training_that_fails_ends_the_comparison_and_keeps_the_others(
 
 def test_the_table_holds_mean_and_deviation_over_seeds(tmp_path: Path, done: list[SyntheticRun]):
     runs = grid(["topk", "jumprelu"], ["none"], [0, 1, 2], SyntheticRun())
-    table = markdown_table(summarise(run_all(runs, tmp_path / "results.jsonl")))
+    table = markdown_table(summarise_runs(run_all(runs, tmp_path / "results.jsonl")))
     topk, jumprelu = table.strip().split("\n\n")
     assert topk.splitlines()[2].startswith("| none | 0.100 ± 0.100 |")
     assert topk.splitlines()[-1].startswith("| chance |")

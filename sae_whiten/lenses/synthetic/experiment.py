@@ -45,7 +45,7 @@ from sae_whiten.training.trainer import WhiteningTrainer
 from sae_whiten.whitening import Whitening
 
 __all__ = [
-    "Summary",
+    "SyntheticSummary",
     "at_l0",
     "grid",
     "markdown_table",
@@ -53,7 +53,7 @@ __all__ = [
     "read_rows",
     "run_all",
     "run_one",
-    "summarise",
+    "summarise_runs",
 ]
 
 logger = logging.getLogger(__name__)
@@ -351,7 +351,7 @@ def read_rows(results: Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SyntheticSummary:
     """The scores of one architecture under one condition.
 
     Attributes:
@@ -376,7 +376,7 @@ class Summary:
         return statistics.stdev(values) if len(values) > 1 else None
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
+def summarise_runs(rows: Sequence[Mapping[str, Any]]) -> list[SyntheticSummary]:
     """Rows of trainings as one summary for each architecture and condition, in their order."""
     groups: dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]] = {}
     for row in rows:
@@ -393,7 +393,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[Summary]:
         ]
         names = matched[0][0]
         scores = {name: [float(row[name]) for row, _ in matched] for name in names}
-        summaries.append(Summary(architecture, condition, scores, all(m for _, m in matched)))
+        summaries.append(
+            SyntheticSummary(architecture, condition, scores, all(m for _, m in matched))
+        )
     return summaries
 
 
@@ -407,7 +409,7 @@ _COLUMNS = {
 }
 
 
-def markdown_table(summaries: Sequence[Summary]) -> str:
+def markdown_table(summaries: Sequence[SyntheticSummary]) -> str:
     """Mean ± standard deviation over seeds, a table for each architecture, chance at the end."""
     chance = [s for s in summaries if s.condition == CHANCE]
     architectures = dict.fromkeys(s.architecture for s in summaries if s.condition != CHANCE)

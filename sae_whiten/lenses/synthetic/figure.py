@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sae_whiten._paper_style import new_figure, paper_style, save_figure
-from sae_whiten.lenses.synthetic.experiment import Summary
+from sae_whiten.lenses.synthetic.experiment import SyntheticSummary
 
 __all__ = ["plot_recovery"]
 
@@ -12,7 +12,9 @@ _MARKERS = {"topk": "o", "batchtopk": "s", "standard": "^", "jumprelu": "D"}
 _PANELS = {"f1": "F1 of features", "mcc": "MCC, whitened", "explained_variance": "expl. variance"}
 
 
-def plot_recovery(summaries: Sequence[Summary], chance: Summary | None, path: str | Path) -> None:
+def plot_recovery(
+    summaries: Sequence[SyntheticSummary], chance: SyntheticSummary | None, path: str | Path
+) -> None:
     """Draw scores by condition: a row for each, a marker for each architecture, bars of one
     standard deviation over seeds, dotted lines at chance.
 
