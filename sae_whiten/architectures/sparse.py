@@ -101,14 +101,14 @@ class Selection:
         values: Shape (n,), the selected pre-activations.
         rows: Shape (n,), ascending: the input of each.
         latents: Shape (n,), the latent of each.
-        columns: Shape (batch, n_columns), pre-activations of the requested columns.
+        pre_of_dead: Shape (batch, n_dead), pre-activations of the dead latents.
         hidden_pre: Shape (batch, d_sae), all pre-activations, if requested.
     """
 
     values: Float[Tensor, "n"]
     rows: Integer[Tensor, "n"]
     latents: Integer[Tensor, "n"]
-    columns: Float[Tensor, "batch n_columns"]
+    pre_of_dead: Float[Tensor, "batch n_dead"]
     hidden_pre: Float[Tensor, "batch d_sae"] | None
 
 
@@ -123,7 +123,7 @@ def select(
     b_enc: Float[Tensor, "d_sae"],
     scale: Float[Tensor, "d_sae"],
     selector: Selector,
-    columns: Integer[Tensor, "n_columns"],
+    dead: Integer[Tensor, "n_dead"],
     keep_hidden_pre: bool = False,
 ) -> Selection:
     """Select among the pre-activations (x @ W_enc + b_enc) * scale.
@@ -137,22 +137,23 @@ def select(
         b_enc: Shape (d_sae,).
         scale: Shape (d_sae,), such as the norms of the decoder.
         selector: `top_k` or `batch_top_k`.
-        columns: Shape (n_columns,), latents whose pre-activations are returned for every input.
+        dead: Shape (n_dead,), dead latents to revive. Their pre-activations are returned for every
+            input, active or not.
         keep_hidden_pre: Whether to return all pre-activations.
     """
-    of_columns: list[Tensor] = []
+    pre_of_dead: list[Tensor] = []
     kept: list[Tensor] = []
 
     def watched() -> Iterator[Tensor]:
         for pre in pre_activations(x, W_enc, b_enc, scale):
-            of_columns.append(pre.index_select(1, columns))
+            pre_of_dead.append(pre.index_select(1, dead))
             if keep_hidden_pre:
                 kept.append(pre)
             yield pre
 
     values, rows, latents = selector(watched())
     return Selection(
-        values, rows, latents, torch.cat(of_columns), torch.cat(kept) if keep_hidden_pre else None
+        values, rows, latents, torch.cat(pre_of_dead), torch.cat(kept) if keep_hidden_pre else None
     )
 
 
@@ -286,10 +287,10 @@ def encode(
     b_enc: Float[Tensor, "d_sae"],
     b_dec: Float[Tensor, "d_in"] | None,
     values: Float[Tensor, "n"],
-    of_columns: Float[Tensor, "batch n_columns"],
+    pre_of_dead: Float[Tensor, "batch n_dead"],
     pairs: ActivePairs,
-    columns: Integer[Tensor, "n_columns"],
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "batch n_columns"]]:
+    dead: Integer[Tensor, "n_dead"],
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "batch n_dead"]]:
     """Attach gradients to pre-activations x @ W_enc + b_enc that are already computed.
 
     Args:
@@ -298,14 +299,14 @@ def encode(
         b_enc: Shape (d_sae,).
         b_dec: Shape (d_in,), if `x` is the data minus b_dec; else None.
         values: Shape (n,), pre-activations of `pairs`.
-        of_columns: Shape (batch, n_columns), pre-activations of `columns`.
+        pre_of_dead: Shape (batch, n_dead), pre-activations of `dead`.
         pairs: The active pairs.
-        columns: Shape (n_columns,), latents without repetition.
+        dead: Shape (n_dead,), dead latents to revive, without repetition.
 
     Returns:
-        `values` and `of_columns`, with gradients to W_enc, b_enc and b_dec.
+        `values` and `pre_of_dead`, with gradients to W_enc, b_enc and b_dec.
     """
-    return _Encoder.apply(x.detach(), W_enc, b_enc, b_dec, values, of_columns, pairs, columns)
+    return _Encoder.apply(x.detach(), W_enc, b_enc, b_dec, values, pre_of_dead, pairs, dead)
 
 
 class _Encoder(torch.autograd.Function):
@@ -317,28 +318,28 @@ class _Encoder(torch.autograd.Function):
         b_enc: Tensor,
         b_dec: Tensor | None,
         values: Tensor,
-        of_columns: Tensor,
+        pre_of_dead: Tensor,
         pairs: ActivePairs,
-        columns: Tensor,
+        dead: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, W_enc, columns)
+        ctx.save_for_backward(x, W_enc, dead)
         ctx.pairs, ctx.b_enc_dtype = pairs, b_enc.dtype
         ctx.b_dec_dtype = None if b_dec is None else b_dec.dtype
-        return values.clone(), of_columns.view_as(of_columns)
+        return values.clone(), pre_of_dead.view_as(pre_of_dead)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, columns = ctx.saved_tensors
-        of_values, of_columns = grads
+        x, W_enc, dead = ctx.saved_tensors
+        of_values, of_dead = grads
         pairs: ActivePairs = ctx.pairs
         dtype = of_values.dtype
         x = x.to(dtype)
         of_W = _sum_by_latent_transposed(x, pairs.rows, of_values, pairs)
         one = torch.ones(1, 1, dtype=dtype, device=x.device)
         of_b = _sum_by_latent(one, torch.zeros_like(pairs.rows), of_values, pairs)[:, 0]
-        if len(columns) > 0:
-            of_W[:, columns] += x.T @ of_columns
-            of_b[columns] += of_columns.sum(dim=0)
+        if len(dead) > 0:
+            of_W[:, dead] += x.T @ of_dead
+            of_b[dead] += of_dead.sum(dim=0)
         of_b_dec = None
         if ctx.b_dec_dtype is not None:
             # summing over the batch before the product with W_enc is cheaper
@@ -356,18 +357,18 @@ def decode(
     values: Float[Tensor, "n"],
     W_dec: Float[Tensor, "d_sae d_in"],
     pairs: ActivePairs,
-    columns: Integer[Tensor, "n_columns"],
-) -> tuple[Float[Tensor, "n_bags d_in"], Float[Tensor, "n_columns d_in"]]:
+    dead: Integer[Tensor, "n_dead"],
+) -> tuple[Float[Tensor, "n_bags d_in"], Float[Tensor, "n_dead d_in"]]:
     """Sums of decoder rows weighted by their latents, without a bias.
 
     Args:
         values: Shape (n,), the values of the latents of `pairs`.
         W_dec: Shape (d_sae, d_in).
         pairs: The active pairs, with the output row (bag) of each.
-        columns: Shape (n_columns,), latents without repetition.
+        dead: Shape (n_dead,), dead latents to revive, without repetition.
 
     Returns:
-        The sums, shape (n_bags, d_in), float32 or better, and the decoder rows of `columns`. The
+        The sums, shape (n_bags, d_in), float32 or better, and the decoder rows of `dead`. The
         gradient of these rows is added to the gradient of W_dec.
     """
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
@@ -381,25 +382,25 @@ def decode(
         per_sample_weights=values,
         include_last_offset=True,
     )
-    return _Decoder.apply(out, W_dec, values.detach(), pairs, columns)
+    return _Decoder.apply(out, W_dec, values.detach(), pairs, dead)
 
 
 class _Decoder(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, W_dec: Tensor, values: Tensor, pairs: ActivePairs, columns: Tensor
+        ctx: Any, out: Tensor, W_dec: Tensor, values: Tensor, pairs: ActivePairs, dead: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(values, columns)
+        ctx.save_for_backward(values, dead)
         ctx.pairs, ctx.dtype = pairs, W_dec.dtype
-        return out.view_as(out), W_dec.index_select(0, columns)
+        return out.view_as(out), W_dec.index_select(0, dead)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        values, columns = ctx.saved_tensors
+        values, dead = ctx.saved_tensors
         of_out, of_rows = grads
         of_W = _sum_by_latent(of_out, ctx.pairs.bags, values, ctx.pairs)
-        if len(columns) > 0:
-            of_W[columns] += of_rows
+        if len(dead) > 0:
+            of_W[dead] += of_rows
         return of_out, of_W.to(ctx.dtype), None, None, None
 
 

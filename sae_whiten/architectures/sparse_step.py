@@ -125,13 +125,13 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
         found = select(x, sae.W_enc, sae.b_enc, norms, selector, dead, keep_hidden_pre=logged)
     widths = _widths(sae)
     pairs = _pairs(found, widths, len(x))
-    values, of_dead = encode(
+    values, pre_of_dead = encode(
         x,
         sae.W_enc,
         sae.b_enc,
         sae.b_dec if sae.cfg.apply_b_dec_to_input else None,
         found.values / norms[found.latents],
-        found.columns / norms[dead],
+        found.pre_of_dead / norms[dead],
         pairs,
         dead,
     )
@@ -147,7 +147,12 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     if len(dead) > 0:
         outputs = levels if _has_auxk_by_level(sae) else (sae_out,)
         losses["auxiliary_reconstruction_loss"] = auxk_loss(
-            sae, [(sae_in - out).detach() for out in outputs], dead, of_dead, norms, rows_of_dead
+            sae,
+            [(sae_in - out).detach() for out in outputs],
+            dead,
+            pre_of_dead,
+            norms,
+            rows_of_dead,
         )
     for width, level in zip(widths[:-1], levels[:-1], strict=True):
         losses[f"inner_mse_loss_{width}"] = mean_error(sae, level, sae_in)

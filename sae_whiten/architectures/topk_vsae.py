@@ -266,7 +266,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         if self.cfg.rescale_acts_by_decoder_norm:
             values = values / self.W_dec.norm(dim=-1)[latents]
         pairs = sparse.ActivePairs.of(rows, latents, self.cfg.d_sae, rows, n_rows)
-        decoded, _ = sparse.decode(values, self.W_dec, pairs, columns=latents[:0])
+        decoded, _ = sparse.decode(values, self.W_dec, pairs, dead=latents[:0])
         decoded = self.hook_sae_recons((decoded + self.b_dec).to(self.W_dec.dtype))
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(decoded), self.d_head)
 
@@ -549,13 +549,13 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
         selector = _SamplingSelector(sae, x, keep_logvar=logged)
         found = sparse.select(x, sae.W_enc, sae.b_enc, scale, selector, dead, logged)
     pairs = sparse.ActivePairs.of(found.rows, found.latents, cfg.d_sae, found.rows, len(x))
-    pre, of_dead = sparse.encode(
+    pre, pre_of_dead = sparse.encode(
         x,
         sae.W_enc,
         sae.b_enc,
         b_dec,
         found.values / scale[found.latents],
-        found.columns / scale[dead],
+        found.pre_of_dead / scale[dead],
         pairs,
         dead,
     )
@@ -585,7 +585,7 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
     if len(dead) > 0:
         residual = (sae_in - sae_out).detach()
         losses["auxiliary_reconstruction_loss"] = auxk_loss(
-            sae, [residual], dead, of_dead, scale, rows_of_dead
+            sae, [residual], dead, pre_of_dead, scale, rows_of_dead
         )
     losses["kl_loss"] = step_input.coefficients["kl"] * kl
     feature_acts = sparse.to_coo(latents.to(sae.W_enc.dtype), pairs, len(x), cfg.d_sae)

@@ -77,13 +77,13 @@ def test_selection_is_that_of_dense_pre_activations(
     x, W, b = random(12, 6), random(6, 64), random(64)
     scale = random(64).abs() + 0.1 if scaled else torch.ones(64).double()
     dense = (x @ W + b) * scale
-    columns = torch.tensor([3, 60])
+    dead = torch.tensor([3, 60])
     selector = {"top_k": top_k(4), "abs_top_k": top_k(4, True), "batch_top_k": batch_top_k(48)}
-    found = select(x, W, b, scale, selector[name], columns, keep_hidden_pre=True)
+    found = select(x, W, b, scale, selector[name], dead, keep_hidden_pre=True)
 
     assert found.hidden_pre is not None
     torch.testing.assert_close(found.hidden_pre, dense)
-    torch.testing.assert_close(found.columns, dense[:, columns])
+    torch.testing.assert_close(found.pre_of_dead, dense[:, dead])
     torch.testing.assert_close(found.values, dense[found.rows, found.latents])
     assert torch.equal(found.rows, found.rows.sort().values)
     rank = dense.abs() if name == "abs_top_k" else dense
@@ -102,7 +102,7 @@ def test_nothing_dense_is_kept_unless_asked_for() -> None:
         random(4, 6), random(6, 64), random(64), torch.ones(64), top_k(4), torch.tensor([]).long()
     )
     assert found.hidden_pre is None
-    assert found.columns.shape == (4, 0)
+    assert found.pre_of_dead.shape == (4, 0)
 
 
 def test_nan_is_selected_and_does_not_pass_unseen() -> None:
@@ -112,56 +112,56 @@ def test_nan_is_selected_and_does_not_pass_unseen() -> None:
     assert values[1].isnan().any()
 
 
-@given(shape=SHAPES, seed=st.integers(0, 99), n_columns=st.integers(0, 2))
+@given(shape=SHAPES, seed=st.integers(0, 99), n_dead=st.integers(0, 2))
 @settings(max_examples=25, deadline=None)
 def test_encoder_gradients_are_the_dense_ones(
-    shape: tuple[int, int, int], seed: int, n_columns: int
+    shape: tuple[int, int, int], seed: int, n_dead: int
 ) -> None:
     n_rows, d_in, d_sae = shape
     rows, latents = random_pairs(n_rows, d_sae, seed)
-    columns = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed))[:n_columns]
+    dead = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed))[:n_dead]
     data, of_values = random(n_rows, d_in), random(len(rows), seed=seed)
-    of_columns = random(n_rows, len(columns), seed=seed)
+    of_dead = random(n_rows, len(dead), seed=seed)
     leaves = [random(d_in, d_sae), random(d_sae), random(d_in)]
 
     W, b, b_dec = (leaf.clone().requires_grad_() for leaf in leaves)
     dense = (data - b_dec) @ W + b
-    loss = (dense[rows, latents] * of_values).sum() + (dense[:, columns] * of_columns).sum()
+    loss = (dense[rows, latents] * of_values).sum() + (dense[:, dead] * of_dead).sum()
     loss.backward()
 
     W2, b2, b_dec2 = (leaf.clone().requires_grad_() for leaf in leaves)
     pairs = ActivePairs.of(rows, latents, d_sae, rows, n_rows)
     known = dense.detach()
-    values, at_columns = encode(
-        data - b_dec2, W2, b2, b_dec2, known[rows, latents], known[:, columns], pairs, columns
+    values, pre_of_dead = encode(
+        data - b_dec2, W2, b2, b_dec2, known[rows, latents], known[:, dead], pairs, dead
     )
     assert torch.equal(values, known[rows, latents])
-    ((values * of_values).sum() + (at_columns * of_columns).sum()).backward()
+    ((values * of_values).sum() + (pre_of_dead * of_dead).sum()).backward()
     for own, expected in ((W2, W), (b2, b), (b_dec2, b_dec)):
         torch.testing.assert_close(own.grad, expected.grad)
     assert W2.grad is not None
     assert W2.grad.is_contiguous()
 
 
-@given(shape=SHAPES, seed=st.integers(0, 99), n_columns=st.integers(0, 2))
+@given(shape=SHAPES, seed=st.integers(0, 99), n_dead=st.integers(0, 2))
 @settings(max_examples=25, deadline=None)
 def test_decoder_and_its_gradients_are_the_dense_ones(
-    shape: tuple[int, int, int], seed: int, n_columns: int
+    shape: tuple[int, int, int], seed: int, n_dead: int
 ) -> None:
     n_rows, d_in, d_sae = shape
     rows, latents = random_pairs(n_rows, d_sae, seed)
-    columns = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed))[:n_columns]
-    of_out, of_rows = random(n_rows, d_in, seed=seed), random(len(columns), d_in, seed=seed)
+    dead = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed))[:n_dead]
+    of_out, of_rows = random(n_rows, d_in, seed=seed), random(len(dead), d_in, seed=seed)
 
     v, W = random(len(rows)).requires_grad_(), random(d_sae, d_in).requires_grad_()
     acts = torch.zeros(n_rows, d_sae, dtype=v.dtype).index_put((rows, latents), v)
-    (((acts @ W) * of_out).sum() + (W[columns] * of_rows).sum()).backward()
+    (((acts @ W) * of_out).sum() + (W[dead] * of_rows).sum()).backward()
 
     v2, W2 = v.detach().clone().requires_grad_(), W.detach().clone().requires_grad_()
     pairs = ActivePairs.of(rows, latents, d_sae, rows, n_rows)
-    out, at_columns = decode(v2, W2, pairs, columns)
+    out, rows_of_dead = decode(v2, W2, pairs, dead)
     torch.testing.assert_close(out, (acts @ W).detach())
-    ((out * of_out).sum() + (at_columns * of_rows).sum()).backward()
+    ((out * of_out).sum() + (rows_of_dead * of_rows).sum()).backward()
     torch.testing.assert_close(v2.grad, v.grad)
     torch.testing.assert_close(W2.grad, W.grad)
 
