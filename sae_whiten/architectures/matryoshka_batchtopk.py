@@ -8,7 +8,7 @@ from sae_lens import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTraining
 from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 
-from sae_whiten.architectures.dead_latents import dead_latents_loss
+from sae_whiten.architectures.auxk import auxk_loss
 from sae_whiten.architectures.description import register
 from sae_whiten.architectures.topk import BATCHTOPK, TopKLosses
 
@@ -45,7 +45,7 @@ class MatryoshkaLosses(TopKLosses, MatryoshkaBatchTopKTrainingSAE):
         for width, level_out in self._iterable_decode(feature_acts, include_outer_loss=True):
             level = slice(start, width)
             start = width
-            total = total + dead_latents_loss(
+            total = total + auxk_loss(
                 self.mse_loss_fn,
                 (sae_in - level_out).detach(),
                 hidden_pre[:, level],

@@ -24,7 +24,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopK, calculate_topk_aux_acts
 from torch import Tensor, nn
 
-from sae_whiten.architectures.dead_latents import dead_latents_loss
+from sae_whiten.architectures.auxk import auxk_loss
 from sae_whiten.architectures.sparse import (
     ActivePairs,
     Selection,
@@ -39,13 +39,13 @@ from sae_whiten.architectures.sparse import (
 
 __all__ = [
     "SparseStepOutput",
-    "auxk_loss",
     "can_be_sparse",
     "computed_later",
-    "dead_latents",
     "decode_levels",
     "is_hooked",
+    "latents_to_revive",
     "mean_error",
+    "sparse_auxk_loss",
     "sparse_pays",
     "sparse_step",
 ]
@@ -121,7 +121,7 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     with torch.no_grad():
         x = sae.process_sae_in(sae_in)
         norms = _ranking_norms(sae)
-        dead = dead_latents(sae, step_input)
+        dead = latents_to_revive(sae, step_input)
         found = select(x, sae.W_enc, sae.b_enc, norms, selector, dead, keep_hidden_pre=logged)
     widths = _widths(sae)
     pairs = _pairs(found, widths, len(x))
@@ -146,7 +146,7 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     }
     if len(dead) > 0:
         outputs = levels if _has_auxk_by_level(sae) else (sae_out,)
-        losses["auxiliary_reconstruction_loss"] = auxk_loss(
+        losses["auxiliary_reconstruction_loss"] = sparse_auxk_loss(
             sae,
             [(sae_in - out).detach() for out in outputs],
             dead,
@@ -209,7 +209,7 @@ def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"]:
     return torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=dtype)
 
 
-def dead_latents(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
+def latents_to_revive(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
     """Indices of the dead latents that AuxK revives, ascending."""
     dead = step_input.dead_neuron_mask
     if dead is None or sae.cfg.aux_loss_coefficient == 0:
@@ -251,7 +251,7 @@ def _has_auxk_by_level(sae: Any) -> bool:
     return isinstance(sae, MatryoshkaBatchTopKTrainingSAE) and sae.cfg.use_matryoshka_aux_loss
 
 
-def auxk_loss(
+def sparse_auxk_loss(
     sae: Any,
     residuals: list[Tensor],
     dead: Integer[Tensor, "n_dead"],
@@ -275,7 +275,7 @@ def auxk_loss(
     total = pre.new_tensor(0.0)
     for residual, (start, end) in zip(residuals, pairwise(n_dead_up_to), strict=True):
         own_norms, own_W_dec = norms[dead[start:end]], W_dec[start:end]
-        total = total + dead_latents_loss(
+        total = total + auxk_loss(
             sae.mse_loss_fn,
             residual,
             pre[:, start:end] * own_norms,

@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from sae_whiten._checks import require_number
 from sae_whiten._dtypes import float32_at_least
-from sae_whiten.architectures.dead_latents import dead_latents_loss
+from sae_whiten.architectures.auxk import auxk_loss
 from sae_whiten.architectures.description import Architecture, register
 
 __all__ = [
@@ -225,16 +225,13 @@ class TopAFATrainingSAE(TrainingSAE[TopAFATrainingSAEConfig]):
         afa_loss = (_norm(feature_acts) - _norm(target)).square().mean()
         losses = {"afa_loss": step_input.coefficients["afa"] * self.cfg.d_in * afa_loss}
         if self.cfg.aux_loss_coefficient != 0 and step_input.dead_neuron_mask is not None:
-            losses["auxiliary_reconstruction_loss"] = (
-                self.cfg.aux_loss_coefficient
-                * dead_latents_loss(
-                    self.mse_loss_fn,
-                    (step_input.sae_in - sae_out).detach(),
-                    hidden_pre,
-                    step_input.dead_neuron_mask,
-                    calculate_topk_aux_acts,
-                    lambda latents: latents @ self._directions(),
-                )
+            losses["auxiliary_reconstruction_loss"] = self.cfg.aux_loss_coefficient * auxk_loss(
+                self.mse_loss_fn,
+                (step_input.sae_in - sae_out).detach(),
+                hidden_pre,
+                step_input.dead_neuron_mask,
+                calculate_topk_aux_acts,
+                lambda latents: latents @ self._directions(),
             )
         return losses
 

@@ -21,7 +21,7 @@ from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
 
 from sae_whiten._dtypes import float32_at_least
-from sae_whiten.architectures.dead_latents import dead_latents_loss
+from sae_whiten.architectures.auxk import auxk_loss
 from sae_whiten.architectures.description import Architecture, read_weights, register
 from sae_whiten.architectures.losses import SparsityNorms
 from sae_whiten.architectures.sparse_step import sparse_step
@@ -64,12 +64,12 @@ class TopKLosses(TopKTrainingSAE):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """AuxK, see `dead_latents_loss`."""
-        return self.auxk_loss(
+        """AuxK, see `auxk_loss`."""
+        return self._weighted_auxk_loss(
             sae_in, sae_out, hidden_pre, dead_neuron_mask, calculate_topk_aux_acts
         )
 
-    def auxk_loss(
+    def _weighted_auxk_loss(
         self,
         sae_in: Tensor,
         sae_out: Tensor,
@@ -77,10 +77,10 @@ class TopKLosses(TopKTrainingSAE):
         dead_neuron_mask: Tensor | None,
         select: Any,
     ) -> Tensor:
-        """AuxK, where `select` chooses among the dead latents. See `dead_latents_loss`."""
+        """AuxK, where `select` chooses among the dead latents. See `auxk_loss`."""
         if dead_neuron_mask is None:
             return sae_out.new_tensor(0.0)
-        loss = dead_latents_loss(
+        loss = auxk_loss(
             self.mse_loss_fn,
             (sae_in - sae_out).detach(),
             hidden_pre,
@@ -103,8 +103,8 @@ class AbsTopKLosses(TopKLosses, AbsTopKTrainingSAE):
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """AuxK, see `dead_latents_loss`."""
-        return self.auxk_loss(
+        """AuxK, see `auxk_loss`."""
+        return self._weighted_auxk_loss(
             sae_in, sae_out, hidden_pre, dead_neuron_mask, calculate_abstopk_aux_acts
         )
 

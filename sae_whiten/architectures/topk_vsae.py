@@ -39,13 +39,13 @@ from sae_whiten.architectures import sparse
 from sae_whiten.architectures.description import register
 from sae_whiten.architectures.sparse_step import (
     SparseStepOutput,
-    auxk_loss,
     can_be_sparse,
     computed_later,
-    dead_latents,
     decode_levels,
     is_hooked,
+    latents_to_revive,
     mean_error,
+    sparse_auxk_loss,
     sparse_pays,
 )
 from sae_whiten.architectures.topk import TOPK
@@ -545,7 +545,7 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
         norms = torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=dtype)
     with torch.no_grad():
         x, scale = sae.process_sae_in(sae_in), norms.detach()
-        dead = dead_latents(sae, step_input)
+        dead = latents_to_revive(sae, step_input)
         selector = _SamplingSelector(sae, x, keep_logvar=logged)
         found = sparse.select(x, sae.W_enc, sae.b_enc, scale, selector, dead, logged)
     pairs = sparse.ActivePairs.of(found.rows, found.latents, cfg.d_sae, found.rows, len(x))
@@ -584,7 +584,7 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
     }
     if len(dead) > 0:
         residual = (sae_in - sae_out).detach()
-        losses["auxiliary_reconstruction_loss"] = auxk_loss(
+        losses["auxiliary_reconstruction_loss"] = sparse_auxk_loss(
             sae, [residual], dead, pre_of_dead, scale, rows_of_dead
         )
     losses["kl_loss"] = step_input.coefficients["kl"] * kl

@@ -119,7 +119,7 @@ def test_the_main_loss_is_taken_in_the_original_space(architecture, kind):
 
 @pytest.mark.parametrize("kind", ["pca", "zca"])
 @pytest.mark.parametrize("architecture", ["topk", "abstopk", "batchtopk", "matryoshka_batchtopk"])
-def test_the_dead_latents_loss_maps_the_residual_without_the_mean(architecture, kind):
+def test_auxk_maps_the_residual_without_the_mean(architecture, kind):
     x = nasty(N, D)
     whitening = whitening_of(x, WhiteningConfig(kind=kind))
     z = whitening.whiten(x)

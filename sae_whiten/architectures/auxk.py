@@ -8,10 +8,10 @@ from collections.abc import Callable
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["dead_latents_loss"]
+__all__ = ["auxk_loss"]
 
 
-def dead_latents_loss(
+def auxk_loss(
     metric: Callable[[Tensor, Tensor], Tensor],
     residual: Float[Tensor, "batch d_in"],
     hidden_pre: Float[Tensor, "batch d_sae"],
@@ -28,7 +28,7 @@ def dead_latents_loss(
         >>> residual, hidden_pre = torch.ones(5, 4), torch.ones(5, 8)
         >>> dead = torch.arange(8) < 2  # as many as k_aux = d_in / 2
         >>> W_dec = torch.full((8, 4), 0.25)
-        >>> dead_latents_loss(
+        >>> auxk_loss(
         ...     mse_loss, residual, hidden_pre, dead, calculate_topk_aux_acts, lambda f: f @ W_dec
         ... )
         tensor(1.)
