@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_whiten._dtypes import float32_at_least
 from sae_whiten.whitening import Whitening, full_precision
 
-__all__ = ["ReconstructionMetric", "SparsityNorms"]
+__all__ = ["ReconstructionMetric", "SparsityNorms", "ranking_norms"]
 
 
 class ReconstructionMetric:
@@ -126,3 +127,39 @@ class SparsityNorms:
             rows = W_dec.to(dtype)
             rows = rows * to_original if to_original.ndim == 1 else rows @ to_original
             return torch.linalg.vector_norm(rows, dim=-1).to(W_dec.dtype)
+
+
+def ranking_norms(sae: Any, dtype: torch.dtype | None = None) -> Float[Tensor, "d_sae"]:
+    """The decoder norms by which an SAE of the TopK family multiplies pre-activations to rank them.
+
+    At least 1e-8, as in SAELens' `get_W_dec_norm`. All are 1 without
+    `rescale_acts_by_decoder_norm`.
+
+    Examples:
+        >>> from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+        >>> config = TopKTrainingSAEConfig(d_in=4, d_sae=3, k=1, rescale_acts_by_decoder_norm=True)
+        >>> sae = TopKTrainingSAE(config)
+        >>> sae.W_dec.data.fill_(2.0).shape
+        torch.Size([3, 4])
+        >>> ranking_norms(sae, torch.float64).tolist()
+        [4.0, 4.0, 4.0]
+
+    Args:
+        sae: The SAE.
+        dtype: Dtype to compute in, at least as fine as that of the weights, which is the default.
+    """
+    W_dec = sae.W_dec
+    if not sae.cfg.rescale_acts_by_decoder_norm:
+        return torch.ones(len(W_dec), dtype=dtype or W_dec.dtype, device=W_dec.device)
+    # set while an SAE is trained with sparsity_norms="original"
+    in_original_space = getattr(sae, "sparsity_norms", None)
+    if in_original_space is not None:
+        norms = in_original_space(float32_at_least(W_dec)).to(dtype or W_dec.dtype)
+    elif dtype == torch.float64:
+        # blocks of rows, because on a CPU the whole argument is converted first
+        norms = torch.cat(
+            [torch.linalg.vector_norm(rows, dim=-1, dtype=dtype) for rows in W_dec.split(128)]
+        )
+    else:
+        norms = torch.linalg.vector_norm(W_dec, dim=-1, dtype=dtype)
+    return norms.clamp(min=1e-8)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_whiten.architectures.auxk import auxk_loss
 from sae_whiten.architectures.description import register
+from sae_whiten.architectures.losses import ranking_norms
 from sae_whiten.architectures.topk import BATCHTOPK, TopKLosses
 
 
@@ -37,10 +38,7 @@ class MatryoshkaLosses(TopKLosses, MatryoshkaBatchTopKTrainingSAE):
             return total
         W_dec = self.W_dec
         if self.cfg.rescale_acts_by_decoder_norm:
-            norms = W_dec.norm(dim=-1)
-            if self.sparsity_norms is not None:
-                norms = self.sparsity_norms(W_dec)
-            W_dec = W_dec / norms[:, None]
+            W_dec = W_dec / ranking_norms(self)[:, None]
         start = 0
         for width, level_out in self._iterable_decode(feature_acts, include_outer_loss=True):
             level = slice(start, width)

@@ -25,6 +25,7 @@ from sae_lens.saes.topk_sae import TopK, calculate_topk_aux_acts
 from torch import Tensor, nn
 
 from sae_whiten.architectures.auxk import auxk_loss
+from sae_whiten.architectures.losses import ranking_norms
 from sae_whiten.architectures.sparse import (
     ActivePairs,
     Selection,
@@ -105,7 +106,7 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     """The training step of an SAE of the TopK family, under whitening.
 
     Args:
-        sae: One of the four architectures, with an attribute `sparsity_norms` (or None).
+        sae: One of the four architectures.
         step_input: The input of the step. On logging steps, `feature_acts` and `hidden_pre` of the
             output are dense. On other steps, see `SparseStepOutput`.
 
@@ -120,7 +121,7 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     sae_in, logged = step_input.sae_in, step_input.is_logging_step
     with torch.no_grad():
         x = sae.process_sae_in(sae_in)
-        norms = _ranking_norms(sae)
+        norms = ranking_norms(sae, torch.promote_types(sae.W_dec.dtype, torch.float32))
         dead = latents_to_revive(sae, step_input)
         found = select(x, sae.W_enc, sae.b_enc, norms, selector, dead, keep_hidden_pre=logged)
     widths = _widths(sae)
@@ -197,16 +198,6 @@ def can_be_sparse(sae: Any, sae_in: Tensor) -> bool:
         and sae_in.ndim == 2
         and not torch.compiler.is_compiling()
     )
-
-
-def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"]:
-    """The factors that multiply pre-activations for ranking, float32 or better."""
-    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
-    if not sae.cfg.rescale_acts_by_decoder_norm:
-        return torch.ones(sae.cfg.d_sae, dtype=dtype, device=sae.W_dec.device)
-    if sae.sparsity_norms is not None:
-        return sae.sparsity_norms(sae.W_dec.to(dtype))
-    return torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=dtype)
 
 
 def latents_to_revive(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:

@@ -20,10 +20,9 @@ from sae_lens.saes.abstopk_sae import calculate_abstopk_aux_acts
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
 
-from sae_whiten._dtypes import float32_at_least
 from sae_whiten.architectures.auxk import auxk_loss
 from sae_whiten.architectures.description import Architecture, read_weights, register
-from sae_whiten.architectures.losses import SparsityNorms
+from sae_whiten.architectures.losses import SparsityNorms, ranking_norms
 from sae_whiten.architectures.sparse_step import sparse_step
 from sae_whiten.folding import AffineWeights
 
@@ -44,7 +43,7 @@ class TopKLosses(TopKTrainingSAE):
         if self.sparsity_norms is None:
             return super().encode_with_hidden_pre(x)
         hidden_pre = self.hook_sae_acts_pre(self.process_sae_in(x) @ self.W_enc + self.b_enc)
-        hidden_pre = hidden_pre * self.sparsity_norms(self.W_dec)
+        hidden_pre = hidden_pre * ranking_norms(self)
         return self.hook_sae_acts_post(self.activation_fn(hidden_pre)), hidden_pre
 
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class TopKLosses(TopKTrainingSAE):
         """Latents in units of the decoder norms in whitened space."""
         if self.sparsity_norms is None:
             return acts
-        return acts * (self.W_dec.norm(dim=-1) / self.sparsity_norms(self.W_dec))
+        return acts * (self.W_dec.norm(dim=-1) / ranking_norms(self))
 
     def calculate_topk_aux_loss(
         self,
@@ -109,25 +108,12 @@ class AbsTopKLosses(TopKLosses, AbsTopKTrainingSAE):
         )
 
 
+@torch.no_grad()
 def _affine_weights(sae: Any) -> AffineWeights:
-    return replace(read_weights(sae), decoder_norms=_ranking_norms(sae))
-
-
-def _ranking_norms(sae: Any) -> Float[Tensor, "d_sae"] | None:
-    """Decoder norms used for ranking, float64, at least 1e-8 as in SAELens; None if not used."""
+    weights = read_weights(sae)
     if not sae.cfg.rescale_acts_by_decoder_norm:
-        return None
-    W_dec = sae.W_dec.data
-    # set while an SAE is trained with sparsity_norms="original"
-    in_original_space = getattr(sae, "sparsity_norms", None)
-    if in_original_space is None:
-        # blocks of rows, because on a CPU the whole argument is converted first
-        norms = torch.cat(
-            [torch.linalg.vector_norm(r, dim=1, dtype=torch.float64) for r in W_dec.split(128)]
-        )
-    else:
-        norms = in_original_space(float32_at_least(W_dec))
-    return norms.double().clamp(min=1e-8)
+        return weights
+    return replace(weights, decoder_norms=ranking_norms(sae, torch.float64))
 
 
 def _why_not_original_norms(cfg: Any) -> str | None:

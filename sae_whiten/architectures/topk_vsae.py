@@ -37,6 +37,7 @@ from sae_whiten._checks import FieldError, require_number
 from sae_whiten._dtypes import float32_at_least
 from sae_whiten.architectures import sparse
 from sae_whiten.architectures.description import register
+from sae_whiten.architectures.losses import ranking_norms
 from sae_whiten.architectures.sparse_step import (
     SparseStepOutput,
     can_be_sparse,
@@ -264,7 +265,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         rows = torch.arange(n_rows, device=step.indices.device).repeat_interleave(k)
         latents, values = step.indices.flatten(), step.values.flatten()
         if self.cfg.rescale_acts_by_decoder_norm:
-            values = values / self.W_dec.norm(dim=-1)[latents]
+            values = values / ranking_norms(self)[latents]
         pairs = sparse.ActivePairs.of(rows, latents, self.cfg.d_sae, rows, n_rows)
         decoded, _ = sparse.decode(values, self.W_dec, pairs, dead=latents[:0])
         decoded = self.hook_sae_recons((decoded + self.b_dec).to(self.W_dec.dtype))
@@ -358,7 +359,7 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         # whether b_dec is the only tensor that needs a gradient through the input
         only_b_dec = not (x.requires_grad or is_hooked(self.hook_sae_input))
         b_dec = self.b_dec if self.cfg.apply_b_dec_to_input and only_b_dec else None
-        norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        norms = ranking_norms(self) if self.cfg.rescale_acts_by_decoder_norm else None
         W_enc, b_enc = self.W_enc, self.b_enc
         if norms is not None and not is_hooked(self.hook_sae_acts_pre):
             # cheaper than scaling a batch of latents, but a hook would see scaled values
@@ -539,10 +540,7 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
         return None
     sae_in, logged = step_input.sae_in, step_input.is_logging_step
     b_dec = sae.b_dec if cfg.apply_b_dec_to_input else None
-    dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
-    norms = torch.ones(cfg.d_sae, dtype=dtype, device=sae.W_dec.device)
-    if cfg.rescale_acts_by_decoder_norm:
-        norms = torch.linalg.vector_norm(sae.W_dec, dim=-1, dtype=dtype)
+    norms = ranking_norms(sae, torch.promote_types(sae.W_dec.dtype, torch.float32))
     with torch.no_grad():
         x, scale = sae.process_sae_in(sae_in), norms.detach()
         dead = latents_to_revive(sae, step_input)
