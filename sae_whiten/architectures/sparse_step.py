@@ -5,7 +5,8 @@ package's losses. `sparse` computes the sums. A latent is relu(pre) * norm and i
 W_dec / norm. The norms cancel, so they are used for the selection only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from operator import add
@@ -39,14 +40,12 @@ from sae_whiten.architectures.sparse import (
 )
 
 __all__ = [
+    "SelectedLatents",
     "SparseStepOutput",
     "can_be_sparse",
-    "computed_later",
-    "decode_levels",
+    "finish_step",
     "is_hooked",
-    "latents_to_revive",
-    "mean_error",
-    "sparse_auxk_loss",
+    "select_latents",
     "sparse_pays",
     "sparse_step",
 ]
@@ -118,59 +117,15 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
     selector = _selector(sae, len(step_input.sae_in))
     if selector is None or not can_be_sparse(sae, step_input.sae_in):
         return None
-    sae_in, logged = step_input.sae_in, step_input.is_logging_step
     with torch.no_grad():
-        x = sae.process_sae_in(sae_in)
+        x = sae.process_sae_in(step_input.sae_in)
         norms = ranking_norms(sae, torch.promote_types(sae.W_dec.dtype, torch.float32))
-        dead = latents_to_revive(sae, step_input)
-        found = select(x, sae.W_enc, sae.b_enc, norms, selector, dead, keep_hidden_pre=logged)
-    widths = _widths(sae)
-    pairs = _pairs(found, widths, len(x))
-    values, pre_of_dead = encode(
-        x,
-        sae.W_enc,
-        sae.b_enc,
-        sae.b_dec if sae.cfg.apply_b_dec_to_input else None,
-        found.values / norms[found.latents],
-        found.pre_of_dead / norms[dead],
-        pairs,
-        dead,
-    )
+    selected = select_latents(sae, step_input, x, norms, selector)
+    weights = selected.pre
     if not isinstance(sae, AbsTopKTrainingSAE):
-        values = values.relu()
-    levels, rows_of_dead = decode_levels(sae, values, pairs, dead, len(widths))
-    sae_out = sae.hook_sae_recons(levels[-1])
-
-    losses = {
-        "mse_loss": mean_error(sae, sae_out, sae_in),
-        "auxiliary_reconstruction_loss": sae_out.new_tensor(0.0),
-    }
-    if len(dead) > 0:
-        outputs = levels if _has_auxk_by_level(sae) else (sae_out,)
-        losses["auxiliary_reconstruction_loss"] = sparse_auxk_loss(
-            sae,
-            [(sae_in - out).detach() for out in outputs],
-            dead,
-            pre_of_dead,
-            norms,
-            rows_of_dead,
-        )
-    for width, level in zip(widths[:-1], levels[:-1], strict=True):
-        losses[f"inner_mse_loss_{width}"] = mean_error(sae, level, sae_in)
-
-    latents = values * norms[found.latents]
-    feature_acts = to_coo(latents.to(sae.W_enc.dtype), pairs, len(x), sae.cfg.d_sae)
-    hidden_pre = found.hidden_pre
-    output = SparseStepOutput(
-        sae_in=sae_in,
-        sae_out=sae_out,
-        feature_acts=feature_acts.to_dense() if logged else feature_acts,
-        hidden_pre=computed_later(sae, sae_in)
-        if hidden_pre is None
-        else hidden_pre.to(sae.W_enc.dtype),
-        loss=reduce(add, losses.values()),
-        losses=losses,
-    )
+        weights = weights.relu()
+    latents = weights * norms[selected.pairs.latents]
+    output = finish_step(sae, step_input, selected, weights, latents)
     if isinstance(sae, BatchTopKTrainingSAE):
         sae.update_topk_threshold(latents.detach())
         output.metrics["topk_threshold"] = sae.topk_threshold
@@ -200,7 +155,111 @@ def can_be_sparse(sae: Any, sae_in: Tensor) -> bool:
     )
 
 
-def latents_to_revive(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
+@dataclass(frozen=True)
+class SelectedLatents:
+    """The latents selected in a step. Pre-activations have gradients and are not scaled by norms.
+
+    Attributes:
+        pairs: The inputs and the latents selected for them.
+        pre: Shape (n,), the pre-activations of the pairs.
+        norms: Shape (d_sae,), the norms that latents were ranked by, without a gradient.
+        dead: Shape (n_dead,), the dead latents to revive, ascending.
+        pre_of_dead: Shape (batch, n_dead), the pre-activations of the dead latents.
+        hidden_pre: Shape (batch, d_sae), all pre-activations times norms, without a gradient; None
+            except on logging steps.
+    """
+
+    pairs: ActivePairs
+    pre: Float[Tensor, "n"]
+    norms: Float[Tensor, "d_sae"]
+    dead: Integer[Tensor, "n_dead"]
+    pre_of_dead: Float[Tensor, "batch n_dead"]
+    hidden_pre: Float[Tensor, "batch d_sae"] | None
+
+
+def select_latents(
+    sae: Any,
+    step_input: TrainStepInput,
+    x: Float[Tensor, "batch d_in"],
+    norms: Float[Tensor, "d_sae"],
+    selector: Selector,
+) -> SelectedLatents:
+    """The beginning of a sparse step: select latents by pre-activation times norm.
+
+    Args:
+        sae: The SAE.
+        step_input: The input of the step.
+        x: The encoder's input, without a gradient.
+        norms: The norms that latents are ranked by, without a gradient.
+        selector: Selects the latents.
+    """
+    dead = _latents_to_revive(sae, step_input)
+    logged = step_input.is_logging_step
+    found = select(x, sae.W_enc, sae.b_enc, norms, selector, dead, keep_hidden_pre=logged)
+    pairs = _pairs(found, _widths(sae), len(x))
+    pre, pre_of_dead = encode(
+        x,
+        sae.W_enc,
+        sae.b_enc,
+        sae.b_dec if sae.cfg.apply_b_dec_to_input else None,
+        found.values / norms[found.latents],
+        found.pre_of_dead / norms[dead],
+        pairs,
+        dead,
+    )
+    return SelectedLatents(pairs, pre, norms, dead, pre_of_dead, found.hidden_pre)
+
+
+def finish_step(
+    sae: Any,
+    step_input: TrainStepInput,
+    selected: SelectedLatents,
+    weights: Float[Tensor, "n"],
+    latents: Float[Tensor, "n"],
+    further_losses: Mapping[str, Tensor] | None = None,
+) -> SparseStepOutput:
+    """The end of a sparse step: decode, and compute the losses.
+
+    Args:
+        sae: The SAE.
+        step_input: The input of the step.
+        selected: The selected latents.
+        weights: Shape (n,), the latents divided by the norms: the weights of the decoder rows.
+        latents: Shape (n,), the values of the selected latents.
+        further_losses: Losses besides the errors of reconstruction and AuxK, by name.
+    """
+    sae_in, dead, pairs = step_input.sae_in, selected.dead, selected.pairs
+    widths = _widths(sae)
+    levels, rows_of_dead = _decode_levels(sae, weights, pairs, dead, len(widths))
+    sae_out = sae.hook_sae_recons(levels[-1])
+
+    losses = {
+        "mse_loss": _mean_error(sae, sae_out, sae_in),
+        "auxiliary_reconstruction_loss": sae_out.new_tensor(0.0),
+    }
+    if len(dead) > 0:
+        outputs = levels if _has_auxk_by_level(sae) else (sae_out,)
+        residuals = [(sae_in - out).detach() for out in outputs]
+        losses["auxiliary_reconstruction_loss"] = _sparse_auxk_loss(
+            sae, residuals, selected, rows_of_dead
+        )
+    for width, level in zip(widths[:-1], levels[:-1], strict=True):
+        losses[f"inner_mse_loss_{width}"] = _mean_error(sae, level, sae_in)
+    losses.update(further_losses or {})
+
+    dtype, hidden_pre = sae.W_enc.dtype, selected.hidden_pre
+    feature_acts = to_coo(latents.to(dtype), pairs, len(sae_in), sae.cfg.d_sae)
+    return SparseStepOutput(
+        sae_in=sae_in,
+        sae_out=sae_out,
+        feature_acts=feature_acts.to_dense() if step_input.is_logging_step else feature_acts,
+        hidden_pre=_computed_later(sae, sae_in) if hidden_pre is None else hidden_pre.to(dtype),
+        loss=reduce(add, losses.values()),
+        losses=losses,
+    )
+
+
+def _latents_to_revive(sae: Any, step_input: TrainStepInput) -> Integer[Tensor, "n_dead"]:
     """Indices of the dead latents that AuxK revives, ascending."""
     dead = step_input.dead_neuron_mask
     if dead is None or sae.cfg.aux_loss_coefficient == 0:
@@ -222,18 +281,18 @@ def _pairs(found: Selection, widths: list[int], n_rows: int) -> ActivePairs:
     return ActivePairs.of(found.rows, found.latents, widths[-1], bags, n_rows * len(widths))
 
 
-def decode_levels(
-    sae: Any, values: Tensor, pairs: ActivePairs, dead: Tensor, n_levels: int
+def _decode_levels(
+    sae: Any, weights: Tensor, pairs: ActivePairs, dead: Tensor, n_levels: int
 ) -> tuple[tuple[Float[Tensor, "batch d_in"], ...], Float[Tensor, "n_dead d_in"]]:
     """The reconstruction by the latents up to each level, and the decoder rows of dead latents."""
-    decoded, rows_of_dead = decode(values, sae.W_dec, pairs, dead)
+    decoded, rows_of_dead = decode(weights, sae.W_dec, pairs, dead)
     levels = decoded.unflatten(0, (-1, n_levels))
     if n_levels > 1:
         levels = levels.cumsum(dim=1)
     return (levels + sae.b_dec).to(sae.W_dec.dtype).unbind(dim=1), rows_of_dead
 
 
-def mean_error(sae: Any, reconstruction: Tensor, sae_in: Tensor) -> Tensor:
+def _mean_error(sae: Any, reconstruction: Tensor, sae_in: Tensor) -> Tensor:
     """The squared error, summed over d_in and averaged over the batch."""
     return sae.mse_loss_fn(reconstruction, sae_in).sum(dim=-1).mean()
 
@@ -242,30 +301,27 @@ def _has_auxk_by_level(sae: Any) -> bool:
     return isinstance(sae, MatryoshkaBatchTopKTrainingSAE) and sae.cfg.use_matryoshka_aux_loss
 
 
-def sparse_auxk_loss(
+def _sparse_auxk_loss(
     sae: Any,
     residuals: list[Tensor],
-    dead: Integer[Tensor, "n_dead"],
-    pre: Float[Tensor, "batch n_dead"],
-    norms: Float[Tensor, "d_sae"],
-    W_dec: Float[Tensor, "n_dead d_in"],
+    selected: SelectedLatents,
+    rows_of_dead: Float[Tensor, "n_dead d_in"],
 ) -> Float[Tensor, ""]:
     """AuxK, computed from the pre-activations and decoder rows of the dead latents only.
 
     Args:
         sae: The SAE.
         residuals: Shape (batch, d_in) each: one per level, or one for all latents.
-        dead: Shape (n_dead,), indices of the dead latents, ascending.
-        pre: Shape (batch, n_dead), their pre-activations.
-        norms: Shape (d_sae,), the ranking norms of all latents.
-        W_dec: Shape (n_dead, d_in), decoder rows of the dead latents.
+        selected: The selected latents and the dead ones.
+        rows_of_dead: Shape (n_dead, d_in), decoder rows of the dead latents.
     """
+    dead, pre, norms = selected.dead, selected.pre_of_dead, selected.norms
     by_magnitude = isinstance(sae, AbsTopKTrainingSAE)
     ends = _widths(sae) if len(residuals) > 1 else [sae.cfg.d_sae]
     n_dead_up_to = torch.searchsorted(dead, dead.new_tensor([0, *ends])).tolist()
     total = pre.new_tensor(0.0)
     for residual, (start, end) in zip(residuals, pairwise(n_dead_up_to), strict=True):
-        own_norms, own_W_dec = norms[dead[start:end]], W_dec[start:end]
+        own_norms, own_W_dec = norms[dead[start:end]], rows_of_dead[start:end]
         total = total + auxk_loss(
             sae.mse_loss_fn,
             residual,
@@ -279,7 +335,7 @@ def sparse_auxk_loss(
     return sae.cfg.aux_loss_coefficient * total
 
 
-def computed_later(sae: Any, sae_in: Tensor) -> Callable[[], Tensor]:
+def _computed_later(sae: Any, sae_in: Tensor) -> Callable[[], Tensor]:
     """A function that computes this step's pre-activations if the weights are unchanged."""
     weights = list(sae.parameters())
     versions = [weight._version for weight in weights]

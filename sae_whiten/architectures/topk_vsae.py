@@ -39,14 +39,10 @@ from sae_whiten.architectures import sparse
 from sae_whiten.architectures.description import register
 from sae_whiten.architectures.losses import ranking_norms
 from sae_whiten.architectures.sparse_step import (
-    SparseStepOutput,
     can_be_sparse,
-    computed_later,
-    decode_levels,
+    finish_step,
     is_hooked,
-    latents_to_revive,
-    mean_error,
-    sparse_auxk_loss,
+    select_latents,
     sparse_pays,
 )
 from sae_whiten.architectures.topk import TOPK
@@ -538,33 +534,19 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
     cfg: TopKVSAETrainingConfig = sae.cfg
     if cfg.kl_over != "selected" or not can_be_sparse(sae, step_input.sae_in):
         return None
-    sae_in, logged = step_input.sae_in, step_input.is_logging_step
-    b_dec = sae.b_dec if cfg.apply_b_dec_to_input else None
     norms = ranking_norms(sae, torch.promote_types(sae.W_dec.dtype, torch.float32))
     with torch.no_grad():
-        x, scale = sae.process_sae_in(sae_in), norms.detach()
-        dead = latents_to_revive(sae, step_input)
-        selector = _SamplingSelector(sae, x, keep_logvar=logged)
-        found = sparse.select(x, sae.W_enc, sae.b_enc, scale, selector, dead, logged)
-    pairs = sparse.ActivePairs.of(found.rows, found.latents, cfg.d_sae, found.rows, len(x))
-    pre, pre_of_dead = sparse.encode(
-        x,
-        sae.W_enc,
-        sae.b_enc,
-        b_dec,
-        found.values / scale[found.latents],
-        found.pre_of_dead / scale[dead],
-        pairs,
-        dead,
-    )
-    norms_of_pairs = norms[found.latents]
-    mu = pre * norms_of_pairs
+        x = sae.process_sae_in(step_input.sae_in)
+        selector = _SamplingSelector(sae, x, keep_logvar=step_input.is_logging_step)
+    selected = select_latents(sae, step_input, x, norms.detach(), selector)
+    pairs, norms_of_pairs = selected.pairs, norms[selected.pairs.latents]
+    mu = selected.pre * norms_of_pairs
     if cfg.relu_mean:
         mu = mu.relu()
     logvar = selector.logvar
     if isinstance(logvar, Tensor):
-        none = dead[:0]
-        of_none = x.new_empty(len(x), 0)
+        b_dec = sae.b_dec if cfg.apply_b_dec_to_input else None
+        none, of_none = selected.dead[:0], x.new_empty(len(x), 0)
         logvar, _ = sparse.encode(x, sae.W_var, sae.b_var, b_dec, logvar, of_none, pairs, none)
     by_input = (len(x), cfg.k)
     of_learned = logvar.view(by_input) if isinstance(logvar, Tensor) else None
@@ -573,32 +555,10 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
     if selector.noise is not None and logvar is not None:
         latents = mu + selector.noise * _deviation(logvar)
     latents = latents.relu()
-    (sae_out,), rows_of_dead = decode_levels(sae, latents / norms_of_pairs, pairs, dead, 1)
-    sae_out = sae.hook_sae_recons(sae_out)
-
-    losses = {
-        "mse_loss": mean_error(sae, sae_out, sae_in),
-        "auxiliary_reconstruction_loss": sae_out.new_tensor(0.0),
-    }
-    if len(dead) > 0:
-        residual = (sae_in - sae_out).detach()
-        losses["auxiliary_reconstruction_loss"] = sparse_auxk_loss(
-            sae, [residual], dead, pre_of_dead, scale, rows_of_dead
-        )
-    losses["kl_loss"] = step_input.coefficients["kl"] * kl
-    feature_acts = sparse.to_coo(latents.to(sae.W_enc.dtype), pairs, len(x), cfg.d_sae)
-    hidden_pre = found.hidden_pre
-    output = SparseStepOutput(
-        sae_in=sae_in,
-        sae_out=sae_out,
-        feature_acts=feature_acts.to_dense() if logged else feature_acts,
-        hidden_pre=(
-            computed_later(sae, sae_in) if hidden_pre is None else hidden_pre.to(sae.W_enc.dtype)
-        ),
-        loss=sum(losses.values(), sae_out.new_tensor(0.0)),
-        losses=losses,
-    )
+    kl_loss = {"kl_loss": step_input.coefficients["kl"] * kl}
+    output = finish_step(sae, step_input, selected, latents / norms_of_pairs, latents, kl_loss)
     output.metrics["kl"] = kl.detach()
+    hidden_pre = selected.hidden_pre
     if hidden_pre is not None:
         all_mu = hidden_pre.relu() if cfg.relu_mean else hidden_pre
         output.metrics.update(
