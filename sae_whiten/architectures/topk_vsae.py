@@ -235,13 +235,10 @@ class TopKVSAETrainingSAE(TopKTrainingSAE):
         hidden_pre, mu, logvar = self._posterior_of(x)
         generator = None if logvar is None else _next_noise(self._noise, mu.device)
         indices, noise = _select(mu, logvar, self.cfg.k, generator)
-        values = mu.gather(-1, indices)
-        logvars = logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
-        charged = (mu, logvar) if self.cfg.kl_over == "all" else (values, logvars)
+        mean, logvars = mu.gather(-1, indices), _gathered(logvar, indices)
+        charged = (mu, logvar) if self.cfg.kl_over == "all" else (mean, logvars)
         kl = kl_to_standard_normal(charged[0], _if_learned(charged[1]))
-        if noise is not None and logvars is not None:
-            values = values + noise * _deviation(logvars)
-        values = values.relu()
+        values = _with_noise(mean, logvars, noise).relu()
         latents = torch.zeros_like(mu).scatter(-1, indices, values.to(mu.dtype))
         self._step = _Posterior(mu, logvar, kl.mean(), indices, values, latents)
         return self.hook_sae_acts_post(latents), hidden_pre
@@ -503,6 +500,18 @@ def _sample(
     return torch.add(mu, noise, alpha=_deviation(logvar)), noise
 
 
+def _gathered(logvar: Tensor | float | None, indices: Tensor) -> Tensor | float | None:
+    """Log variances of the latents at `indices`."""
+    return logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
+
+
+def _with_noise(mean: Tensor, logvar: Tensor | float | None, noise: Tensor | None) -> Tensor:
+    """Latents sampled with noise that is already drawn."""
+    if noise is None or logvar is None:
+        return mean
+    return mean + noise * _deviation(logvar)
+
+
 def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.empty_like(like).normal_(generator=generator)
 
@@ -513,10 +522,7 @@ def _overlap(
     active = []
     for _ in range(2):
         indices, noise = _select(mu, logvar, k, generator)
-        values = mu.gather(-1, indices)
-        if noise is not None and logvar is not None:
-            chosen = logvar.gather(-1, indices) if isinstance(logvar, Tensor) else logvar
-            values = values + noise * _deviation(chosen)
+        values = _with_noise(mu.gather(-1, indices), _gathered(logvar, indices), noise)
         active.append(torch.zeros_like(mu, dtype=torch.bool).scatter_(-1, indices, values > 0))
     union = (active[0] | active[1]).sum(dim=-1)
     both = (active[0] & active[1]).sum(dim=-1)
@@ -551,10 +557,7 @@ def _sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None
     by_input = (len(x), cfg.k)
     of_learned = logvar.view(by_input) if isinstance(logvar, Tensor) else None
     kl = kl_to_standard_normal(mu.view(by_input), of_learned).mean()
-    latents = mu
-    if selector.noise is not None and logvar is not None:
-        latents = mu + selector.noise * _deviation(logvar)
-    latents = latents.relu()
+    latents = _with_noise(mu, logvar, selector.noise).relu()
     kl_loss = {"kl_loss": step_input.coefficients["kl"] * kl}
     output = finish_step(sae, step_input, selected, latents / norms_of_pairs, latents, kl_loss)
     output.metrics["kl"] = kl.detach()
