@@ -251,25 +251,27 @@ def largest_of_all(
         positions have shape (m,), ascending by position. m = n unless fewer values are positive.
         Ties are broken arbitrarily.
     """
-    values: list[Tensor] = []
-    positions: list[Tensor] = []
-    start = width = 0
+    values = positions = torch.empty(0)  # those of the first chunk replace them
+    n_seen = width = 0
     for chunk in chunks:
         flat, width = chunk.flatten(), chunk.shape[1]
-        if not values:
+        if n_seen == 0:
             bound = _lower_bound(chunk, n)
             candidates = flat >= bound if bound > 0 else flat > 0
+            positions = candidates.nonzero().squeeze(1)
+            values = flat[positions]
         else:
-            candidates = flat > (values[0].min() if len(values[0]) == n > 0 else 0)
-        found = candidates.nonzero().squeeze(1)
-        values = [torch.cat([*values, flat[found]])]
-        positions = [torch.cat([*positions, found + start])]
-        start += len(flat)
-        if len(values[0]) > n:
-            largest_values, kept = values[0].topk(n, sorted=False)
-            values, positions = [largest_values], [positions[0][kept]]
-    ascending, order = positions[0].sort()
-    return values[0][order], ascending, width
+            # once there are n values, others must exceed the least of them
+            bound = values.min() if n > 0 and len(values) == n else 0.0
+            found = (flat > bound).nonzero().squeeze(1)
+            values = torch.cat([values, flat[found]])
+            positions = torch.cat([positions, found + n_seen])
+        n_seen += len(flat)
+        if len(values) > n:
+            values, kept = values.topk(n, sorted=False)
+            positions = positions[kept]
+    positions, order = positions.sort()
+    return values[order], positions, width
 
 
 def _lower_bound(x: Tensor, n: int) -> Tensor | float:

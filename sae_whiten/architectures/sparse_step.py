@@ -59,9 +59,11 @@ _SPARSE_UP_TO = {"cpu": 1 / 16, "cuda": 1 / 256}
 
 
 class SparseStepOutput(TrainStepOutput):
-    """A step's output that computes pre-activations only when they are read.
+    """The output of a sparse step.
 
-    `feature_acts` is a sparse COO tensor, as in SAELens with `use_sparse_activations`.
+    On logging steps, `feature_acts` is dense and pre-activations are kept. On other steps,
+    `feature_acts` is a sparse COO tensor, as in SAELens with `use_sparse_activations`, and
+    pre-activations are computed only when they are read.
     """
 
     def __init__(self, hidden_pre: Tensor | Callable[[], Tensor], **fields: Any) -> None:
@@ -106,13 +108,13 @@ def sparse_step(sae: Any, step_input: TrainStepInput) -> TrainStepOutput | None:
 
     Args:
         sae: One of the four architectures.
-        step_input: The input of the step. On logging steps, `feature_acts` and `hidden_pre` of the
-            output are dense. On other steps, see `SparseStepOutput`.
+        step_input: The input of the step.
 
     Returns:
-        The output, or None if the dense step has to run instead: the input, pre-activations or
-        latents are hooked, sparse sums are not faster at this k, the activation function is
-        unknown, the input needs a gradient or is not 2-dimensional, or the step is being compiled.
+        A `SparseStepOutput`, or None if the dense step has to run instead: the input,
+        pre-activations or latents are hooked, sparse sums are not faster at this k, the activation
+        function is unknown, the input needs a gradient or is not 2-dimensional, or the step is
+        being compiled.
     """
     selector = _selector(sae, len(step_input.sae_in))
     if selector is None or not can_be_sparse(sae, step_input.sae_in):
