@@ -9,7 +9,7 @@ import logging
 import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -329,10 +329,27 @@ def _require_foldable(sae: SAE[Any]) -> None:
         raise FoldError(f"whitening cannot be folded into {reason}")
 
 
+@runtime_checkable
+class _ChangeOfCoordinates(Protocol):
+    """`fold` or `unfold`: the weights of the same SAE in other coordinates."""
+
+    def __call__(
+        self,
+        weights: AffineWeights,
+        whitening: Whitening,
+        output_whitening: Whitening | None = None,
+        *,
+        subtract_b_dec: bool = True,
+    ) -> AffineWeights: ...
+
+
 def _transformed(
-    sae: SAE[Any], whitening: Whitening, output_whitening: Whitening | None, change: Any
+    sae: SAE[Any],
+    whitening: Whitening,
+    output_whitening: Whitening | None,
+    change: _ChangeOfCoordinates,
 ) -> tuple[SAE[Any], AffineWeights]:
-    """A copy of `sae` with `change` (fold or unfold) applied, and the original weights."""
+    """A copy of `sae` with `change` applied, and the original weights."""
     require_whitening(whitening)
     if output_whitening is not None:
         require_whitening(output_whitening, "output_whitening")
