@@ -55,7 +55,7 @@ def _why_not_original_norms(cfg: Any) -> str | None:
     )
 
 
-def _comparison_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
+def _compare_defaults(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
     # SAELens' defaults suit latents of about 1. The default penalty trains only the threshold,
     # which hardly moves in a short training.
     return {
@@ -75,6 +75,6 @@ register(
         why_not_original_norms=_why_not_original_norms,
         sparsity_field="l0_coefficient",
         scaled_fields={"l0_coefficient": 0},
-        compare_defaults=_comparison_options,
+        compare_defaults=_compare_defaults,
     )
 )

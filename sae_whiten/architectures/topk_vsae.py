@@ -629,7 +629,7 @@ def _why_not_original_norms(cfg: Any) -> str:
     return "topk_vsae compares its latents with a prior, in whitened coordinates"
 
 
-def _comparison_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
+def _compare_defaults(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
     return {
         "kl_warm_up_steps": n_steps // 10,  # as in the paper
         # latents scale with the activations
@@ -645,6 +645,6 @@ register(
         fast_step=_sparse_step,
         why_not_original_norms=_why_not_original_norms,
         scaled_fields={"kl_coefficient": 2},
-        compare_defaults=_comparison_options,
+        compare_defaults=_compare_defaults,
     )
 )
