@@ -12,6 +12,9 @@ from sae_whiten.estimation.sources import Model, match_hooks
 
 __all__ = ["check_sae", "common_setting", "flat_heads"]
 
+# in this field None means that there is no separator; in others, that the value is unknown
+_NONE_IS_A_VALUE = ("sequence_separator_token",)
+
 
 def check_sae(name: str, sae: SAE[Any], model: Model) -> None:
     """Raise ValueError if an SAE, called `name`, cannot be evaluated on the model."""
@@ -33,8 +36,15 @@ def check_sae(name: str, sae: SAE[Any], model: Model) -> None:
 
 
 def common_setting(saes: Mapping[str, SAE[Any]], field: str, default: Any) -> Any:
-    """The value of a metadata field, or `default`. Raises ValueError if the SAEs' values differ."""
-    by_name = {n: v for n, sae in saes.items() if (v := sae.cfg.metadata[field]) is not None}
+    """The value of a metadata field, or `default` if none of the SAEs has it.
+
+    Raises:
+        ValueError: The SAEs' values differ.
+    """
+    recorded = {n: sae.cfg.metadata for n, sae in saes.items() if field in sae.cfg.metadata}
+    by_name = {name: metadata[field] for name, metadata in recorded.items()}
+    if field not in _NONE_IS_A_VALUE:
+        by_name = {name: value for name, value in by_name.items() if value is not None}
     values = list(dict.fromkeys(by_name.values()))
     if len(values) > 1:
         listed = ", ".join(f"{value!r} ({name})" for name, value in by_name.items())

@@ -559,6 +559,33 @@ def test_saes_that_were_trained_on_different_tokens_are_not_compared(model, text
     assert len(evaluate_saes(saes, model, text, n_tokens=64, prepend_bos=True)) == 2
 
 
+SEPARATORS = {
+    "unknown": {},
+    "none": {"sequence_separator_token": None},
+    "bos": {"sequence_separator_token": "bos"},
+    "eos": {"sequence_separator_token": "eos"},
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "n_separators"),
+    [(["unknown"], 8), (["bos"], 8), (["none"], 0), (["unknown", "none"], 0)],
+)
+def test_texts_are_separated_as_in_training(model, names, n_separators):
+    texts = Dataset.from_dict({"text": ["a" * 15] * 20})
+    saes = {name: sae_of(**SEPARATORS[name]) for name in names}
+    reading = Reading(context_size=64, prepend_bos=False, batch_size=2)
+    found = torch.cat([*token_batches(saes, model, texts, 128, reading, "")])
+    assert int((found == model.tokenizer.bos_token_id).sum()) == n_separators
+
+
+@pytest.mark.parametrize("other", ["bos", "eos"])
+def test_texts_with_and_without_separators_are_not_mixed(model, text, other):
+    saes = {name: sae_of(**SEPARATORS[name]) for name in ("none", other)}
+    with pytest.raises(ValueError, match=rf"separator_token: None \(none\), '{other}'"):
+        evaluate_saes(saes, model, text, n_tokens=64)
+
+
 @pytest.mark.parametrize(
     "options", [{"n_tokens": 0}, {"batch_size_prompts": 0}, {"context_size": 1}, {"seed": -1}]
 )
