@@ -2,10 +2,11 @@
 
 Metrics: explained variance, L0, dead and dense latents on tokens of a dataset; the loss of the
 model with activations replaced by reconstructions, if the model predicts next tokens; sparse
-probing on labelled texts. All SAEs see the same tokens and texts. By default the texts are code and
-docstrings of installed libraries. They need no download, but depend on the versions of these
-libraries. --probes sae-probes selects the field's standard tasks. Their data come with an extra:
-pip install "sae-whiten[probes]"
+probing on labelled texts. The model reads the same tokens and texts for all SAEs. An SAE is not
+evaluated at special tokens and positions that it was not trained on; where SAEs differ in this, a
+warning and the report say so. By default the texts are code and docstrings of installed libraries.
+They need no download, but depend on the versions of these libraries. --probes sae-probes selects
+the field's standard tasks. Their data come with an extra: pip install "sae-whiten[probes]"
 """
 
 import argparse

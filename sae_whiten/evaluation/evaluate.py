@@ -3,6 +3,7 @@
 Takes any SAEs for raw activations that SAELens loads, however they were trained.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -37,6 +38,8 @@ from sae_whiten.whitening import Whitening
 
 __all__ = ["evaluate_saes"]
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
 def evaluate_saes(
@@ -51,11 +54,13 @@ def evaluate_saes(
 ) -> list[dict[str, Any]]:
     """Core metrics, loss of the model and probing of SAEs on one model.
 
-    Every SAE sees the same tokens and texts. Its metadata decide the hook and which special tokens
-    are left out. A record has the SAE's `name`, `architecture`, `d_in`, `d_sae`, `model_name`,
-    `hook_name` and whole `config`. It also has `n_tokens` (number of tokens evaluated on),
-    `context_size`, `prepend_bos`, `excluded_tokens`, `labels` (source of the texts),
-    `probing_seeds`, and `metrics`, numbers by name:
+    The model reads the same sequences and texts for every SAE. An SAE's metadata decide the hook,
+    and at which positions and special tokens it is not evaluated. Where this differs between the
+    SAEs, a warning says so. A record has the SAE's `name`, `architecture`, `d_in`, `d_sae`,
+    `model_name`, `hook_name` and whole `config`. It also has `n_tokens` (number of tokens evaluated
+    on), `evaluated_on` (which tokens of a sequence, in words), `context_size`, `prepend_bos`,
+    `excluded_tokens`, `labels` (source of the texts), `probing_seeds`, and `metrics`, numbers by
+    name:
 
     - `explained_variance`, `l0`, `dead_latents`, `dense_latents` in the space of the activations.
       The last two are numbers of latents. Dense: active in more than a tenth of the tokens.
@@ -104,6 +109,8 @@ def evaluate_saes(
     reading = Reading.of(saes, model, options)
     require_context(reading.context_size, model)
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
+    evaluated_on = {name: v.kept_in_words(reading.context_size) for name, v in views.items()}
+    _warn_of_different_tokens(evaluated_on)
     records: dict[str, dict[str, Any]] = {
         name: {
             "name": name,
@@ -114,6 +121,7 @@ def evaluate_saes(
             "hook_name": views[name].hook_name,
             "context_size": reading.context_size,
             "prepend_bos": reading.prepend_bos,
+            "evaluated_on": evaluated_on[name],
             "excluded_tokens": list(views[name].special),
             "probing_seeds": list(seeds),
         }
@@ -146,6 +154,15 @@ def evaluate_saes(
         if labels is not None:
             records[name]["labels"] = dict(labels.source)
     return list(records.values())
+
+
+def _warn_of_different_tokens(evaluated_on: Mapping[str, str]) -> None:
+    if len(set(evaluated_on.values())) > 1:
+        logger.warning(
+            "the SAEs are evaluated on different tokens, so their figures cannot be compared: %s. "
+            "Their metadata decide: set exclude_special_tokens and seqpos_slice alike to compare",
+            "; ".join(f"{name}: {words}" for name, words in evaluated_on.items()),
+        )
 
 
 # --- tokens: core metrics and the loss of the model

@@ -74,6 +74,17 @@ class View:
         special = torch.tensor(self.special, dtype=tokens.dtype, device=tokens.device)
         return in_slice & ~torch.isin(tokens, special)
 
+    def kept_in_words(self, context_size: int) -> str:
+        """Which tokens of a sequence are kept. Equal words for views that keep equal tokens."""
+        positions = range(context_size)[slice(*self.seqpos_slice)]
+        words = "all positions"
+        if len(positions) < context_size:
+            words = f"positions {positions[0]} to {positions[-1]}" if positions else "no position"
+            if len(positions) > 1 and positions.step != 1:
+                words += f" in steps of {positions.step}"
+        without = ", ".join(map(str, self.special))
+        return words + (f", without tokens {without}" if without else "")
+
     def seen(self, activations: Float[Tensor, "batch seq *heads"]) -> Float[Tensor, "batch seq d"]:
         """The part of the activations at the hook that the SAE reads, with heads flattened."""
         if self.head is not None:

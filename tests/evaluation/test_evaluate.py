@@ -273,6 +273,39 @@ def test_core_metrics_leave_out_special_tokens_and_positions(model, text):
         assert result["metrics"]["explained_variance"] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("other", "words", "n_tokens"),
+    [
+        ({"exclude_special_tokens": True}, "all positions, without tokens 256", None),
+        ({"seqpos_slice": [4, 40]}, "positions 4 to 39", 10 * 36),
+        ({"seqpos_slice": [None, None, 2]}, "positions 0 to 62 in steps of 2", 10 * 32),
+    ],
+)
+def test_saes_on_different_tokens_are_compared_with_a_warning(
+    model, text, caplog, other, words, n_tokens
+):
+    every: dict[str, Any] = {"exclude_special_tokens": False}
+    saes = {"every": sae_of(**every), "some": sae_of(**every | other)}
+    records = evaluate_saes(saes, model, text, n_tokens=640)
+    (warning,) = [m for m in caplog.messages if "different tokens" in m]
+    assert "every: all positions" in warning
+    assert f"some: {words}." in warning
+    if n_tokens is None:
+        n_tokens = int((torch.tensor(text[:10]["input_ids"]) != 256).sum())
+    report = evaluation_table(records, others=False)
+    assert "`every`: all positions (640 tokens)" in report
+    assert f"`some`: {words} ({n_tokens} tokens)" in report
+
+
+def test_saes_on_the_same_tokens_are_compared_without_a_warning(model, text, caplog):
+    # the same positions and special tokens, written in several ways
+    ways: list[dict[str, Any]] = [{"exclude_special_tokens": True}, {}]
+    ways += [{"exclude_special_tokens": [256], "seqpos_slice": [0, 64]}]
+    saes = {str(i): sae_of(**way) for i, way in enumerate(ways)}
+    records = evaluate_saes(saes, model, text, n_tokens=64)
+    assert "different tokens" not in caplog.text + evaluation_table(records)
+
+
 def test_saes_on_several_hooks_and_heads_are_evaluated_in_one_pass():
     model = tiny_model()
     z = "blocks.1.attn.hook_z"

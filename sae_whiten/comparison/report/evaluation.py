@@ -52,7 +52,7 @@ def evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
             + (f" {WHY_MISLEADING}" if any(m in MISLEADING for m in shown) else ""),
         )
     ]
-    blocks += _why_absent(records)
+    blocks += [*_different_tokens(records), *_why_absent(records)]
     others = [key for key in keys if key not in {metric.key for metric in shown}]
     if others:
         table = [
@@ -79,6 +79,19 @@ def _noise_of_probes(records: Sequence[Mapping[str, Any]]) -> str:
     if not noise:
         return ""
     return f" Standard deviation of probing an SAE again, with other splits: {listed(noise)}."
+
+
+def _different_tokens(records: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """On which tokens each SAE was evaluated, if not all on the same."""
+    names: dict[str, list[str]] = {}
+    for record in records:
+        if "evaluated_on" in record:
+            tokens = f"{record['evaluated_on']} ({record['n_tokens']} tokens)"
+            names.setdefault(tokens, []).append(code(record["name"]))
+    if len(names) < 2:
+        return []
+    each = "; ".join(f"{listed(some)}: {tokens}" for tokens, some in names.items())
+    return [Paragraph(f"**Evaluated on different tokens, not to be compared.** {each}.")]
 
 
 def _why_absent(records: Sequence[Mapping[str, Any]]) -> list[Block]:
