@@ -1,6 +1,7 @@
 """Finished SAEs on the Hugging Face hub: what is uploaded, and the model card."""
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from sae_lens.constants import (
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
 )
 
 from sae_whiten._files import read_json, require_empty
@@ -22,9 +24,12 @@ from sae_whiten._redaction import redacted
 from sae_whiten.estimation.figures import plot_eigenvalues
 from sae_whiten.estimation.folders import OWN_DIR, WHITENING_FILENAME
 from sae_whiten.estimation.spectrum import spectrum_summary
+from sae_whiten.training.checkpoint import INFERENCE_DIR, TRAINING_STATE_DIR
 from sae_whiten.whitening import Whitening
 
 __all__ = ["find_saes", "model_card", "push_saes", "write_upload"]
+
+logger = logging.getLogger(__name__)
 
 _CARD, _FIGURE = "README.md", "spectrum.png"
 _TAGS = ["saelens", "sparse-autoencoder"]
@@ -34,10 +39,10 @@ def find_saes(path: str | Path, sae_id: str | None = None) -> dict[str, Path]:
     """The SAEs in a folder, by their names on the hub.
 
     Args:
-        path: The folder of one SAE, or a folder with one subfolder per SAE, as the runner of
-            several SAEs writes it.
+        path: The folder of one SAE, or a folder with SAEs at any depth, as the runner of several
+            SAEs writes it. Checkpoints beside finished SAEs are left out, with a warning.
         sae_id: The name of a single SAE. None: the name of its hook. Several SAEs are named after
-            their folders.
+            their folders, "early/k4" for one two folders down.
 
     Raises:
         FileNotFoundError: There is no SAE.
@@ -52,12 +57,29 @@ def find_saes(path: str | Path, sae_id: str | None = None) -> dict[str, Path]:
         if inner.is_absolute() or ".." in inner.parts or "\\" in name:
             raise ValueError(f"sae_id={name!r}: must be a folder's name, such as 'layer_6/16k'")
         return {str(inner): path}
-    folders = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{SAE_CFG_FILENAME}"))}
+    folders = _folders_below(path)
     if not folders:
         raise FileNotFoundError(f"{path} holds no SAE: there is no {SAE_CFG_FILENAME}")
     if sae_id is not None:
         raise ValueError(f"sae_id={sae_id!r}: {path} holds several SAEs, {', '.join(folders)}")
     return folders
+
+
+def _folders_below(path: Path) -> dict[str, Path]:
+    # "**" alone would leave out folders that are links
+    every = sorted(file.parent for file in path.glob(f"**/*/{SAE_CFG_FILENAME}"))
+    # in a checkpoint, the same SAE in another form
+    saes = [f for f in every if not (f.name == INFERENCE_DIR and f.parent in every)]
+    finished = [folder for folder in saes if not _is_checkpoint(folder)]
+    if 0 < len(finished) < len(saes):
+        left_out = ", ".join(str(folder) for folder in saes if folder not in finished)
+        logger.warning("checkpoints beside finished SAEs are left out: %s", left_out)
+    return {folder.relative_to(path).as_posix(): folder for folder in finished or saes}
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    states = (folder / TRAINING_STATE_DIR, folder / TRAINER_STATE_FILENAME)
+    return any(state.exists() for state in states)
 
 
 def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> None:

@@ -149,6 +149,46 @@ def test_several_saes_go_by_their_folders_and_a_readme_that_is_there_stays(
     assert "later/README.md" in files(hub.folder("me/saes"))
 
 
+def test_saes_in_folders_of_folders_are_all_uploaded(
+    tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the runner of several SAEs writes those named "early/k4" there
+    names = ["early/k4", "early/k8", "later/still/k4"]
+    for name in names:
+        saved(tmp_path / "saes" / name)
+    assert main(["--quiet", "push", str(tmp_path / "saes"), "me/saes"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f'SAE.from_pretrained("me/saes", "{name}")' in printed for name in names)
+    original = SAE.load_from_disk(tmp_path / "saes/early/k4")
+    assert torch.equal(SAE.from_pretrained("me/saes", "early/k4").W_enc, original.W_enc)
+    readme = (hub.folder("me/saes") / "README.md").read_text()
+    for name in names:
+        assert f"({name}/spectrum.png)" in readme
+        assert f"{name}/spectrum.png" in files(hub.folder("me/saes"))
+
+
+def test_saes_are_found_at_any_depth_without_what_belongs_to_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "a/b", "c", "c/inference", "d/e", "inference"):
+        (tmp_path / "saes" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "saes" / name / "cfg.json").write_text("{}")
+    (tmp_path / "saes" / "link").symlink_to(tmp_path / "saes" / "d" / "e")
+    found = find_saes(tmp_path / "saes")
+    assert list(found) == ["a", "a/b", "c", "d/e", "inference", "link"]
+    assert found["d/e"] == tmp_path / "saes" / "d" / "e"
+    for name in ("a/b", "c"):
+        (tmp_path / "saes" / name / "trainer_state.pt").write_text("")
+    (tmp_path / "saes" / "d" / "e" / "whitened_training_state").mkdir()
+    assert not caplog.records
+    assert list(find_saes(tmp_path / "saes")) == ["a", "inference"]
+    (warning,) = caplog.messages
+    assert "checkpoints" in warning
+    assert str(tmp_path / "saes" / "a" / "b") in warning
+    # checkpoints alone are what is meant
+    assert list(find_saes(tmp_path / "saes" / "d")) == ["e"]
+
+
 def test_what_cannot_be_shared_is_refused_before_anything_is_sent(
     folder: Path, tmp_path: Path, hub: FakeHub
 ) -> None:
