@@ -261,13 +261,21 @@ def _whitening_section(
     if not whitening:
         return []
     spectrum = None if transform is None else spectrum_summary(transform.covariance_eigenvalues)
-    config, fold = whitening["config"], whitening["fold"]
-    check = fold["check"] or {}
+    # unknown if `fold` copied an SAE that SAELens had folded
+    config = whitening.get("config")
+    settings = (
+        {}
+        if config is None
+        else {
+            "kind": config["kind"],
+            "loss in": f"{config['loss_space']} space",
+            "eps": f"{config['eps']:g} ({config['eps_mode']})",
+            "strength": config["strength"],
+        }
+    )
+    check = whitening["fold"]["check"] or {}
     facts = {
-        "kind": config["kind"],
-        "loss in": f"{config['loss_space']} space",
-        "eps": f"{config['eps']:g} ({config['eps_mode']})",
-        "strength": config["strength"],
+        **settings,
         "activations that it was estimated from": whitening["n_samples"],
         "condition number of the covariance": _number(
             None if spectrum is None else spectrum.condition_number_nonnull
@@ -292,6 +300,8 @@ def _whitening_section(
 
 def _table(facts: Mapping[str, Any]) -> list[str]:
     known = {name: value for name, value in redacted(dict(facts)).items() if value is not None}
+    if not known:
+        return []
     rows = [f"| {name} | {cell(value)} |" for name, value in known.items()]
     return ["| | |", "|---|---|", *rows, ""]
 

@@ -13,7 +13,8 @@ from sae_lens.saes.sae import TrainingSAE
 from sae_whiten import ActivationStatistics
 from sae_whiten.architectures.folding import fold_whitening_into_weights
 from sae_whiten.cli import main
-from sae_whiten.evaluation.sharing import find_saes, push_saes, write_upload
+from sae_whiten.evaluation.sharing import find_saes, model_card, push_saes, write_upload
+from sae_whiten.training.builtin_checkpoints import fold_builtin_checkpoint
 from tests.hub import FakeHub, serving
 from tests.support import friendly, training_sae, whitening_of
 
@@ -113,6 +114,19 @@ def test_an_sae_without_its_whitening_beside_it_has_a_card_without_the_figure(
     write_upload(find_saes(folder), tmp_path / "upload", "me/sae")
     assert "spectrum.png" not in (tmp_path / "upload" / "README.md").read_text()
     assert not list((tmp_path / "upload").rglob("*.png"))
+
+
+def test_an_sae_that_saelens_folded_has_a_card_without_the_settings_of_its_whitening(
+    tmp_path: Path,
+) -> None:
+    sae = training_sae("topk", D, D_SAE)
+    sae.cfg.normalize_activations = "none"
+    sae.save_model(tmp_path / "final_1000")
+    fold_builtin_checkpoint(tmp_path / "final_1000", tmp_path / "sae", state="folded")
+    card = model_card(tmp_path / "sae", "me/sae", "sae")
+    section = card.partition("## Whitening")[2].partition("## Use")[0]
+    assert "is folded into the weights" in section
+    assert "|" not in section
 
 
 def test_nothing_that_is_secret_is_uploaded(folder: Path, tmp_path: Path) -> None:
