@@ -10,7 +10,7 @@ from sae_lens.saes.transcoder import Transcoder
 
 from sae_whiten.estimation.sources import Model, match_hooks
 
-__all__ = ["check_sae", "common_setting", "flat_heads"]
+__all__ = ["check_normalisation", "check_sae", "common_setting", "flat_heads"]
 
 # in this field None means that there is no separator; in others, that the value is unknown
 _NONE_IS_A_VALUE = ("sequence_separator_token",)
@@ -27,11 +27,22 @@ def check_sae(name: str, sae: SAE[Any], model: Model) -> None:
         raise ValueError(f"{name}: {error}") from None
     if isinstance(sae, Transcoder):
         raise ValueError(f"{name} is a transcoder, which reconstructs another hook than it reads")
-    if sae.cfg.normalize_activations in ("covariance_whitening", "expected_average_only_in"):
+    check_normalisation(name, sae)
+
+
+def check_normalisation(name: str, sae: SAE[Any]) -> None:
+    """Raise ValueError if the weights of an SAE, called `name`, are not for raw activations."""
+    what_to_do = {
+        "covariance_whitening": "fold the whitening first: sae-whiten fold",
+        "expected_average_only_in": "take the SAE from the end of training, where SAELens folds "
+        "the scale into the weights",
+    }
+    normalisation = sae.cfg.normalize_activations
+    if normalisation in what_to_do:
         raise ValueError(
-            f"{name} has normalize_activations={sae.cfg.normalize_activations!r}: its weights are "
-            "for normalised activations and mean nothing on raw ones. SAELens folds the "
-            "normalisation into the weights at the end of training; is this a checkpoint?"
+            f"{name} has normalize_activations={normalisation!r}, as checkpoints during training "
+            "have: its weights are for normalised activations and mean nothing on raw ones; "
+            + what_to_do[normalisation]
         )
 
 

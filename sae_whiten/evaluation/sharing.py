@@ -24,6 +24,7 @@ from sae_whiten._redaction import redacted
 from sae_whiten.estimation.figures import plot_eigenvalues
 from sae_whiten.estimation.folders import OWN_DIR, WHITENING_FILENAME
 from sae_whiten.estimation.spectrum import spectrum_summary
+from sae_whiten.evaluation.saes import check_normalisation
 from sae_whiten.training.checkpoint import INFERENCE_DIR, TRAINING_STATE_DIR
 from sae_whiten.whitening import Whitening
 
@@ -92,7 +93,7 @@ def write_upload(saes: Mapping[str, Path], target: str | Path, repo_id: str) -> 
         repo_id: The repo that the card is for.
 
     Raises:
-        ValueError: An SAE's weights are in whitened coordinates, or an SAE does not load.
+        ValueError: An SAE's weights are for normalised activations, or an SAE does not load.
         FileExistsError: `target` is not empty.
     """
     target = Path(target)
@@ -168,18 +169,14 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
         sae_id: Its name in the repo.
 
     Raises:
-        ValueError: The weights are in whitened coordinates, or the SAE does not load.
+        ValueError: The weights are for normalised activations, or the SAE does not load.
     """
     try:
         sae = SAE.load_from_disk(folder)
     except Exception as error:  # whatever the error, nobody could load this SAE
         raise ValueError(f"{folder} is not an SAE that SAELens loads: {error!r}") from error
     cfg, metadata = sae.cfg, sae.cfg.metadata
-    if cfg.normalize_activations == "covariance_whitening":
-        raise ValueError(
-            f"{folder}: the weights are in whitened coordinates and useless without the whitening: "
-            "fold it first"
-        )
+    check_normalisation(str(folder), sae)
     ours = type(sae).__module__.startswith("sae_whiten.")
     facts = {
         "model": metadata.model_name,

@@ -207,8 +207,14 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_sent(
     folder: Path, tmp_path: Path, hub: FakeHub
 ) -> None:
     training_sae("topk", D, D_SAE).save_inference_model(tmp_path / "whitened")
-    with pytest.raises(ValueError, match="whitened coordinates"):
+    with pytest.raises(ValueError, match="normalised activations.*sae-whiten fold"):
         push_saes(find_saes(tmp_path / "whitened"), "me/sae")
+    # a checkpoint of SAELens from before the scale is folded into the weights
+    scaled = training_sae("topk", D, D_SAE)
+    scaled.cfg.normalize_activations = "expected_average_only_in"
+    scaled.save_inference_model(tmp_path / "scaled")
+    with pytest.raises(ValueError, match="normalised activations.*the end of training"):
+        push_saes(find_saes(tmp_path / "scaled"), "me/sae")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "cfg.json").write_text("{}")
     with pytest.raises(ValueError, match="not an SAE that SAELens loads"):
