@@ -130,6 +130,7 @@ def model_and_dataset(
     from sae_whiten.estimation.dataset import open_dataset
 
     source, path = _model_source(args, saes), _dataset_path(args, saes)
+    _warn_if_trained_on(args, saes, path)
     dataset = open_dataset(path, args.dataset_split, streaming=not args.no_streaming)
     model = load_model(**source, device=args.device)
     if context_size is not None:
@@ -155,20 +156,27 @@ def _model_source(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> d
 
 
 def _dataset_path(args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]") -> str:
-    """The dataset's path, from the flag or the SAEs' metadata. Warns if SAEs were trained on it.
+    """The dataset's path, from the flag or the SAEs' metadata.
 
     Raises:
         ValueError: The metadata of the SAEs differ, or lack an entry.
     """
-    path = args.dataset_path or _shared(saes, "dataset_path", "--dataset-path")
-    trained_on = {sae.cfg.metadata.dataset_path for sae in saes.values()}
-    if path in trained_on and args.dataset_split == "train":
+    return args.dataset_path or _shared(saes, "dataset_path", "--dataset-path")
+
+
+def _warn_if_trained_on(
+    args: argparse.Namespace, saes: "Mapping[str, SAE[Any]]", path: str
+) -> None:
+    from sae_whiten.estimation.dataset import canonical_source
+
+    recorded = (sae.cfg.metadata.dataset_path for sae in saes.values())
+    trained_on = {canonical_source(source) for source in recorded if source}
+    if canonical_source(path) in trained_on and args.dataset_split == "train":
         logger.warning(
             "SAEs were trained on %s: the results may be for tokens that they have seen. Choose "
             "others by --dataset-split or --dataset-path",
             path,
         )
-    return path
 
 
 def _shared(saes: "Mapping[str, SAE[Any]]", field: str, flag: str, default: Any = None) -> Any:

@@ -14,7 +14,13 @@ from sae_lens.config import HfDataset
 
 from sae_whiten.estimation.probing_texts import is_probing_texts, tasks_of, unprobed_texts
 
-__all__ = ["check_length", "is_on_this_machine", "local_dataset", "open_dataset"]
+__all__ = [
+    "canonical_source",
+    "check_length",
+    "is_on_this_machine",
+    "local_dataset",
+    "open_dataset",
+]
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".zst", ".xz")
 
@@ -60,6 +66,11 @@ def is_on_this_machine(source: str) -> bool:
     if not source:
         return False
     return Path(source).exists() or _is_meant_as_path(source) or is_probing_texts(source)
+
+
+def canonical_source(source: str) -> str:
+    """One spelling for all that name the same dataset: relative, absolute and linked paths."""
+    return str(Path(source).resolve()) if is_on_this_machine(source) else source
 
 
 def local_dataset(source: str, streaming: bool) -> HfDataset | None:

@@ -8,7 +8,7 @@ from typing import Any
 from sae_lens.saes.sae import SAEConfig
 
 from sae_whiten._redaction import redacted
-from sae_whiten.estimation.dataset import is_on_this_machine
+from sae_whiten.estimation.dataset import canonical_source
 from sae_whiten.estimation.folders import find_statistics
 from sae_whiten.estimation.options import decisive_fields
 from sae_whiten.statistics import ActivationStatistics
@@ -75,8 +75,8 @@ def _canonical(name: str, fields: Mapping[str, Any]) -> str:
         value = list(range(context_size)[slice(*value)])
     elif name == "exclude_special_tokens" and not isinstance(value, bool):
         value = sorted(set(value or ())) or False
-    elif name == "dataset_path" and isinstance(value, str) and is_on_this_machine(value):
-        value = str(Path(value).resolve())
+    elif name == "dataset_path" and isinstance(value, str):
+        value = canonical_source(value)
     elif name == "split":
         value = str(value).partition("[")[0]  # statistics of a part are accepted
     return json.dumps(value, sort_keys=True, default=str)

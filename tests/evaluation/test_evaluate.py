@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import random
+import shutil
 from functools import partial
 from typing import Any
 
@@ -685,6 +686,27 @@ def test_the_command_writes_results_and_table(tmp_path, text, capsys):
     assert results[1]["metrics"]["l0"] <= 9
     assert main(["evaluate", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "no cfg.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelled", ["texts.jsonl", "./texts.jsonl", "{}/texts.jsonl", "link"])
+def test_the_command_says_once_that_saes_were_trained_on_the_dataset(
+    tmp_path, monkeypatch, caplog, spelled
+):
+    monkeypatch.chdir(tmp_path)
+    Dataset.from_dict({"text": ["abc " * 40] * 40}).to_json("texts.jsonl")
+    (tmp_path / "link").symlink_to("texts.jsonl")
+    model: dict[str, Any] = {
+        "model_name": str(BYTE_TRANSFORMER),
+        "model_class_name": "AutoModelForCausalLM",
+    }
+    sae_of(**model, dataset_path="texts.jsonl").save_model("sae")
+    command = ["evaluate", "sae", "--out", "report", "--n-tokens", "128", "--no-probing"]
+    assert main([*command, "--dataset-path", spelled.format(tmp_path)]) == 0
+    assert len([m for m in caplog.messages if "were trained on" in m]) == 1
+    caplog.clear()
+    shutil.copy("texts.jsonl", "others.jsonl")
+    assert main([*command, "--dataset-path", "others.jsonl"]) == 0
+    assert "were trained on" not in caplog.text
 
 
 @pytest.mark.parametrize(
