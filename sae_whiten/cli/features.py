@@ -14,6 +14,7 @@ dimensions of large variance make all directions look alike. The statistics for 
 """
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,10 @@ examples:
     --dataset-path Skylion007/openwebtext --out page.html
 """
 
+logger = logging.getLogger("sae_whiten")
+
+# activations that differ in these cannot be whitened by the same statistics
+_OF_ACTIVATIONS = ("model_name", "hook_name", "hook_head_index")
 _OF_TOKENS = ("n_tokens", "context_size", "prepend_bos", "batch_size_prompts")
 
 
@@ -99,7 +104,11 @@ def run(args: argparse.Namespace) -> int:
 def _statistics(
     args: argparse.Namespace, saes: "dict[str, SAE[Any]]"
 ) -> "dict[str, ActivationStatistics]":
-    """Statistics by hook, from --statistics or else from the folder of an SAE."""
+    """Statistics by hook, from --statistics or else from the folder of an SAE.
+
+    Raises:
+        ValueError: Those of --statistics are of another model or hook.
+    """
     from sae_whiten.estimation.folders import find_statistics
     from sae_whiten.statistics import ActivationStatistics
 
@@ -112,6 +121,7 @@ def _statistics(
             by_hook[hook_name] = ActivationStatistics.load(
                 find_statistics(args.statistics, hook_name)
             )
+            _check_provenance(args.statistics, by_hook[hook_name], path, sae)
         elif Path(path).is_dir():
             try:
                 file = find_statistics(path, hook_name)
@@ -119,6 +129,29 @@ def _statistics(
                 continue
             by_hook[hook_name] = ActivationStatistics.load(file)
     return by_hook
+
+
+def _check_provenance(
+    source: str, statistics: "ActivationStatistics", path: str, sae: "SAE[Any]"
+) -> None:
+    from sae_whiten.estimation.provenance import contradictions
+
+    different = contradictions(statistics, sae.cfg)
+    listed = ", ".join(
+        f"{name}={recorded!r} ({path} has {expected!r})"
+        for name, (recorded, expected) in different.items()
+    )
+    if not different.keys().isdisjoint(_OF_ACTIVATIONS):
+        raise ValueError(
+            f"--statistics {source}: they were estimated with {listed}. Give those of the same "
+            "model and hook, or none: they are then estimated from the tokens read"
+        )
+    if different:
+        logger.warning(
+            "--statistics %s: estimated with %s; directions are whitened by these all the same",
+            source,
+            listed,
+        )
 
 
 def _print_summary(features: "Features") -> None:

@@ -13,7 +13,7 @@ from sae_whiten.estimation.folders import find_statistics
 from sae_whiten.estimation.options import decisive_fields
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["load_statistics", "provenance_of"]
+__all__ = ["contradictions", "load_statistics", "provenance_of"]
 
 
 def provenance_of(cfg: SAEConfig) -> dict[str, Any]:
@@ -45,21 +45,29 @@ def load_statistics(
     statistics = ActivationStatistics.load(path)
     if statistics.d_in != cfg.d_in:
         raise ValueError(f"{source} is of width {statistics.d_in}, the SAE of width {cfg.d_in}")
-    if not allow_other:
-        expected, recorded = provenance_of(cfg), redacted(statistics.provenance)
-        if "dataset_path" in expected:
-            expected["split"] = "train"  # SAELens trains on this split
-        different = [
-            f"{name}={recorded[name]!r} (training has {expected[name]!r})"
-            for name in expected
-            if name in recorded and not _is_same(name, recorded, expected)
-        ]
-        if different:
-            raise ValueError(
-                f"{source} was estimated with {', '.join(different)}. Estimate others, or set "
-                "WhiteningConfig(allow_other_statistics=True)."
-            )
+    if not allow_other and (different := contradictions(statistics, cfg)):
+        listed = ", ".join(
+            f"{name}={recorded!r} (training has {expected!r})"
+            for name, (recorded, expected) in different.items()
+        )
+        raise ValueError(
+            f"{source} was estimated with {listed}. Estimate others, or set "
+            "WhiteningConfig(allow_other_statistics=True)."
+        )
     return statistics
+
+
+def contradictions(statistics: ActivationStatistics, cfg: SAEConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields in which the provenance of statistics and the metadata of an SAE differ, with the
+    values of both. Fields that one of them lacks are not compared."""
+    expected, recorded = provenance_of(cfg), redacted(statistics.provenance)
+    if "dataset_path" in expected:
+        expected["split"] = "train"  # SAELens trains on this split
+    return {
+        name: (recorded[name], expected[name])
+        for name in expected
+        if name in recorded and not _is_same(name, recorded, expected)
+    }
 
 
 def _is_same(name: str, recorded: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:

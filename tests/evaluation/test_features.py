@@ -554,6 +554,31 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "refused"),
+    [("hook_name", True), ("model_name", True), ("context_size", False), (None, False)],
+)
+def test_the_command_takes_statistics_of_the_same_hook_and_model_only(
+    folder, tmp_path, capsys, caplog, field, refused
+):
+    statistics = ActivationStatistics.load(
+        folder / "first" / "sae_whiten" / "activation_statistics.safetensors"
+    )
+    recorded = SAE.load_from_disk(folder / "first").cfg.metadata
+    statistics.provenance = {
+        name: "another" if name == field else recorded[name]
+        for name in ("model_name", "hook_name", "context_size")
+    }
+    statistics.save(tmp_path / "others.safetensors")
+    command = ["features", str(folder / "first"), "--dataset-path", str(folder / "tokens")]
+    command += ["--n-tokens", "64", "--out", str(tmp_path / "page.html")]
+    found = main([*command, "--statistics", str(tmp_path / "others.safetensors")])
+    assert found == (2 if refused else 0)
+    said = capsys.readouterr().err + caplog.text
+    assert ("others.safetensors" in said) == (field is not None)
+    assert (f"{field}='another'" in said) == (field is not None)
+
+
 def test_the_command_refuses_three_saes_one_twice_and_a_folder_as_the_page(
     folder, tmp_path, capsys
 ):
