@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = [
     "encode_in_parts",
     "latent_scale",
     "mean_over_tokens",
+    "require_kept_tokens",
     "run",
     "text_tokens",
     "why_no_next_token_loss",
@@ -224,6 +225,36 @@ def text_tokens(
     ids = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     kept = slice(-n, None) if keep_end else slice(n)
     return [[*start, *text[kept], *end] for text in ids]
+
+
+def require_kept_tokens(
+    views: Mapping[str, View],
+    texts: Sequence[str],
+    tokens: Sequence[Sequence[int]],
+    context_size: int,
+    unit: str,
+) -> None:
+    """Refuse texts to probe of which an SAE keeps no token.
+
+    Args:
+        views: The view of each SAE, by its name.
+        texts: The texts.
+        tokens: Their token ids.
+        context_size: What they are cut to.
+        unit: What can be left out if a text is refused: "such texts", or the name of a task.
+
+    Raises:
+        ValueError: There are such texts; says which, and of which SAE.
+    """
+    for name, view in views.items():
+        special, kept = set(view.special), slice(*view.seqpos_slice)
+        refused = [t for t, ids in zip(texts, tokens, strict=True) if special.issuperset(ids[kept])]
+        if refused:
+            raise ValueError(
+                f"{len(refused)} of {len(texts)} texts to probe, such as {refused[0][:60]!r}, have "
+                f"no token that {name} is evaluated on: at {view.hook_name}, "
+                f"{view.kept_in_words(context_size)}. Leave out {unit} or this SAE"
+            )
 
 
 def batches_of_equal_length(tokens: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

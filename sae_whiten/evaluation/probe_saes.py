@@ -30,6 +30,7 @@ from sae_whiten.evaluation.model_view import (
     encode_decode,
     latent_scale,
     mean_over_tokens,
+    require_kept_tokens,
     text_tokens,
 )
 from sae_whiten.evaluation.probing import (
@@ -67,9 +68,13 @@ def probe_saes(
         reading: Texts are cut to its context size.
         seeds: Seeds for drawing rows. Probing is repeated with each.
         tpp_and_scr: Whether to measure TPP and SCR too.
+
+    Raises:
+        ValueError: An SAE is evaluated on no token of a text.
     """
     texts = labels.train.texts + labels.test.texts
     tokens = text_tokens(model.tokenizer, texts, reading.context_size, reading.prepend_bos)
+    require_kept_tokens(views, texts, tokens, reading.context_size, "such texts")
     with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
         residuals, pooled = _pooled(saes, views, model, tokens, reading, Path(directory))
         baselines = {
@@ -130,11 +135,6 @@ def _pooled(
             means = {}
             for view in dict.fromkeys(views.values()):
                 x, kept = view.seen(activations[view.hook_name]), view.kept(ids)
-                if not bool(kept.any(1).all()):
-                    raise ValueError(
-                        "a text has only special tokens, or none at positions that the SAE reads: "
-                        "leave such texts out"
-                    )
                 if view not in residuals:
                     residuals[view] = np.empty((len(tokens), x.shape[-1]), np.float32)
                 residuals[view][indices] = mean_over_tokens(x, kept)

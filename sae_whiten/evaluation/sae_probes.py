@@ -31,6 +31,7 @@ from sae_whiten.evaluation.model_view import (
     activations_of_texts,
     encode_in_parts,
     mean_over_tokens,
+    require_kept_tokens,
     text_tokens,
 )
 from sae_whiten.evaluation.tokens import Reading
@@ -126,7 +127,8 @@ def probe_tasks(
         seeds: Seeds for splits and classifiers, added to 42, the seed of `sae-probes`.
 
     Raises:
-        ValueError: A task has fewer texts of a class than `tasks.n_texts` asks for.
+        ValueError: A task has fewer texts of a class than `tasks.n_texts` asks for. Or an SAE is
+            evaluated on no token of a text.
     """
     seeds = [_FIRST_SEED + seed for seed in seeds]
     last = tasks.tokens == "last"
@@ -140,6 +142,8 @@ def probe_tasks(
                 reading.prepend_bos,
                 keep_end=last,
             )
+            unit = f"the task {task_name}"
+            require_kept_tokens(views, task.texts, tokens, reading.context_size, unit)
             with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
                 if last:
                     by_view = _last_tokens(views.values(), model, tokens, reading)
@@ -238,7 +242,7 @@ def _last_tokens(
     hooks = {view.hook_name for view in views}
     for indices, ids, activations in activations_of_texts(model, tokens, hooks, reading.batch_size):
         for view in dict.fromkeys(views):
-            x, kept = view.seen(activations[view.hook_name]), _kept(view, ids)
+            x, kept = view.seen(activations[view.hook_name]), view.kept(ids)
             position = kept.shape[1] - 1 - kept.int().flip(1).argmax(1)
             values = x[torch.arange(len(x), device=x.device), position].cpu()
             if view not in by_view:
@@ -265,18 +269,11 @@ def _mean_latents(
     for indices, ids, activations in activations_of_texts(model, tokens, hooks, reading.batch_size):
         for name, sae in saes.items():
             view = views[name]
-            x, kept = view.seen(activations[view.hook_name]), _kept(view, ids)
+            x, kept = view.seen(activations[view.hook_name]), view.kept(ids)
             view.check_width(name, sae, x)
             for rows, latents in encode_in_parts(sae, x):
                 by_name[name][indices[rows]] = mean_over_tokens(latents, kept[rows])
     return by_name
-
-
-def _kept(view: View, ids: Integer[Tensor, "batch seq"]) -> Tensor:
-    kept = view.kept(ids)
-    if not bool(kept.any(1).all()):
-        raise ValueError("a text has only special tokens, or none at positions that the SAE reads")
-    return kept
 
 
 def _encoded(sae: SAE[Any], x: Float[Tensor, "n d"]) -> Float[Tensor, "n d_sae"]:

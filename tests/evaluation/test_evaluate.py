@@ -632,12 +632,30 @@ def test_numbers_that_leave_nothing_to_evaluate_are_refused(model, text, options
 def test_what_the_model_cannot_read_is_refused(model, text):
     with pytest.raises(ValueError, match="context_size=99999: the model reads at most"):
         evaluate_saes({"sae": sae_of()}, model, text, context_size=99999)
+
+
+@pytest.mark.parametrize(
+    ("unread", "view", "words"),
+    [
+        ("", {}, "all positions, without tokens 256"),
+        ("abc", {"seqpos_slice": [6, None]}, "positions 6 to 63, without tokens 256"),
+    ],
+)
+def test_texts_of_which_an_sae_reads_nothing_are_refused_with_its_name(
+    model, text, unread, view, words
+):
     texts = labelled()
-    empty = dataclasses.replace(texts.train, texts=("", *texts.train.texts[1:]))
-    with pytest.raises(ValueError, match="only special tokens"):
-        sae = sae_of(prepend_bos=True)
-        texts = dataclasses.replace(texts, train=empty)
-        evaluate_saes({"sae": sae}, model, text, texts, n_tokens=64)
+    train = dataclasses.replace(texts.train, texts=(unread, *texts.train.texts[1:]))
+    texts = dataclasses.replace(texts, train=train)
+    saes = {
+        "every": sae_of(exclude_special_tokens=False, prepend_bos=True),
+        "some": sae_of(**view, prepend_bos=True),
+    }
+    message = f" of 600 texts .* such as '{unread}',.* some .*{HOOK}, {words}. Leave out such texts"
+    with pytest.raises(ValueError, match=message):
+        evaluate_saes(saes, model, text, texts, n_tokens=64)
+    del saes["some"]
+    assert len(evaluate_saes(saes, model, text, texts, n_tokens=64)) == 1
 
 
 # --- the command

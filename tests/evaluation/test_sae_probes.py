@@ -125,6 +125,16 @@ def test_latents_can_be_averaged_over_the_tokens_of_a_text(model, monkeypatch):
     assert (y[train].mean(), y[test].mean()) == (0.5, 0.5)
 
 
+def test_a_task_of_which_an_sae_reads_nothing_is_refused_with_both_names(model):
+    sae = random_sae()
+    sae.cfg.metadata.seqpos_slice = (47, None)
+    short = sum(len(model.tokenizer(one)["input_ids"]) < 47 for one in texts_of(TASK))
+    assert short
+    message = f"have no token that sae is .*{HOOK}, positions 47 to 47.* the task {TASK}"
+    with pytest.raises(ValueError, match=message):
+        evaluated(model, sae, ProbingTasks([TASK]), probe_seeds=1)
+
+
 def test_samples_of_tasks_are_fixed_and_what_they_leave_can_be_trained_on():
     assert len(tasks_of("sae-probes")) == len(task_names()) == 113
     few = tasks_of("sae-probes:3")
