@@ -374,7 +374,10 @@ def model_activations(
         prepend_bos=metadata.prepend_bos is not False,
         seqpos_slice=tuple(metadata.seqpos_slice or (None,)),
         disable_concat_sequences=bool(metadata.disable_concat_sequences),
-        sequence_separator_token=metadata.sequence_separator_token,
+        # None is "no separator"; older versions of SAELens record nothing, and had "bos"
+        sequence_separator_token=(
+            metadata.sequence_separator_token if "sequence_separator_token" in metadata else "bos"
+        ),
         use_chat_formatting=bool(metadata.use_chat_formatting),
     )
     return _first_activations(source, sae.cfg.d_in, n)
