@@ -2,7 +2,8 @@
 
 Takes files, or folders with one file per hook. From folders, the hooks that all of them have are
 merged. Provenance entries are kept if they are equal in all shards. Shards that differ in model,
-hook or context are an error. So are duplicates of the same statistics, which would count twice.
+hook or context are an error. So are duplicates of the same statistics, which would count twice, and
+an --out that would overwrite a shard.
 """
 
 import argparse
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if any(folders) and not all(folders):
         raise ValueError("give either files or folders, not both")
     groups = _by_hook(args.shards, args.out) if all(folders) else {_file(args.out): args.shards}
+    _refuse_to_overwrite(groups)
     from sae_whiten.estimation.merging import merge_files
 
     merged = {path: merge_files(shards) for path, shards in groups.items()}
@@ -57,6 +59,14 @@ def _file(out: Path) -> Path:
     if out.is_dir():
         raise ValueError(f"{out} is a folder: give a file to write, because the shards are files")
     return out if out.name.endswith(_SUFFIX) else out.with_name(out.name + _SUFFIX)
+
+
+def _refuse_to_overwrite(groups: dict[Path, list[Path]]) -> None:
+    """Refuse to write over a shard: repeated, the command would count the others twice."""
+    shards = {shard.resolve() for group in groups.values() for shard in group}
+    for target in groups:
+        if target.resolve() in shards:
+            raise ValueError(f"--out would overwrite the shard {target}: write elsewhere")
 
 
 def _listed(names: "set[str] | list[Path]") -> str:

@@ -55,6 +55,24 @@ def test_a_folder_given_twice_is_refused(
     assert not (tmp_path / "whole").exists()
 
 
+@pytest.mark.parametrize("out", ["a", "./b/../a", "link", "a/hook", "a/hook.safetensors"])
+def test_no_shard_is_overwritten(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = [
+        Path(save(tmp_path / name / "hook.safetensors", friendly(50, 4, seed)))
+        for seed, name in enumerate("ab")
+    ]
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    if "hook" not in out:
+        shards = [shard.parent for shard in shards]
+    assert main(["merge", *map(str, shards), "--out", f"{tmp_path}/{out}"]) == 2
+    message = capsys.readouterr().err
+    assert "overwrite the shard" in message
+    assert "hook.safetensors" in message
+    assert ActivationStatistics.load(tmp_path / "a" / "hook.safetensors").n_samples == 50
+
+
 def test_shards_that_are_alike_but_not_the_same_are_merged(tmp_path: Path) -> None:
     x = friendly(300, 4)
     # equal mean and covariance of another number of activations, and two shards without any
