@@ -6,10 +6,13 @@ probing on labelled texts. The model reads the same tokens and texts for all SAE
 evaluated at special tokens and positions that it was not trained on; where SAEs differ in this, a
 warning and the report say so. By default the texts are code and docstrings of installed libraries.
 They need no download, but depend on the versions of these libraries. --probes sae-probes selects
-the field's standard tasks. Their data come with an extra: pip install "sae-whiten[probes]"
+the field's standard tasks. Their data come with an extra: pip install "sae-whiten[probes]". Written
+to --out: results.jsonl, table.md, report.html. Those of an earlier call are replaced; the folder of
+a comparison is refused.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from sae_whiten.cli._options import add_options, options_from
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     options = options_from(args, EvaluationOptions)
     check_writable(args.out)
+    _refuse_other_results(args.out)
     saes = load_saes(args.saes, args.device)
     require_source(args, saes)
     labels = probed_texts(args, args.seed)
@@ -77,3 +81,24 @@ def run(args: argparse.Namespace) -> int:
     print(evaluation_table(records, others=False))
     print(f"saved in {args.out}: report.html is the whole report in one file")
     return 0
+
+
+def _refuse_other_results(out: Path) -> None:
+    """Refuse a folder with records of trainings, which this command would replace."""
+    results = out / "results.jsonl"
+    lines = results.read_text().splitlines() if results.is_file() else []
+    if (out / "settings.json").is_file() or not all(map(_is_evaluation, lines)):
+        raise ValueError(
+            f"--out {out}: holds the results of a comparison, which would be replaced; choose "
+            "another folder"
+        )
+
+
+def _is_evaluation(line: str) -> bool:
+    """Whether a line of results.jsonl is a record of this command."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:  # cut off while a training was written
+        return False
+    # records of compare have metrics and a condition, those of synthetic have no metrics
+    return "metrics" in record and "condition" not in record

@@ -702,7 +702,8 @@ def test_the_command_writes_results_and_table(tmp_path, text, capsys):
         assert 0 <= result["metrics"]["sparse_probing_case_top_1"] <= 1
         assert result["metrics"]["ce_loss_score"] < 1
     assert results[1]["metrics"]["l0"] <= 9
-    assert main(["evaluate", str(tmp_path), "--out", str(tmp_path)]) == 2
+    # an evaluation may be replaced by another
+    assert main(["evaluate", str(tmp_path), "--out", str(tmp_path / "report")]) == 2
     assert "no cfg.json" in capsys.readouterr().err
 
 
@@ -725,6 +726,24 @@ def test_the_command_says_once_that_saes_were_trained_on_the_dataset(
     shutil.copy("texts.jsonl", "others.jsonl")
     assert main([*command, "--dataset-path", "others.jsonl"]) == 0
     assert "were trained on" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("settings.json", "{}"),
+        ("results.jsonl", '{"name": "topk-none-k8", "condition": "none", "metrics": {}}\n'),
+        ("results.jsonl", '{"run": {"condition": "none"}, "scores": {}}\n'),
+        ("results.jsonl", '{"run": {"condi'),
+    ],
+    ids=["of a comparison that begins", "of a comparison", "of synthetic", "cut off"],
+)
+def test_the_command_replaces_no_records_of_trainings(name, content, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    # refused before the SAE is looked for
+    assert main(["evaluate", "no-such-sae", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path}" in capsys.readouterr().err
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, content)]
 
 
 @pytest.mark.parametrize(
