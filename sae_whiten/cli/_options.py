@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -11,7 +11,7 @@ from simple_parsing.docstring import get_attribute_docstring
 
 from sae_whiten.cli._values import json_object
 
-__all__ = ["add_options", "help_of", "options_from"]
+__all__ = ["add_options", "given_options", "help_of", "options_from"]
 
 T = TypeVar("T")
 
@@ -60,7 +60,12 @@ def add_options(
 def options_from(args: argparse.Namespace, options: type[T]) -> T:
     """The dataclass, with the parsed values of its flags; defaults where there are none."""
     names = [field.name for field in dataclasses.fields(cast(Any, options))]
-    return options(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    return options(**given_options(args, names))
+
+
+def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The parsed values, by name, of those flags that were given and are absent by default."""
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def help_of(options: type, field: str, *, brief: bool = False) -> str:

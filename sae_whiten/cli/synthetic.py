@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sae_whiten.cli._options import add_options
+from sae_whiten.cli._options import add_options, given_options
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.lenses.synthetic.options import (
     ARCHITECTURES,
@@ -43,6 +43,8 @@ _OF_DATA = {
 }
 """Names of the flags that set fields of `SyntheticDataConfig`, by field."""
 
+_OF_TRAINING = ("steps", "lr")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add flags for the SAEs, the activations, the output and the device."""
@@ -63,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="see below (default: all of them)",
     )
     add("--seeds", type=int, default=2, metavar="N", help="how many (default: %(default)s)")
-    add_options(parser, SyntheticRun, only=("steps", "lr"))
+    # absent by default: a benchmark has other defaults
+    add_options(parser, SyntheticRun, only=_OF_TRAINING, absent_by_default=True)
     add(
         "--benchmark",
         choices=("synthsaebench",),
@@ -75,9 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--anisotropic",
         action="store_true",
         help="mix the benchmark's features into activations with --condition-number and a mean "
-        "twice their deviation",
+        "twice their deviation; noise and dense activity (the flags below) need this too",
     )
-    add_options(parser, SyntheticDataConfig, only=_OF_DATA, renamed=_OF_DATA)
+    add_options(
+        parser, SyntheticDataConfig, only=_OF_DATA, renamed=_OF_DATA, absent_by_default=True
+    )
     add("--device", default="cpu", help="where to train (default: %(default)s)")
     add(
         "--jobs",
@@ -99,19 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name in ("seeds", "jobs"):
         require_number(name, getattr(args, name))
-    options = {name: getattr(args, name) for name in _OF_DATA}
-    if args.benchmark is None:
-        if args.small or args.anisotropic:
-            raise ValueError("--small and --anisotropic need --benchmark")
-        data = SyntheticDataConfig(**options)
-        template = SyntheticRun(data=data, steps=args.steps, lr=args.lr)
-    else:
-        template = benchmark_run(small=args.small, anisotropic=args.anisotropic)
-        steps = template.steps if args.steps == SyntheticRun.steps else args.steps
-        template = replace(
-            template, data=replace(template.data, **options), steps=steps, lr=args.lr
-        )
-    runs = grid(args.architectures, args.conditions, range(args.seeds), template)
+    runs = grid(args.architectures, args.conditions, range(args.seeds), _template(args))
     with tqdm(total=len(runs), desc="Comparing", unit="run") as bar:
         rows = run_all(runs, args.out / "results.jsonl", args.device, args.jobs, bar.update)
     summaries = summarise_runs(rows)
@@ -125,3 +118,23 @@ def run(args: argparse.Namespace) -> int:
     plot_recovery(trained, chance, args.out / "results.png")
     print(f"drawn: {args.out / 'results.png'}")
     return 0
+
+
+def _template(args: argparse.Namespace) -> SyntheticRun:
+    """The training that the flags describe.
+
+    Raises:
+        ValueError: Flags contradict each other, or a number cannot work.
+    """
+    of_data, of_training = given_options(args, _OF_DATA), given_options(args, _OF_TRAINING)
+    if args.benchmark is None:
+        if args.small or args.anisotropic:
+            raise ValueError("--small and --anisotropic need --benchmark")
+        return SyntheticRun(data=SyntheticDataConfig(**of_data), **of_training)
+    if of_data and not args.anisotropic:
+        flags = ", ".join("--" + _OF_DATA[name].replace("_", "-") for name in of_data)
+        raise ValueError(
+            f"--benchmark has activations as published: leave out {flags}, or add --anisotropic"
+        )
+    template = benchmark_run(small=args.small, anisotropic=args.anisotropic)
+    return replace(template, data=replace(template.data, **of_data), **of_training)

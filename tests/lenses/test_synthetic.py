@@ -304,6 +304,47 @@ def test_the_benchmark_is_the_published_configuration(monkeypatch):
     assert run.steps * run.batch_size == pytest.approx(200e6, rel=1e-5)
 
 
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[SyntheticRun]:
+    """What the command would train, instead of the training."""
+    templates = []
+
+    def no_runs(architectures, conditions, seeds, template):
+        templates.append(template)
+        raise ValueError("planned")
+
+    monkeypatch.setattr(synthetic, "grid", no_runs)
+    return templates
+
+
+def test_the_command_has_the_benchmarks_defaults_unless_told_otherwise(planned, tmp_path):
+    command = ["synthetic", "--out", str(tmp_path), "--benchmark", "synthsaebench"]
+    # 5000 is the default without a benchmark
+    for flags in ([], ["--steps", "5000"], ["--steps", "5001"]):
+        main([*command, *flags])
+    assert [run.steps for run in planned] == [benchmark_run().steps, 5000, 5001]
+    main([*command, "--small", "--anisotropic", "--condition-number", "1e6", "--junk", "5"])
+    main(["synthetic", "--out", str(tmp_path), "--nuisance", "2"])
+    assert (planned[3].data.condition, planned[3].data.n_junk) == (1e6, 5)
+    assert planned[4] == SyntheticRun(data=SyntheticDataConfig(n_nuisance=2))
+
+
+@pytest.mark.parametrize("flag", ["condition-number", "junk", "junk-variance", "nuisance"])
+def test_the_command_refuses_what_published_activations_do_not_have(
+    flag, planned, tmp_path, capsys
+):
+    command = ["synthetic", "--out", str(tmp_path), "--benchmark", "synthsaebench", "--small"]
+    assert main([*command, f"--{flag}", "5"]) == 2
+    assert f"leave out --{flag}, or add --anisotropic" in capsys.readouterr().err
+    assert not planned
+
+
+@pytest.mark.parametrize("name", ["n_junk", "n_nuisance"])
+def test_published_activations_have_neither_noise_nor_dense_activity(name):
+    with pytest.raises(ValueError, match=f"{name}=5: a benchmark as published has none"):
+        SyntheticDataConfig(benchmark="synthsaebench-small", as_published=True, **{name: 5})
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_the_small_benchmark_has_its_features_in_tame_or_anisotropic_activations(monkeypatch):
     monkeypatch.setattr(synthetic_data, "_CHUNK", 2048)

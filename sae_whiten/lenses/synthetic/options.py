@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from sae_whiten._checks import require_number
+from sae_whiten._checks import FieldError, require_number
 from sae_whiten.comparison.conditions import CONDITIONS, Condition
 from sae_whiten.config import WhiteningConfig
 
@@ -72,8 +72,8 @@ class SyntheticDataConfig:
     dimensions; or a small version of it, 1024 in 128."""
 
     as_published: bool = False
-    """For a benchmark: use its activations as published, nearly isotropic, and ignore the condition
-    number and the mean."""
+    """For a benchmark: use its activations as published, nearly isotropic, without noise and dense
+    activity; ignore the condition number and the mean."""
 
     seed: int = 0
     """Seed of features, rotations and samples."""
@@ -91,6 +91,10 @@ class SyntheticDataConfig:
         require_number("n_junk", self.n_junk, least=0)
         require_number("junk_variance", self.junk_variance, least=0, whole=False)
         require_number("n_nuisance", self.n_nuisance, least=0)
+        for name in ("n_junk", "n_nuisance"):
+            value = getattr(self, name)
+            if self.as_published and value:
+                raise FieldError(name, value, "a benchmark as published has none of them")
         if self.n_nuisance and not 0 < self.nuisance_share < 1:
             raise ValueError(f"nuisance_share={self.nuisance_share}: a share between 0 and 1")
 
