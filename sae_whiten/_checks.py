@@ -21,17 +21,34 @@ class FieldError(ValueError):
 
 
 def require_number(
-    field: str, value: object, least: float = 1, *, below: float = math.inf, whole: bool = True
+    field: str,
+    value: object,
+    least: float = 1,
+    *,
+    below: float = math.inf,
+    at_most: float = math.inf,
+    whole: bool = True,
 ) -> None:
-    """Refuse anything but a finite number in [least, below); by default, a positive integer.
+    """Refuse anything but a finite number in bounds; by default, a positive integer.
+
+    Args:
+        field: Name of the field.
+        value: The value.
+        least: Smallest value; `math.ulp(0)` for any above 0.
+        below: Larger than any value.
+        at_most: Largest value.
+        whole: Whether it must be an integer.
 
     Raises:
         FieldError: `value` is not such a number.
     """
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right or not least <= value < below:  # pyright: ignore[reportOperatorIssue]
+    # `not` also refuses NaN
+    if not right or not (least <= value < below and value <= at_most):  # pyright: ignore[reportOperatorIssue]
         kind = "a whole number" if whole else "a finite number"
-        bounds = f"at least {least:g}" + (f" and below {below:g}" if below < math.inf else "")
+        bounds = "above 0" if least == math.ulp(0) else f"at least {least:g}"
+        bounds += f" and below {below:g}" if below < math.inf else ""
+        bounds += f" and at most {at_most:g}" if at_most < math.inf else ""
         raise FieldError(field, value, f"must be {kind}, {bounds}")
 
 

@@ -4,7 +4,10 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-__all__ = ["WhiteningConfig"]
+__all__ = ["TOLERANCE_RANGE", "WhiteningConfig"]
+
+TOLERANCE_RANGE = (1e-6, 1.0)
+"""The excess variance at which an estimation may end."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class WhiteningConfig:
         _choice("on_nonfinite", self.on_nonfinite, ("raise", "skip"))
         _number("eps", self.eps, 0.0, float("inf"))
         _number("strength", self.strength, 0.0, 1.0)
-        _number("tolerance", self.tolerance, 1e-6, 1.0)
+        _number("tolerance", self.tolerance, *TOLERANCE_RANGE)
         for name in ("statistics", "temporary_folder"):
             path = getattr(self, name)
             if path is not None and not isinstance(path, (str, os.PathLike)):

@@ -1,10 +1,10 @@
 """The options of an estimation: each field is a flag of `sae-whiten fit` too, with its help."""
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 from sae_whiten._checks import FieldError, require_number
+from sae_whiten.config import TOLERANCE_RANGE
 
 __all__ = ["FitConfig", "ReadingConfig", "decisive_fields"]
 
@@ -91,9 +91,8 @@ class FitConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.tolerance < math.inf:
-            problem = "must be above 0; to use all activations, set n_samples"
-            raise FieldError("tolerance", self.tolerance, problem)
+        least, at_most = TOLERANCE_RANGE
+        require_number("tolerance", self.tolerance, least, at_most=at_most, whole=False)
         require_number("batch_size_prompts", self.batch_size_prompts)
         for name in ("n_samples", "max_samples"):
             if getattr(self, name) is not None:

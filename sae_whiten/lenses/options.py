@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sae_whiten._checks import FieldError, require_number
+from sae_whiten._checks import require_number
 from sae_whiten.evaluation.options import SequenceOptions
 
 __all__ = ["AFAOptions", "LandscapeConfig", "LatentOptions"]
@@ -82,10 +82,8 @@ class LandscapeConfig:
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.angle <= 90:
-            raise FieldError("angle", self.angle, "in degrees, above 0 and at most 90")
-        if not 0 < self.activity <= 1:
-            raise FieldError("activity", self.activity, "a probability above 0")
-        if not 0 < self.ratio < math.inf:
-            raise FieldError("ratio", self.ratio, "a positive number")
+        positive = math.ulp(0)
+        require_number("angle", self.angle, positive, at_most=90, whole=False)
+        require_number("activity", self.activity, positive, at_most=1, whole=False)
+        require_number("ratio", self.ratio, positive, whole=False)
         require_number("seed", self.seed, 0)

@@ -8,7 +8,7 @@ import torch
 from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformer
 
-from sae_whiten import ActivationStatistics, NonFiniteActivationsError
+from sae_whiten import ActivationStatistics, NonFiniteActivationsError, WhiteningConfig
 from sae_whiten._checks import FieldError
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.cli import main
@@ -118,9 +118,11 @@ def test_without_one_activation_there_are_no_statistics(n_sequences, options, tm
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("tolerance", [0.0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("tolerance", [0.0, -0.1, float("nan"), float("inf"), "0.02", True, 1.1])
 def test_a_tolerance_that_cannot_be_reached_is_refused_before_a_token_is_read(tolerance):
     with pytest.raises(ValueError, match="tolerance="):
+        WhiteningConfig(tolerance=tolerance)  # the same range
+    with pytest.raises(ValueError, match="tolerance=.*: must be a finite number, at least 1e-06"):
         fit_statistics(tiny_model(), "nowhere", HOOKS, tolerance=tolerance)
 
 

@@ -71,9 +71,23 @@ def test_the_seed_decides_the_numbers():
     assert not np.array_equal(one.cost, other.cost)
 
 
-@pytest.mark.parametrize("wrong", [{"angle": 0}, {"angle": 91}, {"activity": 0}, {"ratio": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"angle": 0},
+        {"angle": 91},
+        {"angle": "30"},
+        {"activity": 0},
+        {"activity": 1.1},
+        {"activity": None},
+        {"ratio": -1},
+        {"ratio": float("inf")},
+    ],
+)
 def test_impossible_models_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises(
+        ValueError, match=f"{next(iter(wrong))}=.*: must be a finite number, above 0"
+    ):
         replace(LandscapeConfig(), **wrong)
 
 

@@ -59,10 +59,7 @@ class FeatureOptions(SequenceOptions):
         for name in ("n_random_texts", "seed"):
             require_number(name, getattr(self, name), 0)
         for name in ("match_cosine", "match_overlap"):
-            value = getattr(self, name)
-            require_number(name, value, 0, whole=False)
-            if value > 1:
-                raise FieldError(name, value, "must be at most 1")
+            require_number(name, getattr(self, name), 0, at_most=1, whole=False)
         if self.latents is not None and self.text is not None:
             raise FieldError("text", self.text, "choose latents by number or by a text, not both")
         if self.latents is not None and not self.latents:
