@@ -34,7 +34,6 @@ from sae_whiten.estimation.sources import (
     CachedActivations,
     Model,
     ModelActivations,
-    resolution_of,
 )
 from sae_whiten.estimation.split_half import SplitHalfStatistics
 from sae_whiten.estimation.stopping import (
@@ -99,7 +98,8 @@ def fit_statistics(
             interruption, repeat the call; the statistics are the same.
         cached_activations: Directory of SAELens' `CacheActivationsRunner` to read instead of
             running a model. The fields of `ReadingConfig` then have no effect, because it is not
-            known how the activations were made.
+            known how the activations were made. Nor is the dtype of the model: `resolution` is that
+            of the cache.
         provenance: Further entries for the provenance of the statistics. Give model_name,
             model_class_name and model_from_pretrained_kwargs as in training, so that training can
             check them: they cannot be read from a model.
@@ -153,10 +153,8 @@ def fit_statistics(
         if saved is not None:
             fit.restore(saved)
     by_hook = _finished(fit, fit.run(progress), record)
-    if model is not None:
-        for hook_statistics in by_hook.values():
-            computed_in = resolution_of(model, config.autocast_lm)
-            hook_statistics.resolution = max(hook_statistics.resolution, computed_in)
+    for name, hook_statistics in by_hook.items():
+        hook_statistics.resolution = max(hook_statistics.resolution, source.resolution[name])
     if out is not None:
 
         def save() -> None:

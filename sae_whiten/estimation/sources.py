@@ -33,6 +33,7 @@ __all__ = [
     "match_hooks",
     "part_of",
     "resolution_of",
+    "resolution_of_column",
     "stopping_after",
     "token_store",
 ]
@@ -52,11 +53,14 @@ class ActivationSource(Protocol):
         hook_names: The hooks.
         n_sequences: How many sequences were read.
         beginning: Checksum of the first sequence, to identify the source; None if it is empty.
+        resolution: By hook, machine epsilon of the dtype that the activations were computed or kept
+            in; the tensors that are read may be of a finer one.
     """
 
     hook_names: list[str]
     n_sequences: int
     beginning: str | None
+    resolution: dict[str, float]
 
     def read(self, receive: Receiver) -> bool:
         """Pass the next batch of every hook to `receive`; False if there is none left."""
@@ -104,6 +108,7 @@ class ModelActivations:
         **options: Any,
     ) -> None:
         self.hook_names = match_hooks(model.hook_dict, hook_names)
+        self.resolution = dict.fromkeys(self.hook_names, resolution_of(model, autocast_lm))
         require_context(options["context_size"], model)
         self.n_sequences = 0
         self._model = model
@@ -196,6 +201,7 @@ class CachedActivations:
             raise ValueError(f"{path} holds several splits: give the folder of one of them")
         columns = [name for name in dataset.column_names if name != "token_ids"]
         self.hook_names = match_hooks(columns, hook_names)
+        self.resolution = {name: resolution_of_column(dataset, name) for name in self.hook_names}
         self.n_sequences = 0
         self._batch_size = batch_size_prompts
         self._special: Tensor | None = None
@@ -339,6 +345,20 @@ def resolution_of(model: Model, autocast_lm: bool) -> float:
     """Machine epsilon of the dtype a model computes in; its activations may be cast later."""
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     return torch.finfo(torch.bfloat16 if autocast_lm else next(dtypes, torch.float64)).eps
+
+
+def resolution_of_column(dataset: datasets.Dataset, name: str) -> float:
+    """Machine epsilon of the dtype in which a column is kept; `datasets` reads it as float32.
+
+    0 if the values are not floating point.
+    """
+    feature = dataset.features[name]
+    while hasattr(feature, "feature"):  # lists of lists
+        feature = feature.feature
+    dtype = getattr(torch, str(getattr(feature, "dtype", None)), None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return torch.finfo(dtype).eps
+    return 0.0
 
 
 def stopping_after(model: Model, names: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from sae_whiten._checks import FieldError
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.estimation.dataset import check_length
-from sae_whiten.estimation.sources import resolution_of, stopping_after
+from sae_whiten.estimation.sources import resolution_of, resolution_of_column, stopping_after
 from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 
 __all__ = ["PackedActivationsStore", "ResumableActivationsStore", "buffer_field", "check_buffer"]
@@ -151,6 +151,15 @@ class ResumableActivationsStore(ActivationsStore):
     def widths(self) -> dict[str, int]:
         """The width of every hook, in the order in which a batch holds them."""
         return {self.hook_name: self.d_in}
+
+    @property
+    def resolution(self) -> float:
+        """Machine epsilon of the coarsest dtype that the activations were computed or kept in."""
+        of_model = resolution_of(self.model, self.autocast_lm)
+        cached = self.cached_activation_dataset
+        if cached is None:
+            return of_model
+        return max(of_model, *(resolution_of_column(cached, name) for name in self.widths))
 
     def _finite(self, acts: Tensor, number: int) -> tuple[Tensor, int]:
         name = f"pass {number} of the model, at {self.hook_name},"

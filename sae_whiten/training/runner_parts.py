@@ -24,7 +24,7 @@ from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.estimation.dataset import local_dataset
 from sae_whiten.estimation.distributed import Processes
-from sae_whiten.estimation.sources import Model, resolution_of
+from sae_whiten.estimation.sources import Model
 from sae_whiten.training.activations_store import (
     ResumableActivationsStore,
     buffer_field,
@@ -211,7 +211,7 @@ def _connect(stream: ActivationStream, store: ResumableActivationsStore) -> None
     store.count_from_here()
     store.training_position = lambda: stream.n_served
     stream.source_is_finite = True
-    stream.resolution = resolution_of(store.model, store.autocast_lm)
+    stream.resolution = store.resolution
     stream.next_is = lambda: {0: "next cached", 1: "held-out"}.get(
         store.n_epochs, "next (of a dataset that was begun anew)"
     )

@@ -8,7 +8,12 @@ import torch
 from sae_lens.training.activations_store import ActivationsStore
 from transformer_lens import HookedTransformer
 
-from sae_whiten import ActivationStatistics, NonFiniteActivationsError, WhiteningConfig
+from sae_whiten import (
+    ActivationStatistics,
+    NonFiniteActivationsError,
+    Whitening,
+    WhiteningConfig,
+)
 from sae_whiten._checks import FieldError
 from sae_whiten._files import load_tensors, save_tensors
 from sae_whiten.cli import main
@@ -322,6 +327,26 @@ def test_cached_activations_are_a_source_too(tmp_path):
             fit_statistics(None, None, "**", cached_activations=tmp_path / "cache", **option)
     with pytest.raises(ValueError, match="not both"):
         fit_statistics(model, dataset, HOOKS[0], cached_activations=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("array", [True, False])
+def test_rounding_of_a_cache_is_not_taken_for_variance(dtype, array, tmp_path):
+    # the first coordinate has a mean, and only rounding errors around it
+    x = torch.randn(40, 16, 4, dtype=torch.float64)
+    x[..., 0] = 10 * (1 + 1e-5 * x[..., 0])
+    nested = datasets.Sequence(datasets.Sequence(datasets.Value(dtype)))
+    feature = datasets.Array2D((16, 4), dtype) if array else nested
+    content, features = {"h": x.numpy()}, datasets.Features({"h": feature})
+    if not array:
+        content = {"h": x.tolist()}
+    datasets.Dataset.from_dict(content, features=features).save_to_disk(tmp_path)
+    found = fit_statistics(None, None, "h", cached_activations=tmp_path, n_samples=640)["h"]
+    # datasets reads all of them as float32
+    expected = "float32" if dtype == "float64" else dtype
+    assert found.resolution == torch.finfo(getattr(torch, expected)).eps
+    gain = Whitening.from_statistics(found, WhiteningConfig(eps=0.0)).W[:, 0].norm()
+    assert (gain < 10) == (dtype == "float16")
 
 
 def test_options_that_mean_nothing_for_cached_activations_are_refused_in_the_shell(

@@ -448,6 +448,22 @@ def test_cached_activations_are_resumed_too(tmp_path):
     assert all(torch.equal(resumed.next_batch(), batch) for batch in expected[10:])
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_training_on_cached_activations_knows_their_rounding(dtype, tmp_path):
+    acts = torch.randn(60, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = Features({"blocks.1.hook_resid_pre": Array2D(shape=(32, 32), dtype=dtype)})
+    content = {"blocks.1.hook_resid_pre": acts.numpy()}
+    Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "cache")
+    made = runner(
+        use_cached_activations=True,
+        cached_activations_path=str(tmp_path / "cache"),
+        training_tokens=128 * 10,
+    )
+    made.run()
+    assert made.trainer.scaler.statistics is not None
+    assert made.trainer.scaler.statistics.resolution == torch.finfo(getattr(torch, dtype)).eps
+
+
 def test_a_published_sae_is_fine_tuned_under_whitening(uninterrupted, tmp_path):
     _, path = uninterrupted
     before = SAE.load_from_disk(path)
