@@ -11,16 +11,19 @@ if TYPE_CHECKING:
 
 __all__ = ["add_probe_arguments", "probed_texts"]
 
+_OTHERS = ("labels_dataset", "text_column", "label_column", "probe_tokens", "n_texts")
+"""Flags that need that something is probed."""
+
 
 def add_probe_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Add flags for the texts or tasks to probe with, and for their number."""
     add = parser.add_argument
+    # without defaults, so that flags that would have no effect are refused
     add(
         "--probes",
-        default="libraries",
         metavar="WHAT",
         help="sae-probes: 113 tasks of the package of this name; sae-probes:20: a fixed sample of "
-        "them; libraries: docstrings and code of installed libraries; none (default: %(default)s)",
+        "them; libraries: docstrings and code of installed libraries; none (default: libraries)",
     )
     add(
         "--no-probing",
@@ -32,9 +35,8 @@ def add_probe_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     add(
         "--probe-tokens",
         choices=("last", "mean"),
-        default="last",
         help="with sae-probes: the latents of a text's last token, as in its protocol, or their "
-        "mean over all tokens (default: %(default)s)",
+        "mean over all tokens (default: last)",
     )
     add(
         "--n-texts",
@@ -46,18 +48,16 @@ def add_probe_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     add(
         "--labels-dataset",
         metavar="PATH",
-        help="probe with a dataset of texts and labels instead, on the hub or a folder",
+        help="instead of --probes, a dataset of texts and labels, on the hub or a folder",
     )
     add(
         "--text-column",
-        default="text",
         metavar="NAME",
-        help="column of texts in --labels-dataset (default: %(default)s)",
+        help="column of texts in --labels-dataset (default: text)",
     )
     add(
         "--label-column",
         nargs="+",
-        default=["label"],
         metavar="NAME",
         help="columns of labels in --labels-dataset (default: label); SCR needs a second one, with "
         "two values",
@@ -69,8 +69,9 @@ def probed_texts(args: argparse.Namespace, seed: int = 0) -> "LabelledTexts | Pr
 
     Raises:
         ModuleNotFoundError: --probes is sae-probes, and the package is not installed.
-        ValueError: The name is unknown, or there are too few texts.
+        ValueError: The name is unknown, flags contradict each other, or there are too few texts.
     """
+    _refuse_without_effect(args)
     from sae_whiten.estimation.probing_texts import is_probing_texts
     from sae_whiten.evaluation.labels import dataset_texts, library_texts
     from sae_whiten.evaluation.sae_probes import ProbingTasks
@@ -80,12 +81,36 @@ def probed_texts(args: argparse.Namespace, seed: int = 0) -> "LabelledTexts | Pr
         return None
     if args.labels_dataset is not None:
         return dataset_texts(
-            args.labels_dataset, args.label_column, args.text_column, n_texts, seed
+            args.labels_dataset,
+            args.label_column or ["label"],
+            args.text_column or "text",
+            n_texts,
+            seed,
         )
-    if args.probes == "libraries":
+    if args.probes in (None, "libraries"):
         return library_texts(n_texts, seed)
     if not is_probing_texts(args.probes):
         raise ValueError(
             f"--probes {args.probes}: give sae-probes, sae-probes:N, libraries or none"
         )
-    return ProbingTasks.of(args.probes, tokens=args.probe_tokens, n_texts=args.n_texts)
+    return ProbingTasks.of(args.probes, tokens=args.probe_tokens or "last", n_texts=args.n_texts)
+
+
+def _refuse_without_effect(args: argparse.Namespace) -> None:
+    """Refuse flags that others leave without effect."""
+    from sae_whiten.estimation.probing_texts import is_probing_texts
+
+    given = [name for name in _OTHERS if getattr(args, name) is not None]
+    if args.probes == "none" and given:
+        raise ValueError(f"without probing, {_flag(given[0])} has no effect: leave it out")
+    if args.probes is not None and args.labels_dataset is not None:
+        raise ValueError("--labels-dataset replaces --probes: give one of them")
+    for name in given:
+        if name in ("text_column", "label_column") and args.labels_dataset is None:
+            raise ValueError(f"{_flag(name)} needs --labels-dataset")
+        if name == "probe_tokens" and not is_probing_texts(args.probes or ""):
+            raise ValueError(f"{_flag(name)} needs --probes sae-probes")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -118,6 +118,21 @@ def test_what_is_probed_with_is_refused_by_its_flag(monkeypatch):
         probed_texts(parsed("--probes", "probes"))
     assert probed_texts(parsed("--no-probing")) is None
     assert probed_texts(parsed("--probes", "none")) is None
+    ignored = [
+        (
+            ("--no-probing", "--labels-dataset", "x"),
+            "without probing, --labels-dataset has no effect",
+        ),
+        (("--probes", "none", "--n-texts", "5"), "without probing, --n-texts has no effect"),
+        (("--probes", "sae-probes:20", "--labels-dataset", "x"), "--labels-dataset replaces"),
+        (("--probes", "typo", "--labels-dataset", "x"), "--labels-dataset replaces"),
+        (("--probe-tokens", "mean"), "--probe-tokens needs --probes sae-probes"),
+        (("--text-column", "body"), "--text-column needs --labels-dataset"),
+        (("--label-column", "kind"), "--label-column needs --labels-dataset"),
+    ]
+    for flags, message in ignored:
+        with pytest.raises(ValueError, match=message):
+            probed_texts(parsed(*flags))
     monkeypatch.setitem(sys.modules, "sae_probes.utils_data", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .sae-whiten\[probes\]"):
         probed_texts(parsed("--probes", "sae-probes:20"))
