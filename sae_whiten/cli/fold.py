@@ -36,6 +36,17 @@ examples:
 
 _STATES = ("whitened", "folded", "folded-twice")
 
+_N_ACTIVATIONS = 4096
+
+_OF_DATASET = {
+    "dataset_split": "train",
+    "no_streaming": False,
+    "model_name": None,
+    "model_class_name": None,
+    "model_from_pretrained_kwargs": None,
+}
+"""Flags that have an effect only with --dataset-path, and their defaults."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint, the output, and flags that help to recognise the state of the weights."""
@@ -64,9 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--n-activations",
         type=positive,
-        default=4096,
         metavar="N",
-        help="activations to use at most (default: %(default)s)",
+        help=f"activations to use at most (default: {_N_ACTIVATIONS})",
     )
     add_dataset_arguments(group, default="none")
     add_model_arguments(parser)
@@ -110,8 +120,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _activations(args: argparse.Namespace) -> "Tensor | None":
-    """Raw activations from the cache, or from the model on the dataset. None without either."""
+    """Raw activations from the cache, or from the model on the dataset. None without either.
+
+    Raises:
+        ValueError: Both are given, or flags of one that is not.
+    """
+    if args.dataset_path is None:
+        for name, default in _OF_DATASET.items():
+            if getattr(args, name) != default:
+                raise ValueError(f"--{name.replace('_', '-')} needs --dataset-path")
     if args.cached_activations is None and args.dataset_path is None:
+        if args.n_activations is not None:
+            raise ValueError("--n-activations needs --cached-activations or --dataset-path")
         return None
     if args.cached_activations is not None and args.dataset_path is not None:
         raise ValueError("--cached-activations replaces --dataset-path: give one of them")
@@ -121,9 +141,10 @@ def _activations(args: argparse.Namespace) -> "Tensor | None":
         model_activations,
     )
 
+    n = args.n_activations or _N_ACTIVATIONS
     sae = load_builtin_checkpoint(args.checkpoint)
     if args.cached_activations is not None:
-        return cached_activations(sae, args.cached_activations, args.n_activations)
+        return cached_activations(sae, args.cached_activations, n)
     saes = {str(args.checkpoint): sae}
     model, dataset, _ = model_and_dataset(args, saes, sae.cfg.metadata.context_size)
-    return model_activations(sae, model, dataset, args.n_activations)
+    return model_activations(sae, model, dataset, n)

@@ -415,6 +415,23 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "folded twice; the second fold is undone" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n-activations", "9"], "--n-activations needs --cached-activations or --dataset-path"),
+        (["--model-name", "m"], "--model-name needs --dataset-path"),
+        (["--dataset-split", "validation"], "--dataset-split needs --dataset-path"),
+        (["--cached-activations", "c", "--no-streaming"], "--no-streaming needs --dataset-path"),
+    ],
+)
+def test_command_refuses_flags_of_activations_that_are_not_given(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-q", "fold", "checkpoint", "--out", str(tmp_path / "sae"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_with_cached_activations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
