@@ -89,7 +89,8 @@ class WhiteningConfig:
     statistics: str | None = None
     """File, folder (sae-whiten fit) or hub repo (user/name, user/name@revision) of statistics to
     take instead of estimating any. A file is of `ActivationStatistics`, and in a folder or a repo
-    files are named after their hooks. A path that exists is taken before the hub."""
+    files are named after their hooks. A path that exists is taken before the hub. n_samples is
+    refused beside it, and tolerance has no effect."""
 
     allow_other_statistics: bool = False
     """Take statistics of another model, hook, dataset... without complaint."""
@@ -138,6 +139,11 @@ class WhiteningConfig:
             raise ValueError(
                 f"WhiteningConfig.n_samples={self.n_samples!r}: an integer of at least 2, or None"
             )
+        if self.statistics is not None and self.n_samples is not None:
+            raise ValueError(
+                f"WhiteningConfig.n_samples={self.n_samples}: the statistics in {self.statistics} "
+                "are taken with all their samples; leave out n_samples or statistics"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, as values that JSON can hold."""
@@ -155,6 +161,9 @@ class WhiteningConfig:
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"WhiteningConfig has no field {', '.join(sorted(unknown))}")
+        if values.get("statistics") is not None:
+            # in files of earlier versions, where it had no effect
+            values = {**values, "n_samples": None}
         return cls(**values)
 
 

@@ -333,9 +333,17 @@ def test_invalid_configurations_are_refused_at_construction(options):
         WhiteningConfig(**options)
 
 
+def test_a_number_of_samples_beside_given_statistics_is_refused():
+    with pytest.raises(ValueError, match=r"n_samples=2000: the statistics in stats are taken"):
+        WhiteningConfig(statistics="stats", n_samples=2000)
+
+
 def test_config_survives_a_round_trip():
     config = WhiteningConfig(kind="zca", shrinkage="oas", n_samples=10)
     assert WhiteningConfig.from_dict(config.to_dict()) == config
+    # earlier versions accepted both, and took the statistics
+    given = WhiteningConfig(statistics="stats")
+    assert WhiteningConfig.from_dict({**given.to_dict(), "n_samples": 10}) == given
     with pytest.raises(ValueError, match="no field bogus"):
         WhiteningConfig.from_dict({"bogus": 1})
 

@@ -75,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     given = given_fields(args)
+    if given.get("statistics") is not None and "tolerance" in given:
+        raise ValueError(
+            f"{PREFIX}tolerance is given, but with {PREFIX}statistics nothing is estimated; leave "
+            "it out"
+        )
     whitening = WhiteningConfig(**given)
     cfg = _saelens_config(args.arguments)
     torch.manual_seed(cfg.seed)  # SAELens ignores this field
