@@ -19,6 +19,7 @@ __all__ = [
     "CorruptFileError",
     "check_writable",
     "count_field",
+    "load_fields",
     "load_tensors",
     "number_field",
     "read_json",
@@ -189,6 +190,30 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
         raise CorruptFileError(
             f"{path} is truncated or is not a safetensors file ({error})"
         ) from error
+    fields = _fields(path, metadata, kind)
+    if metadata.get("sha256") != _digest(tensors, metadata[_METADATA_KEY]):
+        raise CorruptFileError(
+            f"{path}: the checksum does not match its content; the file was changed or damaged"
+        )
+    return tensors, fields
+
+
+def load_fields(path: str | Path, kind: str) -> dict[str, Any]:
+    """The JSON fields of a file that `save_tensors` wrote; its tensors are not read or checked.
+
+    Raises:
+        CorruptFileError: The file is not a safetensors file, or not of this kind.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptFileError(f"{path} is not a safetensors file ({error})") from error
+    return _fields(Path(path), metadata, kind)
+
+
+def _fields(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
+    """The JSON fields in the metadata of a safetensors file, which must be of this kind."""
     header = metadata.get(_METADATA_KEY)
     if header is None:
         raise CorruptFileError(f"{path} was not written by sae_whiten (expected {kind})")
@@ -205,11 +230,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, torch.Tensor], 
         raise CorruptFileError(
             f"{path} has format version {version}; this sae_whiten reads version 1. Upgrade it."
         )
-    if metadata.get("sha256") != _digest(tensors, header):
-        raise CorruptFileError(
-            f"{path}: the checksum does not match its content; the file was changed or damaged"
-        )
-    return tensors, fields
+    return fields
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ when held-out activations would have an excess variance of at most --tolerance u
 The excess is estimated by comparing two halves of the samples. The result is a folder with one file
 per hook, for sae-whiten train --whitening.statistics.
 
-After an interruption, repeat the command: it continues from the last save. Under torchrun,
+After an interruption, repeat the command: it continues from the last save. Finished statistics in
+--out are replaced, with a warning if they were estimated under other settings. Under torchrun,
 every process reads its share of the dataset, and the result covers all shares.
 """
 

@@ -4,6 +4,7 @@ Statistics are updated inside the forward pass, so no activations are kept. If t
 processes, each takes its shard of the dataset, and they decide together when to stop.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -23,7 +24,7 @@ from sae_lens.config import HfDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten._files import check_writable
+from sae_whiten._files import CorruptFileError, check_writable, load_fields
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.folders import hooks_beside, statistics_file
@@ -95,7 +96,8 @@ def fit_statistics(
             dot, `**` does not.
         config: How much is read, and how; the default configuration if None.
         out: Folder to write one file per hook to, and until then the progress. To continue after an
-            interruption, repeat the call; the statistics are the same.
+            interruption, repeat the call; the statistics are the same. Finished statistics of these
+            hooks are replaced, with a warning if they were estimated under other settings.
         cached_activations: Directory of SAELens' `CacheActivationsRunner` to read instead of
             running a model. The fields of `ReadingConfig` then have no effect, because it is not
             known how the activations were made. Nor is the dtype of the model: `resolution` is that
@@ -135,6 +137,8 @@ def fit_statistics(
     # as it will be saved: without secrets, tuples as lists; values that JSON cannot hold fail here,
     # not after hours of work
     record = json.loads(json.dumps(redacted(record)))
+    if out is not None and is_first:
+        _warn_of_what_is_replaced(out, source.hook_names, record)
     fit = _Fit(source, processes, config)
     progress = None
     if out is not None:
@@ -208,6 +212,37 @@ def _check_folder(out: str | Path, hook_names: Sequence[str], warn: bool) -> Non
             out,
             len(beside),
             _listed(beside),
+        )
+
+
+def _warn_of_what_is_replaced(
+    out: str | Path, hook_names: Sequence[str], record: Mapping[str, Any]
+) -> None:
+    """Warn of finished statistics in the folder that were estimated under other settings."""
+    settings = (*decisive_fields(), "dataset_path", "split", "cached_activations")
+    replaced: dict[str, list[str]] = {}
+    for name in hook_names:
+        path = statistics_file(out, name)
+        if not path.is_file():
+            continue
+        with contextlib.suppress(CorruptFileError, KeyError):
+            fields = load_fields(path, "activation_statistics")
+            before = fields["provenance"]
+            different = ", ".join(
+                f"{setting}={before.get(setting)!r} (now {record.get(setting)!r})"
+                for setting in settings
+                if setting != "hook_name" and before.get(setting) != record.get(setting)
+            )
+            if different:
+                what = f"{fields['n_samples']} activations with {different}"
+                replaced.setdefault(what, []).append(name)
+    for what, names in replaced.items():
+        logger.warning(
+            "%s already holds statistics of %s, which will be replaced at the end; to keep them, "
+            "stop now and choose another folder: %s",
+            out,
+            what,
+            _listed(names),
         )
 
 

@@ -294,6 +294,20 @@ def test_the_progress_of_another_stream_or_of_a_folder_that_changed_is_refused(
             fit_statistics(tiny_model(), dataset(0, n=2), HOOKS, out=out, **ADAPTIVE)
 
 
+def test_finished_statistics_of_other_settings_are_replaced_with_a_warning(tmp_path, caplog):
+    options: dict[str, Any] = {"out": tmp_path, "n_samples": 900, "provenance": {"note": "x"}}
+    first = fit_statistics(tiny_model(), tiny_dataset(60), HOOKS, context_size=32, **options)
+    fit_statistics(tiny_model(), tiny_dataset(60), HOOKS[0], context_size=32, **options)
+    assert "will be replaced" not in caplog.text  # the same again
+    (tmp_path / f"{HOOKS[1]}.safetensors").write_bytes(b"damaged")
+    fit_statistics(tiny_model(), tiny_dataset(60), HOOKS, context_size=16, **options)
+    (warning,) = [r.getMessage() for r in caplog.records if "will be replaced" in r.getMessage()]
+    n = first[HOOKS[0]].n_samples
+    assert f"statistics of {n} activations with context_size=32 (now 16), which" in warning
+    assert warning.endswith(f": {HOOKS[0]}, {HOOKS[2]}")
+    assert ActivationStatistics.load(statistics_file(tmp_path, HOOKS[1])).n_samples > 0
+
+
 def test_cached_activations_are_a_source_too(tmp_path):
     model, dataset = tiny_model(), tiny_dataset(40)
     tokens = torch.tensor(dataset["input_ids"])[:, :32]
