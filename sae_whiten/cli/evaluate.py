@@ -6,9 +6,7 @@ probing on labelled texts. The model reads the same tokens and texts for all SAE
 evaluated at special tokens and positions that it was not trained on; where SAEs differ in this, a
 warning and the report say so. By default the texts are code and docstrings of installed libraries.
 They need no download, but depend on the versions of these libraries. --probes sae-probes selects
-the field's standard tasks. Their data come with an extra: pip install "sae-whiten[probes]". Written
-to --out: results.jsonl, table.md, report.html. Those of an earlier call are replaced; the folder of
-a comparison is refused.
+the field's standard tasks. Their data come with an extra: pip install "sae-whiten[probes]".
 """
 
 import argparse
@@ -41,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the SAEs, the sources of model, tokens and texts, and the output."""
     add_saes_arguments(parser)
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIRECTORY", help="where to write"
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIRECTORY",
+        help="where to write; an earlier evaluation there is replaced, a comparison is refused",
     )
     add_model_arguments(parser)
 
