@@ -707,10 +707,7 @@ def test_the_command_writes_results_and_table(tmp_path, text, capsys):
     assert "no cfg.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("spelled", ["texts.jsonl", "./texts.jsonl", "{}/texts.jsonl", "link"])
-def test_the_command_says_once_that_saes_were_trained_on_the_dataset(
-    tmp_path, monkeypatch, caplog, spelled
-):
+def test_the_command_says_once_that_saes_were_trained_on_the_dataset(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     Dataset.from_dict({"text": ["abc " * 40] * 40}).to_json("texts.jsonl")
     (tmp_path / "link").symlink_to("texts.jsonl")
@@ -720,7 +717,7 @@ def test_the_command_says_once_that_saes_were_trained_on_the_dataset(
     }
     sae_of(**model, dataset_path="texts.jsonl").save_model("sae")
     command = ["evaluate", "sae", "--out", "report", "--n-tokens", "128", "--no-probing"]
-    assert main([*command, "--dataset-path", spelled.format(tmp_path)]) == 0
+    assert main([*command, "--dataset-path", f"{tmp_path}/link"]) == 0
     assert len([m for m in caplog.messages if "were trained on" in m]) == 1
     caplog.clear()
     shutil.copy("texts.jsonl", "others.jsonl")
