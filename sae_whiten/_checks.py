@@ -25,6 +25,7 @@ def require_number(
     value: object,
     least: float = 1,
     *,
+    above: float | None = None,
     below: float = math.inf,
     at_most: float = math.inf,
     whole: bool = True,
@@ -34,7 +35,8 @@ def require_number(
     Args:
         field: Name of the field.
         value: The value.
-        least: Smallest value; `math.ulp(0)` for any above 0.
+        least: Smallest value.
+        above: Smaller than any value; replaces `least`.
         below: Larger than any value.
         at_most: Largest value.
         whole: Whether it must be an integer.
@@ -43,10 +45,11 @@ def require_number(
         FieldError: `value` is not such a number.
     """
     right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    # `not` also refuses NaN
-    if not right or not (least <= value < below and value <= at_most):  # pyright: ignore[reportOperatorIssue]
+    number: Any = value if right else math.nan  # which no comparison passes
+    large_enough = number >= least if above is None else number > above
+    if not (large_enough and number < below and number <= at_most):
         kind = "a whole number" if whole else "a finite number"
-        bounds = "above 0" if least == math.ulp(0) else f"at least {least:g}"
+        bounds = f"at least {least:g}" if above is None else f"above {above:g}"
         bounds += f" and below {below:g}" if below < math.inf else ""
         bounds += f" and at most {at_most:g}" if at_most < math.inf else ""
         raise FieldError(field, value, f"must be {kind}, {bounds}")

@@ -354,25 +354,22 @@ def _transformed(
     if output_whitening is not None:
         require_whitening(output_whitening, "output_whitening")
     architecture = describe(sae)
-    d_out = sae.W_dec.shape[1]
-    out = output_whitening or whitening
     if architecture.is_transcoder and output_whitening is None:
         raise FoldError(
             "a transcoder writes to another hook than it reads: pass output_whitening, the "
             "whitening of what it writes (the same object if both are really the same)"
         )
-    if whitening.d_in != sae.cfg.d_in or out.d_in != d_out:
-        raise FoldError(
-            f"the SAE maps {sae.cfg.d_in} to {d_out} dimensions, the whitenings given are of width "
-            f"{whitening.d_in} (input) and {out.d_in} (output)"
-        )
     weights = architecture.affine_weights(sae)
-    parameters = change(
-        weights,
-        whitening,
-        output_whitening,
-        subtract_b_dec=not architecture.is_transcoder,
-    ).parameters()
+    try:
+        changed = change(
+            weights,
+            whitening,
+            output_whitening,
+            subtract_b_dec=not architecture.is_transcoder,
+        )
+    except ValueError as error:  # other widths
+        raise FoldError(str(error)) from None
+    parameters = changed.parameters()
     # aminmax, because isfinite allocates a tensor of the same size
     if not all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in parameters.values()):
         raise FoldError(
@@ -469,9 +466,10 @@ def _compare(
     mean = max(float(out.mean.norm()), float(folded_weights.b_dec.double().norm()))
     offset = mean / float(out.covariance_eigenvalues.sum().sqrt())
     if describe(sae).is_transcoder:
-        # It subtracts no b_dec, so the product with W amplifies rounding of the input's mean, too.
-        spread = float(whitening.covariance_eigenvalues.sum().sqrt())
-        offset += whitening.condition_number * float(whitening.mean.norm()) / spread
+        # It subtracts no b_dec, so the product with W amplifies rounding of the input's mean, too:
+        # each coordinate by its own row of W, in units of whitened activations, whose variance is 1
+        amplified = whitening.mean[:, None] * whitening.W
+        offset += float(amplified.norm()) / whitening.d_in**0.5
     tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
 
     norms = None if weights.decoder_norms is None else weights.decoder_norms.to(dtype)

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
     holds_saes = any(path.glob("cfg.json")) or any(path.glob("*/cfg.json"))
-    # far below statistics, SAEs are not what is meant
+    # a folder with statistics in it is one of statistics, even if there are SAEs deep below
     holds_saes |= not any(path.glob("*.safetensors")) and any(path.glob("**/cfg.json"))
     return _push_saes(args) if holds_saes else _push_statistics(args)
 

@@ -117,9 +117,9 @@ class Comparison(ComparisonOptions):
         require_number("training_tokens", self.training_tokens, self.train_batch_size_tokens)
         require_number("sweep_rounds", self.sweep_rounds, 0)
         for name in ("lr", "tolerance"):
-            require_number(name, getattr(self, name), math.ulp(0), whole=False)
+            require_number(name, getattr(self, name), above=0, whole=False)
         for lr in self.learning_rates:
-            require_number("learning_rates", lr, math.ulp(0), whole=False)
+            require_number("learning_rates", lr, above=0, whole=False)
         for k in self.sparsity:
             require_number("sparsity", k)
         for coefficient in self.coefficients:

@@ -1,6 +1,5 @@
 """The options of the lenses: each field is a flag of its command too, with its help."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,8 +81,7 @@ class LandscapeConfig:
     """Seed of the samples."""
 
     def __post_init__(self) -> None:
-        positive = math.ulp(0)
-        require_number("angle", self.angle, positive, at_most=90, whole=False)
-        require_number("activity", self.activity, positive, at_most=1, whole=False)
-        require_number("ratio", self.ratio, positive, whole=False)
+        require_number("angle", self.angle, above=0, at_most=90, whole=False)
+        require_number("activity", self.activity, above=0, at_most=1, whole=False)
+        require_number("ratio", self.ratio, above=0, whole=False)
         require_number("seed", self.seed, 0)

@@ -186,7 +186,8 @@ def fold_builtin_checkpoint(
         UnclearStateError: The state is unclear, or contradicts the config.
         FieldError: A whitening is needed and there is none, or a width does not fit.
         FoldError: No whitening can be folded into this architecture, sae-whiten folded it already,
-            or the fold failed its proof.
+            the fold failed its proof, or a BatchTopK SAE was folded twice and there are no
+            `activations` to find its threshold on.
         OSError: Nothing can be written to `out`.
     """
     path, out = Path(path), Path(out)
@@ -441,11 +442,10 @@ def _plain_sae(
         plain = _made_plain(sae, whitening, recognised)
         if recognised == "folded-twice" and hasattr(plain, "topk_threshold"):
             if activations is None:
-                raise FieldError(
-                    "activations",
-                    None,
+                raise FoldError(
                     "the weights are folded-twice, and their threshold was found on activations "
-                    "of another scale: it has to be found again, on activations",
+                    "of another scale; to find it again, give activations (the command takes "
+                    "--cached-activations or --dataset-path)"
                 )
             _find_threshold(plain, activations)
         summary = {"fold": {"check": None}}
