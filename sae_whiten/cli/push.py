@@ -39,6 +39,11 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no folder {path}")
+    if args.dry_run is not None and Path(args.dry_run).resolve().is_relative_to(path.resolve()):
+        raise ValueError(
+            f"--dry-run {args.dry_run}: it is inside {path}, so the next push would upload it too; "
+            "choose a folder elsewhere"
+        )
     holds_saes = any(path.glob("cfg.json")) or any(path.glob("*/cfg.json"))
     # a folder with statistics in it is one of statistics, even if there are SAEs deep below
     holds_saes |= not any(path.glob("*.safetensors")) and any(path.glob("**/cfg.json"))

@@ -127,14 +127,18 @@ def _template(args: argparse.Namespace) -> SyntheticRun:
         ValueError: Flags contradict each other, or a number cannot work.
     """
     of_data, of_training = given_options(args, _OF_DATA), given_options(args, _OF_TRAINING)
-    if args.benchmark is None:
-        if args.small or args.anisotropic:
-            raise ValueError("--small and --anisotropic need --benchmark")
-        return SyntheticRun(data=SyntheticDataConfig(**of_data), **of_training)
-    if of_data and not args.anisotropic:
+    if args.benchmark is None and (args.small or args.anisotropic):
+        raise ValueError("--small and --anisotropic need --benchmark")
+    if args.benchmark is not None and of_data and not args.anisotropic:
         flags = ", ".join("--" + _OF_DATA[name].replace("_", "-") for name in of_data)
         raise ValueError(
             f"--benchmark has activations as published: leave out {flags}, or add --anisotropic"
         )
-    template = benchmark_run(small=args.small, anisotropic=args.anisotropic)
+    if "junk_variance" in of_data and not of_data.get("n_junk"):
+        raise ValueError("--junk-variance: there is no junk; add --junk N for N dimensions of it")
+    template = (
+        SyntheticRun()
+        if args.benchmark is None
+        else benchmark_run(small=args.small, anisotropic=args.anisotropic)
+    )
     return replace(template, data=replace(template.data, **of_data), **of_training)

@@ -174,7 +174,10 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
     try:
         sae = SAE.load_from_disk(folder)
     except Exception as error:  # whatever the error, nobody could load this SAE
-        raise ValueError(f"{folder} is not an SAE that SAELens loads: {error!r}") from error
+        inference = Path(folder) / INFERENCE_DIR
+        other = f". The form for inference is in {inference}" if inference.is_dir() else ""
+        message = f"{folder} is not an SAE that SAELens loads: {error!r}{other}"
+        raise ValueError(message) from error
     cfg, metadata = sae.cfg, sae.cfg.metadata
     check_normalisation(str(folder), sae)
     ours = type(sae).__module__.startswith("sae_whiten.")

@@ -537,9 +537,17 @@ def test_it_loads_where_sae_whiten_is_imported_first(saved):
         assert {"top_afa", "topk_vsae"} <= registry.SAE_TRAINING_CLASS_REGISTRY.keys()
         x, output = torch.load(sys.argv[1] + "/expected.pt")
         assert torch.allclose(sae(x), output, atol=1e-5)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), saved], check=True)
 
-        # a compiled step is the same step; here, for run-time checks of types cannot be compiled
+
+def test_a_compiled_step_is_the_same_step(saved):
+    # in another process, as run-time checks of types cannot be compiled
+    code = """
+        import sys, torch
+        import sae_whiten.architectures
         from sae_lens.saes.sae import TrainingSAE, TrainStepInput
+        x, _ = torch.load(sys.argv[1] + "/expected.pt")
         dead = torch.arange(96) % 5 == 0
         for name in ("top_afa", "topk_vsae"):
             config = {"architecture": name, "d_in": 24, "d_sae": 96}
@@ -563,7 +571,8 @@ def test_it_loads_where_sae_whiten_is_imported_first(saved):
                 assert torch.allclose(found[1][key], value, rtol=1e-4, atol=1e-4), (name, key)
             assert torch.equal(sae.encode(x), sae.encode(x))
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), saved], check=True)
+    process = run_code(code, saved)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("inference", [True, False])

@@ -231,6 +231,27 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_sent(
     assert not hub.requests
 
 
+def test_a_dry_run_does_not_write_where_the_next_push_would_find_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "dry"
+    assert main(["push", str(folder), "me/sae", "--dry-run", str(out)]) == 2
+    assert "choose a folder elsewhere" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_checkpoint_that_does_not_load_names_the_form_that_does(
+    tmp_path: Path, hub: FakeHub
+) -> None:
+    sae = training_sae("batchtopk", D, D_SAE)
+    sae.cfg.normalize_activations = "none"
+    sae.save_model(tmp_path)
+    sae.save_inference_model(tmp_path / "inference")
+    with pytest.raises(ValueError, match="not an SAE that SAELens loads.*for inference is in"):
+        push_saes(find_saes(tmp_path), "me/sae")
+    push_saes(find_saes(tmp_path / "inference"), "me/sae")
+
+
 def test_the_command_dry_or_not(
     folder: Path, tmp_path: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:

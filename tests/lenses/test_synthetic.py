@@ -346,6 +346,18 @@ def test_published_activations_have_neither_noise_nor_dense_activity(name):
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    "flags", [[], ["--junk", "0"], ["--benchmark", "synthsaebench", "--anisotropic"]]
+)
+def test_the_command_refuses_the_variance_of_junk_that_is_not_there(
+    flags, planned, tmp_path, capsys
+):
+    command = ["synthetic", "--out", str(tmp_path), "--junk-variance", "0.1", *flags]
+    assert main(command) == 2
+    assert "add --junk N" in capsys.readouterr().err
+    assert not planned
+
+
 def test_the_small_benchmark_has_its_features_in_tame_or_anisotropic_activations(monkeypatch):
     monkeypatch.setattr(synthetic_data, "_CHUNK", 2048)
     # ten seconds of it, which change nothing here
