@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten import ActivationStatistics, Whitening, WhiteningConfig, WhiteningTrainer
+from sae_whiten._paper_style import new_figure, paper_style, save_figure
 from sae_whiten.comparison.paired import (
     bootstrap_difference,
     interpolate_at,
@@ -516,7 +517,7 @@ def probe(
 
 
 def report(out: Path, docs: Path) -> None:
-    """Write table.md, differences.md, sweep.md, curves.png and curve.json, of all runs so far."""
+    """Write tables (*.md), figures (main.png, curves.png) and curve.json, of all runs so far."""
     import pandas as pd
 
     records = read(out / RESULTS["topk"])
@@ -572,7 +573,8 @@ def report(out: Path, docs: Path) -> None:
     sweep.columns = [f"{names[value]} at {lr:g}" for value, lr in sweep]
     write_table(docs / "sweep.md", sweep.reset_index())
     write_standard(read(out / RESULTS["standard"]), docs / "standard.md")
-    draw(frame, doses, docs / "curves.png")
+    draw_main(frame, doses, docs / "main.png")
+    draw_all(frame, doses, docs / "curves.png")
     described = json.loads((out / "doses.json").read_text())
     (docs / "curve.json").write_text(json.dumps(curve(records, described), indent=1) + "\n")
     print((docs / "table.md").read_text())
@@ -684,34 +686,82 @@ def write_table(path: Path, table: Any) -> None:
     path.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
-def draw(frame: Any, doses: list[str], path: Path) -> None:
-    """Metrics at every dose: a marker for each condition, a line over its seeds."""
-    from matplotlib import pyplot as plt
+# titles of the panels, by column of the table
+TITLES = {
+    f"dead of {D_SAE}": f"dead latents, of {D_SAE}",
+    "EV": "explained variance",
+    "EV, map undone": "the same, map undone",
+    "AUC": "AUC of sparse probes",
+    "AUC 1": "AUC of probes on 1 latent",
+    "AUC 16": "AUC of probes on 16 latents",
+}
 
+# name, colour and marker in figures, by condition
+STYLES = {
+    BASELINE: ("SAELens' scaling", "#e69f00", "o"),
+    "centred": ("mean subtracted", "#009e73", "s"),
+    "strength-0.25": ("strength 0.25", "#56b4e9", "<"),
+    "strength-0.5": ("strength 0.5", "#8c6bb1", "v"),
+    "strength-0.75": ("strength 0.75", "#8c564b", ">"),
+    "whitened": ("loss in whitened space", "#cc79a7", "D"),
+    "original": ("loss in original space (default)", "#0072b2", "^"),
+    "original-norms": ("the default with original norms", "#7f7f7f", "P"),
+}
+
+LEAST = -0.1  # drawn in place of what is less: with the map undone, values are far below 0
+
+
+def draw_main(frame: Any, doses: list[str], path: Path) -> None:
+    """Four metrics at the main doses: a line for each of four conditions, a band over its seeds."""
+    shown = [dose for dose in MAIN if dose.name in doses]
+    with paper_style():
+        figure = new_figure(7.5, 2.4)
+        for axes, name in zip(figure.subplots(1, 4), list(TITLES)[:4], strict=True):
+            for condition in (BASELINE, "centred", "original", "whitened"):
+                at, means, low, high = over_doses(frame, condition, name, shown)
+                called, colour, marker = STYLES[condition]
+                axes.plot(at, means, marker=marker, ms=4, color=colour, label=called)
+                axes.fill_between(at, low, high, color=colour, alpha=0.2, lw=0)
+            finish_panel(axes, name, shown)
+        entries = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*entries, loc="outside lower center", ncols=4, frameon=False)
+        save_figure(figure, path)
+
+
+def draw_all(frame: Any, doses: list[str], path: Path) -> None:
+    """All metrics at every dose: a marker for each condition, a line over its seeds."""
     order = (MAIN[0], Dose(0, 3), Dose(2.5, 0), Dose(1, 1), *MAIN[1:2], Dose(2.5, 3), *MAIN[2:])
     shown = [dose for dose in order if dose.name in doses]
-    dead = f"dead of {D_SAE}"
-    panels = ("EV", "EV, map undone", dead, "AUC 1", "AUC 16")
-    figure, axes = plt.subplots(1, len(panels), figsize=(19, 4.2), layout="constrained")
-    colours = dict(zip(CONDITIONS, plt.get_cmap("tab10").colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
-    present = [c for c in CONDITIONS if c != "none" and c in set(frame["condition"])]
-    for axis, name in zip(axes, panels, strict=True):
-        for i, condition in enumerate(present):
-            own = frame[frame["condition"] == condition].groupby("dose")[name]
-            at = [k for k, dose in enumerate(shown) if dose.name in own.groups]
-            names = [shown[k].name for k in at]
-            x = [k + 0.1 * (i - (len(present) - 1) / 2) for k in at]
-            low, high = own.min()[names], own.max()[names]
-            axis.vlines(x, low, high, color=colours[condition], alpha=0.6)
-            axis.plot(
-                x, own.mean()[names], marker="o", ls="", label=condition, color=colours[condition]
-            )
-        axis.set_xticks(range(len(shown)), [label(dose) for dose in shown], fontsize=8)
-        axis.set_title(name)
-        axis.grid(axis="y", alpha=0.3)
-    axes[1].set_ylim(0, 1)  # without whitening it is far below 0 at the strongest dose
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
-    figure.savefig(path, dpi=110)
+    present = [name for name in STYLES if name in set(frame["condition"])]
+    with paper_style():
+        figure = new_figure(9.5, 5)
+        for axes, name in zip(figure.subplots(2, 3).flat, TITLES, strict=True):
+            for i, condition in enumerate(present):
+                at, means, low, high = over_doses(frame, condition, name, shown)
+                x = [k + 0.1 * (i - (len(present) - 1) / 2) for k in at]
+                called, colour, marker = STYLES[condition]
+                axes.vlines(x, low, high, color=colour, alpha=0.6)
+                axes.plot(x, means, marker=marker, ms=4, ls="", color=colour, label=called)
+            finish_panel(axes, name, shown)
+            axes.grid(axis="y", alpha=0.3)
+        entries = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*entries, loc="outside lower center", ncols=4, frameon=False)
+        save_figure(figure, path)
+
+
+def over_doses(frame: Any, condition: str, metric: str, doses: list[Dose]) -> tuple[Any, ...]:
+    """Positions of the doses at which there are SAEs; mean, least and largest value over seeds."""
+    own = frame[frame["condition"] == condition].groupby("dose")[metric]
+    at = [k for k, dose in enumerate(doses) if dose.name in own.groups]
+    names = [doses[k].name for k in at]
+    return at, *(values[names].clip(LEAST) for values in (own.mean(), own.min(), own.max()))
+
+
+def finish_panel(axes: Any, metric: str, doses: list[Dose]) -> None:
+    axes.set_xticks(range(len(doses)), [label(dose) for dose in doses])
+    axes.set_title(TITLES[metric], fontsize=8)
+    if metric == "EV, map undone":
+        axes.set_ylim(0, 1)
 
 
 def label(dose: Dose) -> str:
