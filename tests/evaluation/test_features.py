@@ -383,13 +383,17 @@ def test_tokens_raised_and_lowered_are_those_of_the_unembedding(model, text):
         assert latent.lowered[0][1] == pytest.approx(float(effect.min()), abs=1e-4)
 
 
-def test_a_bridge_and_a_wrapper_of_one_model_raise_the_same_tokens(model):
-    bridge = TransformerBridge.boot_transformers(
+@pytest.fixture(scope="module")
+def bridge(model) -> TransformerBridge:
+    return TransformerBridge.boot_transformers(
         "EleutherAI/pythia-14m",
         hf_model=AutoModelForCausalLM.from_pretrained(BYTE_TRANSFORMER),
         tokenizer=model.tokenizer,
         device="cpu",
     )
+
+
+def test_a_bridge_and_a_wrapper_of_one_model_raise_the_same_tokens(model, bridge):
     ours, theirs = Unembedding.of(bridge), Unembedding.of(model)
     assert ours is not None
     assert theirs is not None
@@ -406,6 +410,18 @@ def test_no_tokens_are_raised_where_that_means_nothing(model, text, dataset):
     wide = sae_of(512, 64, hook)
     found = measure_features({"sae": wide}, model, text, FeatureOptions(n_latents=1, n_tokens=640))
     assert "width 512" in str(found.why_no_logits)
+
+
+@pytest.mark.parametrize(
+    ("hook", "raises"), [("blocks.0.attn.hook_z", False), ("blocks.0.hook_attn_out", True)]
+)
+def test_no_tokens_are_raised_inside_attention_heads(bridge, text, hook, raises):
+    sae = sae_of(128, 64, hook)
+    options = FeatureOptions(n_latents=1, n_tokens=128)
+    found = measure_features({"sae": sae}, bridge, text, options)
+    assert (found.why_no_logits is None) == raises
+    if not raises:
+        assert f"{hook} is inside the attention heads" in str(found.why_no_logits)
 
 
 class GemmaNorm(nn.Module):

@@ -5,6 +5,7 @@ latents to show are chosen from this. The second pass collects their texts and h
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,6 +40,9 @@ from sae_whiten.statistics import ActivationStatistics
 __all__ = ["measure_features"]
 
 logger = logging.getLogger(__name__)
+
+# together, attention heads are often as wide as the residual stream
+_OF_HEADS = re.compile(r"(^|\.)(hook_(rot_)?[qkvz]|[qkv]\.hook_out|o\.hook_in|[qkv]_proj)$")
 
 
 @torch.no_grad()
@@ -217,6 +221,11 @@ def _why_no_logits(subjects: Sequence[Subject], model: Model, batch: _Batch) -> 
             return (
                 f"{subject.view.hook_name} has activations of width {subject.sae.cfg.d_in}: it is "
                 f"not in the residual stream, of width {d_model}, that logits are computed from"
+            )
+        if _OF_HEADS.search(subject.view.hook_name):
+            return (
+                f"{subject.view.hook_name} is inside the attention heads, not in the residual "
+                "stream that logits are computed from"
             )
     return None
 
