@@ -100,7 +100,7 @@ def evaluate_saes(
     Raises:
         ValueError: An SAE belongs to another model or hook, or is not for raw activations. The
             SAEs' metadata contradict each other. A number is out of range. The dataset is shorter
-            than one sequence.
+            than one sequence. Or the last tokens of texts are to be probed, and an SAE is temporal.
     """
     if not saes:
         raise ValueError("no SAEs to evaluate")
@@ -108,6 +108,8 @@ def evaluate_saes(
     seeds = range(options.seed, options.seed + options.probe_seeds)
     reading = Reading.of(saes, model, options)
     require_context(reading.context_size, model)
+    if isinstance(labels, ProbingTasks):
+        labels.check(saes)
     views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     evaluated_on = {name: v.kept_in_words(reading.context_size) for name, v in views.items()}
     _warn_of_different_tokens(evaluated_on)

@@ -159,9 +159,12 @@ def encode_decode(
         Indices of the sequences, their latents (dense, shape (some, seq, d_sae)), and their
         reconstructions.
     """
+    # a temporal SAE adds what it predicts from earlier tokens, which its decoder leaves out
+    is_decoded = type(sae).forward is SAE.forward
     for rows in _parts(sae, x):
-        latents = sae.encode(x[rows].to(sae.device, sae.dtype))
-        x_hat = sae.decode(latents)
+        x_in = x[rows].to(sae.device, sae.dtype)
+        latents = sae.encode(x_in)
+        x_hat = sae.decode(latents) if is_decoded else sae(x_in)
         yield rows, latents.to_dense() if latents.is_sparse else latents, x_hat
 
 

@@ -79,6 +79,20 @@ class ProbingTasks:
         """Tasks by a name: "sae-probes" for all 113, "sae-probes:20" for a fixed sample of 20."""
         return cls(tasks_of(source), **options)
 
+    def check(self, saes: Mapping[str, SAE[Any]]) -> None:
+        """Refuse SAEs, by name, that cannot encode a text's last token alone.
+
+        Raises:
+            ValueError: `tokens` is "last", and an SAE is temporal.
+        """
+        for name, sae in saes.items():
+            if self.tokens == "last" and sae.cfg.architecture() == "temporal":
+                raise ValueError(
+                    f"{name} is a temporal SAE, whose latents depend on earlier tokens too, and "
+                    "the probes read the last token alone: probe the mean over all tokens instead "
+                    "(tokens='mean', --probe-tokens mean)"
+                )
+
     @property
     def source(self) -> dict[str, Any]:
         """The tasks, options and package version, for the record."""

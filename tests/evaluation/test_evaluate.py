@@ -34,6 +34,7 @@ from sae_whiten.cli import main
 from sae_whiten.comparison.report.evaluation import evaluation_table
 from sae_whiten.evaluation import probe_saes as experiments_probing
 from sae_whiten.evaluation import probing as evaluation_probing
+from sae_whiten.evaluation import sae_probes
 from sae_whiten.evaluation.catalogue import SAE_PROBES_AUC_AT, Measured
 from sae_whiten.evaluation.evaluate import evaluate_saes as evaluate_with_repeats
 from sae_whiten.evaluation.labels import LabelledTexts, Split
@@ -50,6 +51,7 @@ from sae_whiten.evaluation.probing import (
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
+from sae_whiten.evaluation.sae_probes import ProbingTasks
 from sae_whiten.evaluation.tokens import Reading, token_batches
 from tests.support import BYTE_TRANSFORMER, ROOT, tiny_dataset, tiny_model, whitening_of
 
@@ -190,6 +192,33 @@ def test_loss_and_core_metrics_are_those_of_saelens(model, text, exclude):
     assert ours["metrics"]["l0"] == pytest.approx(theirs["sparsity"]["l0"])
     explained = theirs["reconstruction_quality"]["explained_variance"]
     assert ours["metrics"]["explained_variance"] == pytest.approx(explained, abs=1e-5)
+
+
+def temporal() -> SAE[Any]:
+    torch.manual_seed(0)
+    config = {"architecture": "temporal", "n_heads": 4, "kval_topk": 24, "bottleneck_factor": 8}
+    sae = SAE.from_dict({**sae_of().cfg.to_dict(), **config})
+    with torch.no_grad():
+        sae.W_dec.div_(D**0.5)
+    return sae
+
+
+def test_the_reconstruction_of_a_temporal_sae_has_what_it_predicts(model, text):
+    sae = temporal()
+    (record,) = evaluate_saes({"sae": sae}, model, text, n_tokens=640)
+    tokens = torch.tensor(text["input_ids"][:10])
+    x, kept = activations(model, tokens), tokens != 256
+    with torch.no_grad():
+        expected = explained_variance(x[kept], sae(x)[kept])
+        decoded = explained_variance(x[kept], sae.decode(sae.encode(x))[kept])
+    assert abs(decoded - expected) > 1e-3
+    assert record["metrics"]["explained_variance"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_temporal_sae_is_not_probed_at_last_tokens_alone(model, text, monkeypatch):
+    monkeypatch.setattr(sae_probes, "task_names", lambda: ["a task"])
+    with pytest.raises(ValueError, match="sae is a temporal SAE.*--probe-tokens mean"):
+        evaluate_saes({"sae": temporal()}, model, text, ProbingTasks(["a task"]), n_tokens=64)
 
 
 def test_a_model_of_random_weights_gets_no_loss_and_is_told_why():
