@@ -83,7 +83,8 @@ class ComparisonOptions:
     context size are read from them; of a long text, only the beginning."""
 
     probe_seeds: int = 3
-    """How many times probing is done, each time with other rows, to know its noise."""
+    """How many times probing is done, each time with other rows, to know its noise. A label with
+    two values has no other rows."""
 
     tpp_and_scr: bool = False
     """Measure TPP and SCR too. Both have been shown to mislead (arXiv 2605.18229)."""

@@ -200,14 +200,17 @@ def measurement_noise(repeats: Sequence[_Values]) -> float:
         repeats: Rows of R differences. R may differ between rows.
 
     Returns:
-        Half the width of the 95% interval of the mean over R seeds, for the smallest R there is;
-        NaN if nothing was repeated.
+        Half the width of the 95% interval of the mean over R seeds, for the smallest R there is.
+        NaN if nothing was repeated, or all repetitions are equal: of a label with two values every
+        seed draws all rows, and this is no sign that other rows would give the same.
     """
     rows = [np.asarray(row, np.float64) for row in repeats if len(row) > 1]
     if not rows:
         return math.nan
     df = sum(len(row) - 1 for row in rows)
     variance = sum(float(np.square(row - row.mean()).sum()) for row in rows) / df
+    if variance == 0:
+        return math.nan
     fewest = min(len(row) for row in rows)
     return float(stats.t.ppf(1 - _LEVEL / 2, df)) * math.sqrt(variance / fewest)
 

@@ -76,8 +76,9 @@ def evaluate_saes(
       pairs of values of the first attribute, with the second as the other attribute.
       `scr_min_denominator` is the smallest over the pairs.
 
-    Probing metrics are means over `probe_seeds` seeds, each of which draws other rows. `repeats`
-    has the single values, by metric and task.
+    Probing metrics are means over `probe_seeds` seeds, each of which draws other rows, except for
+    labels with two values, of which all rows are used every time. `repeats` has the single values,
+    by metric and task.
 
     Metrics that would be meaningless are left out. `absent` then has the reason, under `ce_loss`
     (also for the KL divergence), `tpp` or `scr`.

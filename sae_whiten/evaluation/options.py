@@ -46,7 +46,8 @@ class EvaluationOptions(SequenceOptions):
     """First of the seeds that draw texts and rows for probing."""
 
     probe_seeds: int = 3
-    """How many times probing is done, each time with other rows, to know its noise."""
+    """How many times probing is done, each time with other rows, to know its noise. A label with
+    two values has no other rows."""
 
     tpp_and_scr: bool = False
     """Measure TPP and SCR on labelled texts too. Both have failed tests of their validity

@@ -204,6 +204,8 @@ def test_noise_is_the_interval_of_a_mean_over_repeats_pooled() -> None:
     noise = measurement_noise([[1.0, 2.0, 3.0], [10.0, 12.0, 14.0]])
     assert noise == pytest.approx(stats.t.ppf(0.975, 4) * (2.5 / 3) ** 0.5)
     assert math.isnan(measurement_noise([[1.0], []]))
+    # of the same rows every time
+    assert math.isnan(measurement_noise([[1.0, 1.0], [0.5, 0.5]]))
 
 
 def test_nothing_below_the_noise_of_the_measurement_is_a_difference() -> None:

@@ -261,11 +261,17 @@ def test_learning_rates_that_were_tried_are_shown_with_the_best_in_bold() -> Non
 def test_an_evaluation_says_how_noisy_its_probes_are() -> None:
     run = {"name": "sae", "metrics": {AUC: 0.75}, "repeats": {AUC: {"a": [0.7, 0.8]}}}
     table = evaluation_table([run])
-    assert f"with other splits: {0.05 * 2**0.5:.4f} in sae-probes AUC top 1." in table
+    assert f"with other rows: {0.05 * 2**0.5:.4f} in sae-probes AUC top 1." in table
     assert "Conclude nothing" not in table
     asked = evaluation_table([{"name": "sae", "metrics": {"tpp_top_20": 0.1}}])
     assert "Conclude nothing from TPP and SCR" in asked
     assert "arXiv 2605.18229" in asked
+
+
+def test_equal_repetitions_are_not_called_free_of_noise() -> None:
+    # of a label with two values, every seed of the probes draws the same rows
+    run = {"name": "sae", "metrics": {AUC: 0.75}, "repeats": {AUC: {"": [0.75, 0.75]}}}
+    assert "Standard deviation of probing" not in evaluation_table([run])
 
 
 def test_another_metric_changes_no_p_value(monkeypatch: pytest.MonkeyPatch) -> None:

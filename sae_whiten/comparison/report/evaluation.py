@@ -65,7 +65,7 @@ def evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
 
 
 def _noise_of_probes(records: Sequence[Mapping[str, Any]]) -> str:
-    """The noise of the probes, in a sentence; empty if probing was not repeated."""
+    """The noise of the probes, in a sentence; empty if it is not known."""
     noise = []
     for metric in (m for m in MAIN_METRICS if m in PROBING):
         sds = [
@@ -74,11 +74,12 @@ def _noise_of_probes(records: Sequence[Mapping[str, Any]]) -> str:
             if (tasks := (record.get("repeats") or {}).get(metric.key))
             and min(map(len, tasks.values())) > 1
         ]
-        if sds:
-            noise.append(f"{statistics.median(sds):.{metric.decimals + 1}f} in {metric.name}")
+        # 0 if every seed of the probes draws the same rows
+        if sds and (sd := statistics.median(sds)) > 0:
+            noise.append(f"{sd:.{metric.decimals + 1}f} in {metric.name}")
     if not noise:
         return ""
-    return f" Standard deviation of probing an SAE again, with other splits: {listed(noise)}."
+    return f" Standard deviation of probing an SAE again, with other rows: {listed(noise)}."
 
 
 def _different_tokens(records: Sequence[Mapping[str, Any]]) -> list[Block]:

@@ -237,7 +237,8 @@ def smallest_differences(comparison: Summary, tested: Sequence[Metric]) -> Table
     caption = (
         "What this comparison can detect, over all conditions: half the width of the 95% "
         "confidence intervals, or the noise of the probes where that is larger. Noise: how far "
-        "probing the same SAEs again, with other splits, moves a difference (–: not at all, or not "
-        "repeated). No difference below the noise is called significant."
+        "probing the same SAEs again, with other rows, moves a difference (–: not known, because "
+        "probing was not repeated, or of the same rows every time). No difference below the noise "
+        "is called significant."
     )
     return Table(["smallest detectable difference", "median", "largest", "noise"], rows, caption)
