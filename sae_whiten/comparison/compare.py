@@ -29,7 +29,12 @@ from sae_whiten.comparison.data import (
     same_activations,
     shuffled,
 )
-from sae_whiten.comparison.learning_rates import best_learning_rates, loss_spaces
+from sae_whiten.comparison.learning_rates import (
+    SCORES_FILE,
+    TRIALS_DIR,
+    best_learning_rates,
+    loss_spaces,
+)
 from sae_whiten.comparison.lockstep import train_arms
 from sae_whiten.comparison.plan import Arm, Comparison, arms
 from sae_whiten.comparison.setting import Setting
@@ -286,7 +291,7 @@ def _write_settings(out: Path, settings: dict[str, Any]) -> None:
         before = {**defaults, **redacted(read_json(path, remedy))}
         if same_activations(before["activations"], settings["activations"]):
             settings["activations"] = before["activations"]
-        in_training = any((out / "checkpoints").glob("*/*"))
+        in_training = any((out / "checkpoints").glob("*/*")) or (out / TRIALS_DIR).is_dir()
         # these may grow, except that sparsity must not change while SAEs are being trained
         growing = ("seeds",) if in_training else ("seeds", "sparsity")
         for name in growing:
@@ -296,7 +301,8 @@ def _write_settings(out: Path, settings: dict[str, Any]) -> None:
             for name in {**before, **settings}
             if name not in (*_MAY_DIFFER, *growing) and before.get(name) != settings.get(name)
         ]
-        trained = in_training or (out / "saes").is_dir() or (out / _RESULTS).is_file()
+        results = ("saes", _RESULTS, SCORES_FILE)
+        trained = in_training or any((out / name).exists() for name in results)
         if different and not trained:
             # the statistics may belong to other settings
             shutil.rmtree(out / "statistics", ignore_errors=True)

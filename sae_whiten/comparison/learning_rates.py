@@ -22,12 +22,15 @@ from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.checkpoint import is_complete_sae
 from sae_whiten.whitening import Whitening
 
-__all__ = ["SCORES_FILE", "best_learning_rates", "loss_spaces"]
+__all__ = ["SCORES_FILE", "TRIALS_DIR", "best_learning_rates", "loss_spaces"]
 
 logger = logging.getLogger(__name__)
 
 SCORES_FILE = "learning_rates.json"
 """File in the folder of a comparison: scores by architecture, condition and learning rate."""
+
+TRIALS_DIR = "learning-rates"
+"""Folder there, while rates are tried: SAEs and results by learning rate."""
 
 _SHORTENING = 8  # each rate is tried with this fraction of the training tokens, 1 / 8
 
@@ -62,7 +65,7 @@ def best_learning_rates(setting: Setting) -> dict[tuple[str, str], float]:
                 of_rates = scores.setdefault(architecture, {}).setdefault(condition, {})
                 of_rates[f"{lr:g}"] = None if math.isnan(score) else score
         write_json(path, scores, indent=1)
-        shutil.rmtree(setting.out / "learning-rates", ignore_errors=True)
+        shutil.rmtree(setting.out / TRIALS_DIR, ignore_errors=True)
     scores = read_json(path, "restore it from a copy, or delete it: the rates are then tried again")
     best = {}
     for architecture, condition in _pairs(comparison):
@@ -111,7 +114,7 @@ def loss_spaces(arms: Sequence[Arm], statistics: Path) -> dict[str, Whitening]:
 
 def _train_briefly(setting: Setting, lr: float) -> list[dict[str, Any]]:
     """Train all architectures and conditions briefly at one rate, and return their records."""
-    comparison, folder = setting.comparison, setting.out / "learning-rates" / f"{lr:g}"
+    comparison, folder = setting.comparison, setting.out / TRIALS_DIR / f"{lr:g}"
     path = folder / "results.json"
     if path.is_file():
         return read_json(path, "delete it: its SAEs are then evaluated again")

@@ -444,6 +444,26 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
         run(out, dataclasses.replace(SMALL, lr=0.01))
 
 
+@pytest.mark.parametrize("tried", ["learning_rates.json", "learning-rates/0.001/results.json"])
+def test_rates_tried_under_other_settings_are_not_taken_over(tmp_path, monkeypatch, tried):
+    few = dataclasses.replace(SMALL, architectures=("topk",), learning_rates=(1e-3, 3e-3))
+
+    def stopped(setting: Any) -> None:
+        (setting.out / tried).parent.mkdir(parents=True, exist_ok=True)
+        (setting.out / tried).write_text("{}")
+        raise TimeoutError
+
+    monkeypatch.setattr("sae_whiten.comparison.compare.best_learning_rates", stopped)
+    with pytest.raises(TimeoutError):
+        run(tmp_path, few)
+    with pytest.raises(ValueError, match=r"holds a comparison with learning_rates=\[0.001, 0.003"):
+        run(tmp_path, dataclasses.replace(few, learning_rates=(1e-2,)))
+    # which k is the middle one matters only while rates are being tried
+    more = dataclasses.replace(few, sparsity=(2, 4))
+    with pytest.raises(TimeoutError if tried.endswith("rates.json") else ValueError):
+        run(tmp_path, more)
+
+
 @pytest.mark.parametrize(
     ("file", "remedy"),
     [
