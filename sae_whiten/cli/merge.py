@@ -3,7 +3,8 @@
 Takes files, or folders with one file per hook. From folders, the hooks that all of them have are
 merged. Provenance entries are kept if they are equal in all shards. Shards that differ in model,
 hook or context are an error. So are duplicates of the same statistics, which would count twice, and
-an --out that would overwrite a shard.
+an --out that would overwrite a shard. Shards of one dataset and split, which sae-whiten fit reads
+from its beginning, are warned about.
 """
 
 import argparse
@@ -33,9 +34,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give either files or folders, not both")
     groups = _by_hook(args.shards, args.out) if all(folders) else {_file(args.out): args.shards}
     _refuse_to_overwrite(groups)
-    from sae_whiten.estimation.merging import merge_files
+    from sae_whiten.estimation.merging import from_one_beginning, merge_files
 
     merged = {path: merge_files(shards) for path, shards in groups.items()}
+    # once, because folders hold the hooks of one estimation
+    twice = from_one_beginning(next(iter(groups.values())))
+    if twice is not None:
+        logger.warning(
+            "%s and %s are both of %s: unless these are different texts of the same name, "
+            "activations at its beginning count twice",
+            *twice,
+        )
     for path, statistics in merged.items():
         statistics.save(path)
         print(f"{path}: {statistics.n_samples} activations of width {statistics.d_in}")

@@ -4,10 +4,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_whiten._files import load_fields
+from sae_whiten.estimation.dataset import canonical_source
 from sae_whiten.estimation.options import decisive_fields
 from sae_whiten.statistics import ActivationStatistics
 
-__all__ = ["merge_files"]
+__all__ = ["from_one_beginning", "merge_files"]
+
+
+def from_one_beginning(paths: Sequence[Path]) -> tuple[Path, Path, str] | None:
+    """Two files that were estimated from the beginning of one dataset, as far as its name tells.
+
+    Args:
+        paths: Files of statistics, all of them whole.
+
+    Returns:
+        The files and the dataset; None if all are of different ones or do not name any.
+    """
+    first_of: dict[tuple[str, str], Path] = {}
+    for path in paths:
+        provenance = load_fields(path, "activation_statistics")["provenance"]
+        source = provenance.get("cached_activations") or provenance.get("dataset_path")
+        # "local" is the usual name of a dataset that was given as an object
+        if not source or source == "local":
+            continue
+        # training reads this split, and does not record it
+        key = canonical_source(source), str(provenance.get("split", "train"))
+        first = first_of.setdefault(key, path)
+        if first is not path:
+            return first, path, f"{source} ({key[1]})"
+    return None
 
 
 def merge_files(paths: Sequence[Path]) -> ActivationStatistics:

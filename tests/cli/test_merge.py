@@ -149,3 +149,26 @@ def test_the_digest_is_of_the_numbers_alone(tmp_path: Path) -> None:
         c.update(change)
         # a skipped activation changes nothing in the numbers
         assert (c.digest == a.digest) == (not change.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "warned"),
+    [
+        ({"dataset_path": "texts", "split": "train"}, {"dataset_path": "texts"}, True),
+        ({"cached_activations": "/cache"}, {"cached_activations": "/a/../cache"}, True),
+        ({"dataset_path": "d", "split": "train[:9%]"}, {"dataset_path": "d"}, False),
+        ({"dataset_path": "local"}, {"dataset_path": "local"}, False),
+        ({}, {}, False),
+    ],
+)
+def test_shards_that_begin_with_the_same_texts_are_warned_about(
+    first: dict[str, str],
+    second: dict[str, str],
+    warned: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    x = friendly(100, 4)
+    shards = [save(tmp_path / "a", x[:50], **first), save(tmp_path / "b", x, **second)]
+    assert main(["merge", *shards, "--out", str(tmp_path / "whole")]) == 0
+    assert ("count twice" in caplog.text) == warned
