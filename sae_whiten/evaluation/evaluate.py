@@ -21,13 +21,16 @@ from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.catalogue import METRICS, Measured, attribute_metrics
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.evaluation.metrics import ExplainedVariance, LatentActivity
-from sae_whiten.evaluation.model_loss import ModelLoss, kl_divergence
+from sae_whiten.evaluation.model_loss import (
+    ModelLoss,
+    kl_divergence,
+    why_no_next_token_loss,
+    worse_than_guessing,
+)
 from sae_whiten.evaluation.model_view import (
     View,
     encode_decode,
     run,
-    why_no_next_token_loss,
-    worse_than_guessing,
 )
 from sae_whiten.evaluation.options import EvaluationOptions
 from sae_whiten.evaluation.probe_saes import probe_saes

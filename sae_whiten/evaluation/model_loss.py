@@ -1,18 +1,27 @@
 """The effect on a language model's loss of replacing its activations by an SAE's reconstructions.
 
-Meaningful only for models with a trained language-modelling head.
+Meaningful only for models with a trained language-modelling head: `why_no_next_token_loss` and
+`worse_than_guessing` say why it is not.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from sae_whiten._dtypes import as_float64
+from sae_whiten.estimation.sources import Model
 
-__all__ = ["ModelLoss", "ce_loss_score", "kl_divergence"]
+__all__ = [
+    "ModelLoss",
+    "ce_loss_score",
+    "kl_divergence",
+    "why_no_next_token_loss",
+    "worse_than_guessing",
+]
 
 _BLOCK = 256  # tokens
 
@@ -109,3 +118,62 @@ def _kl_divergence(
     log_p, log_q = logits.log_softmax(-1), sae_logits.log_softmax(-1)
     # impossible tokens add 0, where the formula gives 0 * (-inf + inf)
     return torch.where(log_p == -math.inf, 0, log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@torch.no_grad()
+def why_no_next_token_loss(model: Model, tokens: Integer[Tensor, "batch seq"]) -> str | None:
+    """The reason why a model's next-token loss is meaningless, or None if it is meaningful.
+
+    There are two reasons. Encoders see the token that they have to predict; this is tested on the
+    tokens. Or transformers has initialised the language-modelling head at random because the
+    checkpoint has none; the classes in the checkpoint's config show this. See also
+    `worse_than_guessing`.
+
+    Args:
+        model: As SAELens loads it.
+        tokens: Any text.
+    """
+    logits = _logits(model, tokens[:1])
+    if logits is None:
+        return "the model returns no logits"
+    changed = tokens[:1].clone()
+    changed[:, -1] = (changed[:, -1] + 1) % logits.shape[-1]
+    others = _logits(model, changed)
+    assert others is not None
+    difference = (others - logits)[:, :-1].float().abs().max()
+    if difference > 1e-2 * logits.float().std():
+        return "the model is not causal: its predictions for a token depend on later tokens"
+    # the attributes in which SAELens' wrapper and TransformerBridge hold the Hugging Face model
+    wrapped = getattr(model, "model", None) or getattr(model, "original_model", None)
+    return _why_head_untrained(wrapped)
+
+
+def _why_head_untrained(model: Any) -> str | None:
+    """The reason why a Hugging Face model's head is untrained, or None, from its config."""
+    names = getattr(getattr(model, "config", None), "architectures", None)
+    if not names or any("LM" in name or "ConditionalGeneration" in name for name in names):
+        return None
+    base = {id(p) for p in getattr(model, model.base_model_prefix, model).parameters()}
+    # a head that is tied to the embeddings is not missing
+    if all(id(p) in base for p in model.parameters()):
+        return None
+    return (
+        "the model's language-modelling head has random weights, because its checkpoint is of a "
+        f"{names[0]}, which has none"
+    )
+
+
+def worse_than_guessing(ce_loss: float, d_vocab: int) -> str | None:
+    """The reason why a loss is meaningless, if uniform guessing is as good; otherwise None."""
+    if ce_loss < math.log(d_vocab):
+        return None
+    return (
+        f"the model's loss, {ce_loss:.2f}, is no less than that of guessing among {d_vocab} "
+        f"tokens, {math.log(d_vocab):.2f}: its language-modelling head is not trained, or not for "
+        "this text"
+    )
+
+
+def _logits(model: Model, tokens: Tensor) -> Tensor | None:
+    logits = model(tokens)
+    return logits if isinstance(logits, Tensor) else None

@@ -45,7 +45,8 @@ from sae_whiten.evaluation.metrics import (
     firing_rates,
     l0,
 )
-from sae_whiten.evaluation.model_view import View, why_no_next_token_loss
+from sae_whiten.evaluation.model_loss import why_no_next_token_loss
+from sae_whiten.evaluation.model_view import View
 from sae_whiten.evaluation.probing import (
     sparse_probing,
     spurious_correlation_removal,

@@ -24,14 +24,13 @@ from sae_whiten.evaluation.features.pairs import Matches, choose_pairs, draw
 from sae_whiten.evaluation.features.result import Features, Latent, SAEFeatures, TextPiece
 from sae_whiten.evaluation.features.subject import Space, Subject
 from sae_whiten.evaluation.features.vocabulary import TokenTexts, Unembedding
+from sae_whiten.evaluation.model_loss import why_no_next_token_loss, worse_than_guessing
 from sae_whiten.evaluation.model_view import (
     View,
     encode_in_parts,
     latent_scale,
     run,
     text_tokens,
-    why_no_next_token_loss,
-    worse_than_guessing,
 )
 from sae_whiten.evaluation.saes import flat_heads
 from sae_whiten.evaluation.tokens import Reading, token_batches
