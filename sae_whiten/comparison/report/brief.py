@@ -25,21 +25,21 @@ NOTHING_COMPARED = "Nothing is compared: no SAE has a k, and no L0 was given to 
 _PROBES = (SAE_PROBES_AUC_AT[16], SPARSE_PROBING_AT[1])  # the terminal shows the first measured
 
 
-def terminal_text(comparison: Summary) -> str:
+def terminal_text(summary: Summary) -> str:
     """The main metrics in plain text: a block per architecture and sparsity, a line per condition.
 
     Means that differ significantly from that of the first baseline are marked better or worse.
     """
-    probe = [metric for metric in _PROBES if metric.key in comparison.metrics]
+    probe = [metric for metric in _PROBES if metric.key in summary.metrics]
     shown = [EXPLAINED_VARIANCE, DEAD_LATENTS, L0, *probe[:1]]
-    baseline = _baseline(comparison)
+    baseline = _baseline(summary)
     blocks = []
-    for group in comparison.groups:
+    for group in summary.groups:
         rows = [[_terminal_cell(group, n, baseline, m) for m in shown] for n in group.conditions]
         frame = pd.DataFrame(rows, group.conditions, [metric.name for metric in shown])
-        title = group_name(comparison, group).replace("`", "")
+        title = group_name(summary, group).replace("`", "")
         blocks.append(f"{title}\n{frame.to_string()}")
-    tables = "\n\n".join([*blocks, _what_was_tested(comparison)])
+    tables = "\n\n".join([*blocks, _what_was_tested(summary)])
     return tables + ("\n–: not measured, or the L0 is outside the sweep." if "–" in tables else "")
 
 
@@ -54,44 +54,44 @@ def _terminal_cell(group: Group, condition: str, baseline: str, metric: Metric) 
     return f"{number(spread.mean, metric.decimals)}{known} {verdict:6}"
 
 
-def _what_was_tested(comparison: Summary) -> str:
+def _what_was_tested(summary: Summary) -> str:
     """What better and worse mean, or why nothing was tested."""
-    if not comparison.groups:
+    if not summary.groups:
         return NOTHING_COMPARED
-    if (why := _why_no_differences(comparison)) is not None:
+    if (why := _why_no_differences(summary)) is not None:
         return f"No differences: {why}".replace("`", "")
-    n_seeds = _n_seeds(comparison)
+    n_seeds = _n_seeds(summary)
     if n_seeds < FEWEST_SEEDS:
         seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
         return f"{seeds}: nothing is tested, and any of these differences may be chance."
     return (
-        f"better, worse: significantly better or worse than {_baseline(comparison)} over {n_seeds} "
+        f"better, worse: significantly better or worse than {_baseline(summary)} over {n_seeds} "
         "seeds (p < 0.05 after Holm's correction). No other difference is significant."
     )
 
 
-def brief_blocks(comparison: Summary) -> list[Block]:
+def brief_blocks(summary: Summary) -> list[Block]:
     """How often each condition was significantly better or worse than the first baseline."""
-    if (why := _why_no_differences(comparison)) is not None:
+    if (why := _why_no_differences(summary)) is not None:
         return [Paragraph(f"No differences: {why}")]
-    if _n_seeds(comparison) == 1:
+    if _n_seeds(summary) == 1:
         return [
             Paragraph(
                 "One seed: nothing can be tested. The differences below are of single runs. How "
                 "much of them is chance is not known."
             )
         ]
-    baseline = _baseline(comparison)
-    tested = [metric for metric in TESTED_METRICS if metric.key in comparison.metrics]
+    baseline = _baseline(summary)
+    tested = [metric for metric in TESTED_METRICS if metric.key in summary.metrics]
     rows = []
-    for name in comparison.conditions:
+    for name in summary.conditions:
         if name == baseline:
             continue
         cells = [code(name)]
         for metric in tested:
             results = [
                 group.differences.get((name, baseline), {}).get(metric.key)
-                for group in comparison.groups
+                for group in summary.groups
             ]
             cells.append(_brief_cell([d for d in results if d is not None], metric))
         rows.append(cells)
@@ -99,20 +99,20 @@ def brief_blocks(comparison: Summary) -> list[Block]:
         f"Mean difference from {code(baseline)}, lowest to highest over architectures and "
         "sparsities, and in how many of these it is significant."
     )
-    free = dict.fromkeys(code(g.architecture) for g in comparison.groups if g.sparsity is None)
+    free = dict.fromkeys(code(g.architecture) for g in summary.groups if g.sparsity is None)
     if free:
         caption += f" {listed(list(free))}: at the L0 that each SAE reached."
     blocks = [
         Table(["condition", *(m.name for m in tested)], rows, caption),
-        Paragraph(_notes(comparison)),
+        Paragraph(_notes(summary)),
     ]
-    smallest = smallest_differences(comparison, tested)
+    smallest = smallest_differences(summary, tested)
     return blocks if smallest is None else [*blocks, smallest]
 
 
-def _notes(comparison: Summary) -> str:
+def _notes(summary: Summary) -> str:
     """How the differences of the table were tested."""
-    n_families = sum(len(group.differences) for group in comparison.groups)
+    n_families = sum(len(group.differences) for group in summary.groups)
     notes = (
         "Differences are paired over seeds: with the same seed, all conditions share data, order "
         "and initial weights. Significant means an adjusted p below 0.05 and a difference larger "
@@ -123,12 +123,9 @@ def _notes(comparison: Summary) -> str:
         "No significant difference does not mean no difference."
     )
     tests = {
-        d.test
-        for g in comparison.groups
-        for by_key in g.differences.values()
-        for d in by_key.values()
+        d.test for g in summary.groups for by_key in g.differences.values() for d in by_key.values()
     }
-    if _n_seeds(comparison) < FEWEST_SEEDS:
+    if _n_seeds(summary) < FEWEST_SEEDS:
         notes += " With two seeds nothing is tested."
     if "t" in tests:
         notes += (
@@ -143,20 +140,20 @@ def _notes(comparison: Summary) -> str:
     return notes
 
 
-def _baseline(comparison: Summary) -> str:
+def _baseline(summary: Summary) -> str:
     """The first baseline that was trained; empty if there is none."""
-    return next((name for name in BASELINES if name in comparison.conditions), "")
+    return next((name for name in BASELINES if name in summary.conditions), "")
 
 
-def _n_seeds(comparison: Summary) -> int:
-    return max(len(group.seeds) for group in comparison.groups)
+def _n_seeds(summary: Summary) -> int:
+    return max(len(group.seeds) for group in summary.groups)
 
 
-def _why_no_differences(comparison: Summary) -> str | None:
-    baseline = _baseline(comparison)
+def _why_no_differences(summary: Summary) -> str | None:
+    baseline = _baseline(summary)
     if not baseline:
         return f"none of the conditions is a baseline ({' or '.join(map(code, BASELINES))})."
-    if len(comparison.conditions) == 1:
+    if len(summary.conditions) == 1:
         return f"there is no condition but {code(baseline)}."
     return None
 

@@ -24,7 +24,7 @@ from sae_whiten.evaluation.catalogue import STABILITY, STABILITY_NULL, Metric
 __all__ = ["comparison_blocks", "introduction_blocks"]
 
 
-def introduction_blocks(comparison: Summary, settings: Mapping[str, Any]) -> list[Block]:
+def introduction_blocks(summary: Summary, settings: Mapping[str, Any]) -> list[Block]:
     """Conditions, what is missing, and the answer in brief; settings as for `write_report`."""
     blocks: list[Block] = [Heading("Conditions", 2)]
     blocks.append(
@@ -33,7 +33,7 @@ def introduction_blocks(comparison: Summary, settings: Mapping[str, Any]) -> lis
                 f"{code(name)}: {CONDITIONS[name].description}"
                 if name in CONDITIONS
                 else code(name)
-                for name in comparison.conditions
+                for name in summary.conditions
             ]
         )
     )
@@ -44,36 +44,36 @@ def introduction_blocks(comparison: Summary, settings: Mapping[str, Any]) -> lis
     chosen = {metric.key for metric in (*PROBING, *MISLEADING)}
     # stability needs several seeds
     expected = [m for m in MAIN_METRICS if m not in (STABILITY, STABILITY_NULL)]
-    missing = [m for m in expected if m.key not in comparison.metrics]
+    missing = [m for m in expected if m.key not in summary.metrics]
     if settings.get("learning_rates_found"):
         table = learning_rate_table(settings["learning_rates_found"])
         blocks += [Heading("Learning rates", 2), table]
     absent = [m.name for m in missing if m.key not in chosen]
-    if not chosen & set(comparison.metrics):
+    if not chosen & set(summary.metrics):
         absent.append("probing")
     if absent:
         blocks.append(Paragraph(f"Not measured: {', '.join(absent)}."))
-    if comparison.groups:
-        blocks += [Heading("In brief", 2), *brief_blocks(comparison)]
+    if summary.groups:
+        blocks += [Heading("In brief", 2), *brief_blocks(summary)]
     else:
         blocks.append(Paragraph(NOTHING_COMPARED))
     return blocks
 
 
-def comparison_blocks(comparison: Summary, settings: Mapping[str, Any]) -> list[Block]:
+def comparison_blocks(summary: Summary, settings: Mapping[str, Any]) -> list[Block]:
     """A section per architecture and sparsity, and the paper's results beside these."""
-    shown = [metric for metric in MAIN_METRICS if metric.key in comparison.metrics]
+    shown = [metric for metric in MAIN_METRICS if metric.key in summary.metrics]
     blocks: list[Block] = []
-    for group in comparison.groups:
-        blocks.append(Heading(group_name(comparison, group), 2))
-        blocks += _group_blocks(group, shown, comparison)
-    paper = paper_table(comparison, settings)
+    for group in summary.groups:
+        blocks.append(Heading(group_name(summary, group), 2))
+        blocks += _group_blocks(group, shown, summary)
+    paper = paper_table(summary, settings)
     return blocks if paper is None else [*blocks, Heading("Beside the paper", 2), paper]
 
 
-def _group_blocks(group: Group, shown: Sequence[Metric], comparison: Summary) -> list[Block]:
+def _group_blocks(group: Group, shown: Sequence[Metric], summary: Summary) -> list[Block]:
     blocks: list[Block] = [means_table(group, shown)]
-    warning = sparsity_warning(group, comparison)
+    warning = sparsity_warning(group, summary)
     if warning:
         blocks.append(Paragraph(warning))
     if len(group.matched):
@@ -86,7 +86,7 @@ def _group_blocks(group: Group, shown: Sequence[Metric], comparison: Summary) ->
         blocks.append(differences_table(group, baseline))
         if len(group.seeds) > 1:
             blocks.append(Items([describe_difference(group, *pair) for pair in pairs]))
-    others = [key for key in comparison.metrics if key not in {m.key for m in shown}]
+    others = [key for key in summary.metrics if key not in {m.key for m in shown}]
     if others:
         blocks.append(Details("All other metrics", [other_metrics_table(group, others)]))
     return blocks

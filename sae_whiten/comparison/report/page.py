@@ -72,10 +72,10 @@ def write_report(
         figures = evaluation_figures(records)
     elif not any(named):
         title = "Comparison of whitening"
-        comparison = summarise(records, targets)
-        intro = introduction_blocks(comparison, settings)
-        body = comparison_blocks(comparison, settings)
-        figures = comparison_figures(comparison)
+        summary = summarise(records, targets)
+        intro = introduction_blocks(summary, settings)
+        body = comparison_blocks(summary, settings)
+        figures = comparison_figures(summary)
     else:
         raise ValueError(
             f"{sum(named)} of {len(named)} records have a name and no condition: the records of "

@@ -36,22 +36,22 @@ class Drawing(NamedTuple):
     panels: Any
 
 
-def comparison_figures(comparison: Summary) -> list[Drawing]:
+def comparison_figures(summary: Summary) -> list[Drawing]:
     """Per hook and architecture: against L0, differences from the baselines, against latents."""
     figures: list[Drawing] = []
-    several_hooks = comparison.runs.hook_name.nunique() > 1
-    for hook_name, architecture in comparison.families:
+    several_hooks = summary.runs.hook_name.nunique() > 1
+    for hook_name, architecture in summary.families:
         label = code(architecture) + (f", {code(hook_name)}" if several_hooks else "")
         stem = file_name(architecture + (f"-{hook_name}" if several_hooks else ""))
         groups = [
             group
-            for group in comparison.groups
+            for group in summary.groups
             if (group.hook_name, group.architecture) == (hook_name, architecture)
         ]
-        sweeps = {n: comparison.sweep(hook_name, architecture, n) for n in comparison.conditions}
+        sweeps = {n: summary.sweep(hook_name, architecture, n) for n in summary.conditions}
         # SAEs without a set sparsity are drawn beside the sweeps of other architectures
         beside = {
-            f"{other}, {name}": comparison.sweep(hook_name, other, name)
+            f"{other}, {name}": summary.sweep(hook_name, other, name)
             for group in groups
             for name, other in group.matched.index.droplevel("seed").unique()
         }
@@ -80,7 +80,7 @@ def comparison_figures(comparison: Summary) -> list[Drawing]:
                 figures.append(Drawing(name, caption, plot_differences, panels))
         panels = {}
         for group in groups:
-            panels |= _n_latents_panels(group, comparison.conditions)
+            panels |= _n_latents_panels(group, summary.conditions)
         if panels:
             caption = (
                 f"{label}: probing, SCR and TPP against the number of latents that they use or "

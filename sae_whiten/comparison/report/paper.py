@@ -39,11 +39,11 @@ WHITENED = ("original", "whitened")
 """Conditions that stand for the paper's whitening, its own loss first."""
 
 
-def paper_table(comparison: Summary, settings: Mapping[str, Any]) -> Table | None:
+def paper_table(summary: Summary, settings: Mapping[str, Any]) -> Table | None:
     """The paper's figures beside ours, where both have the architecture and the metric."""
-    ours = [name for name in WHITENED if name in comparison.conditions]
+    ours = [name for name in WHITENED if name in summary.conditions]
     rows = []
-    for group in comparison.groups:
+    for group in summary.groups:
         for metric in TESTED_METRICS:
             paper = _PAPER.get((group.architecture, metric))
             changes = [group.relative_change(name, BASELINES[0], metric.key) for name in ours]
@@ -51,7 +51,7 @@ def paper_table(comparison: Summary, settings: Mapping[str, Any]) -> Table | Non
                 continue
             standard, whitened, change, p = paper
             row = [
-                f"{group_name(comparison, group)}, {metric.name}",
+                f"{group_name(summary, group)}, {metric.name}",
                 f"{standard:.3f}",
                 f"{whitened:.3f}",
                 change,
@@ -69,7 +69,7 @@ def paper_table(comparison: Summary, settings: Mapping[str, Any]) -> Table | Non
     header = ["", "paper: standard", "paper: whitened", "change", "p", f"ours: {code('none')}"]
     for name in ours:
         header += [f"ours: {code(name)}", "change", "adjusted p"]
-    hooks = dict.fromkeys(g.hook_name for g in comparison.groups if g.hook_name)
+    hooks = dict.fromkeys(g.hook_name for g in summary.groups if g.hook_name)
     setup = [code(settings["model_name"])] if settings.get("model_name") else []
     setup += [code(settings["hook_name"])] if settings.get("hook_name") else map(code, hooks)
     if settings.get("training_tokens"):

@@ -91,7 +91,7 @@ def _why_not_compared(group: Group, condition: str, baseline: str, metric: str) 
     return "infinite in some runs" if len(by_seed.dropna()) else "no seed has it in both"
 
 
-def sparsity_warning(group: Group, comparison: Summary) -> str | None:
+def sparsity_warning(group: Group, summary: Summary) -> str | None:
     """How L0 was made equal, or a warning that it differs; None if there is nothing to say."""
     if group.interpolated:
         assert group.sparsity is not None
@@ -104,7 +104,7 @@ def sparsity_warning(group: Group, comparison: Summary) -> str | None:
                     f"{code(name)} reaches it in {n_inside} of {len(group.seeds)} seeds "
                     f"(its sweep covers {low:.3g} to {high:.3g})"
                 )
-                l0s = comparison.l0_by_coefficient(group, name)
+                l0s = summary.l0_by_coefficient(group, name)
                 missing.append(lacking_coefficient(list(l0s), list(l0s.values()), group.sparsity))
         text = (
             "Interpolated in each seed's sweep, linear in log L0 between the two nearest SAEs. "

@@ -217,13 +217,13 @@ def _table(columns: Mapping[str, Sequence[str]], caption: str = "") -> Table:
     return Table(list(columns), list(zip(*columns.values(), strict=True)), caption)
 
 
-def smallest_differences(comparison: Summary, tested: Sequence[Metric]) -> Table | None:
+def smallest_differences(summary: Summary, tested: Sequence[Metric]) -> Table | None:
     """The smallest detectable difference of each metric, and the noise of the probes."""
     rows = []
     for metric in tested:
         differences = [
             by_key[metric.key]
-            for group in comparison.groups
+            for group in summary.groups
             for by_key in group.differences.values()
             if metric.key in by_key and not math.isnan(by_key[metric.key].smallest)
         ]

@@ -23,9 +23,9 @@ __all__ = [
 ]
 
 
-def group_name(comparison: Summary, group: Group) -> str:
+def group_name(summary: Summary, group: Group) -> str:
     """Architecture and sparsity, and the hook if there are several."""
-    several = len({g.hook_name for g in comparison.groups}) > 1
+    several = len({g.hook_name for g in summary.groups}) > 1
     hook = f", {code(group.hook_name)}" if several else ""
     return f"{code(group.architecture)}{hook}, {sparsity_text(group)}"
 
