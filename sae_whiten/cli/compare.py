@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.comparison.compare import Comparison, compare
     from sae_whiten.comparison.data import describe_rows
     from sae_whiten.comparison.feature_page import write_feature_page
-    from sae_whiten.comparison.learning_rates import SCORES_FILE
+    from sae_whiten.comparison.files import SCORES_FILE, SETTINGS_FILE, saes_folder
     from sae_whiten.comparison.report.brief import terminal_text
     from sae_whiten.comparison.report.page import write_report
     from sae_whiten.comparison.summary import summarise
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         labels=labels,
     )
     page = write_feature_page(comparison, records, model, dataset, args.out, args.dataset_path)
-    settings = read_json(args.out / "settings.json")
+    settings = read_json(args.out / SETTINGS_FILE)
     if (args.out / SCORES_FILE).is_file():
         settings["learning_rates_found"] = read_json(args.out / SCORES_FILE)
     settings["command"] = shlex.join(redacted(["sae-whiten", *sys.argv[1:]]))
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         "\nNext:\n"
         f"  this command with --seeds {n_seeds + 2}: detects smaller differences, and trains only "
         "what is missing\n"
-        f"  sae-whiten features SAE SAE --out pair.html: any two of {args.out / 'saes'}\n"
+        f"  sae-whiten features SAE SAE --out pair.html: any two of {saes_folder(args.out)}\n"
         "  sae-whiten train --help: an SAE of full length, under the condition of your choice"
     )
     return 0

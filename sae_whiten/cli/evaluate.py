@@ -23,6 +23,7 @@ from sae_whiten.cli._saes import (
     model_and_dataset,
     require_source,
 )
+from sae_whiten.comparison.files import RESULTS_FILE, SETTINGS_FILE
 from sae_whiten.evaluation.options import EvaluationOptions
 
 EPILOG = """\
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     records = evaluate_saes(saes, model, dataset, labels, options)
     for record in records:
         record.update(names)
-    write_json_lines(args.out / "results.jsonl", records)
+    write_json_lines(args.out / RESULTS_FILE, records)
     settings = {
         **names,
         "labels": None if labels is None else dict(labels.source),
@@ -87,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_other_results(out: Path) -> None:
     """Refuse a folder with records of trainings, which this command would replace."""
-    results = out / "results.jsonl"
+    results = out / RESULTS_FILE
     lines = results.read_text().splitlines() if results.is_file() else []
-    if (out / "settings.json").is_file() or not all(map(_is_evaluation, lines)):
+    if (out / SETTINGS_FILE).is_file() or not all(map(_is_evaluation, lines)):
         raise ValueError(
             f"--out {out}: holds the results of a comparison, which would be replaced; choose "
             "another folder"

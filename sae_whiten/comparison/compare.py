@@ -29,12 +29,16 @@ from sae_whiten.comparison.data import (
     same_activations,
     shuffled,
 )
-from sae_whiten.comparison.learning_rates import (
+from sae_whiten.comparison.files import (
+    RESULTS_FILE,
     SCORES_FILE,
-    TRIALS_DIR,
-    best_learning_rates,
-    loss_spaces,
+    SETTINGS_FILE,
+    brief_trainings,
+    checkpoints_folder,
+    saes_folder,
+    statistics_folder,
 )
+from sae_whiten.comparison.learning_rates import best_learning_rates, loss_spaces
 from sae_whiten.comparison.lockstep import train_arms
 from sae_whiten.comparison.plan import Arm, Comparison, arms
 from sae_whiten.comparison.setting import Setting
@@ -52,7 +56,6 @@ __all__ = ["Comparison", "compare"]
 
 logger = logging.getLogger(__name__)
 
-_RESULTS, _SETTINGS = "results.jsonl", "settings.json"
 # settings that may change between calls; left_out follows from the others
 _MAY_DIFFER = ("device", "left_out", "sweep_rounds")
 
@@ -113,14 +116,14 @@ def compare(
         },
         dataset_path=dataset_path,
         out=out,
-        statistics=statistics_file(out / "statistics", comparison.hook_name),
+        statistics=statistics_file(statistics_folder(out), comparison.hook_name),
     )
     _write_settings(out, _settings(setting, rows))
     _warn_of_left_out(comparison)
     _estimate_statistics(setting)
     rates = best_learning_rates(setting) if comparison.learning_rates else {}
-    records = _read(out / _RESULTS)
-    save = partial(write_json_lines, out / _RESULTS, records)
+    records = _read(out / RESULTS_FILE)
+    save = partial(write_json_lines, out / RESULTS_FILE, records)
     planned = arms(comparison)
     # coefficients that an earlier call added to the sweeps, for all seeds
     planned += [arm for arm in map(_arm, records) if arm not in planned]
@@ -275,7 +278,7 @@ def _settings(setting: Setting, rows: str) -> dict[str, Any]:
 
 def _write_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the settings, or check that they equal those on disk."""
-    path = out / _SETTINGS
+    path = out / SETTINGS_FILE
     settings = json.loads(json.dumps(redacted(settings), default=str))
     if path.is_file():
         # of fields that earlier versions did not write
@@ -291,7 +294,7 @@ def _write_settings(out: Path, settings: dict[str, Any]) -> None:
         before = {**defaults, **redacted(read_json(path, remedy))}
         if same_activations(before["activations"], settings["activations"]):
             settings["activations"] = before["activations"]
-        in_training = any((out / "checkpoints").glob("*/*")) or (out / TRIALS_DIR).is_dir()
+        in_training = any(checkpoints_folder(out).glob("*/*")) or brief_trainings(out).is_dir()
         # these may grow, except that sparsity must not change while SAEs are being trained
         growing = ("seeds",) if in_training else ("seeds", "sparsity")
         for name in growing:
@@ -301,11 +304,11 @@ def _write_settings(out: Path, settings: dict[str, Any]) -> None:
             for name in {**before, **settings}
             if name not in (*_MAY_DIFFER, *growing) and before.get(name) != settings.get(name)
         ]
-        results = ("saes", _RESULTS, SCORES_FILE)
-        trained = in_training or any((out / name).exists() for name in results)
+        results = (out / RESULTS_FILE, out / SCORES_FILE)
+        trained = in_training or saes_folder(out).is_dir() or any(r.is_file() for r in results)
         if different and not trained:
             # the statistics may belong to other settings
-            shutil.rmtree(out / "statistics", ignore_errors=True)
+            shutil.rmtree(statistics_folder(out), ignore_errors=True)
         elif different:
             raise ValueError(
                 f"{out} holds a comparison with {', '.join(different)}. Choose another folder, or "
@@ -324,7 +327,7 @@ def _estimate_statistics(setting: Setting) -> None:
         # shuffled, because texts of one source follow each other
         shuffled(setting.training_rows, 0),
         comparison.hook_name,
-        out=setting.out / "statistics",
+        out=statistics_folder(setting.out),
         tolerance=comparison.tolerance,
         context_size=comparison.context_size,
         batch_size_prompts=comparison.store_batch_size_prompts,

@@ -10,6 +10,7 @@ from sae_lens import SAE
 from sae_lens.config import HfDataset
 
 from sae_whiten.comparison.data import divide_rows
+from sae_whiten.comparison.files import saes_folder, statistics_folder
 from sae_whiten.comparison.plan import Comparison
 from sae_whiten.comparison.report.page import FEATURE_PAGE
 from sae_whiten.comparison.report.paper import WHITENED
@@ -53,13 +54,13 @@ def write_feature_page(
         return page
     if pair is None:
         return None
-    folder = Path(out) / "saes" / f"seed-{pair[0]['seed']}"
+    folder = saes_folder(out, pair[0]["seed"])
     names = [str(record["name"]) for record in pair]
     saes = {name: SAE.load_from_disk(folder / name, device=comparison.device) for name in names}
     n_rows, context_size = comparison.held_out_sequences, comparison.context_size
     held_out, _ = divide_rows(dataset, n_rows, context_size)
     hook_name = comparison.hook_name
-    statistics = ActivationStatistics.load(statistics_file(Path(out) / "statistics", hook_name))
+    statistics = ActivationStatistics.load(statistics_file(statistics_folder(out), hook_name))
     try:
         features = measure_features(
             saes,

@@ -12,6 +12,7 @@ from sae_lens import SAE
 
 from sae_whiten._files import read_json, write_json
 from sae_whiten.comparison.conditions import CONDITIONS
+from sae_whiten.comparison.files import SCORES_FILE, brief_trainings
 from sae_whiten.comparison.lockstep import train_arms
 from sae_whiten.comparison.paired import interpolate_at
 from sae_whiten.comparison.plan import Arm, Comparison, arms
@@ -22,15 +23,9 @@ from sae_whiten.statistics import ActivationStatistics
 from sae_whiten.training.checkpoint import is_complete_sae
 from sae_whiten.whitening import Whitening
 
-__all__ = ["SCORES_FILE", "TRIALS_DIR", "best_learning_rates", "loss_spaces"]
+__all__ = ["best_learning_rates", "loss_spaces"]
 
 logger = logging.getLogger(__name__)
-
-SCORES_FILE = "learning_rates.json"
-"""File in the folder of a comparison: scores by architecture, condition and learning rate."""
-
-TRIALS_DIR = "learning-rates"
-"""Folder there, while rates are tried: SAEs and results by learning rate."""
 
 _SHORTENING = 8  # each rate is tried with this fraction of the training tokens, 1 / 8
 
@@ -65,7 +60,7 @@ def best_learning_rates(setting: Setting) -> dict[tuple[str, str], float]:
                 of_rates = scores.setdefault(architecture, {}).setdefault(condition, {})
                 of_rates[f"{lr:g}"] = None if math.isnan(score) else score
         write_json(path, scores, indent=1)
-        shutil.rmtree(setting.out / TRIALS_DIR, ignore_errors=True)
+        shutil.rmtree(brief_trainings(setting.out), ignore_errors=True)
     scores = read_json(path, "restore it from a copy, or delete it: the rates are then tried again")
     best = {}
     for architecture, condition in _pairs(comparison):
@@ -114,7 +109,7 @@ def loss_spaces(arms: Sequence[Arm], statistics: Path) -> dict[str, Whitening]:
 
 def _train_briefly(setting: Setting, lr: float) -> list[dict[str, Any]]:
     """Train all architectures and conditions briefly at one rate, and return their records."""
-    comparison, folder = setting.comparison, setting.out / TRIALS_DIR / f"{lr:g}"
+    comparison, folder = setting.comparison, brief_trainings(setting.out) / f"{lr:g}"
     path = folder / "results.json"
     if path.is_file():
         return read_json(path, "delete it: its SAEs are then evaluated again")

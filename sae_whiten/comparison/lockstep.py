@@ -14,6 +14,7 @@ from sae_lens.saes.sae import TrainingSAE
 
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import shuffled
+from sae_whiten.comparison.files import checkpoints_folder
 from sae_whiten.comparison.plan import Arm, Comparison, arms, sae_config
 from sae_whiten.comparison.setting import Setting
 from sae_whiten.config import WhiteningConfig
@@ -54,7 +55,7 @@ def train_arms(setting: Setting, untrained: Sequence[Arm], seed: int) -> None:
         config = CONDITIONS[arm.condition].whitening
         if config is not None:
             whitening[arm.name] = dataclasses.replace(config, statistics=str(setting.statistics))
-    checkpoints = setting.out / "checkpoints" / f"seed-{seed}"
+    checkpoints = checkpoints_folder(setting.out, seed)
     cfg = MultiSAETrainingRunnerConfig(
         saes={name: sae.cfg for name, sae in saes.items()},
         hook_names=comparison.hook_name,

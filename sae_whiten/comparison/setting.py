@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sae_whiten.comparison.files import saes_folder
 from sae_whiten.comparison.plan import Comparison
 from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.labels import LabelledTexts
@@ -41,4 +42,4 @@ class Setting:
 
     def saes(self, seed: int) -> Path:
         """Folder of the SAEs of one seed, each in a folder of its name."""
-        return self.out / "saes" / f"seed-{seed}"
+        return saes_folder(self.out, seed)
