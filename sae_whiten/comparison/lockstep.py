@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -56,7 +57,22 @@ def train_arms(setting: Setting, untrained: Sequence[Arm], seed: int) -> None:
         if config is not None:
             whitening[arm.name] = dataclasses.replace(config, statistics=str(setting.statistics))
     checkpoints = checkpoints_folder(setting.out, seed)
-    cfg = MultiSAETrainingRunnerConfig(
+    cfg = _runner_config(setting, saes, dataset, seed)
+    cfg.resume_from_checkpoint = _checkpoint_to_resume(checkpoints, saes)
+    # the order in which SAELens mixes activations comes from torch's generator
+    torch.manual_seed(seed)
+    _LockstepRunner(
+        cfg, whitening, override_dataset=dataset, override_model=setting.model, override_saes=saes
+    ).run()
+    shutil.rmtree(checkpoints, ignore_errors=True)  # the SAEs are saved, and checkpoints are large
+
+
+def _runner_config(
+    setting: Setting, saes: Mapping[str, TrainingSAE[Any]], dataset: Any, seed: int
+) -> MultiSAETrainingRunnerConfig:
+    """SAELens' config of the training of these SAEs on a dataset that is shuffled with the seed."""
+    comparison = setting.comparison
+    return MultiSAETrainingRunnerConfig(
         saes={name: sae.cfg for name, sae in saes.items()},
         hook_names=comparison.hook_name,
         **setting.model_names,
@@ -82,21 +98,24 @@ def train_arms(setting: Setting, untrained: Sequence[Arm], seed: int) -> None:
         seed=seed,
         logger=LoggingConfig(log_to_wandb=False, wandb_id=f"seed-{seed}"),
         n_checkpoints=2,
-        checkpoint_path=str(checkpoints.parent),
+        checkpoint_path=str(checkpoints_folder(setting.out)),
         output_path=str(setting.saes(seed)),
     )
-    steps = [int(p.name) for p in checkpoints.glob("*") if p.name.isdigit()]
-    last = checkpoints / str(max(steps, default=0))
-    if all((last / name).is_dir() for name in saes):
-        cfg.resume_from_checkpoint = str(last)
-    elif steps:  # of other SAEs, which were finished when the comparison was killed
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    # the order in which SAELens mixes activations comes from torch's generator
-    torch.manual_seed(seed)
-    _LockstepRunner(
-        cfg, whitening, override_dataset=dataset, override_model=setting.model, override_saes=saes
-    ).run()
-    shutil.rmtree(checkpoints, ignore_errors=True)  # the SAEs are saved, and checkpoints are large
+
+
+def _checkpoint_to_resume(checkpoints: Path, names: Collection[str]) -> str | None:
+    """The last checkpoint, if it has all these SAEs; otherwise all checkpoints are removed.
+
+    They are then of other SAEs, which were finished when the comparison was killed.
+    """
+    steps = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
+    if not steps:
+        return None
+    last = checkpoints / str(max(steps))
+    if all((last / name).is_dir() for name in names):
+        return str(last)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return None
 
 
 def _with_the_same_data(comparison: Comparison, untrained: Sequence[Arm]) -> list[Arm]:
