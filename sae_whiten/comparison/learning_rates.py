@@ -46,48 +46,61 @@ def best_learning_rates(setting: Setting) -> dict[tuple[str, str], float]:
     """
     comparison, path = setting.comparison, setting.out / SCORES_FILE
     if not path.is_file():
-        scores: dict[str, dict[str, dict[str, float | None]]] = {}
-        for lr in comparison.learning_rates:
-            records = _train_briefly(setting, lr)
-            target = _middle(comparison.sparsity)
-            for architecture, condition in _pairs(comparison):
-                of_pair = [
-                    r
-                    for r in records
-                    if (r["architecture"], r["condition"]) == (architecture, condition)
-                ]
-                score = _score(of_pair, target)
-                of_rates = scores.setdefault(architecture, {}).setdefault(condition, {})
-                of_rates[f"{lr:g}"] = None if math.isnan(score) else score
-        write_json(path, scores, indent=1)
+        write_json(path, _scores(setting), indent=1)
         shutil.rmtree(brief_trainings(setting.out), ignore_errors=True)
     scores = read_json(path, "restore it from a copy, or delete it: the rates are then tried again")
-    best = {}
-    for architecture, condition in _pairs(comparison):
-        known = {
-            float(lr): score
-            for lr, score in scores[architecture][condition].items()
-            if score is not None
-        }
-        lr = max(known, key=known.__getitem__, default=comparison.lr)
-        best[architecture, condition] = lr
-        ends = min(comparison.learning_rates), max(comparison.learning_rates)
-        if not known:
-            logger.warning(
-                "%s under %s did not reach an L0 near %d at any learning rate: %g is used",
-                architecture,
-                condition,
-                _middle(comparison.sparsity),
-                lr,
-            )
-        elif lr in ends and len(comparison.learning_rates) > 1:
-            logger.warning(
-                "%s under %s is best at the %s learning rate that was tried, %g: try a wider range",
-                architecture,
-                condition,
-                "smallest" if lr == ends[0] else "largest",
-                lr,
-            )
+    return {
+        (architecture, condition): _best_rate(
+            comparison, f"{architecture} under {condition}", scores[architecture][condition]
+        )
+        for architecture, condition in _pairs(comparison)
+    }
+
+
+def _scores(setting: Setting) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Scores by architecture, condition and rate; None where no SAE is near the wanted L0."""
+    comparison = setting.comparison
+    scores: dict[str, dict[str, dict[str, float | None]]] = {}
+    for lr in comparison.learning_rates:
+        records = _train_briefly(setting, lr)
+        target = _middle(comparison.sparsity)
+        for architecture, condition in _pairs(comparison):
+            of_pair = [
+                r
+                for r in records
+                if (r["architecture"], r["condition"]) == (architecture, condition)
+            ]
+            score = _score(of_pair, target)
+            of_rates = scores.setdefault(architecture, {}).setdefault(condition, {})
+            of_rates[f"{lr:g}"] = None if math.isnan(score) else score
+    return scores
+
+
+def _best_rate(comparison: Comparison, name: str, scores: Mapping[str, float | None]) -> float:
+    """The rate with the largest score, with a warning if a better one may not have been tried.
+
+    Args:
+        comparison: Its `lr` is taken if there is no score.
+        name: Architecture and condition, for the warning.
+        scores: By rate.
+    """
+    known = {float(lr): score for lr, score in scores.items() if score is not None}
+    best = max(known, key=known.__getitem__, default=comparison.lr)
+    ends = min(comparison.learning_rates), max(comparison.learning_rates)
+    if not known:
+        logger.warning(
+            "%s did not reach an L0 near %d at any learning rate: %g is used",
+            name,
+            _middle(comparison.sparsity),
+            best,
+        )
+    elif best in ends and len(comparison.learning_rates) > 1:
+        logger.warning(
+            "%s is best at the %s learning rate that was tried, %g: try a wider range",
+            name,
+            "smallest" if best == ends[0] else "largest",
+            best,
+        )
     return best
 
 
