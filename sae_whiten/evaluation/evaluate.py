@@ -36,7 +36,8 @@ from sae_whiten.evaluation.options import EvaluationOptions
 from sae_whiten.evaluation.probe_saes import probe_saes
 from sae_whiten.evaluation.sae_probes import ProbingTasks, probe_tasks
 from sae_whiten.evaluation.saes import flat_heads
-from sae_whiten.evaluation.tokens import Reading, token_batches
+from sae_whiten.evaluation.setup import Setup
+from sae_whiten.evaluation.tokens import token_batches
 from sae_whiten.whitening import Whitening
 
 __all__ = ["evaluate_saes"]
@@ -110,11 +111,11 @@ def evaluate_saes(
         raise ValueError("no SAEs to evaluate")
     options = replace(options or EvaluationOptions(), **changed)
     seeds = range(options.seed, options.seed + options.probe_seeds)
-    reading = Reading.of(saes, model, options)
+    setup = Setup.of(saes, model, options)
+    reading, views = setup.reading, setup.views
     require_context(reading.context_size, model)
     if isinstance(labels, ProbingTasks):
         labels.check(saes)
-    views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     evaluated_on = {name: v.kept_in_words(reading.context_size) for name, v in views.items()}
     _warn_of_different_tokens(evaluated_on)
     records: dict[str, dict[str, Any]] = {
@@ -137,13 +138,13 @@ def evaluate_saes(
         tokens = token_batches(
             saes, model, dataset, options.n_tokens, reading, "Evaluating on tokens"
         )
-        measured = _measure_tokens(saes, views, model, tokens, spaces or {})
+        measured = _measure_tokens(setup, tokens, spaces or {})
         metrics = list(METRICS)
         if isinstance(labels, ProbingTasks):
-            probe_tasks(saes, views, measured, model, labels, reading, seeds)
+            probe_tasks(setup, measured, labels, seeds)
         elif labels is not None:
             metrics += attribute_metrics(labels.train.labels)
-            probe_saes(saes, views, measured, model, labels, reading, seeds, options.tpp_and_scr)
+            probe_saes(setup, measured, labels, seeds, options.tpp_and_scr)
     for name, sae in saes.items():
         by_key = {metric.key: metric.compute(measured[name]) for metric in metrics}
         records[name] |= {
@@ -207,14 +208,12 @@ class _Loss:
 
 
 def _measure_tokens(
-    saes: Mapping[str, SAE[Any]],
-    views: Mapping[str, View],
-    model: Model,
+    setup: Setup,
     batches: Iterator[Integer[Tensor, "batch seq"]],
     spaces: Mapping[str, Whitening],
 ) -> dict[str, Measured]:
     """Explained variance, activity of the latents and loss of the model, in one pass."""
-    hooks = {view.hook_name for view in views.values()}
+    saes, views, model = setup.saes, setup.views, setup.model
     variance = {name: ExplainedVariance() for name in saes}
     variance_of_loss = {name: ExplainedVariance() for name in spaces}
     activity = {name: LatentActivity() for name in saes}
@@ -226,12 +225,10 @@ def _measure_tokens(
     for i, tokens in enumerate(batches):
         if i == 0:
             absent = why_no_next_token_loss(model, tokens)
-        logits, activations = run(model, tokens, hooks, logits=absent is None)
+        logits, activations = run(model, tokens, setup.hook_names, logits=absent is None)
         for name, sae in saes.items():
             view = views[name]
-            kept = view.kept(tokens)
-            x = view.seen(activations[view.hook_name])
-            view.check_width(name, sae, x)
+            kept, x = view.kept(tokens), setup.seen(name, activations)
             x_hat = torch.empty_like(x, dtype=torch.promote_types(x.dtype, sae.dtype))
             for rows, latents, output in encode_decode(sae, x):
                 x_hat[rows] = output.to(x_hat.device)

@@ -14,7 +14,6 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.catalogue import (
     K_VALUES,
     N_VALUES,
@@ -25,13 +24,10 @@ from sae_whiten.evaluation.catalogue import (
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.evaluation.model_view import (
     View,
-    activations_of_texts,
     decoder_norms,
     encode_decode,
     latent_scale,
     mean_over_tokens,
-    require_kept_tokens,
-    text_tokens,
 )
 from sae_whiten.evaluation.probing import (
     MIN_CELL,
@@ -42,51 +38,43 @@ from sae_whiten.evaluation.probing import (
     spurious_correlation_removal,
     targeted_probe_perturbation,
 )
-from sae_whiten.evaluation.tokens import Reading
+from sae_whiten.evaluation.setup import Setup
 
 __all__ = ["probe_saes"]
 
 
 def probe_saes(
-    saes: Mapping[str, SAE[Any]],
-    views: Mapping[str, View],
+    setup: Setup,
     measured: Mapping[str, Measured],
-    model: Model,
     labels: LabelledTexts,
-    reading: Reading,
     seeds: Sequence[int],
     tpp_and_scr: bool,
 ) -> None:
     """Sparse probing of each SAE, and optionally TPP and SCR, in one pass over the texts.
 
     Args:
-        saes: SAEs by name.
-        views: The view of each SAE.
+        setup: The SAEs and the model. Texts are cut to its context size.
         measured: Receives the results of each SAE, or the reasons why there are none.
-        model: As SAELens loads it.
         labels: The texts.
-        reading: Texts are cut to its context size.
         seeds: Seeds for drawing rows. Probing is repeated with each.
         tpp_and_scr: Whether to measure TPP and SCR too.
 
     Raises:
         ValueError: An SAE is evaluated on no token of a text.
     """
-    texts = labels.train.texts + labels.test.texts
-    tokens = text_tokens(model.tokenizer, texts, reading.context_size, reading.prepend_bos)
-    require_kept_tokens(views, texts, tokens, reading.context_size, "such texts")
+    tokens = setup.text_tokens(labels.train.texts + labels.test.texts, "such texts")
     with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
-        residuals, pooled = _pooled(saes, views, model, tokens, reading, Path(directory))
+        residuals, pooled = _pooled(setup, tokens, Path(directory))
         baselines = {
             view: [_probe_columns(x, labels, seed) for seed in seeds]
             for view, x in residuals.items()
         }
-        for name, sae in tqdm(saes.items(), desc="Probing", unit=" SAEs"):
-            latents, results = pooled[name], measured[name]
+        for name, sae in tqdm(setup.saes.items(), desc="Probing", unit=" SAEs"):
+            view, latents, results = setup.views[name], pooled[name], measured[name]
             if tpp_and_scr:
                 results.absent |= _why_absent(latents, labels)
-            arrays = residuals[views[name]], latents.values, _decoder(sae)
-            for seed, baseline in zip(seeds, baselines[views[name]], strict=True):
+            arrays = residuals[view], latents.values, _decoder(sae)
+            for seed, baseline in zip(seeds, baselines[view], strict=True):
                 probed = Probed(
                     _probe_columns(latents.values, labels, seed),
                     baseline,
@@ -114,15 +102,10 @@ class _Latents:
 
 
 def _pooled(
-    saes: Mapping[str, SAE[Any]],
-    views: Mapping[str, View],
-    model: Model,
-    tokens: Sequence[Sequence[int]],
-    reading: Reading,
-    directory: Path,
+    setup: Setup, tokens: Sequence[Sequence[int]], directory: Path
 ) -> tuple[dict[View, Float[ndarray, "n d"]], dict[str, _Latents]]:
     """Residuals of each view and latents of each SAE, as means over each text's kept tokens."""
-    hooks = {view.hook_name for view in views.values()}
+    saes, views = setup.saes, setup.views
     residuals: dict[View, ndarray] = {}
     pooled = {}
     for i, (name, sae) in enumerate(saes.items()):
@@ -130,7 +113,7 @@ def _pooled(
         pooled[name] = _Latents(np.memmap(directory / str(i), np.float32, "w+", shape=shape))
     scales = {name: latent_scale(sae).float().cpu().numpy() for name, sae in saes.items()}
     with tqdm(desc="Reading labelled texts", total=len(tokens), unit=" texts") as bar:
-        batches = activations_of_texts(model, tokens, hooks, reading.batch_size)
+        batches = setup.activations_of_texts(tokens)
         for batch, (indices, ids, activations) in enumerate(batches):
             means = {}
             for view in dict.fromkeys(views.values()):

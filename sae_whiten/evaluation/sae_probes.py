@@ -31,9 +31,8 @@ from sae_whiten.evaluation.model_view import (
     activations_of_texts,
     encode_in_parts,
     mean_over_tokens,
-    require_kept_tokens,
-    text_tokens,
 )
+from sae_whiten.evaluation.setup import Setup
 from sae_whiten.evaluation.tokens import Reading
 
 __all__ = ["ProbingTasks", "probe_tasks", "task_auc"]
@@ -121,49 +120,34 @@ class _Task:
 
 
 def probe_tasks(
-    saes: Mapping[str, SAE[Any]],
-    views: Mapping[str, View],
-    measured: Mapping[str, Measured],
-    model: Model,
-    tasks: ProbingTasks,
-    reading: Reading,
-    seeds: Sequence[int],
+    setup: Setup, measured: Mapping[str, Measured], tasks: ProbingTasks, seeds: Sequence[int]
 ) -> None:
     """Test AUC of every task with the best latents of each SAE.
 
     Args:
-        saes: SAEs by name.
-        views: The view of each SAE.
+        setup: The SAEs and the model. Texts are cut to its context size; with `tokens="last"`,
+            their end is kept.
         measured: Receives the `tasks` of each SAE.
-        model: As SAELens loads it.
         tasks: The tasks and their options.
-        reading: Texts are cut to its context size. With `tokens="last"`, their end is kept.
         seeds: Seeds for splits and classifiers, added to 42, the seed of `sae-probes`.
 
     Raises:
         ValueError: A task has fewer texts of a class than `tasks.n_texts` asks for. Or an SAE is
             evaluated on no token of a text.
     """
+    saes, views = setup.saes, setup.views
     seeds = [_FIRST_SEED + seed for seed in seeds]
     last = tasks.tokens == "last"
     with tqdm(total=len(tasks.names) * len(saes), desc="Probing", unit=" tasks") as bar:
         for task_name in tasks.names:
             task = _read(task_name, tasks.n_texts, seeds)
-            tokens = text_tokens(
-                model.tokenizer,
-                task.texts,
-                reading.context_size,
-                reading.prepend_bos,
-                keep_end=last,
-            )
-            unit = f"the task {task_name}"
-            require_kept_tokens(views, task.texts, tokens, reading.context_size, unit)
+            tokens = setup.text_tokens(task.texts, f"the task {task_name}", keep_end=last)
             with tempfile.TemporaryDirectory(prefix="sae-whiten-") as directory:
                 if last:
-                    by_view = _last_tokens(views.values(), model, tokens, reading)
+                    by_view = _last_tokens(views.values(), setup.model, tokens, setup.reading)
                     rows = {name: by_view[view] for name, view in views.items()}
                 else:
-                    rows = _mean_latents(saes, views, model, tokens, reading, Path(directory))
+                    rows = _mean_latents(setup, tokens, Path(directory))
                 for name, sae in saes.items():
                     if last:
                         views[name].check_width(name, sae, rows[name])
@@ -266,25 +250,17 @@ def _last_tokens(
 
 
 def _mean_latents(
-    saes: Mapping[str, SAE[Any]],
-    views: Mapping[str, View],
-    model: Model,
-    tokens: Sequence[Sequence[int]],
-    reading: Reading,
-    directory: Path,
+    setup: Setup, tokens: Sequence[Sequence[int]], directory: Path
 ) -> dict[str, Float[Tensor, "n d_sae"]]:
     """For each SAE, the latents of each text, averaged over the kept tokens; on disk."""
     by_name = {}
-    for i, (name, sae) in enumerate(saes.items()):
+    for i, (name, sae) in enumerate(setup.saes.items()):
         shape = len(tokens), sae.cfg.d_sae
         array = np.memmap(directory / str(i), np.float32, "w+", shape=shape)
         by_name[name] = torch.from_numpy(array)
-    hooks = {view.hook_name for view in views.values()}
-    for indices, ids, activations in activations_of_texts(model, tokens, hooks, reading.batch_size):
-        for name, sae in saes.items():
-            view = views[name]
-            x, kept = view.seen(activations[view.hook_name]), view.kept(ids)
-            view.check_width(name, sae, x)
+    for indices, ids, activations in setup.activations_of_texts(tokens):
+        for name, sae in setup.saes.items():
+            x, kept = setup.seen(name, activations), setup.views[name].kept(ids)
             for rows, latents in encode_in_parts(sae, x):
                 by_name[name][indices[rows]] = mean_over_tokens(latents, kept[rows])
     return by_name
