@@ -94,35 +94,7 @@ def measure_features(
         asked = None
         if options.text is not None:
             asked = _AskedText(options.text, subjects, model, reading)
-        n_read, why_no_logits = 0, None
-        for i, batch in enumerate(batches("Which latents fire")):
-            if i == 0:
-                why_no_logits = _why_no_logits(subjects, model, batch)
-            by_space = {s.space: (s, x) for s, x in zip(subjects, batch.x, strict=True)}
-            for space, (subject, x) in by_space.items():
-                _check_finite(subject, x[batch.kept])
-                space.update(x[batch.kept])
-            for subject, x in zip(subjects, batch.x, strict=True):
-                subject.survey(x, batch.kept, keep_firing=len(subjects) == 2)
-            n_read += batch.tokens.numel()
-        for subject in subjects:
-            if subject.n_tokens == 0:
-                raise ValueError(
-                    f"{subject.name}: no token counts; all are special or outside seqpos_slice"
-                )
-        for subject in subjects:
-            subject.find_directions()
-
-        results = [
-            SAEFeatures(
-                subject.name,
-                subject.facts(),
-                subject.n_tokens,
-                subject.counts.double() / subject.n_tokens,
-                whitening=subject.space.source,
-            )
-            for subject in subjects
-        ]
+        n_read, why_no_logits = _survey(subjects, model, batches("Which latents fire"))
         if len(subjects) == 1:
             matches, matching = None, None
             shown = [_choose(subjects[0], options, asked and asked.ranked[0])]
@@ -136,13 +108,14 @@ def measure_features(
                 subject.collect(batch.tokens, x, batch.kept)
 
     unembedding = None if why_no_logits else Unembedding.of(model)
-    for i, (subject, sae_features) in enumerate(zip(subjects, results, strict=True)):
+    results: list[SAEFeatures] = []
+    for i, subject in enumerate(subjects):
         latents = subject.described(texts, unembedding)
         if asked is not None:
             asked.add_to(latents, i, texts)
         if matches is not None:
             matches.add_to(latents, i)
-        sae_features.latents.update(latents)
+        results.append(subject.features(latents))
     return Features(results, options, why_no_logits, matching, n_read, reading.context_size)
 
 
@@ -159,7 +132,7 @@ def _subjects(
     saes: Mapping[str, SAE[Any]], model: Model, statistics: Mapping[str, ActivationStatistics]
 ) -> list[Subject]:
     subjects: list[Subject] = []
-    spaces: dict[Any, Space] = {}
+    spaces: dict[tuple[str, int | None], Space] = {}  # by hook and head
     for name, sae in saes.items():
         view = View.of(sae, model.tokenizer)
         given, d_in = statistics.get(view.hook_name), sae.cfg.d_in
@@ -171,6 +144,38 @@ def _subjects(
         space = spaces.setdefault((view.hook_name, view.head), Space(given, d_in))
         subjects.append(Subject(name, sae, view, space))
     return subjects
+
+
+def _survey(
+    subjects: Sequence[Subject], model: Model, batches: Iterator[_Batch]
+) -> tuple[int, str | None]:
+    """First pass: which latents fire, and the directions of all in whitened coordinates.
+
+    Returns:
+        The number of tokens read, and why logit effects are meaningless, if they are.
+
+    Raises:
+        ValueError: An activation is not finite, or no token of an SAE counts.
+    """
+    n_read, why_no_logits = 0, None
+    for i, batch in enumerate(batches):
+        if i == 0:
+            why_no_logits = _why_no_logits(subjects, model, batch)
+        by_space = {s.space: (s, x) for s, x in zip(subjects, batch.x, strict=True)}
+        for space, (subject, x) in by_space.items():
+            _check_finite(subject, x[batch.kept])
+            space.update(x[batch.kept])
+        for subject, x in zip(subjects, batch.x, strict=True):
+            subject.survey(x, batch.kept, keep_firing=len(subjects) == 2)
+        n_read += batch.tokens.numel()
+    for subject in subjects:
+        if subject.n_tokens == 0:
+            raise ValueError(
+                f"{subject.name}: no token counts; all are special or outside seqpos_slice"
+            )
+    for subject in subjects:
+        subject.find_directions()
+    return n_read, why_no_logits
 
 
 def _check_finite(subject: Subject, x: Float[Tensor, "n d"]) -> None:

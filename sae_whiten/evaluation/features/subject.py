@@ -1,6 +1,6 @@
 """The measurements of one SAE during both passes over the tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_whiten.evaluation.features.collect import Collector, TopSequences
 from sae_whiten.evaluation.features.matching import nearest, unit_rows
 from sae_whiten.evaluation.features.options import FeatureOptions
-from sae_whiten.evaluation.features.result import Latent, Neighbour, TextPiece
+from sae_whiten.evaluation.features.result import Latent, Neighbour, SAEFeatures, TextPiece
 from sae_whiten.evaluation.features.vocabulary import TokenTexts, Unembedding, logit_effects
 from sae_whiten.evaluation.model_view import View, encode_in_parts
 from sae_whiten.statistics import ActivationStatistics
@@ -54,7 +54,22 @@ class Space:
 
 
 class Subject:
-    """One SAE, and the measurements of its latents so far."""
+    """One SAE, and the measurements of its latents so far.
+
+    Attributes:
+        name: Name of the SAE.
+        sae: The SAE.
+        view: The activations that it reads.
+        space: Their statistics.
+        n_tokens: Number of tokens surveyed, those left out not counted.
+        counts: Shape (d_sae,), number of these tokens at which each latent is active.
+        largest: Shape (d_sae,), the largest |activation| of each latent, float32.
+        firing: By batch, shape (n, d_sae): 1 where a latent is active, if that is kept.
+        raw: Shape (d_sae, d), decoder directions of norm 1, once `find_directions` has set them.
+        whitened: The same in whitened coordinates.
+        shown: Indices of the latents for the second pass, once `choose` has set them.
+        collector: Their texts and histograms, one row each, in this order.
+    """
 
     def __init__(self, name: str, sae: SAE[Any], view: View, space: Space) -> None:
         self.name, self.sae, self.view, self.space = name, sae, view, space
@@ -67,9 +82,11 @@ class Subject:
 
     @property
     def live(self) -> Bool[Tensor, "d_sae"]:
+        """Which latents are active at a token or more."""
         return self.counts > 0
 
     def facts(self) -> dict[str, Any]:
+        """Facts about the SAE, by their names on the page."""
         cfg, metadata = self.sae.cfg, self.sae.cfg.metadata
         return {
             "architecture": cfg.architecture(),
@@ -127,6 +144,17 @@ class Subject:
             activations = latents[..., self.shown.to(latents.device)].float().cpu()
             activations = activations.masked_fill(~kept[rows][..., None], 0).movedim(2, 0)
             self.collector.update(tokens[rows], activations)
+
+    def features(self, latents: Mapping[int, Latent]) -> SAEFeatures:
+        """The results of the first pass over all latents, and these latents by number."""
+        return SAEFeatures(
+            self.name,
+            self.facts(),
+            self.n_tokens,
+            self.counts.double() / self.n_tokens,
+            dict(latents),
+            self.space.source,
+        )
 
     def described(self, texts: TokenTexts, unembedding: Unembedding | None) -> dict[int, Latent]:
         """The latents that are shown, by number."""
