@@ -4,11 +4,32 @@ Gao et al. 2024, *Scaling and evaluating sparse autoencoders* (arXiv 2406.04093)
 """
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["auxk_loss"]
+__all__ = ["AuxKSelector", "auxk_loss"]
+
+
+@runtime_checkable
+class AuxKSelector(Protocol):
+    """SAELens' `calculate_topk_aux_acts`, or another choice among dead latents."""
+
+    def __call__(
+        self,
+        k_aux: int,
+        hidden_pre: Float[Tensor, "batch d_sae"],
+        dead_neuron_mask: Bool[Tensor, "d_sae"],
+    ) -> Float[Tensor, "batch d_sae"]:
+        """The pre-activations of the chosen latents, 0 elsewhere.
+
+        Args:
+            k_aux: Number of latents to choose for each input.
+            hidden_pre: Pre-activations of all latents.
+            dead_neuron_mask: Whether a latent is dead; only these are chosen.
+        """
+        ...
 
 
 def auxk_loss(
@@ -16,7 +37,7 @@ def auxk_loss(
     residual: Float[Tensor, "batch d_in"],
     hidden_pre: Float[Tensor, "batch d_sae"],
     dead: Bool[Tensor, "d_sae"],
-    select: Callable[..., Tensor],
+    select: AuxKSelector,
     decode: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, ""]:
     """Error of reconstructing the residual from dead latents.
@@ -39,8 +60,7 @@ def auxk_loss(
         residual: The activations minus the reconstruction.
         hidden_pre: Pre-activations of all latents.
         dead: Whether a latent is dead.
-        select: Chooses the latents that reconstruct the residual. It is called with the keyword
-            arguments of SAELens' `calculate_topk_aux_acts`: k_aux, hidden_pre, dead_neuron_mask.
+        select: Chooses the latents that reconstruct the residual.
         decode: Maps latents, shape (batch, d_sae), to shape (batch, d_in), without a bias.
 
     Returns:

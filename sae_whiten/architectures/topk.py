@@ -20,7 +20,7 @@ from sae_lens.saes.abstopk_sae import calculate_abstopk_aux_acts
 from sae_lens.saes.topk_sae import act_times_W_dec, calculate_topk_aux_acts
 from torch import Tensor
 
-from sae_whiten.architectures.auxk import auxk_loss
+from sae_whiten.architectures.auxk import AuxKSelector, auxk_loss
 from sae_whiten.architectures.description import Architecture, read_weights, register
 from sae_whiten.architectures.losses import SparsityNorms, ranking_norms
 from sae_whiten.architectures.sparse_step import sparse_step
@@ -74,7 +74,7 @@ class TopKLosses(TopKTrainingSAE):
         sae_out: Tensor,
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
-        select: Any,
+        select: AuxKSelector,
     ) -> Tensor:
         """AuxK, where `select` chooses among the dead latents. See `auxk_loss`."""
         if dead_neuron_mask is None:
