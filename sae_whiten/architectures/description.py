@@ -76,7 +76,7 @@ def _charges_no_norms(cfg: SAEConfig) -> str:
     )
 
 
-def _no_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
+def _no_defaults(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
     return {}
 
 
@@ -123,7 +123,7 @@ class Architecture:
     sparsity_field: str | None = None
     sparsity_is_exact: bool = False
     scaled_fields: Mapping[str, int] = field(default_factory=dict)
-    compare_defaults: CompareDefaults = _no_options
+    compare_defaults: CompareDefaults = _no_defaults
     required_options: tuple[str, ...] = ()
 
 

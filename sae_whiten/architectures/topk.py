@@ -123,7 +123,7 @@ def _why_not_original_norms(cfg: Any) -> str | None:
     return f"{name} with rescale_acts_by_decoder_norm=False ranks latents without their norms"
 
 
-def _batchtopk_options(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
+def _batchtopk_defaults(*, seen: float, loss: float, n_steps: int) -> dict[str, Any]:
     # with SAELens' default of 0.01, the threshold has not converged after a few hundred steps
     return {"topk_threshold_lr": max(0.01, min(0.05, 20 / max(n_steps, 1)))}
 
@@ -140,6 +140,6 @@ TOPK = Architecture(
 )
 ABSTOPK = replace(TOPK, sae_classes=(AbsTopKSAE, AbsTopKTrainingSAE), losses=AbsTopKLosses)
 # batchtopk's threshold is in units of the latents, so the fold does not change it
-BATCHTOPK = replace(TOPK, sae_classes=(BatchTopKTrainingSAE,), compare_defaults=_batchtopk_options)
+BATCHTOPK = replace(TOPK, sae_classes=(BatchTopKTrainingSAE,), compare_defaults=_batchtopk_defaults)
 for _each in (TOPK, ABSTOPK, BATCHTOPK):
     register(_each)

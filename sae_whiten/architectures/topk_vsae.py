@@ -158,14 +158,23 @@ class TopKVSAETrainingConfig(TopKTrainingSAEConfig):
 
 @dataclass
 class _Posterior:
-    """The latents of one training step, and the posterior they were sampled from."""
+    """The latents of one training step, and the posterior they were sampled from.
 
-    mu: Tensor
-    logvar: Tensor | float | None
-    kl: Tensor
-    indices: Tensor
-    values: Tensor
-    latents: Tensor
+    Attributes:
+        mu: Means of all latents.
+        logvar: Their log variances; a number if all are the same, None if nothing is sampled.
+        kl: The KL divergence, averaged over inputs.
+        indices: The latents selected for each input.
+        values: The values of the selected latents.
+        latents: All latents, 0 where they are not selected. `decode` recognises this tensor.
+    """
+
+    mu: Float[Tensor, "*batch d_sae"]
+    logvar: Float[Tensor, "*batch d_sae"] | float | None
+    kl: Float[Tensor, ""]
+    indices: Integer[Tensor, "*batch k"]
+    values: Float[Tensor, "*batch k"]
+    latents: Float[Tensor, "*batch d_sae"]
 
 
 class TopKVSAETrainingSAE(TopKTrainingSAE):
