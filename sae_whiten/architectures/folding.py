@@ -99,9 +99,16 @@ class FoldCheck:
     @property
     def passed(self) -> bool:
         """Whether all errors except `reconstruction_error` are within tolerance. NaN fails."""
+        return self.is_within(1.0)
+
+    def is_within(self, share: float) -> bool:
+        """Whether all errors except `reconstruction_error` are within this share of the tolerances.
+
+        NaN fails.
+        """
         return (
-            self.fold_error <= self.tolerance
-            and self.active_set_change <= self.active_set_tolerance
+            self.fold_error <= share * self.tolerance
+            and self.active_set_change <= share * self.active_set_tolerance
             and self.wrong_decoder_rows == 0
         )
 
@@ -458,20 +465,7 @@ def _compare(
     for copied in (reference, folded):
         copied.turn_off_forward_pass_hook_z_reshaping()
     folded_weights = describe(sae).affine_weights(folded)
-
-    eps = torch.finfo(dtype).eps
-    # A product with W or W_inv amplifies rounding by the condition number. b_dec contains the mean
-    # of the activations, which may differ from the mean in the statistics. Its rounding error is
-    # taken relative to the spread of the activations.
-    mean = max(float(out.mean.norm()), float(folded_weights.b_dec.double().norm()))
-    offset = mean / float(out.covariance_eigenvalues.sum().sqrt())
-    if describe(sae).is_transcoder:
-        # It subtracts no b_dec, so the product with W amplifies rounding of the input's mean, too:
-        # each coordinate by its own row of W, in units of whitened activations, whose variance is 1
-        amplified = whitening.mean[:, None] * whitening.W
-        offset += float(amplified.norm()) / whitening.d_in**0.5
-    tolerance = 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
-
+    tolerance = _tolerance(folded_weights, whitening, out, describe(sae).is_transcoder)
     norms = None if weights.decoder_norms is None else weights.decoder_norms.to(dtype)
     sums: dict[str, float] = defaultdict(float)  # sums of squares, and counts
     n_parts = -(-len(x) // _ROWS)
@@ -500,9 +494,30 @@ def _compare(
             sums["changed"] += int((active ^ new_active).sum())
             sums["active"] += int((active | new_active).sum())
             sums["rows"] += len(rows)
-            if sums["active"] >= _ENOUGH_ACTIVE and _is_clear(_check_of(sums, source, tolerance)):
+            check = _check_of(sums, source, tolerance)
+            if sums["active"] >= _ENOUGH_ACTIVE and check.is_within(0.5):
                 break
     return _check_of(sums, source, tolerance)
+
+
+def _tolerance(
+    folded: AffineWeights, whitening: Whitening, out: Whitening, is_transcoder: bool
+) -> float:
+    """The largest relative error of pre-activations and decoder that rounding explains.
+
+    A product with W or W_inv amplifies rounding by the condition number. b_dec contains the mean of
+    the activations, which may differ from the mean in the statistics. Its rounding error is taken
+    relative to the spread of the activations.
+    """
+    mean = max(float(out.mean.norm()), float(folded.b_dec.double().norm()))
+    offset = mean / float(out.covariance_eigenvalues.sum().sqrt())
+    if is_transcoder:
+        # It subtracts no b_dec, so the product with W amplifies rounding of the input's mean, too:
+        # each coordinate by its own row of W, in units of whitened activations, whose variance is 1
+        amplified = whitening.mean[:, None] * whitening.W
+        offset += float(amplified.norm()) / whitening.d_in**0.5
+    eps = torch.finfo(folded.W_enc.dtype).eps
+    return 8 * eps * (max(whitening.condition_number, out.condition_number) + offset)
 
 
 def _wrong_decoder_rows(weights: AffineWeights, folded: AffineWeights, out: Whitening) -> int:
@@ -542,15 +557,6 @@ def _check_of(sums: dict[str, float], source: str, tolerance: float) -> FoldChec
         tolerance=tolerance,
         active_set_tolerance=0.01,
         wrong_decoder_rows=int(sums["wrong_rows"]),
-    )
-
-
-def _is_clear(check: FoldCheck) -> bool:
-    """Whether the check passes at half of its tolerances."""
-    return (
-        check.fold_error <= check.tolerance / 2
-        and check.active_set_change <= check.active_set_tolerance / 2
-        and check.wrong_decoder_rows == 0
     )
 
 
