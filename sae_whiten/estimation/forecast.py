@@ -73,7 +73,7 @@ class Difference:
     noise: float
 
     @property
-    def is_one(self) -> bool:
+    def significant(self) -> bool:
         """Whether the interval excludes 0 and the mean is above the noise of measuring."""
         return (self.low > 0 or self.high < 0) and abs(self.mean) > self.noise
 
@@ -137,7 +137,7 @@ class Dose:
 
     def _better(self, name: str, other: str) -> bool:
         outcome, difference = self.outcomes[name], self.outcomes[name].over[other]
-        if difference.is_one:
+        if difference.significant:
             return difference.mean > 0
         return self.outcomes[other].dead - outcome.dead > _FEW_DEAD
 
