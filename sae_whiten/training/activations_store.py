@@ -5,6 +5,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,6 @@ _OURS = (
     "load_from_checkpoint",
 )
 _TRAIN_ON_ANY_ITERATOR = "WhiteningTrainer trains on any iterator of activations"
-_ANCHOR_FIELDS = ("n_batches", "position", "sequences", "n_epochs", "n_dataset_processed")
 _N_FINGERPRINT = 16  # activations that identify a model
 _SEQUENCES_IN_BUFFER = 20  # SAELens' default while it had one
 
@@ -80,6 +80,39 @@ def check_buffer(
             "train_batch_size_tokens"
         )
     return n_batches_in_buffer
+
+
+@dataclass
+class _Anchor:
+    """A point from which the mixing buffer can be filled again.
+
+    Attributes:
+        n_batches: Batches before it; negative if they were drawn before training.
+        buffer: Activations left in the buffer, shape (n, d_in), or None if there were none.
+        generator: State of the generator that mixes.
+        position: Sequences read in this epoch; rows, with cached activations.
+        sequences: Checksum of these sequences; None with cached activations.
+        n_epochs: How often the dataset was started.
+        n_dataset_processed: Rows of the dataset that SAELens has counted.
+    """
+
+    n_batches: int
+    buffer: Tensor | None
+    generator: Tensor
+    position: int
+    sequences: str | None
+    n_epochs: int
+    n_dataset_processed: int
+
+    def fields(self) -> dict[str, Any]:
+        """All but the tensors, as JSON values."""
+        return {
+            "n_batches": self.n_batches,
+            "position": self.position,
+            "sequences": self.sequences,
+            "n_epochs": self.n_epochs,
+            "n_dataset_processed": self.n_dataset_processed,
+        }
 
 
 class ResumableActivationsStore(ActivationsStore):
@@ -250,7 +283,7 @@ class ResumableActivationsStore(ActivationsStore):
         """Count batches from the next one on, as training does: some may have been drawn before."""
         self._prepare()
         for anchor in self._anchors:
-            anchor["n_batches"] -= self._n_batches
+            anchor.n_batches -= self._n_batches
         self._draws = [(n - self._n_batches, size) for n, size in self._draws]
         self._n_batches = 0
 
@@ -260,13 +293,13 @@ class ResumableActivationsStore(ActivationsStore):
         n_served = self._n_served()
         if not self._anchors:
             self._anchors.append(self._anchor())
-        anchor = [a for a in self._anchors if a["n_batches"] <= n_served][-1]
-        tensors = {"generator": anchor["generator"]}
-        if anchor["buffer"] is not None:
-            tensors["buffer"] = anchor["buffer"]
-        fields = {key: anchor[key] for key in _ANCHOR_FIELDS}
+        anchor = [a for a in self._anchors if a.n_batches <= n_served][-1]
+        tensors = {"generator": anchor.generator}
+        if anchor.buffer is not None:
+            tensors["buffer"] = anchor.buffer
+        fields = anchor.fields()
         # what evaluators have drawn since, or will have, if a thread reads ahead
-        fields["draws"] = [draw for draw in self._draws if draw[0] > anchor["n_batches"]]
+        fields["draws"] = [draw for draw in self._draws if draw[0] > anchor.n_batches]
         fields["n_served"] = n_served
         fields["n_skipped"] = self.n_skipped
         fields["widths"] = list(self.widths.items())
@@ -319,7 +352,7 @@ class ResumableActivationsStore(ActivationsStore):
         self._begin_epoch()
         self._buffer: Tensor | None = None
         self._n_batches = 0
-        self._anchors: deque[dict[str, Any]] = deque()
+        self._anchors: deque[_Anchor] = deque()
         self._refilling = False
         # draws by evaluators, each (batches before it, sequences), and how many of them are done:
         # those of a checkpoint have to be repeated
@@ -424,16 +457,16 @@ class ResumableActivationsStore(ActivationsStore):
                     f"at most {tolerance:.2%}"
                 )
 
-    def _anchor(self) -> dict[str, Any]:
-        return {
-            "n_batches": self._n_batches,
-            "buffer": self._buffer,
-            "generator": self._generator.get_state(),
-            "position": self._position(),
-            "sequences": None if self.dataset is None else self._sequences(),
-            "n_epochs": self.n_epochs,
-            "n_dataset_processed": self.n_dataset_processed,
-        }
+    def _anchor(self) -> _Anchor:
+        return _Anchor(
+            n_batches=self._n_batches,
+            buffer=self._buffer,
+            generator=self._generator.get_state(),
+            position=self._position(),
+            sequences=None if self.dataset is None else self._sequences(),
+            n_epochs=self.n_epochs,
+            n_dataset_processed=self.n_dataset_processed,
+        )
 
     @torch.no_grad()
     def _mix(self) -> Iterator[Tensor]:
@@ -480,11 +513,11 @@ class ResumableActivationsStore(ActivationsStore):
     def _prune_anchors(self) -> None:
         """Drop anchors that training has passed; of those ahead of it, keep a few."""
         n_served = self._n_served()
-        while len(self._anchors) > 1 and self._anchors[1]["n_batches"] <= n_served:
+        while len(self._anchors) > 1 and self._anchors[1].n_batches <= n_served:
             self._anchors.popleft()
         while len(self._anchors) > 4:
             del self._anchors[1]
-        n_old = sum(n <= self._anchors[0]["n_batches"] for n, _ in self._draws[: self._n_drawn])
+        n_old = sum(n <= self._anchors[0].n_batches for n, _ in self._draws[: self._n_drawn])
         del self._draws[:n_old]
         self._n_drawn -= n_old
 
