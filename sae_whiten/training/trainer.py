@@ -150,15 +150,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         start_from_folded: bool = False,
         train_as: TrainingSAEConfig | None = None,
     ) -> None:
-        if not hasattr(data_provider, "__next__"):
-            kind = type(data_provider).__name__
-            remedy = "iter(...) of it" if hasattr(data_provider, "__iter__") else "one"
-            if isinstance(data_provider, Tensor):
-                remedy = "iter(x.split(batch_size)), or a generator if training needs more"
-            raise TypeError(
-                "data_provider must be an iterator that yields batches of activations, shape "
-                f"(n, d_in); got {kind}: pass {remedy}"
-            )
+        _require_iterator(data_provider)
         expected = "none" if start_from_folded else "covariance_whitening"
         if sae.cfg.normalize_activations != expected:
             raise ValueError(
@@ -169,14 +161,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if cfg.lr_end is None:
             # as SAELens' runner has it; its trainer asserts that somebody has set it
             cfg = replace(cfg, lr_end=cfg.lr / 10)
-        ranks_by_norm = getattr(train_as or sae.cfg, "rescale_acts_by_decoder_norm", False)
-        by_original = whitening is not None and whitening.sparsity_norms == "original"
-        if start_from_folded and ranks_by_norm and by_original:
-            raise ValueError(
-                "WhiteningConfig.sparsity_norms='original' cannot be used with start_from_folded "
-                f"for {sae.cfg.architecture()}: unfolding moves its decoder norms into the "
-                "encoder, and none are left to rank by"
-            )
+        if start_from_folded and whitening is not None:
+            _require_norms_to_rank_by(train_as or sae.cfg, whitening)
         enter_whitened_space(sae, whitening)
         sae.cfg = copy.deepcopy(sae.cfg)
         redact_attributes(sae.cfg.metadata)  # which every file of the SAE holds
@@ -654,6 +640,38 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     def _checkpoint_if_needed(self) -> None:
         with after_step(self), going_on_without_checkpoint(self):
             super()._checkpoint_if_needed()
+
+
+def _require_iterator(data_provider: object) -> None:
+    """Refuse what yields no batches, such as all activations in one tensor.
+
+    Raises:
+        TypeError: It is not an iterator. The message says how to make one of it.
+    """
+    if hasattr(data_provider, "__next__"):
+        return
+    remedy = "iter(...) of it" if hasattr(data_provider, "__iter__") else "one"
+    if isinstance(data_provider, Tensor):
+        remedy = "iter(x.split(batch_size)), or a generator if training needs more"
+    raise TypeError(
+        "data_provider must be an iterator that yields batches of activations, shape "
+        f"(n, d_in); got {type(data_provider).__name__}: pass {remedy}"
+    )
+
+
+def _require_norms_to_rank_by(cfg: TrainingSAEConfig, whitening: WhiteningConfig) -> None:
+    """Refuse to rank latents of an SAE that is unfolded first by norms in the original space.
+
+    Raises:
+        ValueError: The SAE ranks latents by decoder norms, and `whitening` asks for these norms.
+    """
+    ranks_by_norm = getattr(cfg, "rescale_acts_by_decoder_norm", False)
+    if ranks_by_norm and whitening.sparsity_norms == "original":
+        raise ValueError(
+            "WhiteningConfig.sparsity_norms='original' cannot be used with start_from_folded "
+            f"for {cfg.architecture()}: unfolding moves its decoder norms into the "
+            "encoder, and none are left to rank by"
+        )
 
 
 @contextmanager
