@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "COLUMN_WIDTH",
     "MARKERS",
+    "PAGE_WIDTH",
     "common_pattern",
     "n_legend_columns",
     "new_figure",
@@ -21,6 +23,9 @@ __all__ = [
     "save_figure",
     "without_common_folders",
 ]
+
+COLUMN_WIDTH, PAGE_WIDTH = 3.4, 7.0
+"""Widths in inches of a column of a paper, and of both columns."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 """Markers that can be distinguished in black and white."""
@@ -66,7 +71,7 @@ def _matplotlib() -> Any:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure; sizes in inches. A column of a paper is about 3.4 wide, a page 7."""
+    """An empty figure; sizes in inches."""
     # pyplot would choose a display and keep the figure in memory
     from matplotlib.figure import Figure
 

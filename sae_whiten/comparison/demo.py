@@ -225,11 +225,11 @@ def _eigenvalues(x: "Tensor") -> "Tensor":
 
 
 def _draw(result: DemoResult, eigenvalues: "dict[str, Tensor]", options: DemoOptions) -> None:
-    from sae_whiten._paper_style import MARKERS, new_figure, paper_style, save_figure
+    from sae_whiten._paper_style import MARKERS, PAGE_WIDTH, new_figure, paper_style, save_figure
     from sae_whiten.estimation.spectrum import null_directions
 
     with paper_style():
-        figure = new_figure(width=7, height=2.4)
+        figure = new_figure(width=PAGE_WIDTH, height=2.4)
         spectrum, dead, probing = figure.subplots(1, 3)
         for version, values, style in zip(
             eigenvalues, eigenvalues.values(), ("-", "--"), strict=True

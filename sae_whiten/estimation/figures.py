@@ -9,7 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_whiten._paper_style import common_pattern, new_figure, paper_style, save_figure
+from sae_whiten._paper_style import (
+    COLUMN_WIDTH,
+    common_pattern,
+    new_figure,
+    paper_style,
+    save_figure,
+)
 from sae_whiten.estimation.spectrum import null_directions
 
 if TYPE_CHECKING:
@@ -36,7 +42,7 @@ def plot_eigenvalues(spectra: Mapping[str, Float[Tensor, "d"]], path: str | Path
         for name, values in spectra.items()
     }
     with paper_style():
-        figure = new_figure(width=3.4 if len(lines) == 1 else 4.6, height=2.4)
+        figure = new_figure(width=COLUMN_WIDTH if len(lines) == 1 else 4.6, height=2.4)
         axes = figure.add_subplot()
         _draw_hooks(axes, lines, list(lines))
         axes.set_yscale("log")
@@ -90,7 +96,7 @@ def plot_spectra(
     written = []
     for name, panels in figures.items():
         with paper_style():
-            figure = new_figure(width=3.4 * len(panels), height=2.4)
+            figure = new_figure(width=COLUMN_WIDTH * len(panels), height=2.4)
             all_axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
             for axes, (label, values) in zip(all_axes, panels, strict=True):
                 _draw_hooks(axes, values, list(spectra))

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sae_whiten._paper_style import (
+    COLUMN_WIDTH,
     MARKERS,
+    PAGE_WIDTH,
     n_legend_columns,
     new_figure,
     paper_style,
@@ -25,7 +27,6 @@ __all__ = [
     "plot_differences",
 ]
 
-_PAGE_WIDTH = 7.0  # inches, both columns of a paper
 _MOST_TICKS = 7
 _K_TOLERANCE = 0.02  # relative: an L0 this close to a whole number counts as k
 
@@ -209,7 +210,7 @@ def _panels(
         raise ValueError("a figure needs at least one panel")
     n_rows = math.ceil(len(titles) / most_columns)
     n_columns = math.ceil(len(titles) / n_rows)
-    width = _PAGE_WIDTH if n_columns > 2 else 3.4 * n_columns
+    width = PAGE_WIDTH if n_columns > 2 else COLUMN_WIDTH * n_columns
     figure = new_figure(width, height * n_rows)
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=sharey).flatten().tolist()
     for axes in grid[len(titles) :]:

@@ -14,7 +14,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from sae_whiten._paper_style import (
+    COLUMN_WIDTH,
     MARKERS,
+    PAGE_WIDTH,
     common_pattern,
     n_legend_columns,
     new_figure,
@@ -66,7 +68,7 @@ def plot_zf(samples: Mapping[str, AFASamples], path: str | Path) -> None:
     n_hidden = sum(int(((z < low) | (f < low)).sum()) for z, f in points.values())
     pattern, labels = _short_names(list(points))
     with paper_style():
-        figure = new_figure(width=3.4, height=3.4)
+        figure = new_figure(width=COLUMN_WIDTH, height=COLUMN_WIDTH)
         axes = figure.add_subplot()
         bands = _draw_bands(axes, low, high)
         for i, (label, (z, f)) in enumerate(zip(labels, points.values(), strict=True)):
@@ -195,7 +197,7 @@ def plot_violins(samples: Mapping[str, AFASamples], path: str | Path) -> None:
     """
     pattern, labels = _short_names(list(samples))
     with paper_style():
-        width = 3.4 if len(samples) < _WIDE_FROM else 7.0
+        width = COLUMN_WIDTH if len(samples) < _WIDE_FROM else PAGE_WIDTH
         letters = max(map(len, labels), default=0)
         # names at an angle, which needs height, if they do not fit side by side
         long = 0.07 * letters * len(labels) > width - 1.2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae_whiten._paper_style import new_figure, paper_style, save_figure
+from sae_whiten._paper_style import PAGE_WIDTH, new_figure, paper_style, save_figure
 from sae_whiten.lenses.landscape.simulation import Landscape
 
 __all__ = ["plot_landscapes"]
@@ -23,7 +23,7 @@ def plot_landscapes(before: Landscape, after: Landscape, path: str | Path) -> No
         ValueError: matplotlib does not know the format.
     """
     with paper_style():
-        figure = new_figure(width=7.0, height=3.7)
+        figure = new_figure(width=PAGE_WIDTH, height=3.7)
         panels = figure.subplots(1, 2, sharey=True)
         greys = None
         for axes, (title, landscape) in zip(

@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_whiten._paper_style import (
+    COLUMN_WIDTH,
+    PAGE_WIDTH,
     new_figure,
     paper_style,
     save_figure,
@@ -19,7 +21,6 @@ from sae_whiten.lenses.latents.embedding import ACTIVATIONS, LatentMap, LatentSp
 
 __all__ = ["plot_latent_space"]
 
-_PAGE_WIDTH = 7.0  # inches, both columns of a paper
 _MOST_COLUMNS = 3
 _DEAD = "0.55"  # grey
 
@@ -54,7 +55,7 @@ def plot_latent_space(latent_space: LatentSpace, path: str | Path) -> None:
             for members in ([m for m in maps if m.space == space] for space in spaces)
             for start in range(0, len(members), n_columns)
         ]
-        width = _PAGE_WIDTH if n_columns > 1 else 3.4
+        width = PAGE_WIDTH if n_columns > 1 else COLUMN_WIDTH
         side = (width - 0.6) / n_columns
         figure = new_figure(width, len(rows) * (side + 0.85) + 0.5)
         grid = figure.subplots(len(rows), n_columns, squeeze=False)

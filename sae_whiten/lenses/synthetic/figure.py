@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sae_whiten._paper_style import new_figure, paper_style, save_figure
+from sae_whiten._paper_style import PAGE_WIDTH, new_figure, paper_style, save_figure
 from sae_whiten.lenses.synthetic.experiment import SyntheticSummary
 
 __all__ = ["plot_recovery"]
@@ -30,7 +30,7 @@ def plot_recovery(
     conditions = list(dict.fromkeys(s.condition for s in summaries))
     architectures = list(dict.fromkeys(s.architecture for s in summaries))
     with paper_style():
-        figure = new_figure(width=7.0, height=0.9 + 0.3 * len(conditions))
+        figure = new_figure(width=PAGE_WIDTH, height=0.9 + 0.3 * len(conditions))
         panels = figure.subplots(1, len(_PANELS), sharey=True, squeeze=False)[0]
         for axes, (score, title) in zip(panels, _PANELS.items(), strict=True):
             for i, architecture in enumerate(architectures):
