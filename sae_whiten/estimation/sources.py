@@ -80,13 +80,16 @@ class ModelActivations:
         model: As SAELens loads it.
         dataset: A dataset, or a path or name as for `open_dataset`, with tokens or with text.
         hook_names: Hook names or glob patterns.
+        context_size: Tokens per sequence.
+        seqpos_slice: Positions of a sequence to take, as in SAELens; all by default.
+        streaming: As for `open_dataset`.
         hook_head_index: As in SAELens.
         exclude_special_tokens: As in SAELens.
         batch_size_prompts: Sequences per pass.
         autocast_lm: As in SAELens.
         split: Which split of the dataset, if it is a path.
         shard: Number of this shard of the dataset, and the number of shards.
-        options: Arguments of `ActivationsStore`: context_size, prepend_bos, streaming...
+        options: Further arguments of `ActivationsStore`: prepend_bos, use_chat_formatting...
 
     Raises:
         ValueError: A pattern matches no hook, the context is too long for the model, or the dataset
@@ -99,6 +102,9 @@ class ModelActivations:
         dataset: HfDataset | str,
         hook_names: str | Sequence[str],
         *,
+        context_size: int,
+        seqpos_slice: tuple[int | None, ...] = (None,),
+        streaming: bool = True,
         hook_head_index: int | None = None,
         exclude_special_tokens: bool | list[int] = False,
         batch_size_prompts: int = 32,
@@ -109,19 +115,27 @@ class ModelActivations:
     ) -> None:
         self.hook_names = match_hooks(model.hook_dict, hook_names)
         self.resolution = dict.fromkeys(self.hook_names, resolution_of(model, autocast_lm))
-        require_context(options["context_size"], model)
+        require_context(context_size, model)
         self.n_sequences = 0
         self._model = model
         self._head = hook_head_index
         self._batch_size = batch_size_prompts
         self._autocast = autocast_lm
-        self._context_size: int = options["context_size"]
-        self._slice = slice(*options["seqpos_slice"])
+        self._context_size = context_size
+        self._slice = slice(*seqpos_slice)
         self._special = _special_tokens(model, exclude_special_tokens)
         self._run_options = stopping_after(model, self.hook_names)
         if isinstance(dataset, str) and split != "train":
-            dataset = open_dataset(dataset, split, options["streaming"])
-        store = token_store(model, dataset, self.hook_names[0], options)
+            dataset = open_dataset(dataset, split, streaming)
+        store = token_store(
+            model,
+            dataset,
+            self.hook_names[0],
+            context_size=context_size,
+            seqpos_slice=seqpos_slice,
+            streaming=streaming,
+            **options,
+        )
         store.dataset = part_of(store.dataset, *shard)
         sequences: Iterator[Tensor] = iter(store.iterable_sequences)
         first = list(itertools.islice(sequences, 1))
@@ -299,15 +313,22 @@ def part_of(dataset: Any, rank: int, world_size: int) -> Any:
 
 
 def token_store(
-    model: Model, dataset: HfDataset | str, hook_name: str, options: dict[str, Any]
+    model: Model, dataset: HfDataset | str, hook_name: str, *, streaming: bool, **options: Any
 ) -> ActivationsStore:
     """SAELens' activations store, of which only the tokens are used.
+
+    Args:
+        model: As SAELens loads it.
+        dataset: A dataset, or a path or name as for `open_dataset`.
+        hook_name: A hook of the model.
+        streaming: As for `open_dataset`.
+        options: Further arguments of the store: context_size, prepend_bos...
 
     Raises:
         ValueError: The dataset is empty.
     """
     if isinstance(dataset, str) and is_on_this_machine(dataset):
-        dataset = open_dataset(dataset, streaming=options["streaming"])
+        dataset = open_dataset(dataset, streaming=streaming)
     if isinstance(dataset, datasets.Dataset):
         # a copy: the store changes the format of its dataset
         dataset = dataset.with_format(dataset.format["type"])
@@ -328,6 +349,7 @@ def token_store(
             normalize_activations="none",
             device=torch.device("cpu"),
             dtype="float32",
+            streaming=streaming,
             **options,
         )
     except StopIteration:

@@ -70,20 +70,20 @@ def token_batches(
     `task` is the name of the progress bar.
     """
     context_size = reading.context_size
-    options = {
-        "streaming": True,
-        "context_size": context_size,
-        "prepend_bos": reading.prepend_bos,
-        "seqpos_slice": (None,),
-        "disable_concat_sequences": bool(common_setting(saes, "disable_concat_sequences", False)),
-        "sequence_separator_token": common_setting(saes, "sequence_separator_token", "bos"),
-        "use_chat_formatting": bool(common_setting(saes, "use_chat_formatting", False)),
-    }
     with warnings.catch_warnings():
         # warnings that the dataset is not tokenized, or has longer sequences
         warnings.simplefilter("ignore")
         store = token_store(
-            model, dataset, next(iter(saes.values())).cfg.metadata.hook_name, options
+            model,
+            dataset,
+            next(iter(saes.values())).cfg.metadata.hook_name,
+            streaming=True,
+            context_size=context_size,
+            prepend_bos=reading.prepend_bos,
+            seqpos_slice=(None,),
+            disable_concat_sequences=bool(common_setting(saes, "disable_concat_sequences", False)),
+            sequence_separator_token=common_setting(saes, "sequence_separator_token", "bos"),
+            use_chat_formatting=bool(common_setting(saes, "use_chat_formatting", False)),
         )
     n_sequences = -(-n_tokens // context_size)
     sequences = islice(store.iterable_sequences, n_sequences)
