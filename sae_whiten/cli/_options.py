@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 
 from simple_parsing.docstring import get_attribute_docstring
 
+from sae_whiten.cli._spelling import flag_of
 from sae_whiten.cli._values import json_object
 
 __all__ = ["add_options", "given_options", "help_of", "options_from"]
@@ -54,7 +55,7 @@ def add_options(
         if absent_by_default:
             kwargs["default"] = argparse.SUPPRESS
         help = text.replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=field.name, help=help, **kwargs)
+        parser.add_argument(flag_of(name), dest=field.name, help=help, **kwargs)
 
 
 def options_from(args: argparse.Namespace, options: type[T]) -> T:

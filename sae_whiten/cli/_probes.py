@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from sae_whiten.cli._spelling import flag_of
 from sae_whiten.cli._values import positive
 
 if TYPE_CHECKING:
@@ -102,15 +103,11 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
 
     given = [name for name in _OTHERS if getattr(args, name) is not None]
     if args.probes == "none" and given:
-        raise ValueError(f"without probing, {_flag(given[0])} has no effect: leave it out")
+        raise ValueError(f"without probing, {flag_of(given[0])} has no effect: leave it out")
     if args.probes is not None and args.labels_dataset is not None:
         raise ValueError("--labels-dataset replaces --probes: give one of them")
     for name in given:
         if name in ("text_column", "label_column") and args.labels_dataset is None:
-            raise ValueError(f"{_flag(name)} needs --labels-dataset")
+            raise ValueError(f"{flag_of(name)} needs --labels-dataset")
         if name == "probe_tokens" and not is_probing_texts(args.probes or ""):
-            raise ValueError(f"{_flag(name)} needs --probes sae-probes")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            raise ValueError(f"{flag_of(name)} needs --probes sae-probes")

@@ -4,7 +4,16 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["did_you_mean", "known_spelling"]
+__all__ = ["did_you_mean", "flag_of", "known_spelling"]
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field or of a parsed value.
+
+    >>> flag_of("context_size")
+    '--context-size'
+    """
+    return "--" + name.replace("_", "-")
 
 
 def known_spelling(argument: str, flags: Iterable[str]) -> str:

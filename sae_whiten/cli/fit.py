@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae_whiten.cli._model import ModelOptions
 from sae_whiten.cli._options import add_options, help_of, options_from
+from sae_whiten.cli._spelling import flag_of
 from sae_whiten.estimation.options import FitConfig, ReadingConfig
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--cached-activations replaces --model-name and --dataset-path")
     unusable = [name for name in (*_LOADING, *_READING) if hasattr(args, name)]
     if args.cached_activations is not None and unusable:
-        listed = ", ".join("--" + name.replace("_", "-") for name in unusable)
+        listed = ", ".join(map(flag_of, unusable))
         raise ValueError(f"cached activations are used as they are: leave out {listed}")
     from sae_whiten.estimation.distributed import joined_processes
 

@@ -20,6 +20,7 @@ from sae_whiten.cli._saes import (
     add_model_arguments,
     model_and_dataset,
 )
+from sae_whiten.cli._spelling import flag_of
 from sae_whiten.cli._values import positive
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def _activations(args: argparse.Namespace) -> "Tensor | None":
     if args.dataset_path is None:
         for name, default in _OF_DATASET.items():
             if getattr(args, name) != default:
-                raise ValueError(f"--{name.replace('_', '-')} needs --dataset-path")
+                raise ValueError(f"{flag_of(name)} needs --dataset-path")
     if args.cached_activations is None and args.dataset_path is None:
         if args.n_activations is not None:
             raise ValueError("--n-activations needs --cached-activations or --dataset-path")
