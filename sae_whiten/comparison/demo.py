@@ -36,7 +36,6 @@ CONDITIONS_SHOWN = ("none", "centred", "original")
 """Of `sae_whiten.comparison.conditions`."""
 
 _N_TEXTS = 40  # to probe with, of each combination of labels
-_KS = (1, 2, 5, 20)  # latents that a probe may use
 _BATCH_SIZE = 512  # tokens; smaller than usual, for more steps in so short a training
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _NOISE = "To copy construct from a tensor"  # a warning that means nothing here: they are copied
@@ -176,7 +175,7 @@ def _evaluate(
     import numpy as np
     from safetensors.torch import load_file, save_file
 
-    from sae_whiten.evaluation.probing import sparse_probing
+    from sae_whiten.evaluation.probing import K_VALUES, sparse_probing
 
     folder = options.out / version
     script, x, latents = (
@@ -206,10 +205,10 @@ def _evaluate(
         by_attribute = []
         for attribute in labels.train.labels:
             _, y, y_test = labels.encoded(attribute)
-            by_attribute.append(sparse_probing(values[:n_train], y, values[n_train:], y_test, _KS))
+            by_attribute.append(sparse_probing(values[:n_train], y, values[n_train:], y_test))
         by_condition[condition] = {
             **results[path],
-            "probing": {k: float(np.mean([by_k[k] for by_k in by_attribute])) for k in _KS},
+            "probing": {k: float(np.mean([by_k[k] for by_k in by_attribute])) for k in K_VALUES},
         }
     return by_condition
 
@@ -227,6 +226,7 @@ def _eigenvalues(x: "Tensor") -> "Tensor":
 def _draw(result: DemoResult, eigenvalues: "dict[str, Tensor]", options: DemoOptions) -> None:
     from sae_whiten._paper_style import MARKERS, PAGE_WIDTH, new_figure, paper_style, save_figure
     from sae_whiten.estimation.spectrum import null_directions
+    from sae_whiten.evaluation.probing import K_VALUES
 
     with paper_style():
         figure = new_figure(width=PAGE_WIDTH, height=2.4)
@@ -256,7 +256,7 @@ def _draw(result: DemoResult, eigenvalues: "dict[str, Tensor]", options: DemoOpt
         dead.set_ylabel(f"dead latents, of {options.d_sae}")
         dead.legend(frameon=False, loc="upper left")
         probing.set(xscale="log", xlabel="latents that a probe uses", ylabel="probe accuracy")
-        probing.set_xticks(_KS, [str(k) for k in _KS])
+        probing.set_xticks(K_VALUES, [str(k) for k in K_VALUES])
         probing.minorticks_off()
         save_figure(figure, options.out / "demo.png")
 

@@ -18,7 +18,7 @@ from sae_whiten.evaluation.metrics import (
     dense_latents,
 )
 from sae_whiten.evaluation.model_loss import ModelLoss
-from sae_whiten.evaluation.probing import SCR, TPP
+from sae_whiten.evaluation.probing import K_VALUES, N_VALUES, SCR, TPP
 
 __all__ = [
     "CE_LOSS_SCORE",
@@ -53,14 +53,8 @@ __all__ = [
     "name_of",
 ]
 
-K_VALUES = (1, 2, 5, 20)
-"""Columns of sparse probing."""
-
 SAE_PROBES_K = (1, 2, 4, 8, 16)
 """Numbers of latents for the probes of `sae-probes`: the first five of the package's own."""
-
-N_VALUES = (2, 5, 10, 20, 50, 100)
-"""Latents removed by TPP and SCR."""
 
 MEASUREMENTS = {"ce_loss": "CE loss score and KL", "tpp": "TPP", "scr": "SCR"}
 """Measurements that a record may lack: the key of the reason in `absent`, and the reports' name."""

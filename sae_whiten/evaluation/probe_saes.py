@@ -15,8 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_whiten.evaluation.catalogue import (
-    K_VALUES,
-    N_VALUES,
     Measured,
     Probed,
     ProbedColumns,
@@ -30,7 +28,9 @@ from sae_whiten.evaluation.model_view import (
     mean_over_tokens,
 )
 from sae_whiten.evaluation.probing import (
+    K_VALUES,
     MIN_CELL,
+    N_VALUES,
     SCR,
     TPP,
     full_probe_accuracy,

@@ -23,7 +23,9 @@ from jaxtyping import Bool, Float, Integer
 from numpy import ndarray
 
 __all__ = [
+    "K_VALUES",
     "MIN_CELL",
+    "N_VALUES",
     "SCR",
     "TPP",
     "LinearProbe",
@@ -36,6 +38,12 @@ __all__ = [
     "spurious_correlation_removal",
     "targeted_probe_perturbation",
 ]
+
+K_VALUES = (1, 2, 5, 20)
+"""Columns of sparse probing."""
+
+N_VALUES = (2, 5, 10, 20, 50, 100)
+"""Latents removed by TPP and SCR."""
 
 MIN_CELL = 25
 """Fewest texts per combination of two attributes: the standard error of accuracies is then 0.05."""
@@ -125,7 +133,7 @@ def sparse_probing(
     train_labels: Integer[ndarray, "n"],
     test: Float[ndarray, "n_test d"],
     test_labels: Integer[ndarray, "n_test"],
-    ks: Sequence[int] = (1, 2, 5, 20),
+    ks: Sequence[int] = K_VALUES,
     seed: int = 0,
 ) -> dict[int, float]:
     """Accuracy of probes that separate a class from the rest by the class's K best columns.
@@ -233,7 +241,7 @@ def targeted_probe_perturbation(
     f_test: Float[ndarray, "n_test d_sae"],
     labels_test: Integer[ndarray, "n_test"],
     W_dec: Float[ndarray, "d_sae d"],
-    ns: Sequence[int] = (2, 5, 10, 20, 50, 100),
+    ns: Sequence[int] = N_VALUES,
     seed: int = 0,
 ) -> TPP:
     """TPP: whether removing the latents of one class affects the probe of that class only.
@@ -369,7 +377,7 @@ def spurious_correlation_removal(
     first_test: Integer[ndarray, "n_test"] | Bool[ndarray, "n_test"],
     second_test: Integer[ndarray, "n_test"] | Bool[ndarray, "n_test"],
     W_dec: Float[ndarray, "d_sae d"],
-    ns: Sequence[int] = (2, 5, 10, 20, 50, 100),
+    ns: Sequence[int] = N_VALUES,
     seed: int = 0,
 ) -> SCR:
     """SCR: whether removing the latents of one attribute makes a biased probe ignore it.
