@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_whiten._checks import FieldError
+from sae_whiten.estimation.dataset import TEXT_COLUMNS, TOKEN_COLUMNS
 from sae_whiten.estimation.sources import Model, ModelActivations
 
 __all__ = ["describe_activations", "describe_rows", "divide_rows", "same_activations", "shuffled"]
 
-_COLUMNS = ("tokens", "input_ids", "text", "problem")  # those that SAELens reads, in its order
 _MOST_ROWS = 4096  # of a dataset, in its fingerprint
 _N_SEQUENCES, _N_DIMENSIONS = 4, 8  # in the fingerprint of a model
 _TOLERANCE = 0.01  # relative; more than the rounding of another device or dtype changes
@@ -55,7 +55,7 @@ def describe_rows(dataset: Any, n_held_out: int) -> str:
         )
     checksum = hashlib.sha256()
     for row in rows:
-        column = next((name for name in _COLUMNS if name in row), None)
+        column = next((name for name in (*TOKEN_COLUMNS, *TEXT_COLUMNS) if name in row), None)
         checksum.update(json.dumps(row if column is None else row[column], default=str).encode())
     return f"{described} of checksum {checksum.hexdigest()[:16]}"
 

@@ -15,12 +15,17 @@ from sae_lens.config import HfDataset
 from sae_whiten.estimation.probing_texts import is_probing_texts, tasks_of, unprobed_texts
 
 __all__ = [
+    "TEXT_COLUMNS",
+    "TOKEN_COLUMNS",
     "canonical_source",
     "check_length",
     "is_on_this_machine",
     "local_dataset",
     "open_dataset",
 ]
+
+TOKEN_COLUMNS, TEXT_COLUMNS = ("tokens", "input_ids"), ("text", "problem")
+"""Columns that SAELens reads, those of tokens before those of text."""
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".zst", ".xz")
 

@@ -17,7 +17,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten.estimation.dataset import open_dataset
+from sae_whiten.estimation.dataset import TEXT_COLUMNS, TOKEN_COLUMNS, open_dataset
 from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.model_view import (
     View,
@@ -36,8 +36,6 @@ __all__ = ["AFAResult", "evaluate_afa"]
 
 logger = logging.getLogger(__name__)
 
-_TOKEN_COLUMNS = ("tokens", "input_ids")
-_TEXT_COLUMNS = ("text", "problem")
 _ROWS_AT_ONCE = 64
 
 
@@ -331,7 +329,7 @@ def _tokenised(model: Model, dataset: Any, reading: Reading) -> Iterator[tuple[i
     column = None
     while chunk := list(islice(rows, _ROWS_AT_ONCE)):
         column = column or _column(chunk[0][1])
-        if column in _TOKEN_COLUMNS:
+        if column in TOKEN_COLUMNS:
             pad = getattr(model.tokenizer, "pad_token_id", None)
             ids = [_without_padding(row[column], pad)[: reading.context_size] for _, row in chunk]
         else:
@@ -341,12 +339,12 @@ def _tokenised(model: Model, dataset: Any, reading: Reading) -> Iterator[tuple[i
 
 
 def _column(row: Mapping[str, Any]) -> str:
-    for name in (*_TOKEN_COLUMNS, *_TEXT_COLUMNS):
+    for name in (*TOKEN_COLUMNS, *TEXT_COLUMNS):
         if name in row:
             return name
     raise ValueError(
-        f"prompts are rows with a column {', '.join(_TOKEN_COLUMNS)} (token ids) or "
-        f"{', '.join(_TEXT_COLUMNS)}; the dataset has {', '.join(row)}"
+        f"prompts are rows with a column {', '.join(TOKEN_COLUMNS)} (token ids) or "
+        f"{', '.join(TEXT_COLUMNS)}; the dataset has {', '.join(row)}"
     )
 
 
