@@ -110,9 +110,8 @@ def _data(config: SyntheticDataConfig) -> SyntheticActivations:
     return SyntheticActivations(config)
 
 
-def _trained(
-    run: SyntheticRun, condition: Condition, data: SyntheticActivations, device: str
-) -> TrainingSAE[Any]:
+def _new_sae(run: SyntheticRun, condition: Condition, d_in: int, device: str) -> TrainingSAE[Any]:
+    """An SAE with initial weights."""
     options: dict[str, Any] = {}
     if run.has_coefficient:
         name, _ = COEFFICIENTS[run.architecture]
@@ -122,22 +121,30 @@ def _trained(
             name: run.coefficient,
             name.replace("coefficient", "warm_up_steps"): run.steps // 5,
         }
-    elif "topk" in run.architecture:
+    elif describe(run.architecture).sparsity_is_exact:
         options = {"k": run.k}
     if run.architecture == "jumprelu":
         # as `compare` for activations of variance 1; the others keep SAELens' defaults
         options |= describe("jumprelu").compare_defaults(seen=1.0, loss=1.0, n_steps=run.steps)
-    normalize_activations = "covariance_whitening" if condition.whitening else run.condition
-    sae = TrainingSAE.from_dict(
+    return TrainingSAE.from_dict(
         {
             "architecture": run.architecture,
-            "d_in": data.d_in,
+            "d_in": d_in,
             "d_sae": run.d_sae,
             "device": device,
-            "normalize_activations": normalize_activations,
+            "normalize_activations": (
+                "covariance_whitening" if condition.whitening else run.condition
+            ),
             **options,
         }
     )
+
+
+def _trained(
+    run: SyntheticRun, condition: Condition, data: SyntheticActivations, device: str
+) -> TrainingSAE[Any]:
+    """An SAE of the run; under the condition of chance it is only folded."""
+    sae = _new_sae(run, condition, data.d_in, device)
     whitening = None
     if condition.whitening is not None:
         whitening = Whitening.from_statistics(data.statistics, condition.whitening)
@@ -158,7 +165,7 @@ def _trained(
     batches = data.batches(run.batch_size)
     if whitening is None:
         trainer = SAETrainer(cfg, sae, batches)
-        if normalize_activations == "expected_average_only_in":
+        if run.condition == "expected_average_only_in":
             # from a separate stream: fit() would take batches that the other SAEs train on
             trainer.activation_scaler.estimate_scaling_factor(
                 data.d_in, data.batches(run.batch_size), cfg.n_batches_for_norm_estimate
