@@ -166,19 +166,9 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
         known = " ".join(PREFIX + field.name for field in dataclasses.fields(WhiteningConfig))
         raise ValueError(f"unknown flag {unknown[0]}; there are {known}")
 
-    import sae_lens
+    from sae_lens import LanguageModelSAERunnerConfig
 
-    try:
-        # private, but the only way to get SAELens' flags without keeping a copy of them
-        from sae_lens.llm_sae_training_runner import _parse_cfg_args
-    except ImportError as error:
-        raise RuntimeError(
-            f"sae-lens {sae_lens.__version__} has moved the parser of its command line "
-            "(llm_sae_training_runner._parse_cfg_args). Use WhiteningTrainingRunner from Python."
-        ) from error
-
-    runner_fields = dataclasses.fields(sae_lens.LanguageModelSAERunnerConfig)
-    runner_flags = {field.name for field in runner_fields}
+    runner_flags = {field.name for field in dataclasses.fields(LanguageModelSAERunnerConfig)}
     arguments = [_as_saelens_spells(argument, runner_flags) for argument in arguments]
     _refuse_abbreviations(arguments)
     _require_positive(arguments)
@@ -190,21 +180,7 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
     if reason is None:
         # first, so that a value from the user takes precedence and can be refused below
         arguments.insert(0, "--normalize_activations=covariance_whitening")
-    flags = {f"--{name}" for name in runner_flags}
-    # SAELens prints a hundred lines of usage before its error
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured):
-            cfg = _parse_cfg_args(arguments)
-    except SystemExit as exit_:
-        if not exit_.code:
-            raise
-        usage, _, message = captured.getvalue().rpartition("error: ")
-        flags |= set(re.findall(r"--[\w.]+", usage))
-        raise ValueError((message.strip() or usage) + did_you_mean(message, flags)) from None
-    except argparse.ArgumentError as error:  # raised in Python 3.13
-        raise ValueError(f"{error}{did_you_mean(str(error), flags)}") from None
-    sys.stderr.write(captured.getvalue())
+    cfg = _parsed_by_saelens(arguments, {f"--{name}" for name in runner_flags})
     if saved is not None:
         cfg = _resumed(saved, cfg, given)
 
@@ -214,6 +190,48 @@ def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[A
             f"--normalize_activations {cfg.sae.normalize_activations} contradicts this command, "
             "which trains under covariance_whitening. Leave the flag out, or train with SAELens."
         )
+    return cfg
+
+
+def _parsed_by_saelens(
+    arguments: Sequence[str], flags: set[str]
+) -> "LanguageModelSAERunnerConfig[Any]":
+    """What SAELens' own parser makes of arguments in its spelling.
+
+    Args:
+        arguments: The arguments.
+        flags: Flags to suggest for an unknown one, beside those that SAELens prints.
+
+    Raises:
+        ValueError: SAELens refuses the arguments.
+        SystemExit: With status 0, after --help.
+        RuntimeError: This version of SAELens has no such parser.
+    """
+    import sae_lens
+
+    try:
+        # private, but the only way to get SAELens' flags without keeping a copy of them
+        from sae_lens.llm_sae_training_runner import _parse_cfg_args
+    except ImportError as error:
+        raise RuntimeError(
+            f"sae-lens {sae_lens.__version__} has moved the parser of its command line "
+            "(llm_sae_training_runner._parse_cfg_args). Use WhiteningTrainingRunner from Python."
+        ) from error
+
+    # SAELens prints a hundred lines of usage before its error
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            cfg = _parse_cfg_args(list(arguments))
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        usage, _, message = captured.getvalue().rpartition("error: ")
+        known = flags | set(re.findall(r"--[\w.]+", usage))
+        raise ValueError((message.strip() or usage) + did_you_mean(message, known)) from None
+    except argparse.ArgumentError as error:  # raised in Python 3.13
+        raise ValueError(f"{error}{did_you_mean(str(error), flags)}") from None
+    sys.stderr.write(captured.getvalue())
     return cfg
 
 
