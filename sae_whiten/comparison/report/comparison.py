@@ -41,16 +41,10 @@ def introduction_blocks(summary: Summary, settings: Mapping[str, Any]) -> list[B
         for reason in dict.fromkeys(reasons.values()):
             under = listed([code(name) for name, other in reasons.items() if other == reason])
             blocks.append(Paragraph(f"Left out: {code(architecture)} under {under} ({reason})."))
-    chosen = {metric.key for metric in (*PROBING, *MISLEADING)}
-    # stability needs several seeds
-    expected = [m for m in MAIN_METRICS if m not in (STABILITY, STABILITY_NULL)]
-    missing = [m for m in expected if m.key not in summary.metrics]
     if settings.get("learning_rates_found"):
         table = learning_rate_table(settings["learning_rates_found"])
         blocks += [Heading("Learning rates", 2), table]
-    absent = [m.name for m in missing if m.key not in chosen]
-    if not chosen & set(summary.metrics):
-        absent.append("probing")
+    absent = _not_measured(summary)
     if absent:
         blocks.append(Paragraph(f"Not measured: {', '.join(absent)}."))
     if summary.groups:
@@ -58,6 +52,15 @@ def introduction_blocks(summary: Summary, settings: Mapping[str, Any]) -> list[B
     else:
         blocks.append(Paragraph(NOTHING_COMPARED))
     return blocks
+
+
+def _not_measured(summary: Summary) -> list[str]:
+    """Names of main metrics that no run has a value of, those of probing and of seeds aside."""
+    of_labels = {metric.key for metric in (*PROBING, *MISLEADING)}  # the user chose among them
+    of_seeds = {STABILITY.key, STABILITY_NULL.key}
+    known = {*summary.metrics, *of_labels, *of_seeds}
+    absent = [metric.name for metric in MAIN_METRICS if metric.key not in known]
+    return absent if of_labels & set(summary.metrics) else [*absent, "probing"]
 
 
 def comparison_blocks(summary: Summary, settings: Mapping[str, Any]) -> list[Block]:
