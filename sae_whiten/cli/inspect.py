@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from sae_whiten.cli._whitening_flags import add_whitening_arguments, given_fields
 
 if TYPE_CHECKING:
+    from sae_whiten.config import WhiteningConfig
     from sae_whiten.statistics import ActivationStatistics
 
 EPILOG = """\
@@ -145,7 +146,7 @@ def _print_statistics(rows: dict[str, dict[str, Any]]) -> None:
         )
 
 
-def _print_whitening(rows: dict[str, dict[str, Any]], config: Any) -> None:
+def _print_whitening(rows: dict[str, dict[str, Any]], config: "WhiteningConfig") -> None:
     width = max(map(len, rows))
     shrinkage = "none" if config.shrinkage is None else config.shrinkage
     print(f"\nwhitened with eps {config.eps:g} ({config.eps_mode}), shrinkage {shrinkage}")
