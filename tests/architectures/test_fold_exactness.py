@@ -17,9 +17,7 @@ from sae_lens import (
 )
 from torch import Tensor
 
-from sae_whiten import (
-    fold_whitening_into_weights,
-)
+from sae_whiten import fold_whitening_into_weights, unfold_whitening_from_weights
 from tests.reference import (
     D_IN,
     D_SAE,
@@ -177,6 +175,21 @@ def test_the_fold_of_a_transcoder_can_be_proved_on_activations(classes: Any) -> 
     assert rounding_units(sae, reference, x) <= 1
     assert report.check is not None
     assert report.check.passed
+
+
+@pytest.mark.parametrize("classes", TRANSCODERS, ids=lambda classes: classes[0].__name__)
+def test_a_transcoder_is_unfolded_with_the_whitenings_of_both_hooks(classes: Any) -> None:
+    estimation, x = activations(4096, seed=2), activations(256).double()
+    whitening, out = whitening_of(estimation), whitening_of(written(estimation))
+    sae = transcoder(classes).double()
+    sae.dtype, sae.cfg.dtype, sae.cfg.normalize_activations = torch.float64, "float64", "none"
+    latents, output = sae.encode(x), sae(x)
+    refused(lambda: unfold_whitening_from_weights(sae, whitening), sae, "output_whitening")
+    unfold_whitening_from_weights(sae, whitening, out)
+    z = whitening.whiten(x)
+    assert sae.cfg.normalize_activations == "covariance_whitening"
+    assert torch.allclose(sae.encode(z), latents, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(out.dewhiten(sae(z)), output, rtol=1e-9, atol=1e-9)
 
 
 def test_a_transcoder_that_cannot_be_folded_is_left_as_it_was() -> None:
