@@ -122,7 +122,7 @@ def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -
 
     Raises:
         FileNotFoundError: The folder holds no statistics.
-        CorruptFileError: A file is truncated, foreign or was changed.
+        CorruptFileError: A file is truncated, was changed, or is of another kind.
         ValueError: A file does not name its hook or holds a secret, or the repo is public although
             `private` is set.
         OSError: The hub cannot be reached, or refuses: no token, or one without write access.

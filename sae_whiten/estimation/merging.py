@@ -47,7 +47,7 @@ def merge_files(paths: Sequence[Path]) -> ActivationStatistics:
 
     Raises:
         FileNotFoundError: A file is missing.
-        CorruptFileError: A file is truncated, foreign or was changed.
+        CorruptFileError: A file is truncated, was changed, or is of another kind.
         ValueError: Two files are of other models, hooks, widths..., or hold the same statistics,
             whose activations would count twice.
     """

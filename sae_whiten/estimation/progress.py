@@ -72,7 +72,7 @@ class Progress:
 
         Raises:
             ValueError: It is the progress of another estimation, or of more or fewer processes.
-            CorruptFileError: The file is truncated, foreign or was changed.
+            CorruptFileError: The file is truncated, was changed, or is of another kind.
         """
         rounds = self._processes.together(self._rounds)
         common = set.intersection(*map(set, self._processes.gather(set(rounds))))

@@ -37,7 +37,7 @@ def load_statistics(
 
     Raises:
         FileNotFoundError: There are no statistics, or none for this hook.
-        CorruptFileError: The file is truncated, foreign or was changed.
+        CorruptFileError: The file is truncated, was changed, or is of another kind.
         ConnectionError: The hub cannot be reached, and they were not downloaded before.
         ValueError: They are of another width, or of another model, hook, dataset...
     """

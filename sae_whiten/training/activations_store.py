@@ -313,7 +313,7 @@ class ResumableActivationsStore(ActivationsStore):
 
         Raises:
             FileNotFoundError: The directory holds no such state.
-            CorruptFileError: The file is truncated, foreign or was changed.
+            CorruptFileError: The file is truncated, was changed, or is of another kind.
             ValueError: The checkpoint is of other hooks, other data or another model.
         """
         path = Path(checkpoint_path) / ACTIVATIONS_STORE_STATE_FILENAME

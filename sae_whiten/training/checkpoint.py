@@ -338,7 +338,7 @@ def read_training_weights(
 
     Raises:
         FileNotFoundError: The directory is not a checkpoint of this package.
-        CorruptFileError: The file is truncated, foreign or was changed.
+        CorruptFileError: The file is truncated, was changed, or is of another kind.
         ValueError: The weights are of an SAE with another config, or were trained under another
             whitening.
     """
@@ -376,7 +376,7 @@ def read_progress(
 
     Raises:
         FileNotFoundError: The directory is not a checkpoint of this package.
-        CorruptFileError: The file is truncated, foreign or was changed.
+        CorruptFileError: The file is truncated, was changed, or is of another kind.
         ValueError: Another number of processes trained it.
     """
     file = Path(TRAINING_STATE_DIR) / _PROGRESS_FILENAME
@@ -399,7 +399,7 @@ def check_trainer_state(directory: Path) -> None:
 
     Raises:
         FileNotFoundError: There is none.
-        CorruptFileError: It is damaged or foreign.
+        CorruptFileError: It is damaged, or of another kind.
     """
     path = directory / TRAINER_STATE_FILENAME
     if not path.is_file():

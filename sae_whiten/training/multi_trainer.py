@@ -312,7 +312,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         Raises:
             FileNotFoundError: There is no such directory, an SAE is not in it, or a file is
                 missing.
-            CorruptFileError: A file is truncated, foreign or was changed.
+            CorruptFileError: A file is truncated, was changed, or is of another kind.
             ValueError: An SAE was trained at another hook, with another normalisation, other
                 settings, or under another whitening configuration.
         """

@@ -566,7 +566,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         Raises:
             FileNotFoundError: The directory is not a checkpoint of this package, or a file of it,
                 such as the whitening, is missing.
-            CorruptFileError: A file is truncated, foreign or was changed.
+            CorruptFileError: A file is truncated, was changed, or is of another kind.
             ValueError: The checkpoint was trained under another whitening configuration, with
                 other settings of the trainer, or is of another SAE.
         """
