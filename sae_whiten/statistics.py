@@ -24,6 +24,7 @@ from torch import Tensor
 from sae_whiten import _hub
 from sae_whiten._files import (
     count_field,
+    load_fields,
     load_tensors,
     number_field,
     reading_content,
@@ -31,7 +32,7 @@ from sae_whiten._files import (
     tensor_of_shape,
 )
 
-__all__ = ["ActivationStatistics", "NonFiniteActivationsError", "finite_rows"]
+__all__ = ["ActivationStatistics", "NonFiniteActivationsError", "finite_rows", "saved_fields"]
 
 _KIND = "activation_statistics"
 _CHUNK = 512  # rows; few enough to stay in a CPU's cache between centring and product
@@ -327,6 +328,15 @@ class ActivationStatistics:
 
     def _skipped(self) -> str:
         return f" ({self.n_skipped} were skipped as not finite)" if self.n_skipped else ""
+
+
+def saved_fields(path: str | Path) -> dict[str, Any]:
+    """The fields of a file of statistics, such as n_samples and provenance; its sums are not read.
+
+    Raises:
+        CorruptFileError: It is not a file that `ActivationStatistics.save` wrote.
+    """
+    return load_fields(path, _KIND)
 
 
 def finite_rows(

@@ -24,7 +24,7 @@ from sae_lens.config import HfDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_whiten._files import CorruptFileError, check_writable, load_fields
+from sae_whiten._files import CorruptFileError, check_writable
 from sae_whiten._redaction import redacted
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.folders import hooks_beside, statistics_file
@@ -44,7 +44,7 @@ from sae_whiten.estimation.stopping import (
     naming,
     too_inaccurate,
 )
-from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError
+from sae_whiten.statistics import ActivationStatistics, NonFiniteActivationsError, saved_fields
 
 __all__ = ["fit_statistics"]
 
@@ -226,7 +226,7 @@ def _warn_of_what_is_replaced(
         if not path.is_file():
             continue
         with contextlib.suppress(CorruptFileError, KeyError):
-            fields = load_fields(path, "activation_statistics")
+            fields = saved_fields(path)
             before = fields["provenance"]
             different = ", ".join(
                 f"{setting}={before.get(setting)!r} (now {record.get(setting)!r})"
