@@ -142,16 +142,7 @@ def fit_statistics(
     fit = _Fit(source, processes, config)
     progress = None
     if out is not None:
-        identity = {
-            **record,
-            "hooks": source.hook_names,
-            "batch_size_prompts": config.batch_size_prompts,
-            "on_nonfinite": config.on_nonfinite,
-            # names may be equal or missing, so content identifies models and datasets
-            "weights": None if model is None else _weights(model),
-            "dataset": getattr(dataset, "_fingerprint", None),
-            "beginning": source.beginning,
-        }
+        identity = _identity(record, source, config, model, dataset)
         progress = Progress(Path(out) / PROGRESS_DIR, identity, processes)
         saved = progress.restore(config.on_nonfinite)
         if saved is not None:
@@ -160,15 +151,35 @@ def fit_statistics(
     for name, hook_statistics in by_hook.items():
         hook_statistics.resolution = max(hook_statistics.resolution, source.resolution[name])
     if out is not None:
-
-        def save() -> None:
-            if is_first:
-                for name, hook_statistics in by_hook.items():
-                    hook_statistics.save(statistics_file(out, name))
-
-        processes.together(save)  # all results are on disk before the progress is deleted
+        # all results are on disk before the progress is deleted
+        processes.together(lambda: _save(by_hook, out) if is_first else None)
         shutil.rmtree(Path(out) / PROGRESS_DIR, ignore_errors=True)
     return by_hook
+
+
+def _save(by_hook: Mapping[str, ActivationStatistics], out: str | Path) -> None:
+    for name, statistics in by_hook.items():
+        statistics.save(statistics_file(out, name))
+
+
+def _identity(
+    record: Mapping[str, Any],
+    source: ActivationSource,
+    config: FitConfig,
+    model: Model | None,
+    dataset: HfDataset | str | None,
+) -> dict[str, Any]:
+    """What progress on disk must have been made with, for this estimation to continue it."""
+    return {
+        **record,
+        "hooks": source.hook_names,
+        "batch_size_prompts": config.batch_size_prompts,
+        "on_nonfinite": config.on_nonfinite,
+        # names may be equal or missing, so content identifies models and datasets
+        "weights": None if model is None else _weights(model),
+        "dataset": getattr(dataset, "_fingerprint", None),
+        "beginning": source.beginning,
+    }
 
 
 def _source_and_record(
