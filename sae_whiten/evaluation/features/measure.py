@@ -277,9 +277,9 @@ class _AskedText:
         if not any(self.ranked):
             raise FieldError("text", text, "no latent fires in it")
 
-    def add_to(self, latents: Mapping[int, Latent], sae: int, texts: TokenTexts) -> None:
+    def add_to(self, latents: Mapping[int, Latent], side: int, texts: TokenTexts) -> None:
         pieces = tuple(texts.pieces(self._ids))
         for i, latent in latents.items():
-            activations = self._activations[sae][:, i]
+            activations = self._activations[side][:, i]
             peak = int(activations.abs().argmax())
             latent.in_text = TextPiece(tuple(self._ids), pieces, tuple(activations.tolist()), peak)

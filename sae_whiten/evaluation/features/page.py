@@ -169,8 +169,8 @@ def _sections(features: Features) -> list[_Section]:
         shown.update(new)
         pairs.append(_item(features, new, [(0, i), (1, j)]))
     alone = [
-        [_item(features, [(sae, i)]) for i in found if (sae, i) not in shown]
-        for sae, found in enumerate((matching.only_first, matching.only_second))
+        [_item(features, [(side, i)]) for i in found if (side, i) not in shown]
+        for side, found in enumerate((matching.only_first, matching.only_second))
     ]
     (live_a, live_b), (same_a, same_b) = matching.n_live, matching.n_matched
     return [
@@ -231,28 +231,29 @@ def _item(
     )
 
 
-def _card(features: Features, sae: int, i: int) -> _Card:
-    ours, latent = features.saes[sae], features.saes[sae].latents[i]
+def _card(features: Features, side: int, i: int) -> _Card:
+    """Latent `i` of the SAE of this side: 0 for the first SAE, 1 for the second."""
+    ours, latent = features.saes[side], features.saes[side].latents[i]
     pair = len(features.saes) == 2
-    other = features.saes[1 - sae].latents if pair else {}
+    other = features.saes[1 - side].latents if pair else {}
     return _Card(
         latent=latent,
-        label=_LABELS[sae] if pair else "",
-        other=_LABELS[1 - sae] if pair else "",
-        anchor=_anchor(features, sae, i),
+        label=_LABELS[side] if pair else "",
+        other=_LABELS[1 - side] if pair else "",
+        anchor=_anchor(features, side, i),
         rate=latent.n_firing / ours.n_tokens,
         bars=_bars(latent.histogram, 40),
         gist=_gist(latent),
         texts=[_shaded(text, latent.largest) for text in latent.texts],
         random_texts=[_shaded(text, latent.largest) for text in latent.random_texts],
         in_text=() if latent.in_text is None else _shaded(latent.in_text, latent.largest)[1],
-        links={j: _anchor(features, sae, j) for j in ours.latents if j != i},
-        other_links={j: _anchor(features, 1 - sae, j) for j in other},
+        links={j: _anchor(features, side, j) for j in ours.latents if j != i},
+        other_links={j: _anchor(features, 1 - side, j) for j in other},
     )
 
 
-def _anchor(features: Features, sae: int, i: int) -> str:
-    return f"latent-{i}" if len(features.saes) == 1 else f"latent-{_LABELS[sae].lower()}-{i}"
+def _anchor(features: Features, side: int, i: int) -> str:
+    return f"latent-{i}" if len(features.saes) == 1 else f"latent-{_LABELS[side].lower()}-{i}"
 
 
 def _gist(latent: Latent) -> str:

@@ -66,28 +66,28 @@ class Matches:
             a, b = (chance_cosine(sae.whitened, sae.live, options.seed) for sae in self.saes)
             self.chance = a, b
 
-    def add_to(self, latents: Mapping[int, Latent], sae: int) -> None:
-        """Set the counterparts of latents of one SAE in the other."""
+    def add_to(self, latents: Mapping[int, Latent], side: int) -> None:
+        """Set the counterparts of latents of one SAE, the first (side 0) or the second (1)."""
         ours = list(latents)
-        fires = self._by_firing[sae][0][ours]
-        points = self._by_direction[sae].indices[ours, 0].numpy() if self._by_direction else None
-        by_firing = self._counterparts(sae, ours, fires)
-        by_direction = None if points is None else self._counterparts(sae, ours, points)
+        fires = self._by_firing[side][0][ours]
+        points = self._by_direction[side].indices[ours, 0].numpy() if self._by_direction else None
+        by_firing = self._counterparts(side, ours, fires)
+        by_direction = None if points is None else self._counterparts(side, ours, points)
         for row, (i, latent) in enumerate(latents.items()):
-            if not self.saes[sae].live[i]:
+            if not self.saes[side].live[i]:
                 continue
             # with overlap 0 the index is arbitrary
             latent.by_firing = by_firing[row] if by_firing[row].overlap > 0 else None
             latent.by_direction = None if by_direction is None else by_direction[row]
-            same = int(self.same_as[sae][i])
+            same = int(self.same_as[side][i])
             latent.same_as = None if same < 0 else same
 
-    def _counterparts(self, sae: int, ours: list[int], theirs: np.ndarray) -> list[Counterpart]:
-        shares = overlaps(self._firing[sae][ours], self._firing[1 - sae][theirs])
+    def _counterparts(self, side: int, ours: list[int], theirs: np.ndarray) -> list[Counterpart]:
+        shares = overlaps(self._firing[side][ours], self._firing[1 - side][theirs])
         counterparts = [Counterpart(int(j), float(s)) for j, s in zip(theirs, shares, strict=True)]
         if not self._by_direction:
             return counterparts
-        a, b = self.saes[sae], self.saes[1 - sae]
+        a, b = self.saes[side], self.saes[1 - side]
         raw = (a.raw[ours] * b.raw[theirs]).sum(1).tolist()
         whitened = (a.whitened[ours] * b.whitened[theirs]).sum(1).tolist()
         return [
