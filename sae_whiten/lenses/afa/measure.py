@@ -21,13 +21,13 @@ from sae_whiten.estimation.dataset import TEXT_COLUMNS, TOKEN_COLUMNS, open_data
 from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.model_view import (
     View,
-    activations_of_texts,
     decoder_norms,
     encode_decode,
     latent_scale,
     text_tokens,
 )
 from sae_whiten.evaluation.saes import flat_heads
+from sae_whiten.evaluation.setup import Setup
 from sae_whiten.evaluation.tokens import Reading
 from sae_whiten.lenses.afa.norms import AFASamples, code_norm, nmse, summary
 from sae_whiten.lenses.options import AFAOptions
@@ -136,29 +136,25 @@ def evaluate_afa(
     if not saes:
         raise ValueError("no SAEs to evaluate")
     options = options or AFAOptions()
-    reading = Reading.of(saes, model, options)
+    setup = Setup.of(saes, model, options)
     for name, sae in saes.items():
         _check_architecture(name, sae)
     # special tokens never count here, even if an SAE was trained on them: most prompts end with one
     special = get_special_token_ids(model.tokenizer)  # pyright: ignore[reportArgumentType]
-    views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
     views = {
         name: replace(view, special=tuple(sorted({*view.special, *special})))
-        for name, view in views.items()
+        for name, view in setup.views.items()
     }
+    setup, reading = replace(setup, views=views), setup.reading
     prompts = _read_prompts(model, dataset, set(views.values()), options.n_prompts, reading)
     measured = {name: _Measured(name, sae, len(prompts)) for name, sae in saes.items()}
-    hooks = {view.hook_name for view in views.values()}
     with (
         flat_heads(saes.values()),
         tqdm(desc="Running prompts", total=len(prompts), unit=" prompts") as bar,
     ):
-        for indices, _, activations in activations_of_texts(
-            model, [p.ids for p in prompts], hooks, reading.batch_size
-        ):
+        for indices, _, activations in setup.activations_of_texts([p.ids for p in prompts]):
             for name, view in views.items():
-                x = view.seen(activations[view.hook_name])
-                view.check_width(name, saes[name], x)
+                x = setup.seen(name, activations)
                 last = [prompts[i].last[view] for i in indices]
                 measured[name].update(
                     indices, x[range(len(indices)), last], [prompts[i].row for i in indices]

@@ -13,9 +13,10 @@ from scipy.sparse import csr_array, vstack
 
 from sae_whiten.estimation.sources import Model
 from sae_whiten.evaluation.metrics import LatentActivity
-from sae_whiten.evaluation.model_view import View, encode_in_parts, run
+from sae_whiten.evaluation.model_view import encode_in_parts, run
 from sae_whiten.evaluation.saes import flat_heads
-from sae_whiten.evaluation.tokens import Reading, token_batches
+from sae_whiten.evaluation.setup import Setup
+from sae_whiten.evaluation.tokens import token_batches
 from sae_whiten.lenses.latents.embedding import (
     ACTIVATIONS,
     DECODER,
@@ -72,20 +73,17 @@ def measure_firing(
         raise ValueError("no SAEs to measure")
     options = options or LatentOptions()
     activations = options.of == "activations"
-    reading = Reading.of(saes, model, options)
-    views = {name: View.of(sae, model.tokenizer) for name, sae in saes.items()}
+    setup = Setup.of(saes, model, options)
+    views = setup.views
     activity = {name: LatentActivity() for name in saes}
     kept_activations: dict[str, list[csr_array]] = {name: [] for name in saes}
-    hooks = {view.hook_name for view in views.values()}
     with flat_heads(saes.values()):
         for tokens in token_batches(
-            saes, model, dataset, options.n_tokens, reading, "Activations of latents"
+            saes, model, dataset, options.n_tokens, setup.reading, "Activations of latents"
         ):
-            _, at_hooks = run(model, tokens, hooks, logits=False)
+            _, at_hooks = run(model, tokens, setup.hook_names, logits=False)
             for name, sae in saes.items():
-                kept = views[name].kept(tokens)
-                x = views[name].seen(at_hooks[views[name].hook_name])
-                views[name].check_width(name, sae, x)
+                kept, x = views[name].kept(tokens), setup.seen(name, at_hooks)
                 for rows, latents in encode_in_parts(sae, x):
                     counted = latents[kept[rows].to(latents.device)]
                     activity[name].update(counted)
