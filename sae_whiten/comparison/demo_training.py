@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ def train_sae(
         seed: Of initial weights and order of the data.
     """
     whitening = CONDITIONS[condition].whitening
+    if whitening is not None:
+        # of all activations: in random order, halves share their texts and agree too soon
+        whitening = replace(whitening, n_samples=len(x) // batch_size * batch_size)
     torch.manual_seed(seed)
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(

@@ -295,7 +295,7 @@ class _Hook:
         n, wanted = self.halves.n_samples, self.required.n_samples
         tolerance = self.required.tolerance
         if self._n_filled == self.required.max_batches:
-            self._ended = f"n_batches_for_norm_estimate={self._n_filled} was reached"
+            self._ended = "n_batches_for_norm_estimate was reached"
         if wanted is not None and n < wanted:
             logger.warning(
                 "%swhitening estimated from %d activations instead of %d: %s",

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from sae_lens.constants import ACTIVATIONS_STORE_STATE_FILENAME
@@ -24,6 +24,8 @@ from sae_whiten.statistics import NonFiniteActivationsError, finite_rows
 __all__ = ["PackedActivationsStore", "ResumableActivationsStore", "buffer_field", "check_buffer"]
 
 logger = logging.getLogger(__name__)
+
+T_Acts = TypeVar("T_Acts", Tensor, None)
 
 _KIND = "activations_store_state"
 _MAX_USELESS_PASSES = 100
@@ -140,6 +142,8 @@ class ResumableActivationsStore(ActivationsStore):
     n_skipped: int = 0
     """Activations left out because they were not finite."""
 
+    # what entered the mixing buffer, with None after all that entered it before a batch
+    _unmixed: deque[Tensor | None] | None = None
     _known_fingerprint: tuple[str, Tensor] | None = None
 
     @classmethod
@@ -278,6 +282,23 @@ class ResumableActivationsStore(ActivationsStore):
         """Endless stream of filtered and mixed activations, (train_batch_size_tokens, d_in)."""
         self._prepare()
         return self._mix()
+
+    def keep_unmixed(self) -> None:
+        """From the next batch until training begins, keep what enters the mixing buffer."""
+        self._unmixed = deque()
+
+    def unmixed(self, batch: Tensor) -> list[Tensor]:
+        """What entered the mixing buffer before a batch, by pass of the model, each (n, d_in).
+
+        Tokens of one text are alike. In the passes they are together; mixing spreads them over many
+        batches. Call it for each batch once, in their order.
+
+        Args:
+            batch: A batch of this store; returned if unmixed activations are not kept.
+        """
+        if self._unmixed is None:
+            return [batch]
+        return list(iter(self._unmixed.popleft, None))
 
     def count_from_here(self) -> None:
         """Count batches from the next one on, as training does: some may have been drawn before."""
@@ -485,10 +506,10 @@ class ResumableActivationsStore(ActivationsStore):
                 self._draw_again()
                 self._anchors.append(self._anchor())
                 self._prune_anchors()
-                new: Tensor = next(fresh)
+                new: Tensor = self._note_unmixed(next(fresh))
                 buffer = new if self._buffer is None else torch.cat([self._buffer, new])
                 while len(buffer) < buffer_size:
-                    buffer = torch.cat([buffer, next(fresh)])
+                    buffer = torch.cat([buffer, self._note_unmixed(next(fresh))])
             finally:
                 self._refilling = False
             if mix_fraction > 0:
@@ -500,7 +521,15 @@ class ResumableActivationsStore(ActivationsStore):
             self._buffer = buffer[n_batches * batch_size :].clone()
             for batch in buffer[: n_batches * batch_size].split(batch_size):
                 self._n_batches += 1
+                self._note_unmixed(None)
                 yield batch
+
+    def _note_unmixed(self, acts: T_Acts) -> T_Acts:
+        if self._unmixed is not None and self._n_served() > 0:
+            self._unmixed = None  # training has begun
+        if self._unmixed is not None:
+            self._unmixed.append(acts)
+        return acts
 
     def _draw_again(self) -> None:
         """Repeat what evaluators drew before this refill in the run that is resumed."""

@@ -79,7 +79,7 @@ class SharedStream(ActivationStream):
         self._returned: Tensor | None = None
 
     def lookahead(self) -> Iterator[Tensor]:
-        """The next batches with the rows of all processes, as long as every process has one."""
+        """The next activations of all processes, as long as every process has some."""
         own_batches = super().lookahead()
         while True:
             batch, n_without = self._with_the_others(lambda: next(own_batches, None))

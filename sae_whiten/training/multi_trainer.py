@@ -213,7 +213,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             hook_name: Requirement.of(
                 trainers[0].sae.cfg.d_in,
                 [trainer.scaler.config for trainer in trainers],
-                max_batches(self.cfg),
+                self.stream.n_lookahead(max_batches(self.cfg)),
             )
             for hook_name, trainers in at.items()
         }

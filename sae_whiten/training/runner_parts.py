@@ -212,6 +212,9 @@ def _connect(stream: ActivationStream, store: ResumableActivationsStore) -> None
     store.training_position = lambda: stream.n_served
     stream.source_is_finite = True
     stream.resolution = store.resolution
+    stream.unmixed = store.unmixed
+    n_of_pass = store.store_batch_size_prompts * store.training_context_size
+    stream.unmixed_per_batch = store.train_batch_size_tokens / n_of_pass
     stream.next_is = lambda: {0: "next cached", 1: "held-out"}.get(
         store.n_epochs, "next (of a dataset that was begun anew)"
     )
@@ -253,7 +256,9 @@ def train(
         check_runner_settings(resume_from, cfg.to_dict())
         load(resume_from)
     store.on_nonfinite = stream.on_nonfinite
-    if resume_from is not None:
+    if resume_from is None:
+        store.keep_unmixed()
+    else:
         store.load_from_checkpoint(own_part(resume_from, stream.processes))
     try:
         with (

@@ -1,6 +1,7 @@
 """The stream of activations that the training loop reads."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -29,8 +30,8 @@ class StopRequested(Exception):
 class ActivationStream(Iterator[Tensor]):
     """Serves a data provider's batches in order, including those read ahead by `lookahead`.
 
-    `lookahead` gives the first batches for estimating statistics. They are kept in `spool`, and
-    training then gets the same batches.
+    `lookahead` gives the first activations for estimating statistics. Their batches are kept in
+    `spool`, and training then gets the same batches.
 
     Batches are served in the order of the provider; empty ones are skipped, but counted. So a
     resumed run needs a provider that starts at batch `n_served`.
@@ -49,6 +50,9 @@ class ActivationStream(Iterator[Tensor]):
             delays no step.
         resolution: Machine epsilon of the dtype that the activations were computed in, if that is
             coarser than theirs; 0 if unknown.
+        unmixed: Returns what the source read for a batch, before it was mixed, in parts that share
+            no text; by default the batch itself. Called for each batch of `lookahead` once.
+        unmixed_per_batch: How many such parts hold as many activations as a batch.
         stop_is_handled: Whether `StopRequested` is caught, to save a checkpoint.
         spool: Keeps the batches read by `lookahead`.
         last: The batch served last.
@@ -74,6 +78,8 @@ class ActivationStream(Iterator[Tensor]):
         self.resolution = 0.0
         self.last: Tensor | None = None
         self.next_is: Callable[[], str] = lambda: "held-out"
+        self.unmixed: Callable[[Tensor], list[Tensor]] = lambda batch: [batch]
+        self.unmixed_per_batch = 1.0
         self.processes = Processes(alone=True)
         self.stop_is_handled = False
         self._stop = self._stop_put_off = False
@@ -98,7 +104,7 @@ class ActivationStream(Iterator[Tensor]):
             self._stop_put_off = False
 
     def lookahead(self) -> Iterator[Tensor]:
-        """The next batches, which are kept and served to training later."""
+        """The activations of the next batches, unmixed; training gets the batches later."""
         self.spool.resolution = self.resolution
         while True:
             if self._stop:
@@ -108,7 +114,11 @@ class ActivationStream(Iterator[Tensor]):
             except StopIteration:
                 return
             self.spool.put(batch)
-            yield batch
+            yield from self.unmixed(batch)
+
+    def n_lookahead(self, n_batches: int | None) -> int | None:
+        """How many parts of `lookahead` hold as many activations as `n_batches` batches."""
+        return None if n_batches is None else math.ceil(n_batches * self.unmixed_per_batch)
 
     def __next__(self) -> Tensor:
         for _ in range(MAX_EMPTY_BATCHES):

@@ -117,7 +117,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         sae: Any stock training SAE with `normalize_activations="covariance_whitening"` in its
             config, which is copied, never changed.
         data_provider: An iterator of activations, shape (n, d_in) or (n, n_heads, d_head), such as
-            a generator; or a stream.
+            a generator; or a stream. If it mixes tokens of the same texts into many batches, set
+            `WhiteningConfig.n_samples` or `statistics`: two halves of the batches then agree before
+            the whitening is accurate. (The runners estimate from what enters their buffer.)
         whitening: How to whiten; the default configuration if None.
         evaluator: As for `SAETrainer`.
         save_checkpoint_fn: As for `SAETrainer`; called while the directory is being written.
@@ -257,7 +259,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 d_in=self.sae.cfg.d_in,
                 data_provider=self.stream.lookahead(),
                 n_batches_for_norm_estimate=(
-                    max_batches(self.cfg) if config.n_samples is None else None
+                    self.stream.n_lookahead(max_batches(self.cfg))
+                    if config.n_samples is None
+                    else None
                 ),
                 resolution=self.stream.resolution,
             )

@@ -45,6 +45,7 @@ from sae_whiten.training.activations_store import (
 )
 from sae_whiten.training.stream import ActivationStream
 from tests.processes import run_code
+from tests.reference import seeded
 from tests.support import runner_config, tiny_dataset, tiny_model
 
 POISON = 77
@@ -128,7 +129,7 @@ def test_the_output_folder_holds_everything_and_says_how_it_was_made(uninterrupt
     source = metadata["whitening"]["fold"]["check"]["source"]
     assert source == "next (of a dataset that was begun anew)"
     assert metadata["hook_name"] == "blocks.1.hook_resid_pre"
-    assert 0 < metadata["l0"] <= 8
+    assert 0 < metadata["l0"] < 8.01
     statistics = ActivationStatistics.load(own / "activation_statistics.safetensors")
     assert statistics.provenance["hook_name"] == "blocks.1.hook_resid_pre"
     assert statistics.n_samples == metadata["whitening"]["n_samples"]
@@ -676,6 +677,50 @@ def test_a_dataset_that_repeats_while_estimating_is_warned_about(caplog):
         override_model=tiny_model(),
     ).run()
     assert "the dataset was repeated" in caplog.text
+
+
+@pytest.mark.parametrize("prefetched", [0, 2])
+def test_tokens_of_one_text_are_in_one_half_of_the_estimation(prefetched):
+    """Halves of the same texts would agree with each other, however few texts they are of."""
+
+    def runner(n_samples: int) -> WhiteningTrainingRunner:
+        # texts of one token each: so few differ that the mixing buffer spreads all of them
+        tokens = torch.randperm(100, generator=seeded(3)).tolist()
+        return WhiteningTrainingRunner(
+            runner_config(training_tokens=128, prefetch_llm_batches=prefetched),
+            WhiteningConfig(n_samples=n_samples),
+            override_dataset=Dataset.from_dict({"input_ids": [[token] * 33 for token in tokens]}),
+            override_model=tiny_model(),
+        )
+
+    def estimated(n_samples: int) -> ActivationStatistics:
+        made = runner(n_samples)
+        made.run()
+        assert made.trainer.scaler.statistics is not None
+        return made.trainer.scaler.statistics
+
+    some, every = estimated(60 * 32), estimated(100 * 32)
+    inflation = some.provenance["inflation"]
+    inverse = torch.linalg.pinv(some.covariance, rtol=1e-9, hermitian=True)
+    excess = float((inverse * every.covariance).sum() / (inverse * some.covariance).sum()) - 1
+    assert inflation > excess / 2
+
+
+@pytest.mark.parametrize("n_prompts", [4, 8])
+def test_the_limit_of_an_estimation_counts_training_batches(n_prompts, caplog):
+    made = WhiteningTrainingRunner(
+        runner_config(
+            training_tokens=1280,
+            store_batch_size_prompts=n_prompts,
+            n_batches_for_norm_estimate=6,
+        ),
+        WhiteningConfig(tolerance=1e-6),
+        override_dataset=tiny_dataset(),
+        override_model=tiny_model(),
+    )
+    sae = made.run()
+    assert "n_batches_for_norm_estimate was reached" in caplog.text
+    assert sae.cfg.metadata.whitening["n_samples"] == 6 * 128
 
 
 @pytest.mark.parametrize(
