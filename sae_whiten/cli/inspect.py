@@ -16,10 +16,11 @@ activations, without null directions: mean, min and max of its eigenvalues (1 at
 distance |C - I|/sqrt(d) from the identity.
 
 The third table is a forecast: the activations nearest to yours in |mean|/std and participation
-ratio, among those of one experiment (TopK, k=32, 2048 latents, 2 million tokens of MiniLM made more
-and more anisotropic by an invertible map). distance: to them, in powers of ten; above 0.5, nothing
-similar was measured. recommended: the simplest setting that no other improves on, by AUC of probes
-or else by dead latents.
+ratio, among those of one experiment (TopK, k=32, 2048 latents, 2 million tokens of MiniLM). There
+an invertible map made activations more and more anisotropic; they are named by the decades that
+their spectrum spans and the size of their mean in standard deviations. distance: to them, in powers
+of ten; above 0.5, nothing similar was measured. recommended: the simplest setting that no other
+improves on, by AUC of probes or else by dead latents.
 
 The last table is what became of the SAEs there, under each setting. no whitening: SAELens'
 expected_average_only_in. map undone: explained variance of MiniLM's own activations, in which
@@ -172,22 +173,22 @@ def _print_whitening(rows: dict[str, dict[str, Any]], config: "WhiteningConfig")
 
 
 def _print_forecast(rows: dict[str, dict[str, Any]]) -> None:
-    from sae_whiten.estimation.forecast import LIMITS, SETTINGS
+    from sae_whiten.estimation.forecast import LIMITS, SETTINGS, dose_in_words
 
     width = max(map(len, rows))
     print("\nforecast: the nearest activations on which SAEs were measured")
-    print(f"{'':{width}}  {'nearest':<21}{'distance':>9}  recommended")
+    print(f"{'':{width}}  {'nearest':<24}{'distance':>8}  recommended")
     forecasts = {name: row["forecast"] for name, row in rows.items()}
     for name, forecast in forecasts.items():
         print(
-            f"{name:{width}}  {forecast['dose']:<21}{forecast['distance']:>9.2f}"
+            f"{name:{width}}  {dose_in_words(forecast['dose']):<24}{forecast['distance']:>8.2f}"
             f"  {forecast['advice']}"
         )
     outcomes = {f["dose"]: f["outcomes"] for f in forecasts.values() if f["known"]}
     width = max(map(len, SETTINGS.values()))
     for dose, settings in outcomes.items():
         print(
-            f"\n{f'SAEs at {dose}':{width}}{'seeds':>7}{'dead latents':>14}"
+            f"\n{f'SAEs at {dose_in_words(dose)}':{width}}{'seeds':>7}{'dead latents':>14}"
             f"{'expl. variance':>16}{'map undone':>12}{'AUC of probes':>15}"
         )
         for name, found in settings.items():

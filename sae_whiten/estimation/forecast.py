@@ -21,6 +21,7 @@ __all__ = [
     "Dose",
     "Forecast",
     "Outcome",
+    "dose_in_words",
     "evidence",
     "forecast",
 ]
@@ -183,6 +184,18 @@ class Forecast:
                 if (outcome := self.dose.outcomes.get(name)) is not None
             },
         }
+
+
+def dose_in_words(name: str) -> str:
+    """The name of a dose as tables show it.
+
+    >>> dose_in_words("1-decades-gamma-3")
+    '1 decade, mean 3 sd'
+    """
+    if name == "natural":
+        return name
+    decades, gamma = name.split("-decades-gamma-")
+    return f"{decades} decade{'s' if decades != '1' else ''}, mean {gamma} sd"
 
 
 @cache

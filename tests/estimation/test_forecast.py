@@ -159,12 +159,12 @@ def test_what_is_far_from_all_doses_is_shown_without_outcomes(tmp_path, capsys):
 def test_explained_variance_below_zero_has_no_digits(tmp_path, capsys, monkeypatch):
     far_below = Outcome(3, 0.8, -132.0, 0.1, 0.7, {})
     monkeypatch.setattr(
-        module, "evidence", lambda: (Dose("a dose", 0.3, 0.3, {BASELINE: far_below}),)
+        module, "evidence", lambda: (Dose("2-decades-gamma-3", 0.3, 0.3, {BASELINE: far_below}),)
     )
     statistics = ActivationStatistics(8)
     statistics.update(torch.randn(500, 8, generator=torch.Generator().manual_seed(0)))
     statistics.save(tmp_path / "a.safetensors")
     assert main(["inspect", str(tmp_path)]) == 0
-    table = capsys.readouterr().out.split("SAEs at a dose")[1]
+    table = capsys.readouterr().out.split("SAEs at 2 decades, mean 3 sd")[1]
     assert "below 0" in table
     assert "132" not in table
