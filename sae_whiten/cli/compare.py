@@ -11,6 +11,7 @@ finished, repeat it with more --seeds or another --sparsity: it trains only what
 
 import argparse
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -111,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     if (args.out / SCORES_FILE).is_file():
         settings["learning_rates_found"] = read_json(args.out / SCORES_FILE)
     settings["command"] = shlex.join(redacted(["sae-whiten", *sys.argv[1:]]))
-    print(terminal_text(summarise(records, settings["sparsity"])))
+    width = shutil.get_terminal_size().columns
+    print(terminal_text(summarise(records, settings["sparsity"]), width))
     write_report(records, args.out, settings, targets=settings["sparsity"])
     print(f"\n{args.out / 'report.html'}: the whole report in one file")
     if page is not None:

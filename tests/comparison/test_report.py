@@ -518,24 +518,57 @@ def test_more_is_not_always_better(metric: str, sign: int, words: str) -> None:
 def test_a_terminal_shows_a_line_for_each_condition_and_what_differs() -> None:
     half = [{**m, "dead_latents": 7, "sae_probes_auc_top_16": 0.7} for m in NONE]
     runs = [*RECORDS, *(record("half", i, **m) for i, m in enumerate(half))]
-    title, header, *lines, _, tested, dash = terminal_text(summarise(runs)).splitlines()
+    title, *header, a, b, c, _, tested, dash = terminal_text(summarise(runs)).splitlines()
     assert title == "topk, k = 32"
-    assert " ".join(header.split()) == "explained variance dead latents L0 sae-probes AUC top 16"
-    assert [line.split() for line in lines] == [
-        ["none", "0.820", "12.0", "32.0", "–"],
-        ["original", "0.809", "worse", "13.0", "32.0", "–"],
-        ["half", "0.820", "7.0", "32.0", "0.700"],
+    assert [" ".join(line.split()) for line in header] == [
+        "explained sae-probes",
+        "variance dead latents L0 KL divergence AUC top 16",
+    ]
+    assert [line.split() for line in (a, b, c)] == [
+        ["none", "0.820", "12.0", "32.0", "0.600", "–"],
+        ["original", "0.809", "worse", "13.0", "32.0", "0.600", "–"],
+        ["half", "0.820", "7.0", "32.0", "0.600", "0.700"],
     ]
     assert "than none" in tested
     assert "3 seeds" in tested
     assert "not measured" in dash
     killed = terminal_text(summarise([*RECORDS, record("half", 0, **half[0])])).splitlines()
-    assert killed[4].split()[:5] == ["half", "0.800", "(1", "of", "3)"]
+    assert killed[5].split()[:5] == ["half", "0.800", "(1", "of", "3)"]
     two = terminal_text(summarise([run for run in RECORDS if run["seed"] < 2]))
     assert "worse" not in two
     assert two.endswith("2 seeds: nothing is tested, and any of these differences may be chance.")
     assert "no condition but none" in terminal_text(summarise(RECORDS[3:]))
     assert "Nothing is compared" in terminal_text(summarise([sweep_point("none", 0, 1, l0=9)]))
+
+
+def test_significant_differences_that_a_terminal_has_no_room_for_are_listed_or_counted() -> None:
+    def runs(names: Sequence[str]) -> list[dict[str, Any]]:
+        changed = {"kl": 0.5, "ce_loss_score": -0.1}  # both are worse
+        none = [{**m, "ce_loss_score": 0.9 + 0.01 * i} for i, m in enumerate(NONE)]
+        return [
+            record(name, i, **m | {key: m[key] + by + 0.001 * i for key, by in changed.items()})
+            if name != "none"
+            else record(name, i, **m)
+            for name in ("none", *names)
+            for i, m in enumerate(none)
+        ]
+
+    one = summarise(runs(["half"]))
+    wide = terminal_text(one)
+    assert max(map(len, wide.splitlines()[:5])) <= 80
+    assert wide.splitlines()[4].split()[-4:] == ["0.811", "worse", "1.101", "worse"]
+    assert wide.endswith("No other difference from none in the table is significant.")
+    narrow = terminal_text(one, 64)
+    assert "CE loss" in narrow
+    *_, title, kl = narrow.splitlines()
+    assert title == "Significant too, but not in the table:"
+    assert re.fullmatch(r"  half: KL divergence \+0\.501\d* \(worse, p < 0\.001\)", kl)
+    many = terminal_text(summarise(runs(["half", "quarter", "eighth"])), 40)
+    assert "CE loss" not in many
+    assert many.splitlines()[-1] == (
+        "6 differences in metrics that are not in the table are significant too: "
+        "the report has them."
+    )
 
 
 def test_the_best_is_bold_only_where_that_is_significant() -> None:

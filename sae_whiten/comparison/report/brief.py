@@ -1,5 +1,6 @@
 """The answer of a comparison in short: the first table of its report, and lines for a terminal."""
 
+import textwrap
 from collections.abc import Sequence
 
 import pandas as pd
@@ -7,11 +8,13 @@ import pandas as pd
 from sae_whiten.comparison.paired import FEWEST_SEEDS, PairedDifference
 from sae_whiten.comparison.report.document import Block, Paragraph, Table, code
 from sae_whiten.comparison.report.tables import smallest_differences
-from sae_whiten.comparison.report.wording import decimals_of, group_name, listed, number
+from sae_whiten.comparison.report.wording import decimals_of, group_name, listed, number, p_text
 from sae_whiten.comparison.summary import BASELINES, TESTED_METRICS, Group, Summary
 from sae_whiten.evaluation.catalogue import (
+    CE_LOSS_SCORE,
     DEAD_LATENTS,
     EXPLAINED_VARIANCE,
+    KL,
     L0,
     SAE_PROBES_AUC_AT,
     SPARSE_PROBING_AT,
@@ -23,24 +26,42 @@ __all__ = ["NOTHING_COMPARED", "brief_blocks", "terminal_text"]
 NOTHING_COMPARED = "Nothing is compared: no SAE has a k, and no L0 was given to compare sweeps at."
 
 _PROBES = (SAE_PROBES_AUC_AT[16], SPARSE_PROBING_AT[1])  # the terminal shows the first measured
+_OPTIONAL = (CE_LOSS_SCORE, KL)  # the terminal shows those that fit
+_HEADER_WIDTH = 13
+_MOST_OTHERS = 5
 
 
-def terminal_text(summary: Summary) -> str:
+def terminal_text(summary: Summary, width: int = 80) -> str:
     """The main metrics in plain text: a block per architecture and sparsity, a line per condition.
 
     Means that differ significantly from that of the first baseline are marked better or worse.
+    Significant differences in metrics that are not shown are listed, or counted if they are many.
+
+    Args:
+        summary: The comparison.
+        width: Columns of the terminal. CE loss score and KL divergence are shown if they fit.
     """
-    probe = [metric for metric in _PROBES if metric.key in summary.metrics]
-    shown = [EXPLAINED_VARIANCE, DEAD_LATENTS, L0, *probe[:1]]
+    optional = [metric for metric in _OPTIONAL if metric.key in summary.metrics]
+    probe = [metric for metric in _PROBES if metric.key in summary.metrics][:1]
+    while True:
+        shown = [EXPLAINED_VARIANCE, DEAD_LATENTS, L0, *optional, *probe]
+        tables = [_terminal_table(summary, group, shown) for group in summary.groups]
+        if not optional or all(len(line) <= width for t in tables for line in t.splitlines()):
+            break
+        optional.pop()
+    text = "\n\n".join([*tables, _what_was_tested(summary, shown)])
+    return text + ("\n–: not measured, or the L0 is outside the sweep." if "–" in text else "")
+
+
+def _terminal_table(summary: Summary, group: Group, shown: Sequence[Metric]) -> str:
     baseline = _baseline(summary)
-    blocks = []
-    for group in summary.groups:
-        rows = [[_terminal_cell(group, n, baseline, m) for m in shown] for n in group.conditions]
-        frame = pd.DataFrame(rows, group.conditions, [metric.name for metric in shown])
-        title = group_name(summary, group).replace("`", "")
-        blocks.append(f"{title}\n{frame.to_string()}")
-    tables = "\n\n".join([*blocks, _what_was_tested(summary)])
-    return tables + ("\n–: not measured, or the L0 is outside the sweep." if "–" in tables else "")
+    rows = [[_terminal_cell(group, n, baseline, m) for m in shown] for n in group.conditions]
+    headers = [textwrap.wrap(metric.name, _HEADER_WIDTH) for metric in shown]
+    n_lines = max(map(len, headers))
+    lines = [[""] * (n_lines - len(header)) + header for header in headers]
+    frame = pd.DataFrame(rows, group.conditions, pd.MultiIndex.from_tuples(map(tuple, lines)))
+    title = group_name(summary, group).replace("`", "")
+    return f"{title}\n{frame.to_string(sparsify=False)}"
 
 
 def _terminal_cell(group: Group, condition: str, baseline: str, metric: Metric) -> str:
@@ -51,10 +72,11 @@ def _terminal_cell(group: Group, condition: str, baseline: str, metric: Metric) 
     # equally wide, so that the numbers stand below each other
     spread, n_seeds = group.spread(condition, metric.key), len(group.seeds)
     known = f" ({spread.n} of {n_seeds})" if 0 < spread.n < n_seeds else ""
-    return f"{number(spread.mean, metric.decimals)}{known} {verdict:6}"
+    cell = f"{number(spread.mean, metric.decimals)}{known}"
+    return f"{cell} {verdict:6}" if metric in TESTED_METRICS else cell
 
 
-def _what_was_tested(summary: Summary) -> str:
+def _what_was_tested(summary: Summary, shown: Sequence[Metric]) -> str:
     """What better and worse mean, or why nothing was tested."""
     if not summary.groups:
         return NOTHING_COMPARED
@@ -64,10 +86,41 @@ def _what_was_tested(summary: Summary) -> str:
     if n_seeds < FEWEST_SEEDS:
         seeds = "1 seed" if n_seeds == 1 else f"{n_seeds} seeds"
         return f"{seeds}: nothing is tested, and any of these differences may be chance."
-    return (
-        f"better, worse: significantly better or worse than {_baseline(summary)} over {n_seeds} "
-        "seeds (p < 0.05 after Holm's correction). No other difference is significant."
+    baseline, tables = _baseline(summary), "table" if len(summary.groups) == 1 else "tables"
+    text = (
+        f"better, worse: significantly better or worse than {baseline} over {n_seeds} seeds "
+        f"(p < 0.05 after Holm's correction). No other difference from {baseline} in the {tables} "
+        "is significant."
     )
+    others = _significant_others(summary, shown)
+    if len(others) > _MOST_OTHERS:
+        return (
+            f"{text}\n{len(others)} differences in metrics that are not in the {tables} are "
+            "significant too: the report has them."
+        )
+    if others:
+        text += f"\nSignificant too, but not in the {tables}:"
+    return "\n  ".join([text, *others])
+
+
+def _significant_others(summary: Summary, shown: Sequence[Metric]) -> list[str]:
+    """A line for each significant difference from the baseline in a metric that is not shown."""
+    baseline, lines = _baseline(summary), []
+    for group in summary.groups:
+        where = group_name(summary, group).replace("`", "") if len(summary.groups) > 1 else ""
+        for name in group.conditions:
+            differences = group.differences.get((name, baseline), {})
+            for metric in TESTED_METRICS:
+                difference = differences.get(metric.key)
+                if metric in shown or difference is None or not difference.significant:
+                    continue
+                verdict = "better" if difference.mean * metric.better > 0 else "worse"
+                lines.append(
+                    f"{where and where + ', '}{name}: {metric.name} "
+                    f"{difference.mean:+.{decimals_of(difference, metric)}f} "
+                    f"({verdict}, {p_text(difference.p_adjusted)})"
+                )
+    return lines
 
 
 def brief_blocks(summary: Summary) -> list[Block]:
