@@ -182,6 +182,9 @@ def _is_user_error(error: Exception) -> bool:
     # raised for missing files, and for models and datasets that cannot be loaded
     if isinstance(error, (OSError, argparse.ArgumentError)):
         return True
+    if isinstance(error, ModuleNotFoundError):
+        # a message about what to install; an import that fails gives the error a name
+        return error.name is None and "pip install" in str(error)
     return isinstance(error, ValueError) and _is_deliberate(error)
 
 

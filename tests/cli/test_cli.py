@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import errno
+import importlib
 import importlib.util
 import json
 import logging
@@ -168,6 +169,29 @@ def test_bugs_keep_their_traceback(
     monkeypatch.setattr(train, "run", raising(RuntimeError("a bug")))
     assert main(["train"]) == 1
     assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_a_missing_optional_package_is_one_line_but_a_broken_import_is_a_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def without_optional(args: Namespace) -> int:
+        try:
+            return broken(args)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("figures need: pip install matplotlib") from error
+
+    def broken(args: Namespace) -> int:
+        return importlib.import_module("sae_whiten.pip install").VALUE
+
+    monkeypatch.setattr(train, "run", without_optional)
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "sae-whiten train: error: figures need: pip install matplotlib\n"
+    )
+    for error in (broken, raising(ModuleNotFoundError("No module named 'a'", name="a"))):
+        monkeypatch.setattr(train, "run", error)
+        assert main(["train"]) == 1
+        assert capsys.readouterr().err.startswith("Traceback")
 
 
 def inside_torch(args: Namespace) -> int:
