@@ -87,6 +87,7 @@ def test_a_line_for_each_training_says_what_the_table_says(demo):
     assert explained == pytest.approx(cells(printed, "explained variance"), abs=2e-3)
     assert [int(line[5]) for line in lines] == cells(printed, "dead latents, of")
     assert "sae-whiten features SAE" in printed
+    assert "--context-size 256 --out gpt2-stats\n" in printed  # as in the guides
 
 
 def test_the_map_keeps_what_a_linear_probe_can_find(demo):
