@@ -127,11 +127,12 @@ def model_and_dataset(
     """
     from sae_lens.load_model import load_model
 
-    from sae_whiten.estimation.dataset import open_dataset
+    from sae_whiten.estimation.dataset import check_columns, open_dataset
 
     source, path = _model_source(args, saes), _dataset_path(args, saes)
     _warn_if_trained_on(args, saes, path)
     dataset = open_dataset(path, args.dataset_split, streaming=not args.no_streaming)
+    check_columns(dataset, path)
     model = load_model(**source, device=args.device)
     if context_size is not None:
         require_context(context_size, model)

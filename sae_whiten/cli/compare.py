@@ -87,12 +87,13 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.comparison.report.brief import terminal_text
     from sae_whiten.comparison.report.page import write_report
     from sae_whiten.comparison.summary import summarise
-    from sae_whiten.estimation.dataset import open_dataset
+    from sae_whiten.estimation.dataset import check_columns, open_dataset
 
     n_seeds, args.seeds = args.seeds, range(args.seeds)
     comparison = options_from(args, Comparison)
     check_writable(args.out)
     dataset = open_dataset(args.dataset_path, streaming=not args.no_streaming)
+    check_columns(dataset, args.dataset_path)
     # refuses too few rows before a model is loaded
     describe_rows(dataset, comparison.held_out_sequences)
     labels = probed_texts(args)

@@ -137,6 +137,12 @@ def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
 
     from sae_lens.load_model import load_model
 
+    from sae_whiten.estimation.dataset import check_columns, is_on_this_machine, open_dataset
+
+    if is_on_this_machine(args.dataset_path):
+        # before the model is loaded
+        dataset = open_dataset(args.dataset_path, config.split, streaming=True)
+        check_columns(dataset, args.dataset_path, config.use_chat_formatting)
     names = options_from(args, ModelOptions).names()
     device = getattr(args, "device", "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # from torchrun: one GPU per process

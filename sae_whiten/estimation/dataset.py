@@ -5,6 +5,8 @@ SAELens looks up tokenised data on the hub, even if given a local path, and cann
 """
 
 import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,18 @@ __all__ = [
     "TEXT_COLUMNS",
     "TOKEN_COLUMNS",
     "canonical_source",
+    "check_columns",
     "check_length",
     "is_on_this_machine",
     "local_dataset",
+    "naming_columns",
     "open_dataset",
 ]
 
 TOKEN_COLUMNS, TEXT_COLUMNS = ("tokens", "input_ids"), ("text", "problem")
 """Columns that SAELens reads, those of tokens before those of text."""
+
+_CHAT_COLUMNS = ("conversation", "conversations", "messages", "text")  # with a chat template
 
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow", ".csv", ".txt", ".gz", ".zst", ".xz")
 
@@ -89,6 +95,54 @@ def local_dataset(source: str, streaming: bool) -> HfDataset | None:
         FileNotFoundError, ValueError: As there.
     """
     return open_dataset(source, streaming=streaming) if is_on_this_machine(source) else None
+
+
+def check_columns(dataset: Any, name: str = "the dataset", chat: bool = False) -> None:
+    """Refuse a dataset without a column that SAELens reads. SAELens does so after loading a model.
+
+    Args:
+        dataset: A `datasets.Dataset` or `datasets.IterableDataset`; anything else is not checked.
+        name: What the error calls it.
+        chat: Whether conversations are read, for the chat template.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+        return
+    # a stream may not know its columns before it is read
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    known = _CHAT_COLUMNS if chat else (*TOKEN_COLUMNS, *TEXT_COLUMNS)
+    if not columns or not set(columns).isdisjoint(known):
+        return
+    wanted = "text (texts), or input_ids or tokens (tokens)"
+    if chat:
+        wanted = "messages or conversations (for the chat template), or text"
+    noun = "column" if len(columns) == 1 else "columns"
+    raise ValueError(
+        f"{name} has the {noun} {', '.join(columns)}; one has to be {wanted}. Rename it, for "
+        "example with dataset.rename_column(...)"
+    )
+
+
+@contextmanager
+def naming_columns(source: str, streaming: bool, chat: bool = False) -> Iterator[None]:
+    """Name the dataset and its columns if SAELens, which loads it, finds none that it reads.
+
+    Args:
+        source: Its name on the hub.
+        streaming: As for `open_dataset`.
+        chat: As for `check_columns`.
+
+    Raises:
+        ValueError: As there.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if source and str(error).startswith("Dataset must have a"):
+            check_columns(open_dataset(source, streaming=streaming), source, chat)
+        raise
 
 
 def check_length(n_tokens: int, context_size: int, number: int) -> None:

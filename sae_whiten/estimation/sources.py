@@ -23,7 +23,13 @@ from transformer_lens import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
 
 from sae_whiten._checks import require_context
-from sae_whiten.estimation.dataset import check_length, is_on_this_machine, open_dataset
+from sae_whiten.estimation.dataset import (
+    check_columns,
+    check_length,
+    is_on_this_machine,
+    naming_columns,
+    open_dataset,
+)
 
 __all__ = [
     "ActivationSource",
@@ -325,10 +331,12 @@ def token_store(
         options: Further arguments of the store: context_size, prepend_bos...
 
     Raises:
-        ValueError: The dataset is empty.
+        ValueError: The dataset is empty, or has no column of tokens or text.
     """
-    if isinstance(dataset, str) and is_on_this_machine(dataset):
-        dataset = open_dataset(dataset, streaming=streaming)
+    name, chat = dataset if isinstance(dataset, str) else "", options.get("use_chat_formatting")
+    if name and is_on_this_machine(name):
+        dataset = open_dataset(name, streaming=streaming)
+    check_columns(dataset, name or "the dataset", bool(chat))
     if isinstance(dataset, datasets.Dataset):
         # a copy: the store changes the format of its dataset
         dataset = dataset.with_format(dataset.format["type"])
@@ -336,22 +344,23 @@ def token_store(
     # newer versions call it n_sequences_in_buffer
     buffer = next(name for name in parameters if name.endswith("_in_buffer"))
     try:
-        return ActivationsStore(
-            model=cast(HookedRootModule, model),
-            dataset=dataset,
-            hook_name=hook_name,
-            hook_head_index=None,
-            d_in=1,
-            **{buffer: 1},
-            total_training_tokens=0,
-            store_batch_size_prompts=1,
-            train_batch_size_tokens=1,
-            normalize_activations="none",
-            device=torch.device("cpu"),
-            dtype="float32",
-            streaming=streaming,
-            **options,
-        )
+        with naming_columns(name, streaming, bool(chat)):
+            return ActivationsStore(
+                model=cast(HookedRootModule, model),
+                dataset=dataset,
+                hook_name=hook_name,
+                hook_head_index=None,
+                d_in=1,
+                **{buffer: 1},
+                total_training_tokens=0,
+                store_batch_size_prompts=1,
+                train_batch_size_tokens=1,
+                normalize_activations="none",
+                device=torch.device("cpu"),
+                dtype="float32",
+                streaming=streaming,
+                **options,
+            )
     except StopIteration:
         raise ValueError("the dataset is empty") from None
 

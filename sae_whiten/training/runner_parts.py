@@ -22,7 +22,7 @@ from sae_whiten._checks import require_context
 from sae_whiten._contexts import without_messages
 from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
-from sae_whiten.estimation.dataset import local_dataset
+from sae_whiten.estimation.dataset import check_columns, local_dataset, naming_columns
 from sae_whiten.estimation.distributed import Processes
 from sae_whiten.estimation.sources import Model
 from sae_whiten.training.activations_store import (
@@ -149,13 +149,25 @@ def opened_dataset(cfg: RunnerConfig, given: HfDataset | None) -> Iterator[HfDat
 
     For a local dataset, SAELens' warning that it overrides the config is hidden: it is the one
     named in the config.
+
+    Raises:
+        ValueError: It has no column of tokens or text; before the model is loaded if it is given
+            or local.
     """
+    source, chat = cfg.dataset_path, cfg.use_chat_formatting
+    is_read = not getattr(cfg, "use_cached_activations", False)
     if given is not None:
+        if is_read:
+            check_columns(given, chat=chat)
         yield given
         return
     warnings = "passed in a dataset which will override", "override_dataset overrides"
     with without_messages("sae_lens", *warnings):
-        yield local_dataset(cfg.dataset_path, cfg.streaming)
+        dataset = local_dataset(source, cfg.streaming)
+        if is_read:
+            check_columns(dataset, source, chat)
+        with naming_columns(source, cfg.streaming, chat):
+            yield dataset
 
 
 def record_reading(sae: TrainingSAE[Any], cfg: RunnerConfig) -> None:

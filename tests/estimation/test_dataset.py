@@ -16,7 +16,12 @@ from sae_whiten import (
     fit_statistics,
 )
 from sae_whiten.cli import main
-from sae_whiten.estimation.dataset import is_on_this_machine, local_dataset, open_dataset
+from sae_whiten.estimation.dataset import (
+    check_columns,
+    is_on_this_machine,
+    local_dataset,
+    open_dataset,
+)
 from tests.support import runner_config, tiny_dataset, tiny_model, training_sae
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -217,6 +222,54 @@ def test_a_dataset_without_rows_or_not_of_its_format_is_named(tokenised):
     os.makedirs("nothing")  # noqa: PTH103
     with pytest.raises(FileNotFoundError, match="nothing"):
         open_dataset("nothing")
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_dataset_without_tokens_or_text_is_refused_before_the_model_is_loaded(
+    tokenised, streaming, monkeypatch, capsys
+):
+    def load_model(*args: Any, **options: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    for where in ("sae_lens.load_model", "sae_lens.llm_sae_training_runner"):
+        monkeypatch.setattr(f"{where}.load_model", load_model)
+    other = datasets.Dataset.from_dict({"content": ["a", "b"], "id": [1, 2]})
+    other.to_json("other.jsonl")
+    problem = "has the columns content, id; one has to be text (texts), or input_ids or tokens"
+    names = ["--model-name", "tiny", "--dataset-path", "other.jsonl", "--hook-name", HOOK]
+    fit_streams = [] if streaming else ["--no-streaming"]
+    train = [
+        *("train", "--architecture", "topk", "--k", "4", "--d_in", "32", "--d_sae", "64"),
+        *("--training_tokens", "256", "--train_batch_size_tokens", "64", "--context_size", "32"),
+        *("--store_batch_size_prompts", "4", "--log_to_wandb", "False"),
+        *("--streaming", str(streaming)),
+    ]
+    for command in (["fit", *names, *fit_streams, "--out", "stats"], [*train, *names]):
+        assert main(command) == 2
+        assert f"error: other.jsonl {problem}" in capsys.readouterr().err
+    given = other.to_iterable_dataset() if streaming else other
+    with pytest.raises(ValueError, match="^the dataset has the columns content, id; "):
+        WhiteningTrainingRunner(runner_config(), override_dataset=given)
+    with pytest.raises(ValueError, match="^the dataset has the columns content, id; "):
+        fit_statistics(model_with_tokenizer(), given, HOOK, context_size=32)
+    chat = datasets.Dataset.from_dict({"messages": [[{"role": "user", "content": "a"}]]})
+    check_columns(chat, chat=True)
+    with pytest.raises(ValueError, match="has the column messages; "):
+        check_columns(chat)
+
+
+def test_what_a_dataset_on_the_hub_lacks_is_named(tokenised, monkeypatch):
+    other = datasets.Dataset.from_dict({"content": ["a", "b"]})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: other)
+    monkeypatch.setattr(
+        "sae_lens.training.activations_store.load_dataset", lambda *args, **options: other
+    )
+    with pytest.raises(ValueError, match="^user/name has the column content; "):
+        fit_statistics(model_with_tokenizer(), "user/name", HOOK, context_size=32)
+    config = runner_config()
+    config.dataset_path = "user/name"
+    with pytest.raises(ValueError, match="^user/name has the column content; "):
+        WhiteningTrainingRunner(config, override_model=model_with_tokenizer())
 
 
 def test_a_sequence_that_is_too_short_is_named(tokenised):
