@@ -267,15 +267,33 @@ def runner_settings(path: str | Path) -> dict[str, Any]:
 
 
 def check_runner_settings(path: str | Path, cfg: Mapping[str, Any]) -> None:
-    """`check_settings` of a runner's config, except for its SAEs and hooks.
+    """`check_settings` of a runner's config, except for its SAEs and hooks; and refuse to end
+    before the checkpoint does.
 
     Raises:
         FileNotFoundError: There is no checkpoint of a runner.
         CorruptFileError: The file with its settings is damaged.
-        ValueError: They differ.
+        ValueError: They differ, or the checkpoint was trained on more tokens than `cfg` asks for.
     """
-    both = (runner_settings(path), cfg)
+    both = saved, _ = runner_settings(path), cfg
     check_settings(path, *({k: v for k, v in c.items() if k not in _OF_THE_SAES} for c in both))
+    # the last batch of a finished run may exceed its length
+    wanted = int(cfg["training_tokens"])
+    if wanted < int(saved.get("training_tokens", wanted)) and wanted < (done := _n_trained(path)):
+        raise ValueError(
+            f"{path}: the checkpoint has {done:,} tokens already: training_tokens={wanted:,} has "
+            "to be at least as many"
+        )
+
+
+def _n_trained(path: str | Path) -> int:
+    """Activations that the SAEs of a checkpoint were trained on, in all processes; 0 if no trainer
+    has saved its state there."""
+    states = sorted(Path(path).rglob(TRAINER_STATE_FILENAME))
+    # mapped, because only one number is read
+    return max(
+        (_trainer_state(state, mmap=True)["n_training_samples"] for state in states), default=0
+    )
 
 
 def inference_form(sae: TrainingSAE[Any]) -> SAE[Any]:
@@ -404,8 +422,12 @@ def check_trainer_state(directory: Path) -> None:
     path = directory / TRAINER_STATE_FILENAME
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing from the checkpoint")
+    _trainer_state(path)
+
+
+def _trainer_state(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CorruptFileError(f"{path} is damaged or foreign ({error})") from error
 

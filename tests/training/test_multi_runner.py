@@ -594,6 +594,8 @@ def test_what_does_not_belong_is_not_resumed(tmp_path):
     with pytest.raises(ValueError, match=r"eps=0\.001 \(now 0\.1\)"):
         other = {"heads": replace(FEW, eps=0.1)}
         runner(*names, **{**resume, "whitening": other}).run()
+    with pytest.raises(ValueError, match=f"has {int(checkpoint.name):,} tokens already: training"):
+        runner(*names, training_tokens=BATCH, **resume).run()
     swapped = {"plain": RESID, "white": HEADS, "heads": RESID}
     with pytest.raises(ValueError, match="white was trained with hook_name='blocks.1"):
         runner(*names, hook_names=swapped, **resume).run()

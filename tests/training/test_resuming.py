@@ -97,6 +97,20 @@ def test_what_does_not_decide_the_result_may_change(checkpoint: Path, tmp_path: 
         assert torch.equal(found.state_dict()[name], value)
 
 
+def test_fewer_tokens_than_were_trained_are_refused_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    trained, output = int(checkpoint.name), tmp_path / "output"
+    options = {"resume_from_checkpoint": str(checkpoint), "output_path": str(output)}
+    message = f"has {trained:,} tokens already: training_tokens={trained - 1:,} has to be at least"
+    with pytest.raises(ValueError, match=message):
+        runner(training_tokens=trained - 1, **options).run()
+    assert not output.exists()
+    equal = runner(training_tokens=trained, **options)
+    equal.run()
+    assert equal.trainer.n_training_samples == trained
+
+
 def other_tokens() -> Dataset:
     return tiny_dataset(60, seed=1)
 
