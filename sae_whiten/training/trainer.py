@@ -399,9 +399,12 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @torch.no_grad()
     def set_final_sae_metadata(self) -> None:
-        """Record what SAELens records, and the explained variance; log them."""
+        """Record what SAELens records if it is known, and the explained variance; log them."""
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata
+        if self.n_training_steps <= self.cfg.dead_feature_window:
+            # SAELens counts 0 of them, because none could count as dead yet
+            vars(metadata).pop("num_dead_features", None)
         metadata.explained_variance = self._explained_variance
         if self._l0 is not None and metadata.l0 is not None:
             logger.info(
@@ -409,12 +412,18 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             )
             metadata.l0 = self._l0
         if self._explained_variance is not None and metadata.l0 is not None:
+            n_dead = metadata.num_dead_features
+            dead = (
+                f"dead latents not known (no more steps than dead_feature_window="
+                f"{self.cfg.dead_feature_window}; sae-whiten evaluate counts them)"
+                if n_dead is None
+                else f"{n_dead} of {self.sae.cfg.d_sae} latents dead"
+            )
             logger.info(
-                "trained: explained variance %.3f, L0 %.1f, %d of %d latents dead",
+                "trained: explained variance %.3f, L0 %.1f, %s",
                 self._explained_variance,
                 metadata.l0,
-                metadata.num_dead_features,
-                self.sae.cfg.d_sae,
+                dead,
             )
 
     def _activations_to_prove_on(self) -> tuple[Tensor | None, str]:

@@ -38,6 +38,7 @@ from sae_whiten import (
     fold_whitening_into_weights,
 )
 from sae_whiten.estimation.distributed import Processes
+from sae_whiten.evaluation.sharing import model_card
 from sae_whiten.training.checkpoint import TRAINING_STATE_DIR, loadable_folder
 from sae_whiten.training.data_parallel import SharedBatchTopK, SharedStream
 from sae_whiten.training.stream import ActivationStream, DataExhaustedError, StopRequested
@@ -538,6 +539,18 @@ def test_fold_error_is_logged_and_recorded(tmp_path, caplog):
     saved = json.loads((next(tmp_path.iterdir()) / "cfg.json").read_text())
     assert saved["metadata"]["whitening"]["fold"]["check"]["fold_error"] == error
     assert saved["metadata"]["explained_variance"] == explained
+
+
+def test_dead_latents_are_counted_only_if_a_latent_could_count_as_dead(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "sae_whiten")
+    sae, _ = fit(dead_feature_window=STEPS - 1)
+    assert f"{sae.cfg.metadata.num_dead_features} of 64 latents dead" in caplog.text
+    caplog.clear()
+    sae, _ = fit(dead_feature_window=STEPS)
+    assert f"not known (no more steps than dead_feature_window={STEPS}; sae-whiten" in caplog.text
+    assert "num_dead_features" not in sae.cfg.metadata
+    sae.save_inference_model(tmp_path)
+    assert "dead latents" not in model_card(tmp_path, "me/sae", "sae")
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_no_half_of_it(tmp_path, monkeypatch):
