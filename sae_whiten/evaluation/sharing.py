@@ -194,7 +194,7 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
         **_training_facts(Path(folder)),
         "L0": _number(metadata.l0),
         "explained variance": _number(metadata.explained_variance),
-        "dead latents": metadata.num_dead_features,
+        "dead latents": _dead_latents(metadata, _runner_settings(Path(folder))),
         "input normalisation": cfg.normalize_activations,
         "sae-lens": metadata.sae_lens_training_version or metadata.sae_lens_version,
     }
@@ -225,14 +225,42 @@ def model_card(folder: str | Path, repo_id: str, sae_id: str) -> str:
 
 
 def _training_facts(folder: Path) -> dict[str, Any]:
-    """Facts from the training run's settings, if their file is in the folder of the SAE."""
-    file = folder / RUNNER_CFG_FILENAME
-    settings = read_json(file) if file.is_file() else {}
+    """Facts from the training run's settings, if their file is found."""
+    settings = _runner_settings(folder)
     return {
         "tokens in a batch": settings.get("train_batch_size_tokens"),
         "learning rate": settings.get("lr"),
         "seed": settings.get("seed"),
     }
+
+
+def _runner_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run that trained an SAE; empty if their file is not found.
+
+    The runner of several SAEs writes them beside the folders of its SAEs.
+    """
+    folder = folder.resolve()
+    for parent in (folder, *folder.parents):
+        file = parent / RUNNER_CFG_FILENAME
+        if file.is_file():
+            settings = read_json(file)
+            name = folder.relative_to(parent).as_posix()
+            is_of_this_sae = parent == folder or name in (settings.get("saes") or {})
+            return settings if is_of_this_sae else {}
+    return {}
+
+
+def _dead_latents(metadata: Any, settings: Mapping[str, Any]) -> int | None:
+    """The number of dead latents in an SAE's metadata. None: unknown.
+
+    SAELens writes 0 also after runs that were too short for a latent to count as dead.
+    """
+    n_samples = metadata.n_training_samples or settings.get("training_tokens")
+    window, batch = (settings.get(k) for k in ("dead_feature_window", "train_batch_size_tokens"))
+    is_zero = metadata.num_dead_features == 0
+    if is_zero and n_samples and window and batch and n_samples <= window * batch:
+        return None
+    return metadata.num_dead_features
 
 
 def _whitening_of(folder: Path) -> Whitening | None:

@@ -152,6 +152,8 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
         self._held_out = None
         for trainer in self.whitened.values():
             trainer.forget_weights_before_fold()
+        for trainer in self.trainers.values():  # also of those without whitening
+            trainer.sae.cfg.metadata.n_training_samples = trainer.n_training_samples
         return saes
 
     def estimate_whitenings(self) -> None:

@@ -399,12 +399,14 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
 
     @torch.no_grad()
     def set_final_sae_metadata(self) -> None:
-        """Record what SAELens records if it is known, and the explained variance; log them."""
+        """Record what SAELens records if it is known, the number of activations trained on and the
+        explained variance; log them."""
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata
         if self.n_training_steps <= self.cfg.dead_feature_window:
             # SAELens counts 0 of them, because none could count as dead yet
             vars(metadata).pop("num_dead_features", None)
+        metadata.n_training_samples = self.n_training_samples
         metadata.explained_variance = self._explained_variance
         if self._l0 is not None and metadata.l0 is not None:
             logger.info(

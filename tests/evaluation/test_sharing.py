@@ -107,6 +107,27 @@ def test_the_card_has_saelens_tag_and_says_how_the_sae_was_trained(
     assert (tmp_path / "upload" / HOOK / "spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_settings_beside_the_folder_are_taken_only_from_a_run_that_names_the_sae(
+    folder: Path,
+) -> None:
+    (folder / "runner_cfg.json").unlink()
+    beside = folder.parent / "runner_cfg.json"
+    for saes, is_of_it in ({"sae": {}}, True), ({"other": {}}, False), (None, False):
+        beside.write_text(json.dumps({"saes": saes, "seed": 7}))
+        assert ("| seed | `7` |" in model_card(folder, "me/sae", "sae")) == is_of_it
+
+
+def test_no_dead_latents_after_too_few_steps_are_not_reported_as_0(folder: Path) -> None:
+    settings = {"training_tokens": 640, "train_batch_size_tokens": 64}
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"]["num_dead_features"] = 0
+    (folder / "cfg.json").write_text(json.dumps(config))
+    for window, known in ((9, True), (10, False)):
+        written = json.dumps({**settings, "dead_feature_window": window})
+        (folder / "runner_cfg.json").write_text(written)
+        assert ("dead latents" in model_card(folder, "me/sae", "sae")) == known
+
+
 def test_an_sae_without_its_whitening_beside_it_has_a_card_without_the_figure(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -41,6 +41,7 @@ from sae_whiten import (
 )
 from sae_whiten.architectures.folding import fold_whitening_into_weights
 from sae_whiten.estimation.stopping import Requirement, estimate_statistics
+from sae_whiten.evaluation.sharing import model_card
 from sae_whiten.training import multi_trainer
 from sae_whiten.training.checkpoint import TRAINING_STATE_DIR, loadable_folder
 from sae_whiten.training.stream import ActivationStream
@@ -190,11 +191,12 @@ def test_baselines_are_those_of_saelens_to_the_bit(whitening):
     expected = runner(*names, cls=MultiSAETrainingRunner, override_saes=fresh_saes(*names)).run()
     found = runner(whitening=whitening, override_saes=fresh_saes(*SAES)).run()
     assert_equal(states({name: found[name] for name in names}), states(expected))
-    # after training their cfg is SAELens' too, with what its metadata leave out of the reading
+    # after training their cfg is SAELens' too, with what its metadata leave out
     for name in names:
         own, stock = found[name].cfg.to_dict(), expected[name].cfg.to_dict()
         read = {"autocast_lm": False, "use_chat_formatting": False}
-        assert own == stock | {"metadata": stock["metadata"] | read}
+        more = read | {"n_training_samples": BATCH * STEPS}
+        assert own == stock | {"metadata": stock["metadata"] | more}
 
 
 @pytest.mark.parametrize("whitening", [FEW, WhiteningConfig(tolerance=0.3)])
@@ -461,6 +463,9 @@ def test_every_sae_has_a_folder_as_the_single_runner_writes_it(uninterrupted, tm
         assert_equal({name: weights_in(path / name)}, {name: weights_in(tmp_path)})
         metadata = json.loads((path / name / "cfg.json").read_text())["metadata"]
         assert metadata["hook_name"] == HOOKS[name]
+        card = model_card(path / name, "me/saes", name)
+        assert f"| activations trained on | `{BATCH * STEPS}` |" in card
+        assert f"| tokens in a batch | `{BATCH}` |" in card  # from the file beside all folders
         assert ("whitening" in metadata) == whitened
         if whitened:
             statistics = ActivationStatistics.load(
