@@ -103,8 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, "device", None) is not None:
                 require_device("device", args.device)  # before anything is loaded
             return command.run(args)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interruption:
             print(f"{command_parser.prog}: interrupted", file=sys.stderr)
+            if how_to_continue := str(interruption):
+                print(how_to_continue, file=sys.stderr)
             return 130
         except Exception as error:
             status, message = _outcome(error, command_parser)

@@ -11,8 +11,10 @@ import contextlib
 import dataclasses
 import io
 import re
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sae_whiten.cli._spelling import did_you_mean
@@ -22,6 +24,9 @@ from sae_whiten.config import WhiteningConfig
 
 if TYPE_CHECKING:
     from sae_lens import LanguageModelSAERunnerConfig
+    from sae_lens.saes.sae import TrainingSAE
+
+    from sae_whiten import WhiteningTrainingRunner
 
 PASSES_ARGUMENTS_ON = True
 
@@ -99,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     whitening = None if keeps_whitening else whitening
     with joined_processes() as rank:
-        sae = WhiteningTrainingRunner(cfg, whitening).run()
+        sae = _run(WhiteningTrainingRunner(cfg, whitening))
     if rank > 0:
         return 0
     check = sae.cfg.metadata.whitening["fold"]["check"]
@@ -109,6 +114,40 @@ def run(args: argparse.Namespace) -> int:
     )
     _print_where_saved(cfg)
     return 0
+
+
+def _run(runner: "WhiteningTrainingRunner") -> "TrainingSAE[Any]":
+    """Run; when stopped by a signal, say how to continue.
+
+    Raises:
+        KeyboardInterrupt: After SIGINT; its message is the command that continues the run.
+        SystemExit: After SIGTERM; the command is printed.
+    """
+    try:
+        return runner.run()
+    except (KeyboardInterrupt, SystemExit) as error:
+        # its frames hold the progress bar, which is to be closed before a line is printed
+        stopped = error.with_traceback(None)
+        stopped.__context__ = None
+    how = _how_to_continue(runner)
+    if isinstance(stopped, KeyboardInterrupt):
+        raise KeyboardInterrupt(how)
+    if how:
+        print(how, file=sys.stderr)
+    raise stopped
+
+
+def _how_to_continue(runner: "WhiteningTrainingRunner") -> str:
+    """The command that continues a run from the checkpoint that it was stopped with. Empty if there
+    is none, or if the command has to start several processes."""
+    trainer = getattr(runner, "trainer", None)
+    folder = None if trainer is None else trainer.cfg.checkpoint_path
+    if trainer is None or folder is None or runner.processes.world_size > 1:
+        return ""
+    path = Path(folder) / str(trainer.n_training_samples)
+    if not path.is_dir():
+        return ""
+    return f"sae-whiten train --resume_from_checkpoint {shlex.quote(str(path))}"
 
 
 def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:

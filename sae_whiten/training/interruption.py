@@ -100,8 +100,8 @@ def going_on_without_checkpoint(trainer: InterruptibleTrainer[Any]) -> Iterator[
     except _WRITING_FAILED as error:
         trainer.checkpoint_thresholds.pop(0)
         logger.error(
-            "the checkpoint after %d samples could not be saved, training continues without it: %s",
-            trainer.n_training_samples,
+            "the checkpoint after %s tokens could not be saved, training continues without it: %s",
+            f"{trainer.n_training_samples:,}",
             error,
         )
 
@@ -124,8 +124,8 @@ def _save(trainer: InterruptibleTrainer[Any], continue_with: str) -> None:
             trainer.cfg = replace(trainer.cfg, checkpoint_path=checkpoint_path)
             trainer.save_checkpoint(name)
         logger.warning(
-            "stopped after %s samples; continue with %s",
-            name,
+            "stopped after %s tokens; continue with %s",
+            f"{trainer.n_training_samples:,}",
             continue_with.format(Path(checkpoint_path) / name),
         )
 

@@ -822,6 +822,9 @@ def test_exit_status_of_an_interrupted_run(
     assert "Traceback" not in process.stderr
     (checkpoint,) = checkpoints.glob("*/*")
     assert f"resume_from_checkpoint={checkpoint}" in process.stderr
+    assert f"stopped after {int(checkpoint.name):,} tokens; continue with" in process.stderr
+    last = process.stderr.splitlines()[-1]
+    assert last == f"sae-whiten train --resume_from_checkpoint {checkpoint}"
 
 
 # --- examples/train_gpt2.py
