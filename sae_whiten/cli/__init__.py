@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from sae_whiten import __version__
 from sae_whiten._checks import FieldError, require_device
-from sae_whiten.cli._spelling import did_you_mean, known_spelling
+from sae_whiten.cli._spelling import did_you_mean, known_spelling, naming_flags
 
 __all__ = ["main"]
 
@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status, message = _outcome(error, command_parser)
             if args.verbose or message is None:
                 traceback.print_exc()
-            print(f"{command_parser.prog}: error: {message or error}", file=sys.stderr)
+            message = naming_flags(str(message or error), command_parser._option_string_actions)
+            print(f"{command_parser.prog}: error: {message}", file=sys.stderr)
             return status
 
 

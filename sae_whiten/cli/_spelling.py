@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["did_you_mean", "flag_of", "known_spelling"]
+__all__ = ["did_you_mean", "flag_of", "known_spelling", "naming_flags"]
 
 
 def flag_of(name: str) -> str:
@@ -30,3 +30,25 @@ def did_you_mean(message: str, flags: Iterable[str]) -> str:
     unknown = re.search(r"unrecognized arguments:.*?(--[\w.-]+)", message)
     near = difflib.get_close_matches(unknown[1], list(flags), n=1) if unknown else []
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def naming_flags(message: str, flags: Iterable[str]) -> str:
+    """A message with flags in place of the fields of `WhiteningConfig` that have one.
+
+    >>> naming_flags("set WhiteningConfig(kind='zca')", ["--whitening.kind"])
+    'set --whitening.kind zca'
+    >>> naming_flags("WhiteningConfig.eps=-1: must be...", ["--whitening.eps"])
+    '--whitening.eps=-1: must be...'
+    """
+    known = set(flags)
+
+    def flag(match: re.Match[str]) -> str:
+        name = f"--whitening.{match['field']}"
+        if name not in known:
+            return match[0]
+        value = (match.groupdict().get("value") or "").strip("'\"")
+        value = {"True": "true", "False": "false", "None": "none", "...": ""}.get(value, value)
+        return f"{name} {value}".rstrip()
+
+    message = re.sub(r"WhiteningConfig\((?P<field>\w+)=(?P<value>[^(),]*)\)", flag, message)
+    return re.sub(r"WhiteningConfig\.(?P<field>\w+)", flag, message)

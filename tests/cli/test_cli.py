@@ -163,6 +163,16 @@ def test_user_errors_are_one_line(
     assert text.endswith(line)
 
 
+def test_a_field_to_set_is_named_by_its_flag(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = ValueError("set WhiteningConfig(allow_other_statistics=True). WhiteningConfig(x=1)")
+    monkeypatch.setattr(train, "run", raising(error))
+    assert main(["train"]) == 2
+    end = "set --whitening.allow_other_statistics true. WhiteningConfig(x=1)\n"
+    assert capsys.readouterr().err.endswith(end)
+
+
 def test_bugs_keep_their_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -429,7 +439,7 @@ def test_values_of_another_type(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--whitening.strength", "1.5"], "strength=1.5"),
+        (["--whitening.strength", "1.5"], "error: --whitening.strength=1.5: must"),
         (["--whitening.eps", "-1"], "eps=-1.0"),
         (["--whitening.eps", "nan"], "eps=nan"),
         (["--whitening.statistics", "s", "--whitening.n_samples", "9"], "n_samples=9: the stat"),
