@@ -122,17 +122,18 @@ def model_and_dataset(
         of both, with what the model was loaded with.
 
     Raises:
-        ValueError: The metadata of the SAEs differ, or lack an entry. Or the model cannot read
-            sequences of `context_size`.
+        ValueError: The metadata of the SAEs differ, or lack an entry; the dataset has no column of
+            tokens or text; or the model cannot read sequences of `context_size`.
     """
     from sae_lens.load_model import load_model
 
     from sae_whiten.estimation.dataset import check_columns, open_dataset
+    from sae_whiten.evaluation.saes import common_setting
 
     source, path = _model_source(args, saes), _dataset_path(args, saes)
     _warn_if_trained_on(args, saes, path)
     dataset = open_dataset(path, args.dataset_split, streaming=not args.no_streaming)
-    check_columns(dataset, path)
+    check_columns(dataset, path, common_setting(saes, "use_chat_formatting", False))
     model = load_model(**source, device=args.device)
     if context_size is not None:
         require_context(context_size, model)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sae_whiten.cli._options import add_options, given_options
+from sae_whiten.cli._spelling import flag_of
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.lenses.synthetic.options import (
     ARCHITECTURES,
@@ -130,7 +131,7 @@ def _template(args: argparse.Namespace) -> SyntheticRun:
     if args.benchmark is None and (args.small or args.anisotropic):
         raise ValueError("--small and --anisotropic need --benchmark")
     if args.benchmark is not None and of_data and not args.anisotropic:
-        flags = ", ".join("--" + _OF_DATA[name].replace("_", "-") for name in of_data)
+        flags = ", ".join(flag_of(_OF_DATA[name]) for name in of_data)
         raise ValueError(
             f"--benchmark has activations as published: leave out {flags}, or add --anisotropic"
         )

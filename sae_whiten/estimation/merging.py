@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_whiten._files import load_fields
 from sae_whiten.estimation.dataset import canonical_source
 from sae_whiten.estimation.options import decisive_fields
-from sae_whiten.statistics import ActivationStatistics
+from sae_whiten.statistics import ActivationStatistics, saved_fields
 
 __all__ = ["from_one_beginning", "merge_files"]
 
@@ -23,7 +22,7 @@ def from_one_beginning(paths: Sequence[Path]) -> tuple[Path, Path, str] | None:
     """
     first_of: dict[tuple[str, str], Path] = {}
     for path in paths:
-        provenance = load_fields(path, "activation_statistics")["provenance"]
+        provenance = saved_fields(path)["provenance"]
         source = provenance.get("cached_activations") or provenance.get("dataset_path")
         # "local" is the usual name of a dataset that was given as an object
         if not source or source == "local":

@@ -298,7 +298,10 @@ class ResumableActivationsStore(ActivationsStore):
         """
         if self._unmixed is None:
             return [batch]
-        return list(iter(self._unmixed.popleft, None))
+        parts: list[Tensor] = []
+        while (part := self._unmixed.popleft()) is not None:
+            parts.append(part)
+        return parts
 
     def count_from_here(self) -> None:
         """Count batches from the next one on, as training does: some may have been drawn before."""

@@ -1,5 +1,6 @@
 """Evaluation of SAEs on a model: every figure against a plain computation or SAELens' own."""
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -31,6 +32,7 @@ from transformers import (
 
 from sae_whiten import fold_whitening_into_weights, unfold_whitening_from_weights
 from sae_whiten.cli import main
+from sae_whiten.cli._saes import add_dataset_arguments, add_model_arguments, model_and_dataset
 from sae_whiten.comparison.report.evaluation import evaluation_table
 from sae_whiten.evaluation import probe_saes as experiments_probing
 from sae_whiten.evaluation import probing as evaluation_probing
@@ -821,3 +823,22 @@ def test_texts_are_read_in_the_chat_template_that_an_sae_was_trained_on():
     is_template = {t: (tokens == 1) | (tokens == 2) for t, tokens in found.items()}
     assert is_template[True].any()
     assert not is_template[False].any()
+
+
+def test_the_commands_take_conversations_for_saes_that_were_trained_on_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_lens.load_model.load_model", lambda **options: "the model")
+    conversation = [{"role": "user", "content": "yes"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": conversation}) + "\n")
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    add_dataset_arguments(parser.add_argument_group())
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(["--model-name", "tiny", "--dataset-path", str(path)])
+    sae = StandardSAE(StandardSAEConfig(d_in=4, d_sae=8))
+    with pytest.raises(ValueError, match="has the column messages"):
+        model_and_dataset(args, {"sae": sae}, None)
+    sae.cfg.metadata.use_chat_formatting = True
+    model, dataset, _ = model_and_dataset(args, {"sae": sae}, None)
+    assert model == "the model"
+    assert next(iter(dataset))["messages"] == conversation
