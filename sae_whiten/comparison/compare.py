@@ -46,7 +46,7 @@ from sae_whiten.comparison.stability import add_stability
 from sae_whiten.comparison.sweeps import adapted_arms
 from sae_whiten.estimation.fit import fit_statistics
 from sae_whiten.estimation.folders import statistics_file
-from sae_whiten.estimation.sources import Model
+from sae_whiten.estimation.sources import Model, check_hook
 from sae_whiten.evaluation.evaluate import evaluate_saes
 from sae_whiten.evaluation.labels import LabelledTexts
 from sae_whiten.evaluation.sae_probes import ProbingTasks
@@ -94,12 +94,13 @@ def compare(
         of their dictionaries and of their firing.
 
     Raises:
-        ValueError: `out` holds a comparison with other settings; or one of those that
-            `WhiteningMultiSAETrainingRunner` and `evaluate_saes` raise.
+        ValueError: `out` holds a comparison with other settings; the model has no such hook; or
+            one of those that `WhiteningMultiSAETrainingRunner` and `evaluate_saes` raise.
         CorruptFileError: A file in `out` is damaged; the message says what to do.
     """
     out = Path(out)
     n_held_out, context_size = comparison.held_out_sequences, comparison.context_size
+    check_hook(model, comparison.hook_name)
     require_context(context_size, model)
     rows = describe_rows(dataset, n_held_out)
     held_out, training_rows = divide_rows(dataset, n_held_out, context_size)

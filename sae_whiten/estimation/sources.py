@@ -1,5 +1,6 @@
 """Where the activations of several hooks come from, batch by batch: a model, or a cache on disk."""
 
+import difflib
 import hashlib
 import inspect
 import itertools
@@ -36,6 +37,7 @@ __all__ = [
     "CachedActivations",
     "Model",
     "ModelActivations",
+    "check_hook",
     "match_hooks",
     "part_of",
     "resolution_of",
@@ -271,7 +273,7 @@ def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str
     ['layers.0', 'layers.1']
 
     Raises:
-        ValueError: A pattern matches nothing; the message names hooks that resemble it.
+        ValueError: A pattern matches nothing; the message names the nearest hooks.
     """
     names = list(names)
     matched: set[str] = set()
@@ -280,16 +282,30 @@ def match_hooks(names: Iterable[str], patterns: str | Sequence[str]) -> list[str
         matches = [name for name in names if regex.fullmatch(name)]
         if not matches:
             wider = _regex(re.sub(r"\*+", "**", pattern))
-            tail = pattern.rsplit(".", 1)[-1]
-            across_dots = [name for name in names if wider.fullmatch(name)]
-            similar = across_dots or [name for name in names if name.endswith(tail)] or names
+            across_dots = [name for name in names if wider.fullmatch(name)][:3]
             hint = " (* stops at a dot, ** does not)" if across_dots else ""
-            raise ValueError(
-                f"no hook matches {pattern!r}{hint}; there are, for example, "
-                f"{', '.join(similar[:5])}"
-            )
+            near = across_dots or _nearest(pattern, names)
+            raise ValueError(f"no hook matches {pattern!r}{hint}; nearest: {', '.join(near)}")
         matched.update(matches)
     return [name for name in names if name in matched]
+
+
+def check_hook(model: Model, name: str) -> None:
+    """Refuse a hook that the model does not have.
+
+    Raises:
+        ValueError: The hook does not exist; the message names the nearest.
+    """
+    hooks = list(model.hook_dict)
+    if name not in hooks:
+        near = ", ".join(_nearest(name, hooks))
+        raise ValueError(f"the model has no hook {name!r}; nearest: {near}")
+
+
+def _nearest(name: str, hooks: Sequence[str]) -> list[str]:
+    """Up to three hooks: those that lack only a prefix, or else those spelled most like it."""
+    ending_so = [hook for hook in hooks if hook.endswith(f".{name}")]
+    return (ending_so or difflib.get_close_matches(name, hooks) or list(hooks))[:3]
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from glob import escape
 from typing import Any
 
 from sae_lens.saes.sae import SAE
 from sae_lens.saes.transcoder import Transcoder
 
-from sae_whiten.estimation.sources import Model, match_hooks
+from sae_whiten.estimation.sources import Model, check_hook
 
 __all__ = ["check_normalisation", "check_sae", "common_setting", "flat_heads"]
 
@@ -22,7 +21,7 @@ def check_sae(name: str, sae: SAE[Any], model: Model) -> None:
     if hook_name is None:
         raise ValueError(f"{name}: its metadata have no hook_name; set sae.cfg.metadata.hook_name")
     try:
-        match_hooks(model.hook_dict, escape(hook_name))
+        check_hook(model, hook_name)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if isinstance(sae, Transcoder):

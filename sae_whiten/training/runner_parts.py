@@ -1,6 +1,5 @@
 """Shared by both runners: checks, seeds, logging, resuming, reading ahead, saving."""
 
-import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,7 +23,7 @@ from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.estimation.dataset import check_columns, local_dataset, naming_columns
 from sae_whiten.estimation.distributed import Processes
-from sae_whiten.estimation.sources import Model
+from sae_whiten.estimation.sources import Model, check_hook
 from sae_whiten.training.activations_store import (
     ResumableActivationsStore,
     buffer_field,
@@ -46,7 +45,6 @@ from sae_whiten.training.trainer import WhiteningTrainer
 
 __all__ = [
     "add_runner_files",
-    "check_hook",
     "check_is_foldable",
     "check_loaded",
     "logging_run",
@@ -97,19 +95,6 @@ def set_buffer_size(cfg: RunnerConfig) -> None:
     n_positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
     n_sequences = check_buffer(getattr(cfg, field), n_positions, cfg.train_batch_size_tokens)
     setattr(cfg, field, n_sequences)
-
-
-def check_hook(model: Model, name: str) -> None:
-    """Refuse a hook that the model does not have.
-
-    Raises:
-        ValueError: The hook does not exist; the message names the nearest.
-    """
-    hooks = list(model.hook_dict)
-    if name not in hooks:
-        ending_so = [hook for hook in hooks if hook.endswith(f".{name}")]
-        near = ending_so or difflib.get_close_matches(name, hooks) or hooks
-        raise ValueError(f"the model has no hook {name!r}; nearest: {', '.join(near[:3])}")
 
 
 @contextmanager

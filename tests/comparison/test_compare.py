@@ -537,6 +537,13 @@ def test_a_dataset_is_recognised_by_its_rows_whatever_holds_them():
     )
 
 
+def test_a_hook_that_is_not_there_is_refused_with_the_nearest(tmp_path):
+    comparison = dataclasses.replace(SMALL, hook_name="block.1.hook_resid_pre")
+    with pytest.raises(ValueError, match=r"no hook 'block.1.*nearest: blocks.1.hook_resid_pre"):
+        run(tmp_path, comparison)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_too_few_rows_are_refused_with_their_number(tmp_path, stream):
     rows = tiny_dataset(15)

@@ -63,7 +63,7 @@ def test_a_limit_for_a_fixed_number_is_refused(tmp_path, capsys):
     assert "--max-samples 20: limits the samples that tolerance needs" in capsys.readouterr().err
 
 
-def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_what_there_is():
+def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_the_nearest():
     names = list(tiny_model().hook_dict)
     assert match_hooks(names, "blocks.*.hook_resid_pre") == HOOKS[:2]
     # one star stops at a dot, so that submodules are not taken too
@@ -74,8 +74,9 @@ def test_globs_match_hooks_in_order_and_an_unknown_one_is_told_what_there_is():
     assert match_hooks(names, ["blocks.[!0].hook_resid_pr?", HOOKS[0]]) == HOOKS[:2]
     with pytest.raises(ValueError, match=r"\*\* does not.*blocks.0.attn.hook"):
         match_hooks(names, "*.hook_q")
-    with pytest.raises(ValueError, match="no hook matches .*hook_resid_pre"):
-        match_hooks(names, "blocks.7.hook_resid_pre")
+    for wrong in ("block.1.hook_resid_pre", "blocks.*.hook_residpre", "1.hook_resid_pre"):
+        with pytest.raises(ValueError, match=r"no hook matches .*; nearest: .*1.hook_resid_pre"):
+            match_hooks(names, wrong)
 
 
 def test_the_model_stops_after_the_last_hook():

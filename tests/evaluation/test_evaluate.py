@@ -598,7 +598,10 @@ def test_models_of_all_classes_of_saelens_serve(text):
 @pytest.mark.parametrize(
     ("sae", "message"),
     [
-        (sae_of(hook_name="gpt_neox.layers.7"), "sae: no hook matches"),
+        (
+            sae_of(hook_name="gpt_neox.layer.1"),
+            r"sae: the model has no hook 'gpt_neox.layer.1'; nearest: gpt_neox.layers.1",
+        ),
         (sae_of(64), r"sae takes activations of width 64, but gpt_neox.layers.0 has 128"),
         (
             sae_of(config={"normalize_activations": "covariance_whitening"}),
