@@ -331,12 +331,22 @@ def plan(
 
 
 def next_coefficient(done: dict[str, Any], dose: Dose, condition: str, seed: int) -> float | None:
-    """The next coefficient of a sweep of standard SAEs; None if its L0 encloses K."""
-    l0_of = {
-        r["coefficient"]: r["l0"] for r in standard_sweep(done.values(), dose.name, condition, seed)
-    }
-    if not l0_of:
-        return FIRST_COEFFICIENT
+    """The next coefficient of a sweep of standard SAEs; None if its L0 encloses K.
+
+    The first seed begins at a fixed coefficient, any other at the two that enclosed K for the first.
+    """
+    l0_of, of_first_seed = (
+        {r["coefficient"]: r["l0"] for r in standard_sweep(done.values(), dose.name, condition, s)}
+        for s in (seed, 0)
+    )
+    begin = [FIRST_COEFFICIENT]
+    if seed > 0:
+        near = sorted(of_first_seed, key=lambda c: of_first_seed[c])
+        above = next(i for i, c in enumerate(near) if of_first_seed[c] >= K)
+        begin = near[above - 1 : above + 1]
+    for coefficient in begin:
+        if coefficient not in l0_of:
+            return coefficient
     return lacking_coefficient(list(l0_of), [[l0] for l0 in l0_of.values()], K)
 
 

@@ -45,6 +45,25 @@ def test_conditions_of_dose_and_response_train(
     assert not [r.message for r in caplog.records if "first batch" in r.message]
 
 
+@pytest.mark.parametrize("script", ["examples/dose_response.py"], indirect=True)
+def test_standard_saes_of_further_seeds_begin_where_l0_encloses_k(script: ModuleType) -> None:
+    dose = script.MAIN[-1]
+    l0_of = {3.0: 112.0, 12.0: 23.0, 9.0: 33.0}  # K is 32
+    done = {
+        f"{c}": {"dose": dose.name, "condition": "original", "seed": 0, "coefficient": c, "l0": l0}
+        for c, l0 in l0_of.items()
+    }
+    wanted = []
+    for l0 in (31.0, 34.0):
+        coefficient = script.next_coefficient(done, dose, "original", 1)
+        wanted.append(coefficient)
+        record = {"dose": dose.name, "condition": "original", "seed": 1}
+        done[f"1/{coefficient}"] = {**record, "coefficient": coefficient, "l0": l0}
+    assert wanted == [12.0, 9.0]
+    assert script.next_coefficient(done, dose, "original", 1) is None
+    assert script.next_coefficient({}, dose, "original", 0) == script.FIRST_COEFFICIENT
+
+
 @pytest.mark.parametrize("script", ["examples/compromise.py"], indirect=True)
 def test_compromises_train(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"D_SAE": 32, "K": 4, "BATCH": 64, "STEPS": 10}.items():
