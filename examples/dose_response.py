@@ -333,7 +333,7 @@ def plan(
 def next_coefficient(done: dict[str, Any], dose: Dose, condition: str, seed: int) -> float | None:
     """The next coefficient of a sweep of standard SAEs; None if its L0 encloses K.
 
-    The first seed begins at a fixed coefficient, any other at the two that enclosed K for the first.
+    The first seed begins at a fixed coefficient, any other at the two that enclosed K for it.
     """
     l0_of, of_first_seed = (
         {r["coefficient"]: r["l0"] for r in standard_sweep(done.values(), dose.name, condition, s)}
