@@ -47,8 +47,10 @@ their prefix (--sae.k, --logger.log_to_wandb) or as SAELens shows them. A flag s
 None when its value is left out: --checkpoint_path alone turns checkpoints off.
 --resume_from_checkpoint CHECKPOINT continues with all settings of the checkpoint; further flags
 replace settings that do not change what is trained.
---normalize_activations is covariance_whitening here; other values are for topk_vsae and for
-architectures into which no whitening can be folded, which SAELens' own runner trains.
+In two places SAELens' texts below do not hold here. The default of --normalize_activations is
+covariance_whitening; other values are for topk_vsae and for architectures into which no whitening
+can be folded, which SAELens' own runner trains. --model_class_name AutoModelForCausalLM takes any
+Hugging Face model; --hook_name is then the name of one of its modules.
 --dataset_path may also be a local file or folder (JSON lines, parquet, save_to_disk), which needs
 no network. --seed sets initial weights, noise and the order in which activations are mixed. For
 more output: sae-whiten --verbose train ...
@@ -69,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, save, and print where the SAE is and how exact the fold was."""
     if args.help:
         args.print_help()
-        print("\nSAELens' flags:\n")
-        with contextlib.suppress(SystemExit):
-            _saelens_config([*args.arguments, "--help"])
+        print(f"\nSAELens' flags, texts and defaults:\n\n{_saelens_help(args.arguments)}")
         return 0
     if not args.arguments:
         args.print_help(sys.stderr)
@@ -190,6 +190,18 @@ def _print_where_saved(cfg: "LanguageModelSAERunnerConfig[Any]", ours: bool = Fa
         lines.insert(0, f"import sae_whiten  # registers {cfg.sae.architecture()} with SAELens")
     print(f"saved in:   {cfg.output_path}")
     print("load it:    " + "\n            ".join(lines))
+
+
+def _saelens_help(arguments: Sequence[str]) -> str:
+    """SAELens' help. Left out are its usage and the signatures of its configs, which say once more
+    in thousands of characters what the flags say."""
+    captured = io.StringIO()
+    with contextlib.redirect_stdout(captured), contextlib.suppress(SystemExit):
+        _saelens_config([*arguments, "--help"])
+    text = captured.getvalue()
+    start = re.search(r"^options:\n.*\n+", text, re.MULTILINE)
+    text = text if start is None else text[start.end() :]
+    return re.sub(r"^(\w+) \['cfg.*'\]:\n(  \1\(.*\)\n)?", r"\1:\n", text, flags=re.MULTILINE)
 
 
 def _saelens_config(arguments: Sequence[str]) -> "LanguageModelSAERunnerConfig[Any]":

@@ -41,6 +41,7 @@ from sae_whiten.training.runner_parts import (
     seed_generators,
     set_buffer_size,
     train,
+    warn_of_replacement,
 )
 from sae_whiten.training.training_sae import enter_whitened_space
 
@@ -176,6 +177,8 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         store = own_share(self.activations_store, PackedActivationsStore, self.processes)
         self.activations_store = store
         self._set_sae_metadata()
+        if self.cfg.output_path is not None and self.processes.rank == 0:
+            warn_of_replacement(Path(self.cfg.output_path) / name for name in self.saes)
         with logging_run(self.cfg, self.processes):
             saes = self._train(store)
             if self.cfg.output_path is not None:

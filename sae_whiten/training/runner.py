@@ -31,6 +31,7 @@ from sae_whiten.training.runner_parts import (
     seed_generators,
     set_buffer_size,
     train,
+    warn_of_replacement,
 )
 from sae_whiten.training.trainer import WhiteningTrainer
 from sae_whiten.training.training_sae import enter_whitened_space, is_in_whitened_space
@@ -156,6 +157,8 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         store = own_share(self.activations_store, ResumableActivationsStore, self.processes)
         self.activations_store = store
         self._set_sae_metadata()
+        if self.cfg.output_path is not None and self.processes.rank == 0:
+            warn_of_replacement([Path(self.cfg.output_path)])
         with logging_run(self.cfg, self.processes):
             self._compile_sae_if_needed()
             sae = self._train(store)

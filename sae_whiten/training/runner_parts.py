@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import wandb
 from sae_lens.config import HfDataset
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.load_model import load_model
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
@@ -58,6 +59,7 @@ __all__ = [
     "seed_generators",
     "set_buffer_size",
     "train",
+    "warn_of_replacement",
 ]
 
 logger = logging.getLogger(__name__)
@@ -201,6 +203,15 @@ def logging_run(cfg: RunnerConfig, processes: Processes) -> Iterator[None]:
         yield
         if cfg.logger.log_to_wandb:
             wandb.finish()
+
+
+def warn_of_replacement(folders: Iterable[Path]) -> None:
+    """Say before the training, and not after it, which finished SAEs it will replace."""
+    if found := [str(folder) for folder in folders if (folder / SAE_WEIGHTS_FILENAME).is_file()]:
+        logger.warning(
+            f"an SAE is already in {', '.join(found)}: this run will replace it when it ends. To "
+            "keep it, stop now and give another output_path."
+        )
 
 
 def _connect(stream: ActivationStream, store: ResumableActivationsStore) -> None:

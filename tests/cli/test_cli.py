@@ -575,6 +575,11 @@ def test_help_shows_our_flags_then_those_of_saelens(capsys: pytest.CaptureFixtur
     for field in dataclasses.fields(WhiteningConfig):
         told = help_of(WhiteningConfig, field.name, brief=True)
         assert told in " ".join(text.split()).replace("- ", "-")
+    # neither SAELens' usage nor the signatures of its configs, which are thousands of characters
+    assert text.count("usage:") == 1
+    assert "\nCommandLineRunnerConfig:\n" in text
+    assert "\nTopKTrainingSAEConfig:\n" in text
+    assert max(map(len, text.splitlines())) < 300
 
 
 def test_a_parser_that_saelens_moved_is_a_clear_error(

@@ -92,6 +92,20 @@ def test_files_of_the_user_stay_and_those_of_an_earlier_run_do_not(tmp_path: Pat
     assert is_complete_sae(out)
 
 
+@pytest.mark.parametrize(("make", "saved"), [(runner, ""), (multi_runner, "b")])
+def test_an_sae_that_will_be_replaced_is_warned_about_before_training(
+    make: Any, saved: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    make(output_path=str(out)).run()
+    assert "will replace it" not in caplog.text
+    again = make(output_path=str(out))
+    again._train = lambda store: pytest.fail("trained")
+    with pytest.raises(pytest.fail.Exception):
+        again.run()
+    assert f"{out / saved}: this run will replace it" in caplog.text
+
+
 def test_a_full_disk_leaves_the_earlier_sae_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
