@@ -13,6 +13,7 @@ from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig
 from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainingSAE
 
+from sae_whiten._contexts import without_messages
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.comparison.data import shuffled
 from sae_whiten.comparison.files import checkpoints_folder
@@ -61,9 +62,16 @@ def train_arms(setting: Setting, untrained: Sequence[Arm], seed: int) -> None:
     cfg.resume_from_checkpoint = _checkpoint_to_resume(checkpoints, saes)
     # the order in which SAELens mixes activations comes from torch's generator
     torch.manual_seed(seed)
-    _LockstepRunner(
-        cfg, whitening, override_dataset=dataset, override_model=setting.model, override_saes=saes
-    ).run()
+    # SAELens warns that the config does not describe them; the comparison's settings do
+    with without_messages("sae_lens", "override_dataset overrides", "override_model overrides"):
+        runner = _LockstepRunner(
+            cfg,
+            whitening,
+            override_dataset=dataset,
+            override_model=setting.model,
+            override_saes=saes,
+        )
+    runner.run()
     shutil.rmtree(checkpoints, ignore_errors=True)  # the SAEs are saved, and checkpoints are large
 
 

@@ -425,6 +425,7 @@ class _OneOfSeveral(WhiteningTrainer[TrainingSAE[Any], Any]):
             whitening=whitening,
         )
         self._owner, self._name = owner, name
+        self._prefix = f"{name}: "
 
     def fold(self) -> None:
         """Fold and prove the fold; a failure must not cost the other SAEs."""
@@ -439,6 +440,9 @@ class _OneOfSeveral(WhiteningTrainer[TrainingSAE[Any], Any]):
 
     def _failed_fold_path(self) -> Path:
         return super()._failed_fold_path() / self._name
+
+    def _report_checkpoint(self, path: Path) -> None:
+        """Nothing: the path is that of an unfinished checkpoint, which the owner reports."""
 
 
 class _PlainOfSeveral(SAETrainer[Any, Any]):

@@ -141,6 +141,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         FoldError: No whitening can be folded into this architecture.
     """
 
+    _prefix = ""
+    """Before every line in the log. One of several SAEs has its name there."""
+
     def __init__(
         self,
         cfg: SAETrainerConfig,
@@ -305,9 +308,10 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         coefficients = [name for name in describe(self.sae).scaled_fields if hasattr(cfg, name)]
         if coefficients and not 1 / _FAR_FROM_ONE < size < _FAR_FROM_ONE:
             logger.warning(
-                "with strength=%g whitened activations have a root mean square of %.2g, not 1, and "
-                "%s acts on latents of that size. sae-whiten compare rescales it; elsewhere, find "
-                "it by a sweep at this hook",
+                "%swith strength=%g whitened activations have a root mean square of %.2g, not 1, "
+                "and %s acts on latents of that size. sae-whiten compare rescales it; elsewhere, "
+                "find it by a sweep at this hook",
+                self._prefix,
                 whitening.strength,
                 size,
                 " and ".join(coefficients),
@@ -340,8 +344,10 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         planned, n_rows = self.cfg.train_batch_size_samples, self._n_rows(batch)
         if n_rows != planned and self.stream.n_skipped == 0:
             logger.warning(
-                "the data provider yields batches of %d activations, and train_batch_size_samples "
-                "is %d: there will be more or fewer steps than schedules and checkpoints count on",
+                "%sthe data provider yields batches of %d activations, and "
+                "train_batch_size_samples is %d: there will be more or fewer steps than schedules and "
+                "checkpoints count on",
+                self._prefix,
                 n_rows,
                 planned,
             )
@@ -351,9 +357,10 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         size = rows.square().mean().sqrt().item() / whitening.root_mean_square
         if not 1 / _FAR_FROM_ONE < size < _FAR_FROM_ONE:
             logger.warning(
-                "the first batch has %.2g times the size that the whitening expects of whitened "
+                "%sthe first batch has %.2g times the size that the whitening expects of whitened "
                 "activations: its statistics seem to be of other activations (another model, "
                 "checkpoint or hook?)",
+                self._prefix,
                 size,
             )
 
@@ -379,17 +386,21 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             problem, kept = str(error).rstrip("."), self._keep_both_forms()
             raise FoldError(f"{problem}. Both forms are in {kept}") from error
         except Exception:
-            logger.error("folding failed; what was trained is in %s", self._keep_both_forms())
+            kept = self._keep_both_forms()
+            logger.error("%sfolding failed; what was trained is in %s", self._prefix, kept)
             raise
         leave_whitened_space(self.sae)
         if activations is not None:
             self._explained_variance, self._l0 = _quality(self.sae, activations)
         if report.check is None:
-            logger.warning("the fold could not be checked: there are no activations")
+            logger.warning(
+                "%sthe fold could not be checked: there are no activations", self._prefix
+            )
         else:
             logger.info(
-                "whitening folded into the weights: error %.1e (tolerance %.1e), %.3f%% of active "
-                "latents changed, on %d %s activations",
+                "%swhitening folded into the weights: error %.1e (tolerance %.1e), %.3f%% of "
+                "active latents changed, on %d %s activations",
+                self._prefix,
                 report.check.fold_error,
                 report.check.tolerance,
                 100 * report.check.active_set_change,
@@ -410,7 +421,10 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         metadata.explained_variance = self._explained_variance
         if self._l0 is not None and metadata.l0 is not None:
             logger.info(
-                "L0 %.1f in training; as saved, with a threshold, %.1f", metadata.l0, self._l0
+                "%sL0 %.1f in training; as saved, with a threshold, %.1f",
+                self._prefix,
+                metadata.l0,
+                self._l0,
             )
             metadata.l0 = self._l0
         if self._explained_variance is not None and metadata.l0 is not None:
@@ -422,7 +436,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                 else f"{n_dead} of {self.sae.cfg.d_sae} latents dead"
             )
             logger.info(
-                "trained: explained variance %.3f, L0 %.1f, %s",
+                "%strained: explained variance %.3f, L0 %.1f, %s",
+                self._prefix,
                 self._explained_variance,
                 metadata.l0,
                 dead,
@@ -519,7 +534,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                     self.save_checkpoint_fn(checkpoint_path=partial if base is not None else None)
             if processes.rank > 0:
                 return
-            logger.info("checkpoint saved: %s", path)
+            self._report_checkpoint(path)
             if self.cfg.logger.log_to_wandb:
                 self.cfg.logger.log(
                     self,
@@ -528,6 +543,9 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                     sparsity_path=path / SPARSITY_FILENAME,
                     wandb_aliases=wandb_aliases,
                 )
+
+    def _report_checkpoint(self, path: Path) -> None:
+        logger.info("checkpoint saved: %s", path)
 
     def _plain_sae(self) -> TrainingSAE[Any]:
         """The SAE as it is for raw activations."""

@@ -130,7 +130,7 @@ def test_agreement_over_seeds_is_saved_after_each_name(finished, tmp_path, monke
     assert [r["across_seeds"] for r in run(out)] == [r["across_seeds"] for r in records]
 
 
-def test_a_bridge_of_transformer_lens_serves_as_the_model(tmp_path):
+def test_a_bridge_of_transformer_lens_serves_as_the_model(tmp_path, caplog):
     model = TransformerBridge.boot_transformers(
         "EleutherAI/pythia-14m",
         hf_model=AutoModelForCausalLM.from_pretrained(BYTE_TRANSFORMER),
@@ -146,6 +146,7 @@ def test_a_bridge_of_transformer_lens_serves_as_the_model(tmp_path):
         prepend_bos=False,
     )
     records = compare(comparison, model, tiny_dataset(600), tmp_path, model_name="tiny")
+    assert "overrides" not in caplog.text  # dataset and model are those that the settings name
     assert len(records) == 2 * 2
     assert all("firing_agreement" in record["across_seeds"] for record in records)
     page = write_feature_page(comparison, records, model, tiny_dataset(600), tmp_path, "tokens")

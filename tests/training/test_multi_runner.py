@@ -900,6 +900,18 @@ def test_messages_name_the_hooks(caplog, monkeypatch):
         assert re.search(f"{re.escape(hook)}.* 896 activations", caplog.text)
 
 
+def test_lines_about_one_sae_begin_with_its_name(caplog, tmp_path):
+    options: dict[str, Any] = {"n_checkpoints": 1, "checkpoint_path": str(tmp_path)}
+    with caplog.at_level(logging.INFO, "sae_whiten"):
+        runner("plain", "white", "batch", "heads", **options).run()
+    lines = [record.getMessage() for record in caplog.records]
+    for said in ("whitening folded into", "trained: explained variance"):
+        about = [line.partition(": ")[0] for line in lines if said in line]
+        assert about == ["white", "batch", "heads"]
+    (saved,) = [line for line in lines if "checkpoint saved" in line]
+    assert Path(saved.rpartition(" ")[2]).is_dir()
+
+
 def test_the_package_exports_it():
     import sae_whiten
 
