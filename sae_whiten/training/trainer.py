@@ -345,8 +345,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         if n_rows != planned and self.stream.n_skipped == 0:
             logger.warning(
                 "%sthe data provider yields batches of %d activations, and "
-                "train_batch_size_samples is %d: there will be more or fewer steps than schedules and "
-                "checkpoints count on",
+                "train_batch_size_samples is %d: there will be more or fewer steps than schedules "
+                "and checkpoints count on",
                 self._prefix,
                 n_rows,
                 planned,
