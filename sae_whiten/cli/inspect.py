@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     rows = {
         name: describe_statistics(hook_statistics, config, held_out.get(name))
         for name, hook_statistics in tqdm(
-            statistics.items(), desc="Inspecting", unit=" hooks", leave=False
+            statistics.items(), desc="Inspecting", unit="hook", leave=False
         )
     }
     if args.json:

@@ -22,6 +22,7 @@ from sae_whiten.evaluation.probing import K_VALUES, N_VALUES, SCR, TPP
 
 __all__ = [
     "CE_LOSS_SCORE",
+    "COUNTS",
     "CURVES",
     "DEAD_LATENTS",
     "EXPLAINED_VARIANCE",
@@ -130,8 +131,8 @@ class Metric:
         name: Its name in reports. Default: the key, with spaces.
         better: 1 if more is better, -1 if less is, 0 if neither.
         decimals: Smallest number of decimals to print.
-        is_count: Whether it is a count, so that reports say "more" and "fewer" instead of "higher"
-            and "lower".
+        is_count: Whether it is a number of latents. Reports then show that of one SAE without
+            decimals, and say "more" and "fewer" instead of "higher" and "lower".
         repeats: Returns the values whose mean is `compute`, one per seed of the probes, by task. A
             single task has an empty name. None: the metric does not depend on the seed.
     """
@@ -182,7 +183,9 @@ DEAD_LATENTS = Metric(
     decimals=1,
     is_count=True,
 )
-DENSE_LATENTS = Metric("dense_latents", lambda m: dense_latents(m.activity.firing_rates))
+DENSE_LATENTS = Metric(
+    "dense_latents", lambda m: dense_latents(m.activity.firing_rates), is_count=True
+)
 CE_LOSS = Metric("ce_loss", lambda m: m.loss and m.loss.clean)
 CE_LOSS_WITH_SAE = Metric("ce_loss_with_sae", lambda m: m.loss and m.loss.with_sae)
 CE_LOSS_ABLATED = Metric("ce_loss_ablated", lambda m: m.loss and m.loss.ablated)
@@ -319,6 +322,9 @@ METRICS = (
     FIRING_AGREEMENT_NULL,
 )
 """All metrics in the order of the records. Those of `attribute_metrics` follow in a record."""
+
+COUNTS = frozenset(metric.key for metric in METRICS if metric.is_count)
+"""Keys of the metrics that are numbers of latents."""
 
 CURVES = (
     Curve("sparse probing", "latents used, K", SPARSE_PROBING_AT, RESIDUAL_PROBING_AT),

@@ -69,7 +69,7 @@ def probe_saes(
             view: [_probe_columns(x, labels, seed) for seed in seeds]
             for view, x in residuals.items()
         }
-        for name, sae in tqdm(setup.saes.items(), desc="Probing", unit=" SAEs"):
+        for name, sae in tqdm(setup.saes.items(), desc="Probing", unit="SAE"):
             view, latents, results = setup.views[name], pooled[name], measured[name]
             if tpp_and_scr:
                 results.absent |= _why_absent(latents, labels)

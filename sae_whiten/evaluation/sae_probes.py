@@ -138,7 +138,7 @@ def probe_tasks(
     saes, views = setup.saes, setup.views
     seeds = [_FIRST_SEED + seed for seed in seeds]
     last = tasks.tokens == "last"
-    with tqdm(total=len(tasks.names) * len(saes), desc="Probing", unit=" tasks") as bar:
+    with tqdm(total=len(tasks.names) * len(saes), desc="Probing", unit="task") as bar:
         for task_name in tasks.names:
             task = _read(task_name, tasks.n_texts, seeds)
             tokens = setup.text_tokens(task.texts, f"the task {task_name}", keep_end=last)

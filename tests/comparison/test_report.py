@@ -763,6 +763,10 @@ def test_an_evaluation_has_a_row_for_every_sae(tmp_path: Path) -> None:
     assert others == [
         {"metric": "sparse probing top 5", r"`user/sae\|1`": "–", "`b`": "0.500"},
     ]
+    counted = [{**SAES[0], "d_sae": 2048, "metrics": {"dead_latents": 23.0, "dense_latents": 4}}]
+    first, others = tables(evaluation_table(counted))
+    assert first[0]["dead latents"] == "23 of 2048"
+    assert others == [{"metric": "dense latents", r"`user/sae\|1`": "4"}]
     pytest.importorskip("matplotlib")
     written = write_report(SAES, tmp_path, {})
     assert [path.name for path in written] == ["table.md", "l0.png", "l0.pdf", "report.html"]

@@ -10,7 +10,7 @@ from sae_whiten.comparison.report.document import Block, Details, Paragraph, Tab
 from sae_whiten.comparison.report.figures import Point, plot_against_l0
 from sae_whiten.comparison.report.panels import Drawing, metric_title
 from sae_whiten.comparison.report.tables import MISLEADING, PROBING, WHY_MISLEADING
-from sae_whiten.comparison.report.wording import listed, number
+from sae_whiten.comparison.report.wording import listed, single_value
 from sae_whiten.comparison.summary import MAIN_METRICS, TESTED_METRICS, read_metrics
 from sae_whiten.evaluation.catalogue import MEASUREMENTS, name_of
 
@@ -40,8 +40,14 @@ def evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
     keys = list(dict.fromkeys(key for _, metrics in saes for key in metrics))
     shown = [metric for metric in MAIN_METRICS if metric.key in keys]
     rows = [
-        [code(name), *(number(metrics.get(m.key, math.nan), m.decimals) for m in shown)]
-        for name, metrics in saes
+        [
+            code(name),
+            *(
+                single_value(m.key, metrics.get(m.key, math.nan), m.decimals, record.get("d_sae"))
+                for m in shown
+            ),
+        ]
+        for record, (name, metrics) in zip(records, saes, strict=True)
     ]
     blocks: list[Block] = [
         Table(
@@ -56,7 +62,10 @@ def evaluation_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
     others = [key for key in keys if key not in {metric.key for metric in shown}]
     if others:
         table = [
-            [name_of(key), *(number(metrics.get(key, math.nan), 3) for _, metrics in saes)]
+            [
+                name_of(key),
+                *(single_value(key, metrics.get(key, math.nan), 3) for _, metrics in saes),
+            ]
             for key in others
         ]
         header = ["metric", *(code(name) for name, _ in saes)]

@@ -24,7 +24,7 @@ from sae_whiten.comparison.report.document import (
 )
 from sae_whiten.comparison.report.evaluation import evaluation_blocks, evaluation_figures
 from sae_whiten.comparison.report.panels import comparison_figures
-from sae_whiten.comparison.report.wording import number
+from sae_whiten.comparison.report.wording import single_value
 from sae_whiten.comparison.summary import read_metrics, summarise
 from sae_whiten.evaluation.catalogue import name_of
 
@@ -130,7 +130,7 @@ def _run_blocks(records: Sequence[Mapping[str, Any]]) -> list[Block]:
     rows = []
     for record, metrics in runs:
         row = ["–" if record.get(field) is None else code(record[field]) for field in fields]
-        rows.append(row + [number(metrics.get(key, math.nan), 4) for key in keys])
+        rows.append(row + [single_value(key, metrics.get(key, math.nan), 4) for key in keys])
     header = [field.replace("_", " ") for field in fields] + [name_of(key) for key in keys]
     # repeats are many, and results.jsonl has them
     shown = [{k: v for k, v in record.items() if k != "repeats"} for record in records]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sae_whiten.comparison.paired import PairedDifference
 from sae_whiten.comparison.report.document import code
 from sae_whiten.comparison.summary import Group, Spread, Summary
-from sae_whiten.evaluation.catalogue import Metric
+from sae_whiten.evaluation.catalogue import COUNTS, Metric
 
 __all__ = [
     "cells_of",
@@ -19,6 +19,7 @@ __all__ = [
     "number",
     "p_cell",
     "p_text",
+    "single_value",
     "sparsity_text",
 ]
 
@@ -42,6 +43,13 @@ def number(value: float, decimals: int) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.{decimals}f}" if math.isfinite(value) else str(value)
+
+
+def single_value(key: str, value: float, decimals: int, d_sae: int | None = None) -> str:
+    """A metric of one SAE. A number of latents is whole: `23`, or `23 of 2048` with `d_sae`."""
+    if key not in COUNTS or math.isnan(value):
+        return number(value, decimals)
+    return f"{value:.0f}" + ("" if d_sae is None else f" of {d_sae}")
 
 
 def mean_and_sd(values: Spread, decimals: int, n_expected: int) -> str:
