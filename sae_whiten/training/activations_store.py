@@ -4,7 +4,7 @@ import hashlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -504,28 +504,43 @@ class ResumableActivationsStore(ActivationsStore):
             raise ValueError(f"activations_mixing_fraction={mix_fraction}: must be in [0, 1]")
         fresh = self._iterate_filtered_activations()
         while True:
-            self._refilling = True
-            try:
-                self._draw_again()
-                self._anchors.append(self._anchor())
-                self._prune_anchors()
-                new: Tensor = self._note_unmixed(next(fresh))
-                buffer = new if self._buffer is None else torch.cat([self._buffer, new])
-                while len(buffer) < buffer_size:
-                    buffer = torch.cat([buffer, self._note_unmixed(next(fresh))])
-            finally:
-                self._refilling = False
-            if mix_fraction > 0:
-                order = torch.randperm(len(buffer), generator=self._generator)
-                buffer = buffer[order.to(buffer.device)]
+            buffer = self._refilled(fresh, buffer_size, mix_fraction > 0)
             n_serve = len(buffer) - int(buffer_size * mix_fraction)
             n_batches = max(1, n_serve // batch_size)
-            # cloned: a view would keep all served activations in memory
+            # cloned: a view, here or in the hands of training, would keep all of it in memory
             self._buffer = buffer[n_batches * batch_size :].clone()
             for batch in buffer[: n_batches * batch_size].split(batch_size):
                 self._n_batches += 1
                 self._note_unmixed(None)
-                yield batch
+                yield batch.clone()
+            del buffer, batch  # not kept beside the next ones
+
+    def _refilled(self, fresh: Iterator[Tensor], n_rows: int, mix: bool) -> Tensor:
+        """What is left in the buffer and fresh activations, n_rows or more, mixed or in order."""
+        self._refilling = True
+        try:
+            self._draw_again()
+            self._anchors.append(self._anchor())
+            self._prune_anchors()
+            parts = [] if self._buffer is None else [self._buffer]
+            parts.append(self._note_unmixed(next(fresh)))
+            while sum(map(len, parts)) < n_rows:
+                parts.append(self._note_unmixed(next(fresh)))
+        finally:
+            self._refilling = False
+        return self._shuffled(parts) if mix else torch.cat(parts)
+
+    def _shuffled(self, parts: Sequence[Tensor]) -> Tensor:
+        """The rows of all parts, in random order. SAELens, whose order it is, copies the growing
+        buffer for every part; here each row is copied once."""
+        order = torch.randperm(sum(map(len, parts)), generator=self._generator)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        buffer = parts[0].new_empty((len(order), *parts[0].shape[1:]))
+        places = place.to(buffer.device).split([len(part) for part in parts])
+        for part, rows in zip(parts, places, strict=True):
+            buffer.index_copy_(0, rows, part)
+        return buffer
 
     def _note_unmixed(self, acts: T_Acts) -> T_Acts:
         if self._unmixed is not None and self._n_served() > 0:
