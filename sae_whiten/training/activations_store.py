@@ -504,16 +504,22 @@ class ResumableActivationsStore(ActivationsStore):
             raise ValueError(f"activations_mixing_fraction={mix_fraction}: must be in [0, 1]")
         fresh = self._iterate_filtered_activations()
         while True:
-            buffer = self._refilled(fresh, buffer_size, mix_fraction > 0)
-            n_serve = len(buffer) - int(buffer_size * mix_fraction)
-            n_batches = max(1, n_serve // batch_size)
-            # cloned: a view, here or in the hands of training, would keep all of it in memory
-            self._buffer = buffer[n_batches * batch_size :].clone()
-            for batch in buffer[: n_batches * batch_size].split(batch_size):
-                self._n_batches += 1
-                self._note_unmixed(None)
-                yield batch.clone()
-            del buffer, batch  # not kept beside the next ones
+            # in no variable, which would keep one buffer while the next is filled
+            yield from self._serve(
+                self._refilled(fresh, buffer_size, mix_fraction > 0),
+                n_kept=int(buffer_size * mix_fraction),
+            )
+
+    def _serve(self, buffer: Tensor, n_kept: int) -> Iterator[Tensor]:
+        """Batches from a buffer, of which about n_kept activations stay for the next one."""
+        batch_size = self.train_batch_size_tokens
+        n_served = max(1, (len(buffer) - n_kept) // batch_size) * batch_size
+        # cloned: a view, here or in the hands of training, would keep all of it in memory
+        self._buffer = buffer[n_served:].clone()
+        for batch in buffer[:n_served].split(batch_size):
+            self._n_batches += 1
+            self._note_unmixed(None)
+            yield batch.clone()
 
     def _refilled(self, fresh: Iterator[Tensor], n_rows: int, mix: bool) -> Tensor:
         """What is left in the buffer and fresh activations, n_rows or more, mixed or in order."""
