@@ -32,6 +32,7 @@ from sae_whiten.comparison.report.figures import (
     plot_against_l0,
     plot_against_n_latents,
     plot_differences,
+    plot_seeds,
 )
 from sae_whiten.comparison.report.page import write_report
 from sae_whiten.comparison.report.panels import comparison_figures
@@ -707,8 +708,8 @@ def test_a_report_is_one_self_contained_page(tmp_path: Path) -> None:
     names = [path.name for path in written]
     assert names == [
         "table.md",
-        "topk-l0.png",
-        "topk-l0.pdf",
+        "topk-seeds.png",
+        "topk-seeds.pdf",
         "topk-differences-from-none.png",
         "topk-differences-from-none.pdf",
         "topk-latents.png",
@@ -833,6 +834,23 @@ def test_metrics_against_l0_are_drawn_with_error_bars(drawn: list[Any], n_panels
         assert list(bars[1]) == pytest.approx([first.y - 0.1, first.y + 0.1])
     assert axes.get_xscale() == "log"
     assert_nothing_overlaps_or_is_clipped(figure)
+
+
+def test_conditions_of_a_single_k_are_drawn_by_seed_and_not_against_l0(drawn: list[Any]) -> None:
+    first, *_ = comparison_figures(summarise([*RECORDS, record("failed", 0, l0=32)]))
+    assert first.draw is plot_seeds
+    values = {"none": [0.80, 0.82, 0.84], "original": [0.790, 0.809, 0.828]}
+    assert first.panels["explained variance ↑"] == values
+    first.draw(first.panels, Path("unused"))
+    (figure,) = drawn
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(values)
+    seeds, mean, *_ = axes.lines
+    assert list(seeds.get_xdata()) == values["none"]
+    assert mean.get_xdata()[0] == pytest.approx(0.82)
+    assert_nothing_overlaps_or_is_clipped(figure)
+    several = [*RECORDS, *({**run, "sparsity": 64} for run in RECORDS)]
+    assert comparison_figures(summarise(several))[0].draw is plot_against_l0
 
 
 def test_lines_differ_without_colour_and_keep_their_style(drawn: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ __all__ = [
     "plot_against_l0",
     "plot_against_n_latents",
     "plot_differences",
+    "plot_seeds",
 ]
 
 _MOST_TICKS = 7
@@ -73,6 +75,43 @@ def plot_against_n_latents(
         ValueError: There are no panels, or matplotlib does not know the format.
     """
     _plot_lines(panels, path, most_columns=3)
+
+
+def plot_seeds(panels: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+    """Draw metrics of one sparsity: a panel for each metric, a row for each condition.
+
+    A circle for each seed, and a bar at their mean.
+
+    Args:
+        panels: `panels[metric][condition]`: values, one per seed.
+        path: Where to write; its suffix is the format (.png, .pdf, .svg).
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: There are no panels, or matplotlib does not know the format.
+    """
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    with paper_style():
+        height = 0.5 + 0.2 * len(names)
+        figure, all_axes = _panels(list(panels), most_columns=4, height=height, sharey=True)
+        for axes, rows in zip(all_axes, panels.values(), strict=True):
+            for name, values in rows.items():
+                y = names.index(name)
+                axes.plot(
+                    values,
+                    [y] * len(values),
+                    linestyle="none",
+                    marker="o",
+                    markersize=4,
+                    color="0.4",
+                    markerfacecolor="none",
+                )
+                axes.plot([statistics.fmean(values)] * 2, [y - 0.3, y + 0.3], color="black")
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.tick_params(axis="y", length=0)
+            axes.locator_params(axis="x", nbins=4)
+        all_axes[0].set_yticks(range(len(names)), names)
+        save_figure(figure, path)
 
 
 def plot_differences(

@@ -12,6 +12,7 @@ from sae_whiten.comparison.report.figures import (
     plot_against_l0,
     plot_against_n_latents,
     plot_differences,
+    plot_seeds,
 )
 from sae_whiten.comparison.report.wording import file_name, sparsity_text
 from sae_whiten.comparison.summary import BASELINES, TESTED_METRICS, Frame, Group, Summary
@@ -37,7 +38,7 @@ class Drawing(NamedTuple):
 
 
 def comparison_figures(summary: Summary) -> list[Drawing]:
-    """Per hook and architecture: against L0, differences from the baselines, against latents."""
+    """Per hook and architecture: metrics, differences from the baselines, against latents."""
     figures: list[Drawing] = []
     several_hooks = summary.runs.hook_name.nunique() > 1
     for hook_name, architecture in summary.families:
@@ -48,27 +49,14 @@ def comparison_figures(summary: Summary) -> list[Drawing]:
             for group in summary.groups
             if (group.hook_name, group.architecture) == (hook_name, architecture)
         ]
-        sweeps = {n: summary.sweep(hook_name, architecture, n) for n in summary.conditions}
-        # SAEs without a set sparsity are drawn beside the sweeps of other architectures
-        beside = {
-            f"{other}, {name}": summary.sweep(hook_name, other, name)
-            for group in groups
-            for name, other in group.matched.index.droplevel("seed").unique()
-        }
-        panels = {}
-        for metric in TESTED_METRICS:
-            lines = {name: _points(sweep, metric.key) for name, sweep in sweeps.items()}
-            if any(lines.values()):
-                lines |= {name: _points(sweep, metric.key) for name, sweep in beside.items()}
-                panels[metric_title(metric)] = lines
-        if panels:
-            caption = (
-                f"{label}: metrics against L0, with arrows to what is better. Bars: standard "
-                "deviations over seeds."
-            )
-            if beside:
-                caption += " Other architectures under the same conditions are shown by name."
-            figures.append(Drawing(f"{stem}-l0", caption, plot_against_l0, panels))
+        # the only k of TopK SAEs; L0 has nothing to show then
+        one_k = len(groups) == 1 and groups[0].sparsity is not None and not groups[0].interpolated
+        metrics = (
+            _of_one_k(groups[0], label, stem)
+            if one_k
+            else _against_l0(summary, (hook_name, architecture), groups, label, stem)
+        )
+        figures += [metrics] if metrics.panels else []
         for baseline in BASELINES:
             panels = _difference_panels(groups, baseline)
             if panels:
@@ -88,6 +76,47 @@ def comparison_figures(summary: Summary) -> list[Drawing]:
             )
             figures.append(Drawing(f"{stem}-latents", caption, plot_against_n_latents, panels))
     return figures
+
+
+def _of_one_k(group: Group, label: str, stem: str) -> Drawing:
+    """The metrics of every seed."""
+    panels: dict[str, dict[str, list[float]]] = {}
+    for metric in TESTED_METRICS:
+        by_seed = group.by_seed(metric.key)
+        for name in group.conditions:
+            if name in by_seed and (known := by_seed[name].dropna().tolist()):
+                panels.setdefault(metric_title(metric), {})[name] = known
+    caption = (
+        f"{label}, {sparsity_text(group)}: metrics, with arrows to what is better. Circles: seeds. "
+        "Bars: their means."
+    )
+    return Drawing(f"{stem}-seeds", caption, plot_seeds, panels)
+
+
+def _against_l0(
+    summary: Summary, family: tuple[str, str], groups: Sequence[Group], label: str, stem: str
+) -> Drawing:
+    """Metrics against L0. `family`: hook and architecture; `groups`: those of the family."""
+    sweeps = {name: summary.sweep(*family, name) for name in summary.conditions}
+    # SAEs without a set sparsity are drawn beside the sweeps of other architectures
+    beside = {
+        f"{other}, {name}": summary.sweep(family[0], other, name)
+        for group in groups
+        for name, other in group.matched.index.droplevel("seed").unique()
+    }
+    panels = {}
+    for metric in TESTED_METRICS:
+        lines = {name: _points(sweep, metric.key) for name, sweep in sweeps.items()}
+        if any(lines.values()):
+            lines |= {name: _points(sweep, metric.key) for name, sweep in beside.items()}
+            panels[metric_title(metric)] = lines
+    caption = (
+        f"{label}: metrics against L0, with arrows to what is better. Bars: standard deviations "
+        "over seeds."
+    )
+    if beside:
+        caption += " Other architectures under the same conditions are shown by name."
+    return Drawing(f"{stem}-l0", caption, plot_against_l0, panels)
 
 
 def _points(sweep: Frame, key: str) -> list[Point]:
