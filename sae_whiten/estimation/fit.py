@@ -41,6 +41,7 @@ from sae_whiten.estimation.stopping import (
     MAX_EMPTY_BATCHES,
     Requirement,
     StoppingRule,
+    excess_so_far,
     naming,
     too_inaccurate,
 )
@@ -322,7 +323,8 @@ class _Fit:
                 union = self._look(due)
                 if due:
                     worst = max(self.inflation[name] for name in due)
-                    bar.set_postfix_str(f"held-out excess {worst:.1%}, target {self.tolerance:.1%}")
+                    assert self.tolerance is not None  # or no hook would be due
+                    bar.set_postfix_str(excess_so_far(worst, self.tolerance))
                 for name in waiting:
                     self.rules[name].decide(n, self.inflation[name] if name in due else None)
                 if all(rule.is_enough for rule in self.rules.values()):

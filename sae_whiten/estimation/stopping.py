@@ -21,6 +21,7 @@ __all__ = [
     "Requirement",
     "StoppingRule",
     "estimate_statistics",
+    "excess_so_far",
     "flatten_heads",
     "naming",
     "too_inaccurate",
@@ -256,10 +257,9 @@ class _Hook:
         return self.inflation / self.required.tolerance
 
     def progress(self) -> str:
-        return (
-            f"{self._prefix}held-out excess {self.inflation:.1%}, "
-            f"target {self.required.tolerance:.1%}"
-        )
+        assert self.inflation is not None
+        assert self.required.tolerance is not None
+        return self._prefix + excess_so_far(self.inflation, self.required.tolerance)
 
     def end_of_data(self) -> None:
         """Accept the samples so far when the stream ends, if they are enough.
@@ -328,6 +328,12 @@ class _Hook:
             merged.n_samples / merged.d_in,
         )
         return merged
+
+
+def excess_so_far(inflation: float, tolerance: float) -> str:
+    """What a progress bar says of the accuracy. It is infinite while samples are too few."""
+    excess = f"{inflation:.1%}" if math.isfinite(inflation) else "not known yet"
+    return f"held-out excess {excess}, target {tolerance:.1%}"
 
 
 def too_inaccurate(inflation: float, n_samples: int, tolerance: float) -> str:

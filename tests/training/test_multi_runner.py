@@ -388,6 +388,7 @@ def test_the_bar_names_the_worst_hook(monkeypatch):
     estimate_statistics(batches, required)
     assert shown[-1].startswith("slow: held-out excess ")
     assert shown[-1].endswith("target 3.0%")
+    assert not any("inf" in text for text in shown)
 
 
 @pytest.mark.parametrize(
