@@ -749,6 +749,7 @@ def _quality(
     inference; and its L0 there, if that form is of another architecture."""
     activations = float32_at_least(activations.to(sae.device))
     saved, l0 = inference_form(sae), None
+    saved.turn_off_forward_pass_hook_z_reshaping()  # the activations are flat already
     latents = saved.encode(activations)
     if saved is not sae:
         l0 = (latents != 0).sum(dim=-1).float().mean().item()

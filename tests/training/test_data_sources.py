@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from sae_lens import (
-    SAE,
-)
+from sae_lens import SAE
+from sae_lens.saes.sae import TrainingSAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -36,7 +35,7 @@ from tests.reference import (
     topk_sae,
     trainer_config,
 )
-from tests.support import whitening_of
+from tests.support import training_sae, whitening_of
 
 
 def spoiled(index: int, value: float, seed: int = 0) -> Iterator[Tensor]:
@@ -356,3 +355,14 @@ def test_hook_z_works_in_both_directions_and_in_training() -> None:
     sae = WhiteningTrainer(trainer_config(), topk_sae(), by_heads()).fit()
     expected = WhiteningTrainer(trainer_config(), topk_sae(), batches()).fit()
     assert same(state(sae), state(expected))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka_batchtopk", "topk_vsae"])
+def test_saes_of_hook_z_are_trained_to_the_end_whatever_they_are_saved_as(architecture) -> None:
+    def trained(**options: Any) -> TrainingSAE[Any]:
+        sae = training_sae(architecture, D_IN, 4 * D_IN, **options)
+        return WhiteningTrainer(trainer_config(), sae, batches()).fit()
+
+    sae, flat = trained(reshape_activations="hook_z"), trained()
+    assert same(state(sae), state(flat))
+    assert sae.cfg.metadata.explained_variance == flat.cfg.metadata.explained_variance
