@@ -223,8 +223,8 @@ def fold_whitening_into_weights(
 
     Raises:
         FoldError: The architecture cannot be folded, the SAE is folded already or was not trained
-            under whitening, the widths differ, the weights are not finite, or the folded SAE
-            differs by more than rounding explains.
+            under whitening, its trainer has another whitening, the widths differ, the weights are
+            not finite, or the folded SAE differs by more than rounding explains.
         TypeError: `whitening` is not a `Whitening` (statistics, for example).
     """
     folded, report, weights = _folded(sae, whitening, output_whitening)
@@ -317,6 +317,9 @@ def _folded(
             "not trained under 'covariance_whitening', and folding would change what it computes"
         )
     folded, weights = _transformed(sae, whitening, output_whitening, fold)
+    own = getattr(sae, "whitening", None)  # set while an SAE is trained under whitening
+    if isinstance(own, Whitening) and own is not whitening and own.digest != whitening.digest:
+        raise FoldError("this SAE was trained under another whitening than the one given")
     folded.cfg.normalize_activations = "none"
     report = FoldReport(
         architecture=sae.cfg.architecture(),

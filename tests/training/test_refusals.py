@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sae_whiten import (
     FoldError,
+    Whitening,
     WhiteningTrainer,
     WhiteningTrainingRunner,
     fold_whitening_into_weights,
@@ -49,6 +50,23 @@ def test_a_whitening_of_another_width_is_an_error() -> None:
     trainer.scaler.whitening = narrow
     with pytest.raises(ValueError, match="width 8.* 16"):
         trainer.fit()
+
+
+def test_an_sae_in_training_is_not_folded_with_another_whitening_than_its_own(
+    tmp_path: Path,
+) -> None:
+    trainer = WhiteningTrainer(trainer_config(), topk_sae(), batches())
+    trainer.step(next(trainer.stream))
+    own, sae = trainer.whitening, trainer.sae
+    assert own is not None
+    other = whitening_of(activations(4096))
+    refused(lambda: fold_whitening_into_weights(sae, other), sae, "under another whitening")
+    own.save(tmp_path / "whitening.safetensors")
+    report = fold_whitening_into_weights(
+        sae, Whitening.load(tmp_path / "whitening.safetensors"), activations=activations(256)
+    )
+    assert report.check is not None
+    assert report.check.passed
 
 
 def test_folding_twice_and_folding_what_was_not_whitened_are_refused(
