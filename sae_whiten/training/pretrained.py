@@ -3,11 +3,15 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from sae_lens import BatchTopKTrainingSAE
 from sae_lens.constants import ACTIVATION_WHITENING_FILENAME
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 from sae_lens.util import dtype_to_str, str_to_dtype
+from torch import Tensor
 
 from sae_whiten.architectures.folding import unfold_whitening_from_weights
+from sae_whiten.architectures.topk_vsae import TopKVSAETrainingSAE
 from sae_whiten.whitening import Whitening
 
 __all__ = ["as_asked_for", "unfold_for_training"]
@@ -106,7 +110,16 @@ def unfold_for_training(
                 "folder as WhiteningConfig.statistics"
             )
         sae.cfg.rescale_acts_by_decoder_norm = True  # pyright: ignore[reportAttributeAccessIssue]
+        _multiply_latents(sae, norms)
     sae.dtype = str_to_dtype(asked.dtype)
     sae.cfg.dtype = dtype_to_str(sae.dtype)
     for parameter in sae.parameters():  # not buffers: BatchTopK's threshold is float64
         parameter.data = parameter.data.to(sae.dtype)
+
+
+def _multiply_latents(sae: TrainingSAE[Any], norms: Float[Tensor, "d_sae"]) -> None:
+    """Multiply by decoder norms what is in units of the latents, as ranking does with latents."""
+    if isinstance(sae, BatchTopKTrainingSAE):
+        sae.topk_threshold = sae.topk_threshold * norms.mean()
+    if isinstance(sae, TopKVSAETrainingSAE) and sae.cfg.variance == "learned":
+        sae.b_var.data += 2 * norms.log()

@@ -13,9 +13,11 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
 
-from sae_whiten import WhiteningConfig, WhiteningTrainingRunner
+from sae_whiten import WhiteningConfig, WhiteningTrainingRunner, fold_whitening_into_weights
 from sae_whiten.architectures import TopKVSAETrainingConfig
-from tests.support import runner_config, tiny_dataset, tiny_model
+from sae_whiten.training.checkpoint import inference_form
+from sae_whiten.training.pretrained import unfold_for_training
+from tests.support import runner_config, tiny_dataset, tiny_model, training_sae, whitening_of
 
 FEW = WhiteningConfig(n_samples=512)
 BATCH = 64
@@ -134,6 +136,40 @@ def test_decoder_norms_that_mean_something_else_are_not_ranked_by(
     asked = config(rescale_acts_by_decoder_norm=True)
     with pytest.raises(ValueError, match=r"rescale_acts_by_decoder_norm=True.*has False"):
         runner(asked, whitening=other, from_pretrained_path=str(topk[1])).run()
+
+
+def unit_decoder(architecture: str) -> Any:
+    """A plain SAE that ranks latents without decoder norms, which are all 1."""
+    sae = training_sae(
+        architecture, normalize_activations="none", rescale_acts_by_decoder_norm=False
+    )
+    sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
+    return sae
+
+
+LARGE = 30 * torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
+"""Activations under whose whitening decoder rows of norm 1 have norm 1/30."""
+
+
+def test_the_threshold_follows_latents_that_are_ranked_by_norms_again() -> None:
+    sae, whitening = unit_decoder("batchtopk"), whitening_of(LARGE)
+    sae.topk_threshold.fill_(5.0)
+    expected = inference_form(sae).encode(LARGE) != 0
+    unfold_for_training(sae, whitening, training_sae("batchtopk").cfg)
+    assert sae.cfg.rescale_acts_by_decoder_norm
+    fold_whitening_into_weights(sae, whitening)
+    found = inference_form(sae).encode(LARGE) != 0
+    assert (found ^ expected).sum() < 0.05 * expected.sum()
+
+
+def test_the_noise_follows_latents_that_are_ranked_by_norms_again() -> None:
+    sae, whitening = unit_decoder("topk_vsae"), whitening_of(LARGE)
+    x = LARGE[:100]
+    _, mu, logvar = sae._posterior_of(x)
+    expected = mu / (logvar / 2).exp()
+    unfold_for_training(sae, whitening, training_sae("topk_vsae").cfg)
+    _, mu, logvar = sae._posterior_of(whitening.whiten(x))
+    torch.testing.assert_close(mu / (logvar / 2).exp(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_the_dtype_is_that_of_the_config(topk: tuple[Path, Path]) -> None:
