@@ -264,6 +264,12 @@ class ResumableActivationsStore(ActivationsStore):
         self.model.run_with_hooks(tokens, fwd_hooks=[(self.hook_name, note)], **only)
         return shapes[0]
 
+    @property
+    def n_batches(self) -> int:
+        """Training batches drawn, including before a resume."""
+        self._prepare()
+        return self._n_batches
+
     def get_batch_tokens(
         self,
         batch_size: int | None = None,

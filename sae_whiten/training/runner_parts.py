@@ -268,6 +268,8 @@ def train(
         store.keep_unmixed()
     else:
         store.load_from_checkpoint(own_part(resume_from, stream.processes))
+        # trainers of SAEs without whitening do not save it
+        stream.n_served = store.n_batches
     try:
         with (
             _reading_ahead(stream, store, int(cfg.prefetch_llm_batches)),

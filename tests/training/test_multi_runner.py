@@ -555,6 +555,27 @@ def test_interrupted_training_resumes_to_the_bit(
     assert resumed.trainer.whitenings["white"] is resumed.trainer.whitenings["batch"]
 
 
+def test_saes_without_whitening_are_stopped_twice_and_resume_to_the_bit(tmp_path, monkeypatch):
+    """As in a comparison of conditions without whitening."""
+    monkeypatch.setattr(WhiteningMultiSAETrainingRunner, "_needs_whitening", False)
+    expected = states(runner("plain", whitening=None).run())
+    checkpoint = None
+    for n_served in (9, 18):
+        folder = tmp_path / str(n_served)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(patch, n_served, signal.SIGINT)
+            runner(
+                "plain",
+                whitening=None,
+                checkpoint_path=str(folder),
+                resume_from_checkpoint=checkpoint,
+            ).run()
+        (checkpoint,) = map(str, folder.glob("*/*"))
+        assert Path(checkpoint).name == str(BATCH * n_served)
+    found = runner("plain", whitening=None, resume_from_checkpoint=checkpoint).run()
+    assert_equal(states(found), expected)
+
+
 @pytest.mark.parametrize("n_served", [0, 3])
 def test_stopped_before_the_first_step_nothing_is_left_behind(n_served, tmp_path, monkeypatch):
     """In the middle of the estimation of SAELens' scaling factor, for example."""
