@@ -96,6 +96,7 @@ class _Anchor:
         sequences: Checksum of these sequences; None with cached activations.
         n_epochs: How often the dataset was started.
         n_dataset_processed: Rows of the dataset that SAELens has counted.
+        n_skipped: Activations left out before it, because they were not finite.
     """
 
     n_batches: int
@@ -105,6 +106,7 @@ class _Anchor:
     sequences: str | None
     n_epochs: int
     n_dataset_processed: int
+    n_skipped: int
 
     def fields(self) -> dict[str, Any]:
         """All but the tensors, as JSON values."""
@@ -114,6 +116,7 @@ class _Anchor:
             "sequences": self.sequences,
             "n_epochs": self.n_epochs,
             "n_dataset_processed": self.n_dataset_processed,
+            "n_skipped": self.n_skipped,
         }
 
 
@@ -331,7 +334,6 @@ class ResumableActivationsStore(ActivationsStore):
         # what evaluators have drawn since, or will have, if a thread reads ahead
         fields["draws"] = [draw for draw in self._draws if draw[0] > anchor.n_batches]
         fields["n_served"] = n_served
-        fields["n_skipped"] = self.n_skipped
         fields["widths"] = list(self.widths.items())
         fields["n_rows"] = self._n_rows()
         fields["first_sequence"], tensors["fingerprint"] = self._fingerprint()
@@ -367,11 +369,11 @@ class ResumableActivationsStore(ActivationsStore):
         self.n_epochs = int(fields["n_epochs"])
         self._draws = [(int(n), int(size)) for n, size in fields["draws"]]
         self._n_drawn = 0
+        self.n_skipped = int(fields["n_skipped"])
         self._dataloader = self._mix()
         skip = int(fields["n_served"]) - self._n_batches
         for _ in tqdm(range(skip), desc="Refilling the activation buffer", leave=False):
             next(self._dataloader)
-        self.n_skipped = int(fields["n_skipped"])
 
     def _prepare(self) -> None:
         if hasattr(self, "_generator"):
@@ -496,6 +498,7 @@ class ResumableActivationsStore(ActivationsStore):
             sequences=None if self.dataset is None else self._sequences(),
             n_epochs=self.n_epochs,
             n_dataset_processed=self.n_dataset_processed,
+            n_skipped=self.n_skipped,
         )
 
     @torch.no_grad()
