@@ -128,13 +128,15 @@ def model_and_dataset(
     from sae_lens.load_model import load_model
 
     from sae_whiten.estimation.dataset import check_columns, open_dataset
+    from sae_whiten.estimation.models import naming_model
     from sae_whiten.evaluation.saes import common_setting
 
     source, path = _model_source(args, saes), _dataset_path(args, saes)
     _warn_if_trained_on(args, saes, path)
     dataset = open_dataset(path, args.dataset_split, streaming=not args.no_streaming)
     check_columns(dataset, path, common_setting(saes, "use_chat_formatting", False))
-    model = load_model(**source, device=args.device)
+    with naming_model(source["model_name"], source["model_class_name"]):
+        model = load_model(**source, device=args.device)
     if context_size is not None:
         require_context(context_size, model)
     return model, dataset, {**source, "dataset_path": path, "dataset_split": args.dataset_split}

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from sae_whiten.comparison.report.page import write_report
     from sae_whiten.comparison.summary import summarise
     from sae_whiten.estimation.dataset import check_columns, open_dataset
+    from sae_whiten.estimation.models import naming_model
 
     n_seeds, args.seeds = args.seeds, range(args.seeds)
     comparison = options_from(args, Comparison)
@@ -98,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     describe_rows(dataset, comparison.held_out_sequences)
     labels = probed_texts(args)
     names = options_from(args, ModelOptions).names()
-    model = load_model(**names, device=args.device)
+    with naming_model(names["model_name"], names["model_class_name"]):
+        model = load_model(**names, device=args.device)
     records = compare(
         comparison,
         model,

@@ -138,6 +138,7 @@ def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
     from sae_lens.load_model import load_model
 
     from sae_whiten.estimation.dataset import check_columns, is_on_this_machine, open_dataset
+    from sae_whiten.estimation.models import naming_model
 
     if is_on_this_machine(args.dataset_path):
         # before the model is loaded
@@ -147,5 +148,6 @@ def _fit(args: argparse.Namespace) -> "dict[str, ActivationStatistics]":
     device = getattr(args, "device", "cpu")
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # from torchrun: one GPU per process
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    model = load_model(**names, device=device)
+    with naming_model(names["model_name"], names["model_class_name"]):
+        model = load_model(**names, device=device)
     return fit_statistics(model, args.dataset_path, args.hook_name, provenance=names, **options)

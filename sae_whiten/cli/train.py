@@ -160,13 +160,13 @@ def _train_without(cfg: "LanguageModelSAERunnerConfig[Any]") -> int:
     from sae_whiten.training.checks import check_runner_config
     from sae_whiten.training.runner_parts import (
         check_loaded,
-        naming_nearest_hooks,
+        naming_model_and_hooks,
         opened_dataset,
     )
 
     check_runner_config(cfg, {"sae": cfg.sae})
     try:
-        with naming_nearest_hooks(cfg, [cfg.hook_name]), opened_dataset(cfg, None) as dataset:
+        with naming_model_and_hooks(cfg, [cfg.hook_name]), opened_dataset(cfg, None) as dataset:
             runner = LanguageModelSAETrainingRunner(cfg, override_dataset=dataset)
         check_loaded(cfg, runner.model, [cfg.hook_name])
         runner.run()

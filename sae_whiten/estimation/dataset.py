@@ -22,6 +22,7 @@ __all__ = [
     "canonical_source",
     "check_columns",
     "check_length",
+    "is_meant_as_path",
     "is_on_this_machine",
     "local_dataset",
     "naming_columns",
@@ -58,7 +59,7 @@ def open_dataset(source: str, split: str = "train", streaming: bool = False) -> 
         if is_probing_texts(source):
             texts = unprobed_texts(tasks_of(source))
             return _part(source, datasets.DatasetDict({"train": texts}), split)
-        if _is_meant_as_path(source):
+        if is_meant_as_path(source):
             raise FileNotFoundError(f"{source}: there is no such file or folder")
         return datasets.load_dataset(source, split=split, streaming=_can_stream(streaming, split))
     saved = _is_saved_to_disk(path)
@@ -76,7 +77,15 @@ def is_on_this_machine(source: str) -> bool:
     """Whether a dataset is a file or folder, or meant as one, and not a name on the hub."""
     if not source:
         return False
-    return Path(source).exists() or _is_meant_as_path(source) or is_probing_texts(source)
+    return Path(source).exists() or is_meant_as_path(source) or is_probing_texts(source)
+
+
+def is_meant_as_path(source: str) -> bool:
+    """Whether a source that does not exist looks like a path rather than a name on the hub."""
+    if "://" in source:
+        return False
+    begins_as_path = Path(source).is_absolute() or source.startswith((".", "~"))
+    return begins_as_path or source.count("/") > 1 or source.endswith(_SUFFIXES)
 
 
 def canonical_source(source: str) -> str:
@@ -207,11 +216,3 @@ def _from_files(path: Path, split: str, streaming: bool) -> Any:
 
 def _can_stream(streaming: bool, split: str) -> bool:
     return streaming and "[" not in split and "+" not in split
-
-
-def _is_meant_as_path(source: str) -> bool:
-    """Whether a source that does not exist looks like a path rather than a name on the hub."""
-    if "://" in source:
-        return False
-    begins_as_path = Path(source).is_absolute() or source.startswith((".", "~"))
-    return begins_as_path or source.count("/") > 1 or source.endswith(_SUFFIXES)

@@ -31,7 +31,7 @@ from sae_whiten.training.runner_parts import (
     check_is_foldable,
     check_loaded,
     logging_run,
-    naming_nearest_hooks,
+    naming_model_and_hooks,
     opened_dataset,
     outcome_of,
     own_share,
@@ -136,7 +136,7 @@ class WhiteningMultiSAETrainingRunner(MultiSAETrainingRunner):
         seed_generators(cfg)
         hook_names = dict.fromkeys(cfg.hook_names_per_sae.values())
         with (
-            naming_nearest_hooks(cfg, hook_names),
+            naming_model_and_hooks(cfg, hook_names),
             opened_dataset(cfg, override_dataset) as dataset,
         ):
             super().__init__(

@@ -22,7 +22,7 @@ from sae_whiten.training.runner_parts import (
     check_is_foldable,
     check_loaded,
     logging_run,
-    naming_nearest_hooks,
+    naming_model_and_hooks,
     opened_dataset,
     outcome_of,
     own_share,
@@ -118,7 +118,7 @@ class WhiteningTrainingRunner(LanguageModelSAETrainingRunner):
         self.processes = Processes()
         seed_generators(cfg)
         with (
-            naming_nearest_hooks(cfg, [cfg.hook_name]),
+            naming_model_and_hooks(cfg, [cfg.hook_name]),
             opened_dataset(cfg, override_dataset) as dataset,
         ):
             super().__init__(

@@ -24,6 +24,7 @@ from sae_whiten._redaction import redact_attributes, redacted
 from sae_whiten.architectures.folding import FoldError, why_not_foldable
 from sae_whiten.estimation.dataset import check_columns, local_dataset, naming_columns
 from sae_whiten.estimation.distributed import Processes
+from sae_whiten.estimation.models import naming_model
 from sae_whiten.estimation.sources import Model, check_hook
 from sae_whiten.training.activations_store import (
     ResumableActivationsStore,
@@ -49,7 +50,7 @@ __all__ = [
     "check_is_foldable",
     "check_loaded",
     "logging_run",
-    "naming_nearest_hooks",
+    "naming_model_and_hooks",
     "opened_dataset",
     "outcome_of",
     "own_share",
@@ -100,10 +101,12 @@ def set_buffer_size(cfg: RunnerConfig) -> None:
 
 
 @contextmanager
-def naming_nearest_hooks(cfg: RunnerConfig, names: Iterable[str]) -> Iterator[None]:
-    """Add the nearest hooks to the error of SAELens' Hugging Face loader about an unknown hook."""
+def naming_model_and_hooks(cfg: RunnerConfig, names: Iterable[str]) -> Iterator[None]:
+    """Short errors of SAELens' runners about the model: `naming_model`, and, for a hook that its
+    Hugging Face loader does not find, the nearest hooks."""
     try:
-        yield
+        with naming_model(cfg.model_name, cfg.model_class_name):
+            yield
     except ValueError as error:
         if "hook_names not found" not in str(error):
             raise

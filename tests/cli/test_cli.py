@@ -772,6 +772,30 @@ def test_a_hook_that_is_not_there_is_refused_with_the_nearest_and_a_wrong_width_
     )
 
 
+def test_a_model_that_cannot_be_loaded_is_one_short_line(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error(*command: str) -> str:
+        assert main(["--quiet", *command]) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert len(err) < 300
+        return err
+
+    folder = f"{tmp_path}/model is a folder. AutoModelForCausalLM loads it"
+    i = arguments.index("--model_class_name")
+    assert folder in error(*arguments[:i], *arguments[i + 2 :])
+    fit = ["fit", "--dataset-path", f"{tmp_path}/texts", "--hook-name", "h.0"]
+    fit += ["--out", f"{tmp_path}/stats", "--model-name"]
+    said = error(*fit, f"{tmp_path}/model")
+    assert "--model-class-name HookedTransformer" in said
+    assert folder in said
+    said = error(*fit, "gpt3")
+    assert "--model-name gpt3: TransformerLens knows no such model; nearest: gpt2" in said
+    for name in ("HookedTransformer", "AutoModelForCausalLM"):
+        missing = [f"{tmp_path}/missing", "--model-class-name", name]
+        assert f"{tmp_path}/missing: there is no such folder" in error(*fit, *missing)
+
+
 @pytest.mark.parametrize("whitened", [True, False])
 def test_a_context_longer_than_the_models_is_refused_before_training(
     whitened: bool, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
