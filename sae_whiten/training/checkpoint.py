@@ -32,6 +32,7 @@ from typing import Any, TypeVar
 import torch
 from sae_lens import SAE
 from sae_lens.constants import (
+    ACTIVATIONS_STORE_STATE_FILENAME,
     RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
     SPARSITY_FILENAME,
@@ -88,6 +89,7 @@ _PROGRESS_FILENAME = "progress.safetensors"
 _PROGRESS_KIND = "training_progress"
 _CHECKSUMS_FILENAME = "checksums.json"
 _BLOCK = 1 << 20
+_MOST_LISTED = 6  # checkpoints in an error
 
 # settings that do not affect what is trained
 _MAY_CHANGE = {
@@ -254,16 +256,36 @@ def runner_settings(path: str | Path) -> dict[str, Any]:
     secrets.
 
     Raises:
-        FileNotFoundError: There is no checkpoint of a runner.
+        FileNotFoundError: There is no checkpoint of a runner; names those in folders below, if any.
         CorruptFileError: The file is damaged.
     """
     file = Path(path) / RUNNER_CFG_FILENAME
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     if not file.is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint of a runner: it has no {file.name}")
+        raise FileNotFoundError(
+            f"{path} is not a checkpoint of a runner: it has no {file.name}"
+            + _checkpoints_below(Path(path))
+        )
     try:
         return dict(json.loads(file.read_text()))
     except (TypeError, ValueError) as error:
         raise CorruptFileError(f"{file} is damaged ({error})") from error
+
+
+def _checkpoints_below(path: Path) -> str:
+    """The end of an error about a folder: the checkpoints below it, the newest first."""
+    # SAELens writes CHECKPOINT_PATH/ID_OF_THE_RUN/NUMBER_OF_TOKENS
+    states = [*path.glob(f"*/{ACTIVATIONS_STORE_STATE_FILENAME}")]
+    states += path.glob(f"*/*/{ACTIVATIONS_STORE_STATE_FILENAME}")
+    newest_first = sorted(states, key=lambda state: state.stat().st_mtime, reverse=True)
+    # hidden folders are of checkpoints that are not finished
+    found = [str(s.parent) for s in newest_first if not s.parent.name.startswith(".")]
+    if not found:
+        return ""
+    others = f". Also there: {', '.join(found[1:_MOST_LISTED])}" if found[1:] else ""
+    more = f" and {len(found) - _MOST_LISTED} more" if len(found) > _MOST_LISTED else ""
+    return f"; give the newest checkpoint below it, {found[0]}{others}{more}"
 
 
 def check_runner_settings(path: str | Path, cfg: Mapping[str, Any]) -> None:

@@ -923,6 +923,7 @@ def checkpoint(tmp_path: Path, runner: type[FakeRunner]) -> Path:
     folder = tmp_path / "checkpoints" / "x" / "100"
     folder.mkdir(parents=True)
     (folder / "runner_cfg.json").write_text(json.dumps(runner.cfg.to_dict()))
+    (folder / "activations_store_state.safetensors").touch()
     return folder
 
 
@@ -948,8 +949,19 @@ def test_what_cannot_be_taken_from_a_checkpoint_is_said(
     resume = ["train", "--resume_from_checkpoint"]
     assert main([*resume, str(checkpoint), "--architecture", "gated"]) == 2
     assert "the checkpoint is of topk" in capsys.readouterr().err
-    assert main([*resume, str(checkpoint.parent)]) == 2
-    assert "not a checkpoint of a runner" in capsys.readouterr().err
+    assert main([*resume, str(checkpoint / "missing")]) == 2
+    assert "no such checkpoint" in capsys.readouterr().err
+    for name in ("20", ".200.whiten-new"):  # an earlier one, and one that is being written
+        state = checkpoint.parent / name / "activations_store_state.safetensors"
+        state.parent.mkdir()
+        state.touch()
+        os.utime(state, (0, 0))
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        assert main([*resume, str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert "not a checkpoint of a runner" in err
+        assert f"the newest checkpoint below it, {checkpoint}. Also there: " in err
+        assert err.endswith(f"{checkpoint.parent / '20'}\n")
     file = checkpoint / "runner_cfg.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "dataset_path": "https://REDACTED@host/data"}))
