@@ -1,5 +1,6 @@
 """Refuse runner configs that cannot be trained, before a model or a dataset is loaded."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
@@ -12,6 +13,8 @@ from sae_whiten._checks import FieldError, require_device, require_number
 from sae_whiten._files import check_writable
 
 __all__ = ["POSITIVE_FIELDS", "RunnerConfig", "check_runner_config"]
+
+logger = logging.getLogger(__name__)
 
 RunnerConfig: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
 
@@ -27,7 +30,8 @@ POSITIVE_FIELDS = (
 
 
 def check_runner_config(cfg: RunnerConfig, saes: Mapping[str, TrainingSAEConfig]) -> None:
-    """Refuse sizes, learning rates, devices and paths that fail later, or train nothing.
+    """Refuse sizes, learning rates, devices and paths that fail later, or train nothing. Warn of a
+    schedule of the learning rate that is longer than training.
 
     Args:
         cfg: SAELens' runner config.
@@ -51,6 +55,7 @@ def check_runner_config(cfg: RunnerConfig, saes: Mapping[str, TrainingSAEConfig]
         require_number("lr_end", cfg.lr_end, least=0, whole=False)
     for name in ("lr_warm_up_steps", "lr_decay_steps"):
         require_number(name, getattr(cfg, name), least=0)
+    _warn_of_the_schedule(cfg)
     for name in ("adam_beta1", "adam_beta2"):
         require_number(name, getattr(cfg, name), least=0, below=1, whole=False)
     for name, sae in saes.items():
@@ -67,6 +72,18 @@ def check_runner_config(cfg: RunnerConfig, saes: Mapping[str, TrainingSAEConfig]
             check_writable(path)
         except OSError as error:
             raise FieldError(name, path, f"cannot be written to ({error})") from error
+
+
+def _warn_of_the_schedule(cfg: RunnerConfig) -> None:
+    n_steps = int(cfg.training_tokens) // cfg.train_batch_size_tokens
+    if cfg.lr_warm_up_steps + cfg.lr_decay_steps > n_steps:
+        logger.warning(
+            "lr_warm_up_steps=%d and lr_decay_steps=%d do not fit into the %d steps of this "
+            "training: the learning rate does not follow them as set",
+            cfg.lr_warm_up_steps,
+            cfg.lr_decay_steps,
+            n_steps,
+        )
 
 
 def _check_sae(name: str, sae: TrainingSAEConfig) -> None:

@@ -78,6 +78,18 @@ def test_what_can_be_trained_is_not_refused() -> None:
     check_runner_config(cfg, {"a": every, "b": mean_of_a_batch, "c": no_k})
 
 
+def test_a_schedule_longer_than_training_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    # 80 steps
+    fitting = runner_config(lr_warm_up_steps=60, lr_decay_steps=20)
+    check_runner_config(fitting, {"sae": fitting.sae})
+    assert not caplog.records
+    longer = runner_config(lr_warm_up_steps=1000, lr_decay_steps=0)
+    check_runner_config(longer, {"sae": longer.sae})
+    (warning,) = caplog.messages
+    assert "lr_warm_up_steps=1000" in warning
+    assert "the 80 steps" in warning
+
+
 def test_runners_refuse_before_they_load_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("nothing is to be loaded first")
