@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 from simple_parsing.docstring import get_attribute_docstring
 
 from sae_whiten.cli._spelling import flag_of
-from sae_whiten.cli._values import json_object
+from sae_whiten.cli._values import Flattened, json_object, several
 
 __all__ = ["add_options", "given_options", "help_of", "options_from"]
 
@@ -98,14 +98,9 @@ def _separator(text: str) -> int | str | None:
     return text if text in ("bos", "eos", "sep") else _index(text)
 
 
-def _several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A parser of A,B,... as a list."""
-
-    def parse_all(text: str) -> list[Any]:
-        return [parse(part) for part in map(str.strip, text.split(",")) if part]
-
-    parse_all.__name__ = f"list of {parse.__name__}"  # argparse prints it for a wrong value
-    return parse_all
+def _list_of(parse: Callable[[str], Any], *shown: str) -> dict[str, Any]:
+    """A list, with commas or spaces between its parts. `shown`: its first and next part in help."""
+    return {"type": several(parse), "nargs": "+", "action": Flattened, "metavar": shown}
 
 
 _PARSERS: dict[Any, dict[str, Any]] = {
@@ -117,10 +112,11 @@ _PARSERS: dict[Any, dict[str, Any]] = {
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
     Path: {"type": Path, "metavar": "PATH"},
-    Sequence[str]: {"type": _several(str), "metavar": "A,B,..."},
-    Sequence[int]: {"type": _several(int), "metavar": "N,N,..."},
-    Sequence[int] | None: {"type": _several(int), "metavar": "N,N,..."},
-    Sequence[float]: {"type": _several(float), "metavar": "X,X,..."},
+    Sequence[str]: _list_of(str, "A", "B"),
+    Sequence[int]: _list_of(int, "N", "N"),
+    # of a command with positional arguments
+    Sequence[int] | None: {"type": several(int), "metavar": "N,N,..."},
+    Sequence[float]: _list_of(float, "X", "X"),
     dict[str, Any] | None: {"type": json_object, "metavar": "JSON"},
     Mapping[str, Mapping[str, Any]]: {"type": json_object, "metavar": "JSON"},
     tuple[int | None, ...]: {"type": _index, "nargs": "+", "metavar": "N"},

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sae_whiten.cli._options import add_options, given_options
 from sae_whiten.cli._spelling import flag_of
+from sae_whiten.cli._values import Flattened, several
 from sae_whiten.comparison.conditions import CONDITIONS
 from sae_whiten.lenses.synthetic.options import (
     ARCHITECTURES,
@@ -53,14 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, metavar="DIRECTORY", help="where to write")
     add(
         "--architectures",
+        type=several(str),
         nargs="+",
+        action=Flattened,
         default=["topk"],
         metavar="ARCHITECTURE",
         help=f"{', '.join(ARCHITECTURES)} (default: topk)",
     )
     add(
         "--conditions",
+        type=several(str),
         nargs="+",
+        action=Flattened,
         default=list(CONDITIONS),
         metavar="CONDITION",
         help="see below (default: all of them)",

@@ -98,6 +98,8 @@ def test_flags_give_values_of_the_type_of_their_field():
     )
     assert args.conditions == ["none", "half"]
     assert (args.sparsity, args.coefficients) == ([8, 16], [0.5, 1.0])
+    spaced = parsed("--conditions", "none", "half", "--sparsity", "8,", "16", "--d-sae", "64")
+    assert (spaced.conditions, spaced.sparsity) == (args.conditions, args.sparsity)
     assert (args.d_sae, args.lr, args.prepend_bos) == (64, 1e-3, False)
     assert args.store_batch_size_prompts == 4
     assert args.sae_options == {"topk": {"aux_loss_coefficient": 0}}

@@ -260,7 +260,7 @@ def test_the_command_writes_results_table_and_figure(
 ):
     pytest.importorskip("matplotlib")
     command = ["synthetic", "--out", str(tmp_path), "--conditions", "none", "whitened:eps=0.1"]
-    assert main([*command, "--architectures", "topk", "standard", "--junk", "4"]) == 0
+    assert main([*command, "--architectures", "topk,standard", "--junk", "4"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.jsonl",
         "results.md",
