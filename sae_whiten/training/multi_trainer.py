@@ -39,7 +39,12 @@ from sae_whiten.training.data_parallel import (
 from sae_whiten.training.interruption import going_on_without_checkpoint
 from sae_whiten.training.scaler import CovarianceWhiteningScaler, max_batches
 from sae_whiten.training.stream import ActivationStream
-from sae_whiten.training.trainer import WhiteningTrainer, after_step, losses_are_due
+from sae_whiten.training.trainer import (
+    WhiteningTrainer,
+    after_step,
+    forget_unknown_dead,
+    losses_are_due,
+)
 from sae_whiten.training.training_sae import is_in_whitened_space, plain_copy, require_basis
 from sae_whiten.whitening import TRANSFORM_FIELDS, Whitening
 
@@ -154,6 +159,7 @@ class WhiteningMultiSAETrainer(MultiSAETrainer):
             trainer.forget_weights_before_fold()
         for trainer in self.trainers.values():  # also of those without whitening
             trainer.sae.cfg.metadata.n_training_samples = trainer.n_training_samples
+            forget_unknown_dead(trainer)
         return saes
 
     def estimate_whitenings(self) -> None:

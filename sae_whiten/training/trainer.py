@@ -78,7 +78,7 @@ from sae_whiten.training.training_sae import (
 )
 from sae_whiten.whitening import TRANSFORM_FIELDS, Whitening
 
-__all__ = ["WhiteningTrainer", "after_step", "losses_are_due"]
+__all__ = ["WhiteningTrainer", "after_step", "forget_unknown_dead", "losses_are_due"]
 
 logger = logging.getLogger(__name__)
 
@@ -414,9 +414,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         explained variance; log them."""
         super().set_final_sae_metadata()
         metadata = self.sae.cfg.metadata
-        if self.n_training_steps <= self.cfg.dead_feature_window:
-            # SAELens counts 0 of them, because none could count as dead yet
-            vars(metadata).pop("num_dead_features", None)
+        forget_unknown_dead(self)
         metadata.n_training_samples = self.n_training_samples
         metadata.explained_variance = self._explained_variance
         if self._l0 is not None and metadata.l0 is not None:
@@ -724,6 +722,15 @@ def losses_are_due(trainer: Any, pbar: Any, update_interval: int) -> bool:
 
     SAELens counts a hundred steps at a time: its bar stays at 0 in shorter runs, and counts from 0
     in resumed ones. Losses are shown that often too, but at least ten times in a run.
+def forget_unknown_dead(trainer: SAETrainer[Any, Any]) -> None:
+    """Leave the number of dead latents out of an SAE's metadata if none could count as dead yet.
+
+    SAELens counts 0 of them then.
+    """
+    if trainer.n_training_steps <= trainer.cfg.dead_feature_window:
+        vars(trainer.sae.cfg.metadata).pop("num_dead_features", None)
+
+
     """
     batch_size = trainer.cfg.train_batch_size_samples
     pbar.update(trainer.n_training_samples - batch_size - pbar.n)

@@ -555,6 +555,11 @@ def test_interrupted_training_resumes_to_the_bit(
     assert resumed.trainer.whitenings["white"] is resumed.trainer.whitenings["batch"]
 
 
+def test_dead_latents_are_not_counted_where_none_could_be_dead_yet():
+    saes = runner("plain", "white", dead_feature_window=STEPS).run()
+    assert ["num_dead_features" in sae.cfg.metadata for sae in saes.values()] == [False, False]
+
+
 def test_saes_without_whitening_are_stopped_twice_and_resume_to_the_bit(tmp_path, monkeypatch):
     """As in a comparison of conditions without whitening."""
     monkeypatch.setattr(WhiteningMultiSAETrainingRunner, "_needs_whitening", False)
