@@ -8,7 +8,7 @@ A checkpoint of one SAE holds
   KeyError, as SAELens' own checkpoints do;
 - `inference/`: for these architectures, the SAE in the form saved at the end of training (jumprelu,
   topk), which `SAE.load_from_disk` opens. `loadable_folder` finds it;
-- `sparsity.safetensors`;
+- `sparsity.safetensors`, except between two windows of `feature_sampling_window` steps;
 - `whitened_training_state/`: the state that training continues from, in whitened coordinates;
 - with a runner, `runner_cfg.json` and the position in the data,
   `activations_store_state.safetensors`;

@@ -517,13 +517,16 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
             path = root / checkpoint_name
             processes = self.stream.processes
             is_folded = self._before_fold is None and self.is_trained
+            # there is none where a window of feature_sampling_window steps has just begun
+            has_sparsity = self.n_frac_active_samples > 0
             if is_folded:
                 logger.warning("%s: %s cannot be resumed. %s", _FOLDED, path, _KEEP_RESUMABLE)
             with writing_checkpoint(path, processes) as partial:
                 if processes.rank == 0:
                     save_training_form(self._plain_sae(), partial)
-                    sparsity = partial / SPARSITY_FILENAME
-                    save_file({"sparsity": self.log_feature_sparsity}, sparsity)
+                    if has_sparsity:
+                        sparsity = partial / SPARSITY_FILENAME
+                        save_file({"sparsity": self.log_feature_sparsity}, sparsity)
                     if not is_folded:
                         self.save_trainer_state(partial)
                 elif not is_folded:
@@ -538,7 +541,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
                     self,
                     path / SAE_WEIGHTS_FILENAME,
                     path / SAE_CFG_FILENAME,
-                    sparsity_path=path / SPARSITY_FILENAME,
+                    sparsity_path=path / SPARSITY_FILENAME if has_sparsity else None,
                     wandb_aliases=wandb_aliases,
                 )
 

@@ -707,6 +707,16 @@ def test_a_step_taken_by_hand_is_taken_in_whitened_space():
     assert equal(state(expected.sae), state(by_hand.sae))
 
 
+def test_a_checkpoint_has_no_sparsity_before_any_is_counted(tmp_path):
+    cfg = trainer_config(checkpoint_path=str(tmp_path))
+    trainer = WhiteningTrainer(cfg, training_sae("topk", D, 64), batches())
+    trainer.estimate_whitening()
+    trainer.save_checkpoint("before")
+    trainer.step(next(trainer.stream))
+    trainer.save_checkpoint("after")
+    assert [path.parent.name for path in tmp_path.glob("*/sparsity.safetensors")] == ["after"]
+
+
 def test_a_trainer_that_is_stopped_leaves_a_checkpoint_and_goes_on_to_the_bit(tmp_path, caplog):
     def stopping(data: Iterator[Tensor]) -> Iterator[Tensor]:
         for i, batch in enumerate(data):
