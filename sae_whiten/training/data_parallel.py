@@ -132,6 +132,11 @@ class SharedStream(ActivationStream):
         rank, (kind, message) = next((i, e) for i, e in enumerate(errors) if e is not None)
         raise _RAISED_BY_ALL.get(kind, DistributedError)(f"process {rank}: {message}")
 
+    @property
+    def n_ahead(self) -> int:
+        """Batches that were read ahead and not served yet."""
+        return super().n_ahead + (self._returned is not None)
+
     def _next_looked_at(self) -> tuple[Tensor, Callable[[], bool]]:
         if self._returned is None:
             return super()._next_looked_at()

@@ -273,6 +273,9 @@ def train(
         store.load_from_checkpoint(own_part(resume_from, stream.processes))
         # trainers of SAEs without whitening do not save it
         stream.n_served = store.n_batches
+        if cfg.logger.log_to_wandb:
+            # evaluators draw what follows in the dataset
+            stream.read_ahead()
     try:
         with (
             _reading_ahead(stream, store, int(cfg.prefetch_llm_batches)),

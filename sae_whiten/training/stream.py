@@ -53,6 +53,8 @@ class ActivationStream(Iterator[Tensor]):
         unmixed: Returns what the source read for a batch, before it was mixed, in parts that share
             no text; by default the batch itself. Called for each batch of `lookahead` once.
         unmixed_per_batch: How many such parts hold as many activations as a batch.
+        n_to_read_ahead: How many batches were read ahead when the checkpoint was saved that is
+            resumed.
         stop_is_handled: Whether `StopRequested` is caught, to save a checkpoint.
         spool: Keeps the batches read by `lookahead`.
         last: The batch served last.
@@ -81,6 +83,7 @@ class ActivationStream(Iterator[Tensor]):
         self.unmixed: Callable[[Tensor], list[Tensor]] = lambda batch: [batch]
         self.unmixed_per_batch = 1.0
         self.processes = Processes(alone=True)
+        self.n_to_read_ahead = 0
         self.stop_is_handled = False
         self._stop = self._stop_put_off = False
         self.spool = Spool()
@@ -115,6 +118,17 @@ class ActivationStream(Iterator[Tensor]):
                 return
             self.spool.put(batch)
             yield from self.unmixed(batch)
+
+    @property
+    def n_ahead(self) -> int:
+        """Batches that were read ahead and not served yet."""
+        return len(self.spool)
+
+    def read_ahead(self) -> None:
+        """Read `n_to_read_ahead` batches, which are served later."""
+        self.spool.resolution = self.resolution
+        for _ in range(self.n_to_read_ahead):
+            self.spool.put(next(self.source))
 
     def n_lookahead(self, n_batches: int | None) -> int | None:
         """How many parts of `lookahead` hold as many activations as `n_batches` batches."""

@@ -588,6 +588,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         fields = {
             "n_processes": self.stream.processes.world_size,
             "n_served": self.stream.n_served,
+            "n_ahead": self.stream.n_ahead,
             "n_skipped": self.stream.n_skipped,
             "settings": settings_of(asdict(self.cfg)),
         }
@@ -645,6 +646,7 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
         self._start_from_folded = False
         self.stream.n_served = int(fields["n_served"])
         self.stream.n_skipped = int(fields["n_skipped"])
+        self.stream.n_to_read_ahead = int(fields.get("n_ahead", 0))
         self.stream.on_nonfinite = config.on_nonfinite
         self.checkpoint_thresholds = [
             t for t in self.checkpoint_thresholds if t >= self.n_training_samples
@@ -720,11 +722,6 @@ def after_step(*trainers: SAETrainer[Any, Any] | MultiSAETrainer) -> Iterator[No
             trainer.n_training_steps -= 1
 
 
-def losses_are_due(trainer: Any, pbar: Any, update_interval: int) -> bool:
-    """Whether SAELens is to show the losses and to count this step; if not, count it here.
-
-    SAELens counts a hundred steps at a time: its bar stays at 0 in shorter runs, and counts from 0
-    in resumed ones. Losses are shown that often too, but at least ten times in a run.
 def forget_unknown_dead(trainer: SAETrainer[Any, Any]) -> None:
     """Leave the number of dead latents out of an SAE's metadata if none could count as dead yet.
 
@@ -734,6 +731,11 @@ def forget_unknown_dead(trainer: SAETrainer[Any, Any]) -> None:
         vars(trainer.sae.cfg.metadata).pop("num_dead_features", None)
 
 
+def losses_are_due(trainer: Any, pbar: Any, update_interval: int) -> bool:
+    """Whether SAELens is to show the losses and to count this step; if not, count it here.
+
+    SAELens counts a hundred steps at a time: its bar stays at 0 in shorter runs, and counts from 0
+    in resumed ones. Losses are shown that often too, but at least ten times in a run.
     """
     batch_size = trainer.cfg.train_batch_size_samples
     pbar.update(trainer.n_training_samples - batch_size - pbar.n)

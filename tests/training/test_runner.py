@@ -12,6 +12,7 @@ import torch
 from datasets import Array2D, Dataset, Features
 from sae_lens import (
     SAE,
+    LoggingConfig,
     StandardTrainingSAE,
     StandardTrainingSAEConfig,
     TopKSAEConfig,
@@ -616,6 +617,30 @@ def test_evaluations_while_batches_are_queued_ahead_are_drawn_again(n_draws, tmp
     resumed.load_from_checkpoint(tmp_path)
     found = [resumed.next_batch() for _ in range(ahead - served + 20)][ahead - served :]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_evaluations_of_batches_read_for_the_estimation_do_not_disturb_resuming(
+    tmp_path, monkeypatch
+):
+    """They draw from the dataset behind these batches, 47 here."""
+    for name in ("init", "log", "finish"):
+        monkeypatch.setattr(f"wandb.{name}", lambda *args, **options: None)
+    monkeypatch.setattr(LoggingConfig, "log", lambda *args, **options: None)
+    many = WhiteningConfig(n_samples=6000)
+
+    def made(**options: Any) -> WhiteningTrainingRunner:
+        evaluating = LoggingConfig(
+            log_to_wandb=True, wandb_log_frequency=10, eval_every_n_wandb_logs=1
+        )
+        return runner(many, logger=evaluating, n_eval_batches=1, **options)
+
+    expected = state(made().run())
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            made(checkpoint_path=str(tmp_path)).run()
+    (checkpoint,) = tmp_path.glob("*/*")
+    assert equal(state(made(resume_from_checkpoint=str(checkpoint)).run()), expected)
 
 
 @pytest.mark.parametrize("n_served", [5, 30])
