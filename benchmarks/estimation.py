@@ -302,6 +302,7 @@ def common(args: argparse.Namespace) -> dict[str, Any]:
         "n_batches_in_buffer": 64,
         "device": args.device,
         "checkpoint_path": None,
+        "output_path": None,
         "logger": LoggingConfig(log_to_wandb=False),
     }
 
@@ -323,7 +324,6 @@ def whole_run(args: argparse.Namespace, n_tokens: int, **options: Any) -> Any:
         ),
         hook_name=last_hook(args),
         training_tokens=n_tokens,
-        output_path=None,
         verbose=False,
         **common(args),
         **options,
