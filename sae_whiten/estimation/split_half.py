@@ -2,9 +2,14 @@
 
 A whitener W estimated from n samples of Gaussian data inflates the variance of held-out data by
 d / (n - d). Two independent halves A and B of the samples measure this for any distribution:
-r = tr(W_A^T C_B W_A) / tr(W_A^T C_A W_A) - 1, averaged over both directions, is the inflation of a
-half, and r / (2 + r) that of the whole, which has twice the samples. Heavy tails need several times
-more samples, and raise r accordingly.
+r = tr(W_A^T (C_B + D) W_A) / tr(W_A^T C_A W_A) - 1, averaged over both directions, is the inflation
+of a half, and r / (2 + r) that of the whole, which has twice the samples. Heavy tails need several
+times more samples, and raise r accordingly.
+
+D = (m_A - m_B)(m_A - m_B)^T / 2, of the means of the halves. The covariance of a half that holds
+few texts is taken about its own mean, and lacks the covariance of that mean over texts. D estimates
+it without bias. Without D, halves of one text each agree, however different the texts are. With
+fewer texts than dimensions the excess of the whole is more than r / (2 + r), but at most about r.
 """
 
 import math
@@ -75,8 +80,15 @@ class SplitHalfStatistics:
         """
         if min(half.n_samples for half in self.halves) <= self.d_in:
             return math.inf
+        difference = self.halves[0].mean - self.halves[1].mean
+        D = torch.outer(difference, difference) / 2
         a, b = (half.covariance for half in self.halves)
-        r = (_excess(a, b) + _excess(b, a)) / 2
+        # D has 1 / n of the variance within texts too
+        whole_a, whole_b = (
+            half.covariance * (1 - 1 / half.n_samples) + D.to(half.covariance)
+            for half in self.halves
+        )
+        r = (_excess(a, whole_b) + _excess(b, whole_a)) / 2
         return r / (2 + r)
 
 

@@ -44,6 +44,24 @@ def test_the_inflation_is_what_held_out_gaussian_data_shows(per_dimension):
     assert torch.tensor(true).mean() == pytest.approx(1 / (per_dimension - 1), rel=0.15)
 
 
+@pytest.mark.parametrize("texts", [1, 2, 4])
+def test_halves_of_few_texts_do_not_agree_if_texts_differ(texts):
+    g = torch.Generator().manual_seed(0)
+    estimated, true = [], []
+    for _ in range(40):
+        halves = SplitHalfStatistics(D)
+        for _ in range(2 * texts):
+            x = torch.randn(1000, D, generator=g, dtype=torch.float64)
+            # a tenth of the variance is between texts
+            text = torch.randn(D, generator=g, dtype=torch.float64)
+            halves.update(0.9**0.5 * x + 0.1**0.5 * text)
+        estimated.append(halves.inflation())
+        true.append(held_out_excess(halves, torch.eye(D, dtype=torch.float64)))
+    # without the difference of the means it would be 0.15 to 0.5 of the true excess
+    ratio = float(torch.tensor(estimated).mean() / torch.tensor(true).mean())
+    assert 0.6 < ratio < 1
+
+
 def test_the_halves_together_are_all_samples():
     halves, x = split(1000), nasty(1000, D, 0, torch.float64)
     covariance = torch.cov(x.T)
