@@ -23,6 +23,7 @@ from sae_whiten.evaluation.catalogue import (
     EXPLAINED_VARIANCE,
     KL,
     L0,
+    OF_SEVERAL_SEEDS,
     SAE_PROBES_AUC_AT,
     SCR_AT,
     SCR_DENOMINATOR,
@@ -93,8 +94,10 @@ class Spread(NamedTuple):
     sd: float
 
 
-def spread(values: Iterable[float]) -> Spread:
-    """Mean and standard deviation of the values that are not NaN.
+def spread(values: Iterable[float], metric: str = "") -> Spread:
+    """Mean and standard deviation of the values of a metric that are not NaN.
+
+    Those of `OF_SEVERAL_SEEDS` have no deviation.
 
     >>> spread([1.0, float("nan"), 3.0])
     Spread(n=2, mean=2.0, sd=1.4142135623730951)
@@ -104,7 +107,8 @@ def spread(values: Iterable[float]) -> Spread:
         return Spread(0, math.nan, math.nan)
     finite = all(map(math.isfinite, kept))
     # the module's sums are exact: equal values have no deviation
-    sd = statistics.stdev(kept) if finite and len(kept) > 1 else math.nan
+    has_sd = finite and len(kept) > 1 and metric not in OF_SEVERAL_SEEDS
+    sd = statistics.stdev(kept) if has_sd else math.nan
     return Spread(len(kept), statistics.fmean(kept), sd)
 
 
@@ -159,7 +163,7 @@ class Group:
 
     def spread(self, condition: str, metric: str) -> Spread:
         """Over seeds; n is 0 if there is no value."""
-        return spread(self.by_seed(metric).get(condition, ()))
+        return spread(self.by_seed(metric).get(condition, ()), metric)
 
     def is_outside(self, condition: str) -> bool:
         """Whether no sweep of the condition reaches the L0 of the group."""

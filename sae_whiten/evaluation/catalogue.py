@@ -35,6 +35,7 @@ __all__ = [
     "MEASUREMENTS",
     "METRICS",
     "N_VALUES",
+    "OF_SEVERAL_SEEDS",
     "SAE_PROBES_AUC_AT",
     "SAE_PROBES_K",
     "SCR_AT",
@@ -210,6 +211,20 @@ FIRING_AGREEMENT = _of_others("firing_agreement", "agreement of firing over seed
 FIRING_AGREEMENT_NULL = _of_others(
     "firing_agreement_null", "agreement of firing with permuted tokens"
 )
+
+OF_SEVERAL_SEEDS = tuple(
+    metric.key
+    for metric in (
+        STABILITY,
+        STABILITY_NULL,
+        STABILITY_RAW,
+        STABILITY_RAW_NULL,
+        FIRING_AGREEMENT,
+        FIRING_AGREEMENT_NULL,
+    )
+)
+"""Keys of metrics whose values for two seeds are of the same pair of SAEs, or all the same. So the
+deviation of these values does not tell how much of them is chance: of two seeds it is always 0."""
 
 
 # --- on labelled texts

@@ -168,6 +168,20 @@ def test_means_and_deviations_over_seeds() -> None:
     assert change == pytest.approx(-0.011 / 0.82)
 
 
+def test_stability_has_no_deviation() -> None:
+    # two seeds share the value of their one pair, and all seeds that of random dictionaries
+    records = [
+        record("none", seed, explained_variance=0.8 + seed / 10, stability=0.4, stability_null=0.2)
+        for seed in (0, 1)
+    ]
+    markdown = comparison_markdown(summarise(records))
+    ((means,), *_) = of_conditions(markdown)
+    assert means["explained variance"] == "0.850 ± 0.071"
+    assert means["stability over seeds"] == "0.400"
+    assert means["stability of random dictionaries"] == "0.200"
+    assert "Stability has no deviation" in markdown
+
+
 def test_differences_are_paired_and_corrected_over_the_tested_metrics() -> None:
     (group,) = summarise(RECORDS[::-1]).groups  # the order of the records does not matter
     found = group.differences["original", "none"]

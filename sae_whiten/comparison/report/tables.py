@@ -21,6 +21,7 @@ from sae_whiten.comparison.summary import (
     spread,
 )
 from sae_whiten.evaluation.catalogue import (
+    OF_SEVERAL_SEEDS,
     SAE_PROBES_AUC_AT,
     SCR_AT,
     SCR_DENOMINATOR,
@@ -102,6 +103,8 @@ def means_table(group: Group, shown: Sequence[Metric]) -> Table:
             for name, cell in zip(group.conditions, cells, strict=True)
         ]
     caption = "One seed." if n == 1 else f"Mean ± standard deviation over {n} seeds."
+    if any(metric.key in OF_SEVERAL_SEEDS for metric in shown):
+        caption += " Stability has no deviation: its values for two seeds are of the same pair."
     if group.interpolated:
         caption += (
             f" Every seed's sweep was interpolated at {sparsity_text(group)}, linear in log L0."
@@ -129,7 +132,7 @@ def matched_table(group: Group, shown: Sequence[Metric]) -> Table:
         "architecture": [code(architecture) for _, architecture in rows],
     }
     for metric in shown:
-        spreads = [spread(values[metric.key]) for values in rows.values()]
+        spreads = [spread(values[metric.key], metric.key) for values in rows.values()]
         cells = cells_of(spreads, metric, len(group.seeds))
         columns[metric.name] = [
             "outside the sweep" if values.isna().to_numpy().all() else cell
