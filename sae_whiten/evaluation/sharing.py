@@ -305,10 +305,10 @@ def _whitening_section(
     facts = {
         **settings,
         "activations that it was estimated from": whitening["n_samples"],
-        "condition number of the covariance": _number(
+        "condition number of the covariance, without null directions": _number(
             None if spectrum is None else spectrum.condition_number_nonnull
         ),
-        "directions that hold most of the variance": _number(
+        "participation ratio, the effective number of directions": _number(
             None if spectrum is None else spectrum.participation_ratio
         ),
         "fold error": _number(check.get("fold_error")),

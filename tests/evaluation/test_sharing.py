@@ -95,7 +95,9 @@ def test_the_card_has_saelens_tag_and_says_how_the_sae_was_trained(
         "| dead latents | `3` |",
         "| loss in | `original space` |",
         "fold error",
-        "condition number of the covariance",
+        "| condition number of the covariance, without null directions |",
+        # they may hold less than half of the variance
+        "| participation ratio, the effective number of directions |",
         "| learning rate | `0.001` |",
         f"![Spectrum of the covariance]({HOOK}/spectrum.png)",
         f'SAE.from_pretrained("me/sae", "{HOOK}")',
