@@ -1,6 +1,7 @@
 """The tables of a comparison."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from sae_whiten.comparison.paired import PairedDifference
@@ -228,18 +229,20 @@ def smallest_differences(summary: Summary, tested: Sequence[Metric]) -> Table | 
             by_key[metric.key]
             for group in summary.groups
             for by_key in group.differences.values()
-            if metric.key in by_key and not math.isnan(by_key[metric.key].smallest)
+            # what was not tested could not be detected, however large
+            if metric.key in by_key and by_key[metric.key].test != "none"
         ]
         if differences:
-            widths = sorted(d.smallest for d in differences)
+            widths = [d.smallest for d in differences]
             decimals = max(decimals_of(d, metric) for d in differences)
-            shown = [widths[len(widths) // 2], widths[-1], differences[0].noise]
+            shown = [statistics.median(widths), max(widths), differences[0].noise]
             rows.append([metric.name, *(number(value, decimals) for value in shown)])
     if not rows:
         return None
     caption = (
-        "What this comparison can detect, over all conditions: half the width of the 95% "
-        "confidence intervals, or the noise of the probes where that is larger. Noise: how far "
+        "What this comparison can detect at best, over all conditions that were tested: half the "
+        "width of the 95% confidence intervals, or the noise of the probes where that is larger. "
+        "Holm's correction, which these leave out, asks for more. Noise: how far "
         "probing the same SAEs again, with other rows, moves a difference (–: not known, because "
         "probing was not repeated, or of the same rows every time). No difference below the noise "
         "is called significant."
