@@ -71,7 +71,7 @@ def divide_rows(dataset: Any, n_held_out: int, context_size: int) -> tuple[Any, 
 
 
 def _beginning(n_characters: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The beginning of a document. Evaluation then covers many documents, not only the first few."""
+    """The beginning of a document. Evaluation then covers many documents, not the first few."""
     return {
         name: value[:n_characters] if isinstance(value, str) else value
         for name, value in row.items()
