@@ -60,8 +60,9 @@ def unprobed_texts(tasks: Collection[str]) -> datasets.Dataset:
     """Texts of `sae-probes` that none of these tasks uses, to train on: a column "text".
 
     If all tasks are given, these are the texts of its other data sets, which have more than two
-    classes or numeric targets; if some are given, also those of the other tasks. No text occurs
-    twice. The order is random and always the same.
+    classes or numeric targets; if some are given, also those of the other tasks. Texts that differ
+    from a probed one only in case, spaces or punctuation are left out too. No text occurs twice.
+    The order is random and always the same.
 
     Args:
         tasks: Names of the tasks that will be probed.
@@ -78,10 +79,10 @@ def unprobed_texts(tasks: Collection[str]) -> datasets.Dataset:
     from sae_probes.constants import DATA_PATH  # pyright: ignore[reportMissingImports]
     from sae_probes.utils_data import read_numbered_dataset_df  # pyright: ignore[reportMissingImports]
 
-    probed = set(_texts(read_numbered_dataset_df(name) for name in tasks))
+    probed = set(map(_words, _texts(read_numbered_dataset_df(name) for name in tasks)))
     files = sorted((DATA_PATH / "cleaned_data").glob("*.csv.zst"))
     every = dict.fromkeys(_texts(pd.read_csv(file, compression="zstd") for file in files))
-    left = [text for text in every if text not in probed]
+    left = [text for text in every if _words(text) not in probed]
     return datasets.Dataset.from_dict({"text": left}).shuffle(seed=0)
 
 
@@ -90,3 +91,7 @@ def _texts(frames: Iterable[Any]) -> Iterable[str]:
     for frame in frames:
         if "prompt" in frame:
             yield from frame["prompt"].dropna().astype(str)
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))

@@ -1,6 +1,7 @@
 """Probing with `sae-probes`, against its own runner; only where it is installed."""
 
 import json
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,10 @@ def test_a_task_of_which_an_sae_reads_nothing_is_refused_with_both_names(model):
         evaluated(model, sae, ProbingTasks([TASK]), probe_seeds=1)
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.casefold()))
+
+
 def test_samples_of_tasks_are_fixed_and_what_they_leave_can_be_trained_on():
     assert len(tasks_of("sae-probes")) == len(task_names()) == 113
     few = tasks_of("sae-probes:3")
@@ -147,6 +152,10 @@ def test_samples_of_tasks_are_fixed_and_what_they_leave_can_be_trained_on():
     assert len(texts) == len(set(texts)) > 100_000
     probed = {text for name in few for text in texts_of(name)}
     assert not probed & set(texts)
+    # nor what differs from them in case or punctuation alone, as some reviews of films do
+    reviews = "113_movie_sent"
+    probed = {words(text) for text in texts_of(reviews)}
+    assert probed.isdisjoint(map(words, unprobed_texts([reviews])["text"]))
     with pytest.raises(ValueError, match="no task nope"):
         unprobed_texts(["nope"])
     with pytest.raises(ValueError, match="no task nope"):
