@@ -51,6 +51,15 @@ def spectrum(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("n_features", [15, 12])
+def test_features_that_do_not_span_their_dimensions_are_refused(n_features):
+    # otherwise the rounding errors of float32 would be amplified to unit variance
+    config = SyntheticDataConfig(d_signal=16, n_features=n_features, l0=1.0)
+    with pytest.raises(ValueError, match=f"leave {16 - n_features} of their 16 dimensions"):
+        SyntheticActivations(config)
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_activations_are_what_the_config_says():
     data = SyntheticActivations(SMALL)
     x, fires = data.held_out(30_000)

@@ -59,6 +59,10 @@ class SyntheticActivations:
         config: How the activations are made.
         features: Shape (n_features, d_in), float32: what each feature adds to an activation.
         offset: Shape (d_in,), float32: the mean.
+
+    Raises:
+        ValueError: The features do not span their dimensions, so that no map gives them the
+            covariance that the config asks for.
     """
 
     def __init__(self, config: SyntheticDataConfig, model: SyntheticModel | None = None) -> None:
@@ -80,6 +84,13 @@ class SyntheticActivations:
                 [self._model.sample(_CHUNK) for _ in range(_N_CHUNKS_STATISTICS)]
             ).double()
             values, basis = torch.linalg.eigh(torch.cov(raw.T))
+            # A divides by their roots; samples are float32
+            n_null = int((values <= d * torch.finfo(torch.float32).eps ** 2 * values[-1]).sum())
+            if n_null:
+                raise ValueError(
+                    f"the {len(directions)} features leave {n_null} of their {d} dimensions "
+                    "without variance: at least as many features are needed, spanning all of them"
+                )
             rank = torch.arange(1, d + 1, dtype=torch.float64)
             spectrum = rank ** -(math.log(config.condition) / math.log(max(d, 2)))
             share = config.nuisance_share if config.n_nuisance else 0.0
