@@ -63,7 +63,8 @@ def describe_statistics(
     mean_over_std = float(statistics.mean.norm() / eigenvalues.sum().sqrt())
     n, variances = statistics.n_samples, statistics.covariance.diagonal()
     largest = variances.argsort(descending=True)[:_N_OUTLIERS]
-    median = float(variances.median())
+    # torch's median of an even number is the lower of the two in the middle
+    median = float(variances.quantile(0.5))
     return {
         "n": n,
         "d_in": statistics.d_in,

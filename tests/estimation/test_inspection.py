@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.covariance import OAS
@@ -39,6 +40,8 @@ def test_every_figure_is_that_of_the_activations(make) -> None:
     assert found["mean_over_std"] == pytest.approx(norm)
     variances = fit.var(0)
     assert list(found["outliers"]) == variances.argsort(descending=True)[:3].tolist()
+    ratio = float(variances.max() / np.median(variances.numpy()))  # not torch's lower median
+    assert found["outliers"][int(variances.argmax())] == pytest.approx(ratio, rel=1e-9)
 
     # what stays of a direction's weight is what counts, whatever the kind and the strength
     regularised = 0.95 * eigenvalues + (0.05 + 0.01) * eigenvalues.mean()
