@@ -411,7 +411,9 @@ class _Fit:
             bad = ~torch.isfinite(acts).all(-1)
             if mask is not None:
                 bad &= mask
-            sequence, position = bad.nonzero()[0].tolist()
+            sequence, column = bad.nonzero()[0].tolist()
+            length = max(self.config.context_size, acts.shape[1])  # of a cache its own
+            position = range(length)[slice(*self.config.seqpos_slice)][column]
             number = self.source.n_sequences - len(acts) + sequence
             raise NonFiniteActivationsError(
                 f"hook {name}, batch {self.n_rounds}, sequence {number}, position {position}: a "

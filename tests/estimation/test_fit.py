@@ -162,7 +162,8 @@ def test_provenance_is_returned_as_files_have_it_and_what_they_cannot_hold_is_re
     assert not passes
 
 
-def test_a_nan_names_the_hook_and_the_batch():
+@pytest.mark.parametrize("seqpos_slice", [(None,), (1, None), (-30, None), (1, None, 2)], ids=str)
+def test_a_nan_names_the_hook_and_the_position_in_the_sequence(seqpos_slice):
     model: HookedTransformer = tiny_model()
 
     def poison(tensor: torch.Tensor, *, hook: object) -> torch.Tensor:
@@ -173,7 +174,14 @@ def test_a_nan_names_the_hook_and_the_batch():
     with pytest.raises(
         NonFiniteActivationsError, match=r"hook blocks\.1\.\S+, batch 0, sequence 2, position 3"
     ):
-        fit_statistics(model, tiny_dataset(), HOOKS[1], n_samples=100, context_size=32)
+        fit_statistics(
+            model,
+            tiny_dataset(),
+            HOOKS[1],
+            n_samples=100,
+            context_size=32,
+            seqpos_slice=seqpos_slice,
+        )
 
 
 def test_fit_merge_and_inspect_from_the_shell(tmp_path, monkeypatch, capsys):
