@@ -59,8 +59,8 @@ class ActivationStream(Iterator[Tensor]):
         spool: Keeps the batches read by `lookahead`.
         last: The batch served last.
         processes: The processes that train together, each on its own part of every batch.
-        next_is: Description of the next batch in reports. It is not held out once a dataset is
-            repeated.
+        next_is: Description of the next batch in reports: "held-out" if it is known that it was not
+            trained on. A data provider may repeat its batches.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ActivationStream(Iterator[Tensor]):
         self.source_is_finite = False
         self.resolution = 0.0
         self.last: Tensor | None = None
-        self.next_is: Callable[[], str] = lambda: "held-out"
+        self.next_is: Callable[[], str] = lambda: "next"
         self.unmixed: Callable[[Tensor], list[Tensor]] = lambda batch: [batch]
         self.unmixed_per_batch = 1.0
         self.processes = Processes(alone=True)

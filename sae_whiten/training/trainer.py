@@ -95,7 +95,8 @@ class WhiteningTrainer(SAETrainer[T_TRAINING_SAE, T_TRAINING_SAE_CONFIG]):
     The whitening is estimated from the first batches of the data provider, which are then trained
     on like all others. During training the SAE object has a subclass of its class, which saves
     folded copies and computes reconstruction losses in the configured space. Afterwards it has its
-    own class again and is folded; the fold is proved on held-out activations.
+    own class again and is folded; the fold is proved on the next activations, which are held out
+    unless the data provider repeats its batches.
 
     Examples:
         >>> import itertools

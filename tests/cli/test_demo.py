@@ -108,7 +108,7 @@ def test_on_a_real_singular_covariance_the_fold_is_exact_and_nothing_is_blown_up
     sae = path / "tame" / "original"
     metadata = json.loads((sae / "cfg.json").read_text())["metadata"]
     check = metadata["whitening"]["fold"]["check"]
-    assert check["source"] == "held-out"
+    assert check["source"] == "next"
     assert check["fold_error"] < 1e-5
     whitening = Whitening.load(sae / "sae_whiten" / "whitening.safetensors")
     spectrum = whitening.covariance_eigenvalues

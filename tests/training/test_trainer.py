@@ -167,7 +167,8 @@ def test_the_result_is_a_plain_proved_sae(architecture):
     record = sae.cfg.metadata.whitening
     assert trainer.whitening is not None
     assert record["n_samples"] == trainer.whitening.n_samples
-    assert record["fold"]["check"]["source"] == "held-out"
+    # the provider could have repeated its batches
+    assert record["fold"]["check"]["source"] == "next"
     assert record["fold"]["check"]["fold_error"] <= record["fold"]["check"]["tolerance"]
     assert explained_variance(sae, next(batches(seed=9))) > 0.1
 
