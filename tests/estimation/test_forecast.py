@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from sae_whiten.estimation.forecast import BASELINE, Difference, Dose, Outcome, 
 ROOT = Path(__file__).parents[2]
 
 
-def outcome(dead: float, seeds: int = 3, **over: tuple[float, float, float]) -> Outcome:
-    """Differences as (mean, low, high), with a noise of 0.01."""
+def outcome(dead: float, **over: tuple[float, float, float]) -> Outcome:
+    """Of 3 seeds; differences as (mean, low, high), with a noise of 0.01."""
     differences = {name: Difference(*values, 0.01) for name, values in over.items()}
-    return Outcome(seeds, 0.8, 0.5, dead, 0.7, differences)
+    return Outcome(3, 0.8, 0.5, dead, 0.7, differences)
 
 
 def dose(mean: float, share: float, centred: Outcome, original: Outcome, dead=0.5) -> Dose:
@@ -61,7 +62,7 @@ UNTOLD = (0.02, -0.01, 0.05)
         ),
         # two seeds tell no difference
         (
-            outcome(0.5, seeds=2, **{BASELINE: (0.2, 0.1, 0.3)}),
+            replace(outcome(0.5, **{BASELINE: (0.2, 0.1, 0.3)}), seeds=2),
             outcome(0.5, **{BASELINE: UNTOLD, "centred": UNTOLD}),
             BASELINE,
         ),
