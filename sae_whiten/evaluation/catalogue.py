@@ -212,17 +212,15 @@ FIRING_AGREEMENT_NULL = _of_others(
     "firing_agreement_null", "agreement of firing with permuted tokens"
 )
 
-OF_SEVERAL_SEEDS = tuple(
-    metric.key
-    for metric in (
-        STABILITY,
-        STABILITY_NULL,
-        STABILITY_RAW,
-        STABILITY_RAW_NULL,
-        FIRING_AGREEMENT,
-        FIRING_AGREEMENT_NULL,
-    )
+_OVER_SEEDS = (
+    STABILITY,
+    STABILITY_NULL,
+    STABILITY_RAW,
+    STABILITY_RAW_NULL,
+    FIRING_AGREEMENT,
+    FIRING_AGREEMENT_NULL,
 )
+OF_SEVERAL_SEEDS = frozenset(metric.key for metric in _OVER_SEEDS)
 """Keys of metrics whose values for two seeds are of the same pair of SAEs, or all the same. So the
 deviation of these values does not tell how much of them is chance: of two seeds it is always 0."""
 
@@ -329,12 +327,7 @@ METRICS = (
     SCR_BASE_ACCURACY,
     SCR_CLEAN_ACCURACY,
     SCR_MIN_DENOMINATOR,
-    STABILITY,
-    STABILITY_NULL,
-    STABILITY_RAW,
-    STABILITY_RAW_NULL,
-    FIRING_AGREEMENT,
-    FIRING_AGREEMENT_NULL,
+    *_OVER_SEEDS,
 )
 """All metrics in the order of the records. Those of `attribute_metrics` follow in a record."""
 
